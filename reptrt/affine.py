@@ -1,0 +1,84 @@
+"""The deployment grid: symmetric INT8 as TensorRT computes it. This file owns the arithmetic.
+
+    scale = amax / qmax
+    q     = clip(round_half_even(x / scale), qmin, qmax)      divide, never multiply by 1/scale
+    x_dq  = q * scale                                         zero point 0 everywhere
+
+Activations have one scale per tensor and codes in [-128, 127]; weights have one scale per output
+channel and codes in [-127, 127]. Fewer bits are simulated inside INT8: the code range shrinks and
+scale = amax / qmax of the smaller range, e.g. weights of 6 bits use codes in [-31, 31].
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+FloatArray = npt.NDArray[np.floating]
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """The integer codes of one quantized tensor.
+
+    >>> Grid.activation(8), Grid.weight(6)
+    (Grid(qmin=-128, qmax=127), Grid(qmin=-31, qmax=31))
+    """
+
+    qmin: int
+    qmax: int
+
+    @staticmethod
+    def activation(num_bits: int) -> "Grid":
+        """Codes of an activation: [-2^(b-1), 2^(b-1) - 1]."""
+        return Grid(-(2 ** (num_bits - 1)), 2 ** (num_bits - 1) - 1)
+
+    @staticmethod
+    def weight(num_bits: int) -> "Grid":
+        """Codes of a weight: [-(2^(b-1) - 1), 2^(b-1) - 1]."""
+        return Grid(-(2 ** (num_bits - 1)) + 1, 2 ** (num_bits - 1) - 1)
+
+
+def scale_from_amax(amax: FloatArray | float, grid: Grid) -> npt.NDArray[np.float32]:
+    """Return amax / qmax in float32; a zero amax (an all-zero weight channel) gives 1.0."""
+    amax = np.asarray(amax, dtype=np.float64)
+    scale = np.where(amax > 0, amax / grid.qmax, 1.0).astype(np.float32)
+    return np.maximum(scale, np.finfo(np.float32).tiny)
+
+
+def quantize(
+    x: FloatArray, scale: FloatArray | float, grid: Grid, axis: int | None = None
+) -> npt.NDArray[np.int8]:
+    """Return the INT8 codes of ``x``, same shape.
+
+    Args:
+        x: values, any shape.
+        scale: a scalar (per tensor, ``axis`` None), or one scale per index of ``axis``.
+        grid: the allowed codes.
+        axis: the channel axis of a per-channel scale.
+    """
+    codes = np.rint(x / along_axis(scale, np.ndim(x), axis))
+    return np.clip(codes, grid.qmin, grid.qmax).astype(np.int8)
+
+
+def dequantize(
+    q: npt.NDArray[np.int8], scale: FloatArray | float, axis: int | None = None
+) -> npt.NDArray[np.float32]:
+    """Return q * scale in float32, same shape as ``q``."""
+    return (q.astype(np.float32) * along_axis(scale, q.ndim, axis)).astype(np.float32)
+
+
+def along_axis(values: FloatArray | float, ndim: int, axis: int | None) -> npt.NDArray[np.float32]:
+    """Reshape a vector so that it broadcasts along ``axis`` of an ``ndim``-dimensional array."""
+    array = np.asarray(values, dtype=np.float32)
+    if axis is None:
+        return array
+    shape = [1] * ndim
+    shape[axis] = -1
+    return array.reshape(shape)
+
+
+def channel_amax(weight: FloatArray, axis: int) -> npt.NDArray[np.float64]:
+    """Return max |w| per index of ``axis``, shape ``(weight.shape[axis],)``."""
+    others = tuple(i for i in range(weight.ndim) if i != axis)
+    return np.abs(np.asarray(weight, dtype=np.float64)).max(axis=others)

@@ -1,0 +1,171 @@
+"""Files that cross a stage: written whole or not at all, each with a sidecar that says where it came from.
+
+The sidecar of ``M.onnx`` is ``M.onnx.json``:
+
+    {"artifact": "int8-onnx", "sha256": "...", "parents": {"M.onnx": "sha256"}, "options": {...},
+     "versions": {...}}
+
+A derived file names the sha256 of every file it was made from, so a chain can be checked end to end.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from reptrt.errors import ArtifactError
+
+_RECORDED_PACKAGES = (
+    "reptrt",
+    "torch",
+    "numpy",
+    "onnx",
+    "onnx-graphsurgeon",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "tensorrt",
+    "tensorrt-rtx",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Sidecar:
+    """Provenance of one file."""
+
+    artifact: str  # what the file is: "float-onnx", "int8-onnx", "engine", ...
+    sha256: str  # of the file itself, hex
+    parents: Mapping[str, str] = field(default_factory=dict)  # file name -> sha256, hex
+    options: Mapping[str, Any] = field(default_factory=dict)  # what the stage was asked for
+    versions: Mapping[str, str] = field(default_factory=dict)  # package -> version
+    details: Mapping[str, Any] = field(default_factory=dict)  # what the stage found
+
+
+def sha256_of(path: Path) -> str:
+    """Return the sha256 of a file's bytes, in hex."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def package_versions() -> dict[str, str]:
+    """Return the installed versions of the packages that can change a result."""
+    versions = {}
+    for name in _RECORDED_PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    return versions
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside ``path``; on success it becomes ``path``, on failure it is gone.
+
+    The bytes are flushed to disk before the rename, so a reader sees the old file or the new one,
+    never a part.
+
+    Raises:
+        ArtifactError: the folder does not exist, or the disk refused the bytes.
+    """
+    if not path.parent.is_dir():
+        raise ArtifactError(f"{path}: folder {path.parent} does not exist; create it first")
+    if path.is_dir():
+        raise ArtifactError(f"{path}: is a folder, expected a file name")
+    try:
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    except OSError as err:
+        raise ArtifactError(f"{path}: cannot be written ({err.strerror or err})") from err
+    os.close(handle)
+    part = Path(name)
+    try:
+        yield part
+        with open(part, "rb+") as stream:
+            os.fsync(stream.fileno())
+        part.chmod(0o666 & ~_umask())
+        part.replace(path)
+    except OSError as err:
+        raise ArtifactError(f"{path}: cannot be written ({err.strerror or err})") from err
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write ``content`` to ``path``, whole or not at all."""
+    with replacing(path) as part:
+        part.write_bytes(content)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write ``content`` as indented JSON with sorted keys, whole or not at all."""
+    write_bytes(path, (json.dumps(content, indent=2, sort_keys=True) + "\n").encode())
+
+
+def sidecar_path(path: Path) -> Path:
+    """Return where the sidecar of ``path`` lives: ``M.onnx`` -> ``M.onnx.json``."""
+    return path.with_name(path.name + ".json")
+
+
+def write_artifact(
+    path: Path,
+    content: bytes,
+    *,
+    artifact: str,
+    parents: Mapping[str, str],
+    options: Mapping[str, Any],
+    details: Mapping[str, Any] | None = None,
+) -> Sidecar:
+    """Write a file and its sidecar; return the sidecar.
+
+    The old sidecar goes first, so a crash in between leaves a file of unknown origin (which every
+    stage accepts), never a file with a wrong origin (which every stage refuses).
+    """
+    sidecar = Sidecar(
+        artifact=artifact,
+        sha256=hashlib.sha256(content).hexdigest(),
+        parents=dict(parents),
+        options=dict(options),
+        versions=package_versions(),
+        details=dict(details or {}),
+    )
+    with replacing(path) as part:
+        part.write_bytes(content)
+        sidecar_path(path).unlink(missing_ok=True)
+    write_json(sidecar_path(path), asdict(sidecar))
+    return sidecar
+
+
+def read_sidecar(path: Path) -> Sidecar | None:
+    """Return the provenance of ``path``, or None if it has none.
+
+    Raises:
+        ArtifactError: the file's bytes are not the ones the sidecar was written for.
+    """
+    try:
+        content = json.loads(sidecar_path(path).read_text())
+        sidecar = Sidecar(**content)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError) as err:
+        raise ArtifactError(
+            f"{sidecar_path(path)}: not a sidecar written by reptrt ({err}); delete it to go on"
+        ) from err
+    found = sha256_of(path)
+    if found != sidecar.sha256:
+        raise ArtifactError(
+            f"{path}: sha256 is {found[:12]}..., its sidecar says {sidecar.sha256[:12]}...: the file "
+            f"was changed after it was written; make it again, or delete {sidecar_path(path).name}"
+        )
+    return sidecar
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

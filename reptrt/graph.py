@@ -1,0 +1,134 @@
+"""ONNX files in and out, and the few questions that every rewrite asks of a graph.
+
+A `Net` is an onnx-graphsurgeon graph plus the model's ``metadata_props``, where reptrt keeps what a
+graph cannot say: the preprocessing and which branch each part of a kernel came from.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnx_graphsurgeon as gs
+from google.protobuf.message import DecodeError
+
+from reptrt.errors import ArtifactError, RewriteError
+
+WEIGHTED_OPS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+
+
+@dataclass(slots=True)
+class Net:
+    """A graph and its metadata; rewrites change the graph in place."""
+
+    graph: gs.Graph
+    metadata: dict[str, str] = field(default_factory=dict)
+
+    def copy(self) -> "Net":
+        """Return a Net whose nodes and tensors may be changed freely (constant values are shared)."""
+        return Net(self.graph.copy(), dict(self.metadata))
+
+
+def read_model(path: Path) -> onnx.ModelProto:
+    """Read and check an ONNX file, external data included.
+
+    Raises:
+        ArtifactError: the file is missing, truncated, not ONNX, or its external data is gone.
+    """
+    try:
+        model = onnx.load(str(path))
+        onnx.checker.check_model(model, full_check=False)
+    except FileNotFoundError as err:
+        missing = Path(err.filename or path)
+        raise ArtifactError(f"{path}: {missing.name} does not exist; check the path") from err
+    except (DecodeError, onnx.checker.ValidationError, ValueError, OSError) as err:
+        reason = str(err).strip().splitlines()[0] if str(err).strip() else type(err).__name__
+        raise ArtifactError(f"{path}: not a readable ONNX file ({reason})") from err
+    if not model.graph.node:
+        raise ArtifactError(f"{path}: the ONNX graph has no nodes; expected a network")
+    return model
+
+
+def net_from_model(model: onnx.ModelProto) -> Net:
+    """Return the graph-surgeon form of an ONNX model."""
+    return Net(gs.import_onnx(model), {prop.key: prop.value for prop in model.metadata_props})
+
+
+def model_from_net(net: Net) -> onnx.ModelProto:
+    """Return a checked ONNX model with inferred shapes and the net's metadata.
+
+    Raises:
+        RewriteError: the graph is not valid ONNX: a rewrite broke it.
+    """
+    net.graph.cleanup(remove_unused_graph_inputs=False).toposort()
+    model = gs.export_onnx(net.graph, do_type_check=False)
+    onnx.helper.set_model_props(model, dict(sorted(net.metadata.items())))
+    try:
+        model = onnx.shape_inference.infer_shapes(model, strict_mode=False)
+        onnx.checker.check_model(model)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as err:
+        raise RewriteError(f"graph {net.graph.name}: not valid ONNX after rewriting ({err})") from err
+    return model
+
+
+def bytes_from_model(model: onnx.ModelProto) -> bytes:
+    """Serialize deterministically: the same model always gives the same bytes."""
+    return bytes(model.SerializeToString(deterministic=True))
+
+
+def get_json(net: Net, key: str) -> Any | None:
+    """Return the JSON value stored under ``reptrt.<key>``, or None."""
+    text = net.metadata.get(f"reptrt.{key}")
+    return None if text is None else json.loads(text)
+
+
+def set_json(net: Net, key: str, value: Mapping[str, Any]) -> None:
+    """Store a JSON value under ``reptrt.<key>``."""
+    net.metadata[f"reptrt.{key}"] = json.dumps(value, sort_keys=True)
+
+
+def constant_value(tensor: gs.Tensor) -> npt.NDArray[Any] | None:
+    """Return the value of a constant tensor (initializer, Constant node, Identity of one), or None."""
+    if isinstance(tensor, gs.Constant):
+        return np.asarray(tensor.values)
+    if len(tensor.inputs) == 1:
+        producer = tensor.inputs[0]
+        if producer.op == "Identity":
+            return constant_value(producer.inputs[0])
+        if producer.op == "Constant" and "value" in producer.attrs:
+            return np.asarray(producer.attrs["value"].values)
+    return None
+
+
+def producer(tensor: gs.Tensor) -> gs.Node | None:
+    """Return the node that makes a tensor; None for graph inputs and constants."""
+    return tensor.inputs[0] if tensor.inputs else None
+
+
+def weighted_nodes(graph: gs.Graph) -> list[gs.Node]:
+    """Return the nodes with a constant weight as second input, in execution order."""
+    return [
+        node
+        for node in graph.nodes
+        if node.op in WEIGHTED_OPS and constant_value(node.inputs[1]) is not None
+    ]
+
+
+def unique_name(graph: gs.Graph, wanted: str) -> str:
+    """Return ``wanted``, or ``wanted_1``, ``wanted_2``... if a tensor or node has that name."""
+    taken = set(graph.tensors()) | {node.name for node in graph.nodes}
+    return first_free(wanted, taken)
+
+
+def first_free(wanted: str, taken: Iterable[str]) -> str:
+    """Return ``wanted``, or the first of ``wanted_1``, ``wanted_2``... that is not taken."""
+    taken = set(taken)
+    name, number = wanted, 0
+    while name in taken:
+        number += 1
+        name = f"{wanted}_{number}"
+    return name

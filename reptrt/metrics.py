@@ -1,0 +1,33 @@
+"""How close two outputs are."""
+
+import numpy as np
+import numpy.typing as npt
+
+FloatArray = npt.NDArray[np.floating]
+
+
+def sqnr_db(reference: FloatArray, output: FloatArray) -> float:
+    """Return the signal to quantization noise ratio in dB.
+
+        SQNR = 10 log10( sum reference^2 / sum (reference - output)^2 )
+
+    Equal arrays give +inf. Sums run in float64 over all elements.
+    """
+    signal = np.asarray(reference, dtype=np.float64)
+    noise = float(np.sum(np.square(signal - np.asarray(output, dtype=np.float64))))
+    power = float(np.sum(np.square(signal)))
+    if noise == 0.0:
+        return float("inf")
+    return float(10.0 * np.log10(power / noise)) if power > 0 else float("-inf")
+
+
+def top_k_accuracy(logits: FloatArray, labels: npt.NDArray[np.integer], k: int) -> float:
+    """Return the fraction of rows whose label is among the ``k`` largest logits; (N, C), (N,)."""
+    k = min(k, logits.shape[1])
+    best = np.argpartition(-logits, k - 1, axis=1)[:, :k]
+    return float((best == labels[:, None]).any(axis=1).mean())
+
+
+def agreement(reference: FloatArray, output: FloatArray) -> float:
+    """Return the fraction of rows with the same arg max in both, shapes (N, C)."""
+    return float((reference.argmax(axis=1) == output.argmax(axis=1)).mean())

@@ -1,0 +1,70 @@
+"""What turns an image into the network's input; travels inside the ONNX file as metadata."""
+
+from dataclasses import asdict, dataclass
+from typing import Literal, get_args
+
+from reptrt.errors import ConfigError
+from reptrt.graph import Net, get_json, set_json
+
+Resize = Literal["none", "stretch", "crop"]
+_KEY = "preprocess"
+
+
+@dataclass(frozen=True, slots=True)
+class Preprocess:
+    """Image -> float32 (C, H, W): resize, x / 255, subtract mean, divide by std, per channel.
+
+    ``resize`` says what happens to an image of another size than (H, W):
+
+    - ``none``: it is an error, except that a folder whose images all have one (other) size is
+      stretched or cropped to fit, with a note: there is no doubt about what was meant;
+    - ``stretch``: bilinear to (H, W), aspect ratio ignored;
+    - ``crop``: the shorter side to H / 0.875, then the centre (H, W): the ImageNet convention.
+    """
+
+    channels: int
+    height: int
+    width: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    resize: Resize = "none"
+
+    def __post_init__(self) -> None:
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if len(values) != self.channels:
+                raise ConfigError(
+                    f"--{name}: got {len(values)} values, expected {self.channels} (one per channel)"
+                )
+        if not all(value > 0 for value in self.std):
+            raise ConfigError(f"--std: got {self.std}, expected positive numbers")
+        if self.resize not in get_args(Resize):
+            raise ConfigError(f"--resize: got {self.resize!r}, expected one of {get_args(Resize)}")
+
+    @staticmethod
+    def plain(channels: int, height: int, width: int) -> "Preprocess":
+        """Return x / 255 with neither mean nor std: what a net without metadata gets."""
+        return Preprocess(channels, height, width, (0.0,) * channels, (1.0,) * channels)
+
+
+def write_preprocess(net: Net, preprocess: Preprocess) -> None:
+    """Store the preprocessing in the net's metadata."""
+    set_json(net, _KEY, asdict(preprocess))
+
+
+def read_preprocess(net: Net) -> Preprocess:
+    """Return the preprocessing stored in a net, or plain x / 255 at the size of its input.
+
+    Raises:
+        ConfigError: nothing is stored and the input is not a fixed-size image batch (N, C, H, W).
+    """
+    stored = get_json(net, _KEY)
+    if stored is not None:
+        return Preprocess(**{**stored, "mean": tuple(stored["mean"]), "std": tuple(stored["std"])})
+    tensor = net.graph.inputs[0]
+    shape = tuple(tensor.shape or ())
+    if len(shape) != 4 or not all(isinstance(size, int) and size > 0 for size in shape[1:]):
+        raise ConfigError(
+            f"input {tensor.name}: shape is {list(shape)}, expected (N, C, H, W) with fixed C, H, W; "
+            "export the ONNX file with --input-size"
+        )
+    return Preprocess.plain(*shape[1:])
