@@ -1,0 +1,30 @@
+"""Small things that many tests need: where real material lives, onnxruntime as the oracle."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+needs_shared = pytest.mark.skipif(
+    not (SHARED / "zoo").is_dir(), reason="the trained nets and CIFAR-10 images are not here"
+)
+
+
+def ort_run(
+    model: onnx.ModelProto, inputs: Mapping[str, np.ndarray], optimize: bool = True
+) -> dict[str, np.ndarray]:
+    """Run a model in onnxruntime on the CPU; return every output by name."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = 1
+    if not optimize:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    names = [output.name for output in session.get_outputs()]
+    return dict(zip(names, session.run(names, dict(inputs)), strict=True))
