@@ -43,7 +43,8 @@ def scale_from_amax(amax: FloatArray | float, grid: Grid) -> npt.NDArray[np.floa
     """Return amax / qmax in float32; a zero amax (an all-zero weight channel) gives 1.0."""
     amax = np.asarray(amax, dtype=np.float64)
     scale = np.where(amax > 0, amax / grid.qmax, 1.0).astype(np.float32)
-    return np.maximum(scale, np.finfo(np.float32).tiny)
+    tiny = np.float32(np.finfo(np.float32).tiny)
+    return np.asarray(np.maximum(scale, tiny), dtype=np.float32)
 
 
 def quantize(
@@ -58,7 +59,7 @@ def quantize(
         axis: the channel axis of a per-channel scale.
     """
     codes = np.rint(x / along_axis(scale, np.ndim(x), axis))
-    return np.clip(codes, grid.qmin, grid.qmax).astype(np.int8)
+    return np.asarray(np.clip(codes, grid.qmin, grid.qmax), dtype=np.int8)
 
 
 def dequantize(
@@ -81,4 +82,4 @@ def along_axis(values: FloatArray | float, ndim: int, axis: int | None) -> npt.N
 def channel_amax(weight: FloatArray, axis: int) -> npt.NDArray[np.float64]:
     """Return max |w| per index of ``axis``, shape ``(weight.shape[axis],)``."""
     others = tuple(i for i in range(weight.ndim) if i != axis)
-    return np.abs(np.asarray(weight, dtype=np.float64)).max(axis=others)
+    return np.asarray(np.abs(weight).max(axis=others), dtype=np.float64)

@@ -1,11 +1,11 @@
-"""Files that cross a stage: written whole or not at all, each with a sidecar that says where it came from.
+"""Files that cross a stage: written whole or not at all, each with a sidecar of origin.
 
 The sidecar of ``M.onnx`` is ``M.onnx.json``:
 
     {"artifact": "int8-onnx", "sha256": "...", "parents": {"M.onnx": "sha256"}, "options": {...},
      "versions": {...}}
 
-A derived file names the sha256 of every file it was made from, so a chain can be checked end to end.
+A derived file names the sha256 of every file it was made from, so a chain can be checked.
 """
 
 import contextlib
@@ -66,7 +66,7 @@ def package_versions() -> dict[str, str]:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``path``; on success it becomes ``path``, on failure it is gone.
+    """Yield a temporary path beside ``path``; on success it becomes ``path``, else it is gone.
 
     The bytes are flushed to disk before the rename, so a reader sees the old file or the new one,
     never a part.
@@ -159,8 +159,8 @@ def read_sidecar(path: Path) -> Sidecar | None:
     found = sha256_of(path)
     if found != sidecar.sha256:
         raise ArtifactError(
-            f"{path}: sha256 is {found[:12]}..., its sidecar says {sidecar.sha256[:12]}...: the file "
-            f"was changed after it was written; make it again, or delete {sidecar_path(path).name}"
+            f"{path}: sha256 is {found[:12]}..., its sidecar says {sidecar.sha256[:12]}...: the "
+            f"file was changed after it was written; make it again, or delete the sidecar"
         )
     return sidecar
 

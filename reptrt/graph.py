@@ -29,7 +29,7 @@ class Net:
     metadata: dict[str, str] = field(default_factory=dict)
 
     def copy(self) -> "Net":
-        """Return a Net whose nodes and tensors may be changed freely (constant values are shared)."""
+        """Return a Net whose nodes and tensors may change freely; constant values are shared."""
         return Net(self.graph.copy(), dict(self.metadata))
 
 
@@ -71,7 +71,7 @@ def model_from_net(net: Net) -> onnx.ModelProto:
         model = onnx.shape_inference.infer_shapes(model, strict_mode=False)
         onnx.checker.check_model(model)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as err:
-        raise RewriteError(f"graph {net.graph.name}: not valid ONNX after rewriting ({err})") from err
+        raise RewriteError(f"graph {net.graph.name}: invalid ONNX after rewriting ({err})") from err
     return model
 
 
@@ -92,7 +92,7 @@ def set_json(net: Net, key: str, value: Mapping[str, Any]) -> None:
 
 
 def constant_value(tensor: gs.Tensor) -> npt.NDArray[Any] | None:
-    """Return the value of a constant tensor (initializer, Constant node, Identity of one), or None."""
+    """Return the value of an initializer, a Constant node or an Identity of one; else None."""
     if isinstance(tensor, gs.Constant):
         return np.asarray(tensor.values)
     if len(tensor.inputs) == 1:
@@ -132,3 +132,8 @@ def first_free(wanted: str, taken: Iterable[str]) -> str:
         number += 1
         name = f"{wanted}_{number}"
     return name
+
+
+def is_private(graph: gs.Graph, tensor: gs.Tensor) -> bool:
+    """Return whether exactly one node reads a tensor and the caller of the graph does not."""
+    return len(tensor.outputs) == 1 and not any(tensor is output for output in graph.outputs)

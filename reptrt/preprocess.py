@@ -33,7 +33,7 @@ class Preprocess:
         for name, values in (("mean", self.mean), ("std", self.std)):
             if len(values) != self.channels:
                 raise ConfigError(
-                    f"--{name}: got {len(values)} values, expected {self.channels} (one per channel)"
+                    f"--{name}: got {len(values)} values, expected {self.channels}, one per channel"
                 )
         if not all(value > 0 for value in self.std):
             raise ConfigError(f"--std: got {self.std}, expected positive numbers")
@@ -64,7 +64,7 @@ def read_preprocess(net: Net) -> Preprocess:
     shape = tuple(tensor.shape or ())
     if len(shape) != 4 or not all(isinstance(size, int) and size > 0 for size in shape[1:]):
         raise ConfigError(
-            f"input {tensor.name}: shape is {list(shape)}, expected (N, C, H, W) with fixed C, H, W; "
-            "export the ONNX file with --input-size"
+            f"input {tensor.name}: shape is {list(shape)}, expected (N, C, H, W) with C, H, W "
+            "fixed; export the ONNX file with --input-size"
         )
     return Preprocess.plain(*shape[1:])

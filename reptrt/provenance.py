@@ -1,0 +1,72 @@
+"""Which branch each part of a fused kernel came from; travels inside the ONNX file as metadata.
+
+For every fused convolution, by node name, one record per branch:
+
+    {"stage1.0": [
+        {"kind": "3x3", "name": "stage1.0.rbr_dense", "amax": base64 of float32 (O,)},
+        {"kind": "identity", "name": "stage1.0.rbr_identity", "amax": ..., "diagonal": ...}]}
+
+Kinds: ``identity`` (one value per channel, no mixing), ``1x1``, ``3x3``, ``1x3``...: the size of
+the branch's own kernel after merging what is in series.
+"""
+
+import base64
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from reptrt.graph import Net, get_json, set_json
+
+_KEY = "provenance"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Branch:
+    """One branch of a fused convolution."""
+
+    kind: str
+    name: str  # common prefix of its parameters' names; "" if they have none
+    amax: npt.NDArray[np.float32]  # (O,), max |weight| it contributes per output channel
+    diagonal: npt.NDArray[np.float32] | None = None  # (O,), identity branches only
+
+
+def write_provenance(net: Net, fused: Mapping[str, tuple[Branch, ...]]) -> None:
+    """Add the records of newly fused convolutions to the net's metadata."""
+    records = dict(get_json(net, _KEY) or {})
+    records |= {name: [_to_json(branch) for branch in branches] for name, branches in fused.items()}
+    if records:
+        set_json(net, _KEY, records)
+
+
+def read_provenance(net: Net) -> dict[str, tuple[Branch, ...]]:
+    """Return the records of all fused convolutions, by node name; empty if none were kept."""
+    records = get_json(net, _KEY) or {}
+    return {name: tuple(map(_from_json, branches)) for name, branches in records.items()}
+
+
+def _to_json(branch: Branch) -> dict[str, Any]:
+    record: dict[str, Any] = {"kind": branch.kind, "name": branch.name, "amax": _text(branch.amax)}
+    if branch.diagonal is not None:
+        record["diagonal"] = _text(branch.diagonal)
+    return record
+
+
+def _from_json(record: Mapping[str, Any]) -> Branch:
+    diagonal = record.get("diagonal")
+    return Branch(
+        record["kind"],
+        record["name"],
+        _array(record["amax"]),
+        None if diagonal is None else _array(diagonal),
+    )
+
+
+def _text(values: npt.NDArray[np.float32]) -> str:
+    return base64.b64encode(np.asarray(values, dtype="<f4").tobytes()).decode()
+
+
+def _array(text: str) -> npt.NDArray[np.float32]:
+    return np.frombuffer(base64.b64decode(text), dtype="<f4").astype(np.float32)

@@ -1,0 +1,58 @@
+"""Names for fused and folded nodes: the same in every run, and telling a reader something."""
+
+from collections.abc import Sequence
+
+import onnx_graphsurgeon as gs
+
+_WEIGHT_SUFFIXES = (".folded_bias", ".folded", ".weight", ".bias")
+
+
+def common_prefix(names: Sequence[str]) -> str:
+    """Return the dotted prefix that all names share.
+
+    >>> common_prefix(["stage1.0.rbr_dense.conv.weight", "stage1.0.rbr_identity.bias"])
+    'stage1.0'
+    """
+    if not names:
+        return ""
+    parts = [name.split(".") for name in names]
+    shared = 0
+    for column in zip(*parts, strict=False):
+        if len(set(column)) > 1:
+            break
+        shared += 1
+    return ".".join(parts[0][: min(shared, min(len(part) for part in parts) - 1)])
+
+
+def parameter_names(nodes: Sequence[gs.Node]) -> list[str]:
+    """Return the names of the constants that nodes read, without what folding appended."""
+    names = []
+    for node in nodes:
+        for tensor in node.inputs:
+            if isinstance(tensor, gs.Constant):
+                names.append(tensor.name.removesuffix(".folded_bias").removesuffix(".folded"))
+    return names
+
+
+def block_name(root: gs.Node, nodes: Sequence[gs.Node]) -> str:
+    """Return what the parameters of a block have in common, else the path of its last node."""
+    names = parameter_names(nodes)
+    if all("." in name for name in names) and (prefix := common_prefix(names)):
+        return prefix
+    path = root.name.strip("/").split("/")
+    return ".".join(path[:-1][-1:]) or root.name or root.outputs[0].name
+
+
+def layer_name(node: gs.Node) -> str:
+    """Return the module path in the name of a node's weight, else the node's own name.
+
+    >>> layer_name(gs.Node("Gemm", "n7", inputs=[gs.Variable("x"), gs.Variable("head.fc.weight")]))
+    'head.fc'
+    """
+    name = str(node.inputs[1].name)
+    weight = name
+    for suffix in _WEIGHT_SUFFIXES:
+        weight = weight.removesuffix(suffix)
+    if weight not in ("", name):
+        return weight
+    return str(node.name or node.outputs[0].name)
