@@ -4,6 +4,8 @@ from collections.abc import Sequence
 
 import onnx_graphsurgeon as gs
 
+from reptrt.graph import Net, first_free, weighted_nodes
+
 _WEIGHT_SUFFIXES = (".folded_bias", ".folded", ".weight", ".bias")
 
 
@@ -56,3 +58,20 @@ def layer_name(node: gs.Node) -> str:
     if weight not in ("", name):
         return weight
     return str(node.name or node.outputs[0].name)
+
+
+def name_layers(net: Net) -> None:
+    """Name every weighted node after the module its weight came from, its constants after it."""
+    taken = {node.name for node in net.graph.nodes}
+    tensors = set(net.graph.tensors())
+    for node in weighted_nodes(net.graph):
+        taken.discard(node.name)
+        node.name = first_free(layer_name(node), taken)
+        taken.add(node.name)
+        for tensor, role in zip(node.inputs[1:], ("weight", "bias"), strict=False):
+            wanted = f"{node.name}.{role}"
+            private = isinstance(tensor, gs.Constant) and len(tensor.outputs) == 1
+            if private and wanted not in tensors:
+                tensors.discard(tensor.name)
+                tensor.name = wanted
+                tensors.add(wanted)

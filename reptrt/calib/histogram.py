@@ -1,0 +1,75 @@
+"""A histogram of |x| that can grow, in bounded memory, to the same bits in whatever order.
+
+Bins have equal width 2^e and start at 0. When a larger value arrives, neighbouring bins are merged
+and e grows: floor(x / 2^(e+1)) = floor(floor(x / 2^e) / 2), so merging counts gives exactly what
+counting anew would have given. The final e depends on the largest value alone, all counts are
+integers, hence the result is independent of batch size and order. Method: ours.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+NUM_BINS = 8192  # after growth, more than half of them are below the largest value
+_EXACT_FLOAT32 = 1 << 24  # torch.histc counts in float32
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Histogram:
+    """Counts of |x| in bins [i * width, (i + 1) * width); exact zeros are counted apart."""
+
+    counts: npt.NDArray[np.int64]  # (NUM_BINS,), without the zeros
+    width: float  # a power of two
+    zeros: int
+    minimum: float  # smallest x, with its sign
+    maximum: float  # largest |x|
+
+    def merged(self, other: "Histogram") -> "Histogram":
+        """Return the histogram of both populations."""
+        width = max(self.width, other.width)
+        return Histogram(
+            _widened(self.counts, self.width, width) + _widened(other.counts, other.width, width),
+            width,
+            self.zeros + other.zeros,
+            min(self.minimum, other.minimum),
+            max(self.maximum, other.maximum),
+        )
+
+
+def histogram_of(x: torch.Tensor) -> Histogram:
+    """Return the histogram of all values of a tensor, on the tensor's device.
+
+    A tensor that holds NaN or Inf gives an infinite maximum and no counts.
+    """
+    low, high = (float(bound) for bound in x.aminmax())
+    maximum = max(abs(low), abs(high))
+    if not math.isfinite(maximum):
+        return Histogram(np.zeros(NUM_BINS, dtype=np.int64), 0.0, 0, low, math.inf)
+    width = _width_for(maximum)
+    magnitude = (x if low >= 0 else x.abs()).flatten().float()
+    counts = np.zeros(NUM_BINS, dtype=np.int64)
+    for part in torch.split(magnitude, _EXACT_FLOAT32):
+        binned = torch.histc(part, bins=NUM_BINS, min=0.0, max=NUM_BINS * width)
+        counts += binned.cpu().numpy().astype(np.int64)
+    zeros = int(magnitude.numel() - torch.count_nonzero(magnitude))
+    counts[0] -= zeros
+    return Histogram(counts, width, zeros, low, maximum)
+
+
+def _width_for(maximum: float) -> float:
+    """Return the smallest power of two whose NUM_BINS bins reach past the maximum."""
+    if maximum == 0:
+        return math.ldexp(1.0, -120)
+    exponent = math.frexp(maximum)[1]  # maximum < 2^exponent
+    return math.ldexp(1.0, max(exponent, -100) - int(math.log2(NUM_BINS)))
+
+
+def _widened(counts: npt.NDArray[np.int64], width: float, wanted: float) -> npt.NDArray[np.int64]:
+    while width < wanted:
+        pairs = counts.reshape(-1, 2).sum(axis=1)
+        counts = np.concatenate([pairs, np.zeros_like(pairs)])
+        width *= 2
+    return counts

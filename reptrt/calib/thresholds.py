@@ -1,0 +1,190 @@
+"""Choose amax, the largest |x| to keep, from a histogram: one pure function per rule.
+
+All rules see a histogram as a density that is constant within a bin. A threshold t cuts [0, max]
+into the cells that share one code of the grid: cell k is [(k - 1/2) s, (k + 1/2) s) with s = t /
+qmax, and the last cell runs on to the maximum, because everything beyond t saturates to qmax.
+Exact zeros are represented exactly under every threshold and carry no information.
+
+- ``max``         t = max |x|
+- ``percentile``  the given percentile of |x|, zeros included
+- ``mse``         min over t of sum (x - x_dq)^2
+- ``mae``         min over t of sum |x - x_dq|
+- ``entropy``     min over t of KL(p || q), TensorRT's way: 128 levels, p with the clipped mass
+                  folded into its last bin, q without it
+- ``kl``          min over t of KL(p || q_t), q_t uniform within each cell, the last one included
+
+The last is ours, after the idea of CFWS (arXiv 2312.10588) that many large activations bear
+clipping and that the similarity of distributions should decide. q_t is the distribution that a
+reader of the codes alone would assume: the mass P_k of each cell, spread evenly over its length
+L_k,
+
+    KL(p || q_t) = sum_bins p log p  -  sum_k P_k log(P_k width / L_k)
+
+It is finite for every t (the last cell covers all clipped values), clipping carries a smooth
+penalty, P_last log(L_last), and t moves continuously, not by bins of 128.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from reptrt.affine import Grid
+from reptrt.calib.histogram import Histogram
+
+Rule = Literal["max", "percentile", "mse", "mae", "entropy", "kl"]
+FloatArray = npt.NDArray[np.float64]
+
+_SMALLEST = 2.0**-10  # of the maximum: no rule clips further down
+_COARSE, _FINE, _ZOOMS = 160, 17, 3
+
+
+@dataclass(frozen=True, slots=True)
+class ThresholdOptions:
+    """Which rule, and its parameter."""
+
+    rule: Rule = "mse"
+    percentile: float = 99.99  # of |x|, for the rule of that name
+
+
+def amax_from_histogram(histogram: Histogram, options: ThresholdOptions, grid: Grid) -> float:
+    """Return the largest |x| to keep, 0 < amax <= histogram.maximum (0 if all values are 0)."""
+    if histogram.maximum == 0.0 or not histogram.counts.any():
+        return histogram.maximum
+    if options.rule == "max":
+        return histogram.maximum
+    if options.rule == "percentile":
+        return _percentile(histogram, options.percentile)
+    if options.rule == "entropy":
+        return _entropy(histogram, num_levels=grid.qmax + 1)
+    loss = _LOSSES[options.rule]
+    density = _Density(histogram)
+    return _minimize(lambda amax: loss(density, amax, grid.qmax), histogram.maximum)
+
+
+class _Density:
+    """Cumulative moments of a histogram at any point: integrals of x^n p(x) over [0, x]."""
+
+    def __init__(self, histogram: Histogram) -> None:
+        self.width = histogram.width
+        self.maximum = histogram.maximum
+        self.counts = histogram.counts.astype(np.float64)
+        self.edges = np.arange(len(self.counts) + 1) * self.width
+        self._height = self.counts / self.width
+        powers = self.edges[None, :] ** np.arange(1, 4)[:, None]
+        steps = self._height * np.diff(powers, axis=1) / np.arange(1, 4)[:, None]
+        self._below = np.concatenate([np.zeros((3, 1)), np.cumsum(steps, axis=1)], axis=1)
+
+    def moments(self, points: FloatArray) -> FloatArray:
+        """Return the integrals of p, x p, x^2 p from 0 to each point, shape (3, *points)."""
+        index = np.minimum((points / self.width).astype(np.int64), len(self.counts) - 1)
+        order = np.arange(1, 4).reshape(3, *[1] * points.ndim)
+        partial = self._height[index] * (points**order - self.edges[index] ** order) / order
+        return np.asarray(self._below[:, index] + partial, dtype=np.float64)
+
+
+def _cells(density: _Density, amax: FloatArray, qmax: int, at: FloatArray) -> FloatArray:
+    """Return the cell borders ``at`` (in steps) for each threshold, the last one at infinity."""
+    step = amax[:, None] / qmax
+    borders = at[None, :] * step
+    borders[:, -1] = density.edges[-1]
+    return np.minimum(borders, density.edges[-1])
+
+
+def _mse(density: _Density, amax: FloatArray, qmax: int) -> FloatArray:
+    """Return sum (x - k s)^2 for each threshold, by the moments of each cell."""
+    codes = np.arange(qmax + 1.0)
+    borders = _cells(density, amax, qmax, np.concatenate([[0.0], codes + 0.5]))
+    m0, m1, m2 = np.diff(density.moments(borders), axis=-1)
+    values = codes[None, :] * amax[:, None] / qmax
+    return np.asarray((m2 - 2 * values * m1 + values**2 * m0).sum(axis=1))
+
+
+def _mae(density: _Density, amax: FloatArray, qmax: int) -> FloatArray:
+    """Return sum |x - k s| for each threshold: below and above each code the sign differs."""
+    halves = np.arange(2 * qmax + 2) / 2.0  # 0, 1/2, 1, ..., qmax + 1/2
+    borders = _cells(density, amax, qmax, halves)
+    m0, m1, _ = np.diff(density.moments(borders), axis=-1)
+    index = np.arange(2 * qmax + 1)
+    values = ((index + 1) // 2)[None, :] * amax[:, None] / qmax
+    sign = np.where(index % 2 == 0, 1.0, -1.0)  # above its code, then below the next
+    return np.asarray((sign * (m1 - values * m0)).sum(axis=1))
+
+
+def _kl(density: _Density, amax: FloatArray, qmax: int) -> FloatArray:
+    """Return KL(p || q_t) in nats times the number of values, up to a constant."""
+    at = np.concatenate([[0.0], np.arange(qmax + 1.0) + 0.5])
+    borders = _cells(density, amax, qmax, at)
+    borders[:, -1] = density.maximum
+    borders = np.minimum(borders, density.maximum)
+    mass = np.diff(density.moments(borders)[0], axis=-1)
+    length = np.diff(borders, axis=-1)
+    used = (mass > 0) & (length > 0)
+    ratio = np.divide(mass, length, out=np.ones_like(mass), where=used)
+    return np.asarray(-(mass * np.log(ratio)).sum(axis=1))
+
+
+_LOSSES: Mapping[str, Callable[[_Density, FloatArray, int], FloatArray]] = {
+    "mse": _mse,
+    "mae": _mae,
+    "kl": _kl,
+}
+
+
+def _minimize(loss: Callable[[FloatArray], FloatArray], maximum: float) -> float:
+    """Return the best threshold: a geometric search, then zooming in around the best."""
+    candidates = maximum * np.geomspace(_SMALLEST, 1.0, _COARSE)
+    for zoom in range(_ZOOMS + 1):
+        best = int(np.argmin(loss(candidates)))
+        low, high = candidates[max(best - 1, 0)], candidates[min(best + 1, len(candidates) - 1)]
+        if zoom < _ZOOMS:
+            candidates = np.linspace(low, high, _FINE)
+    return float(candidates[best])
+
+
+def _percentile(histogram: Histogram, percentile: float) -> float:
+    """Return the value below which the given share of |x| lies, interpolated within its bin."""
+    wanted = percentile / 100.0 * (histogram.counts.sum() + histogram.zeros)
+    cumulative = histogram.zeros + np.cumsum(histogram.counts)
+    index = int(np.searchsorted(cumulative, wanted))
+    if index >= len(cumulative) or histogram.counts[index] == 0:
+        return histogram.maximum
+    inside = 1.0 - (cumulative[index] - wanted) / histogram.counts[index]
+    return float(min((index + inside) * histogram.width, histogram.maximum)) or histogram.maximum
+
+
+def _entropy(histogram: Histogram, num_levels: int) -> float:
+    """Return TensorRT's entropy threshold, as its calibrator was described.
+
+    For each number of kept bins i from ``num_levels`` on: p = the first i bins plus all clipped
+    mass in the last of them; q = the first i bins, without it, merged to ``num_levels`` levels and
+    spread evenly over the bins of a level that are not empty. The i with the least KL(p || q) wins.
+    """
+    used = int(np.flatnonzero(histogram.counts)[-1]) + 1
+    merge = max(1, used // 2048)  # about 2048 bins, as described
+    counts = np.pad(histogram.counts[:used], (0, -used % merge)).reshape(-1, merge).sum(axis=1)
+    counts = counts.astype(np.float64)
+    stops = range(min(num_levels, len(counts)), len(counts) + 1)
+    losses = [_entropy_loss(counts, stop, num_levels) for stop in stops]
+    best = stops[int(np.argmin(losses))]
+    return float(min((best + 0.5) * merge * histogram.width, histogram.maximum))
+
+
+def _entropy_loss(counts: FloatArray, stop: int, num_levels: int) -> float:
+    kept = counts[:stop]
+    p = kept.copy()
+    p[-1] += counts[stop:].sum()
+    starts = np.unique(np.arange(num_levels) * stop // num_levels)
+    filled = (kept > 0).astype(np.float64)
+    per_level = np.add.reduceat(filled, starts)
+    mean = np.divide(
+        np.add.reduceat(kept, starts), per_level, out=np.zeros(len(starts)), where=per_level > 0
+    )
+    q = np.repeat(mean, np.diff(np.append(starts, stop))) * filled
+    if p[-1] > 0 and q[-1] == 0:
+        return float("inf")
+    both = p > 0
+    p, q = p[both] / p.sum(), q[both] / q.sum()
+    return float((p * np.log(p / q)).sum())

@@ -1,0 +1,114 @@
+"""Write scales and INT8 codes into a graph as Q/DQ pairs: the form that TensorRT takes.
+
+    activation  x -> QuantizeLinear(scale) -> DequantizeLinear(scale) -> readers
+    weight      INT8 codes (initializer) -> DequantizeLinear(scale per output channel) -> layer
+    bias        stays float
+
+Zero points are 0 and INT8 everywhere. Placement is `reptrt.placement`, arithmetic `reptrt.affine`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import onnx_graphsurgeon as gs
+
+from reptrt.affine import Grid, channel_amax, quantize, scale_from_amax
+from reptrt.errors import CalibrationError
+from reptrt.graph import Net, constant_value
+from reptrt.placement import Activation, Placement, Weight
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class QuantizedWeight:
+    """INT8 codes and the scale of each output channel: weight ~ codes * scale along ``axis``."""
+
+    codes: npt.NDArray[np.int8]
+    scale: npt.NDArray[np.float32]  # (O,)
+    axis: int
+
+
+def quantize_weight(weight: npt.NDArray[np.floating], axis: int, grid: Grid) -> QuantizedWeight:
+    """Quantize a weight per output channel, rounding to nearest: scale = amax / qmax."""
+    scale = scale_from_amax(channel_amax(weight, axis), grid)
+    return QuantizedWeight(quantize(weight, scale, grid, axis), scale, axis)
+
+
+def quantize_weights(net: Net, placement: Placement, grid: Grid) -> dict[str, QuantizedWeight]:
+    """Quantize every weight of the plan to nearest; returns node name -> codes and scales.
+
+    Raises:
+        CalibrationError: a weight is not finite.
+    """
+    quantized = {}
+    nodes = {node.name: node for node in net.graph.nodes}
+    for weight in placement.weights:
+        values = constant_value(nodes[weight.node].inputs[1])
+        if values is None or not np.isfinite(values).all():
+            raise CalibrationError(
+                f"{weight.node}: the weight holds NaN or Inf; mend the checkpoint"
+            )
+        quantized[weight.node] = quantize_weight(values, weight.axis, grid)
+    return quantized
+
+
+def insert_qdq(
+    net: Net,
+    placement: Placement,
+    scales: Mapping[str, float],
+    weights: Mapping[str, QuantizedWeight],
+) -> None:
+    """Insert all Q/DQ pairs of a plan into a net, in place.
+
+    Args:
+        net: the float graph that the plan was made for.
+        placement: where pairs go.
+        scales: tensor name -> step size, for every activation of the plan.
+        weights: node name -> codes, for every weight of the plan.
+    """
+    nodes = {node.name: node for node in net.graph.nodes}
+    tensors = net.graph.tensors()
+    for activation in placement.activations:
+        _insert_pair(net.graph, nodes, tensors[activation.tensor], activation, scales)
+    for weight in placement.weights:
+        _replace_weight(net.graph, nodes[weight.node], weight, weights[weight.node])
+    net.graph.cleanup(remove_unused_graph_inputs=False).toposort()
+
+
+def _insert_pair(
+    graph: gs.Graph,
+    nodes: Mapping[str, gs.Node],
+    tensor: gs.Tensor,
+    activation: Activation,
+    scales: Mapping[str, float],
+) -> None:
+    name = activation.tensor
+    scale = gs.Constant(f"{name}.scale", np.array(scales[name], dtype=np.float32))
+    zero_point = gs.Constant(f"{name}.zero_point", np.array(0, dtype=np.int8))
+    codes = gs.Variable(f"{name}.q", dtype=np.int8, shape=tensor.shape)
+    result = gs.Variable(f"{name}.dq", dtype=np.float32, shape=tensor.shape)
+    for node_name, index in activation.readers:
+        nodes[node_name].inputs[index] = result
+    graph.nodes += [
+        gs.Node("QuantizeLinear", f"{name}.quantize", {}, [tensor, scale, zero_point], [codes]),
+        gs.Node("DequantizeLinear", f"{name}.dequantize", {}, [codes, scale, zero_point], [result]),
+    ]
+
+
+def _replace_weight(
+    graph: gs.Graph, node: gs.Node, weight: Weight, quantized: QuantizedWeight
+) -> None:
+    name = f"{node.name}.weight"
+    zero_point = np.zeros(quantized.scale.shape, dtype=np.int8)
+    inputs = [
+        gs.Constant(f"{name}.q", quantized.codes),
+        gs.Constant(f"{name}.scale", quantized.scale),
+        gs.Constant(f"{name}.zero_point", zero_point),
+    ]
+    result = gs.Variable(f"{name}.dq", dtype=np.float32, shape=quantized.codes.shape)
+    dequantize = gs.Node(
+        "DequantizeLinear", f"{name}.dequantize", {"axis": weight.axis}, inputs, [result]
+    )
+    graph.nodes.append(dequantize)
+    node.inputs[1] = result
