@@ -1,0 +1,206 @@
+"""TensorRT modules that have exactly the names of a real release, and record what is called.
+
+``tensorrt_api.json`` holds the names of classes and enums as the bindings wheels of each release
+show them. A name that is not in the record raises AttributeError, on reading and on setting.
+"""
+
+import enum
+import json
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+API = json.loads((Path(__file__).parent / "tensorrt_api.json").read_text())
+FULL_RELEASES = [release for release in API if not release.startswith("tensorrt-rtx")]
+_ENUMS = (
+    "BuilderFlag",
+    "NetworkDefinitionCreationFlag",
+    "HardwareCompatibilityLevel",
+    "ProfilingVerbosity",
+    "MemoryPoolType",
+    "LayerInformationFormat",
+    "DataType",
+    "TensorIOMode",
+    "CudaGraphStrategy",
+    "EngineValidity",
+    "ErrorCode",
+    "ComputeCapability",
+)
+
+
+class Strict:
+    """An object with the recorded names of one class only; calls and settings go to ``calls``."""
+
+    def __init__(self, module: "FakeTensorrt", kind: str, **values: Any) -> None:
+        unknown = set(values) - module.names(kind)
+        assert not unknown, f"the fake gives {kind} names it does not have: {unknown}"
+        self.__dict__.update(_module=module, _kind=kind, _values=values)
+
+    def __getattr__(self, name: str) -> Any:
+        self._module.check(self._kind, name)
+        value = self._values.get(name, lambda *args: None)
+        return self._module.recording(f"{self._kind}.{name}", value) if callable(value) else value
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self._module.check(self._kind, name)
+        self._module.calls.append((f"{self._kind}.{name}", value))
+        self._values[name] = value
+
+
+class FakeTensorrt(types.ModuleType):
+    """The module of one release, for a machine with one GPU."""
+
+    def __init__(self, release: str) -> None:
+        super().__init__("tensorrt_rtx" if "rtx" in release else "tensorrt")
+        self.release = release
+        self.__version__ = release.rsplit("-", 1)[1]
+        self.calls: list[tuple[Any, ...]] = []
+        self.gpu = "gpu0"  # the device that timing caches belong to
+        for name in _ENUMS:
+            if name in API[release]:
+                setattr(self, name, enum.IntEnum(name, API[release][name].split(), start=0))
+        self.ILogger = type("ILogger", (), {"Severity": _SEVERITY, "__init__": lambda self: None})
+        self.IProgressMonitor = type("IProgressMonitor", (), {"__init__": lambda self: None})
+        for name in ("IBuilderConfig", "EngineInspector"):
+            setattr(self, name, self._class(name, None))
+        self.Builder = self._class("Builder", self._builder)
+        self.OnnxParser = self._class("OnnxParser", self._parser)
+        self.Runtime = self._class("Runtime", self._runtime)
+
+    def names(self, kind: str) -> set[str]:
+        return set(API[self.release][kind].split())
+
+    def check(self, kind: str, name: str) -> None:
+        if name not in self.names(kind):
+            raise AttributeError(f"{kind} of {self.release} has no {name!r}")
+
+    def recording(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            self.calls.append((name, *args))
+            return function(*args)
+
+        return call
+
+    def called(self, name: str) -> list[tuple[Any, ...]]:
+        """Return the arguments of every call (or setting) of ``Class.name``."""
+        return [call[1:] for call in self.calls if call[0] == name]
+
+    def flags(self) -> set[str]:
+        """Return the builder flags that were set on the last config."""
+        names = [call[0] for call in self.calls]
+        last = len(names) - names[::-1].index("Builder.create_builder_config")
+        return {call[1].name for call in self.calls[last:] if call[0] == "IBuilderConfig.set_flag"}
+
+    def _class(self, name: str, make: Callable[..., Any] | None) -> type:
+        body: dict[str, Any] = dict.fromkeys(self.names(name))
+        if make is not None:
+            body["__new__"] = lambda cls, *args: make(*args)
+        return type(name, (), body)
+
+    def _builder(self, logger: Any) -> Strict:
+        self.log = lambda message: logger.log(_SEVERITY.ERROR, message)
+        return Strict(
+            self,
+            "Builder",
+            create_network=lambda flags: Strict(self, "INetworkDefinition", name="net"),
+            create_builder_config=self._config,
+            create_optimization_profile=lambda: Strict(
+                self, "IOptimizationProfile", set_shape=lambda *args: None
+            ),
+            build_serialized_network=self._build,
+        )
+
+    def _config(self) -> Strict:
+        caches: list[FakeTimingCache] = []
+
+        def set_timing_cache(cache: FakeTimingCache, ignore_mismatch: bool) -> bool:
+            caches[:] = [cache]
+            return ignore_mismatch or cache.gpu == self.gpu
+
+        return Strict(
+            self,
+            "IBuilderConfig",
+            add_optimization_profile=lambda profile: 0,
+            create_timing_cache=lambda content: FakeTimingCache.parse(content, self.gpu),
+            set_timing_cache=set_timing_cache,
+            get_timing_cache=lambda: caches[0] if caches else None,
+            progress_monitor=None,
+        )
+
+    def _parser(self, network: Strict, logger: Any) -> Strict:
+        def parse(content: bytes) -> bool:
+            graph = onnx.load_from_string(content).graph
+            inputs, outputs = self._tensors(graph.input), self._tensors(graph.output)
+            network._values.update(
+                num_inputs=len(inputs),
+                num_outputs=len(outputs),
+                num_layers=len(graph.node),
+                get_input=inputs.__getitem__,
+                get_output=outputs.__getitem__,
+            )
+            return True
+
+        return Strict(self, "OnnxParser", parse=parse, num_errors=0)
+
+    def _tensors(self, infos: Any) -> list[Strict]:
+        return [
+            Strict(
+                self,
+                "ITensor",
+                name=info.name,
+                shape=[d.dim_value or -1 for d in info.type.tensor_type.shape.dim],
+                dtype=self.DataType.FLOAT,
+            )
+            for info in infos
+        ]
+
+    def _build(self, network: Strict, config: Strict) -> bytes | None:
+        monitor = config.progress_monitor
+        for step in range(3):
+            if not monitor.step_complete("Building engine", step):
+                self.log("BuildCanceled (Build canceled by user)")
+                return None
+        cache = config._values["get_timing_cache"]()
+        missing = cache is not None and "conv" not in cache.keys
+        if missing and "ERROR_ON_TIMING_CACHE_MISS" in self.flags():
+            self.log("Error Code 4: no timing of conv in the timing cache")
+            return None
+        if cache is not None:
+            cache.keys.add("conv")
+        return b"ftrt" + bytes(60)
+
+    def _runtime(self, logger: Any) -> Strict:
+        engine = Strict(self, "ICudaEngine", device_memory_size_v2=4096)
+        return Strict(self, "Runtime", deserialize_cuda_engine=lambda plan: engine)
+
+
+class FakeTimingCache:
+    """A set of measured layers on one GPU; its file is JSON."""
+
+    def __init__(self, gpu: str, keys: set[str]) -> None:
+        self.gpu, self.keys = gpu, keys
+
+    @classmethod
+    def parse(cls, content: bytes, gpu: str) -> "FakeTimingCache":
+        if not content:
+            return cls(gpu, set())
+        try:
+            read = json.loads(content)
+        except ValueError:
+            raise TypeError("factory function returned nullptr") from None
+        return cls(read["gpu"], set(read["keys"]))
+
+    def combine(self, other: "FakeTimingCache", ignore_mismatch: bool) -> bool:
+        if other.gpu != self.gpu and not ignore_mismatch:
+            return False
+        self.keys |= other.keys
+        return True
+
+    def serialize(self) -> bytes:
+        return json.dumps({"gpu": self.gpu, "keys": sorted(self.keys)}).encode()
+
+
+_SEVERITY = enum.IntEnum("Severity", "INTERNAL_ERROR ERROR WARNING INFO VERBOSE", start=0)
