@@ -1,0 +1,215 @@
+"""What an engine build can be asked for, and whether the TensorRT at hand can do it."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from reptrt import _tensorrt
+from reptrt._tensorrt import Backend, BackendName, Gpu, capability
+from reptrt.errors import ConfigError
+
+HardwareCompatibility = Literal["none", "ampere+", "same-compute-capability"]
+Shape = tuple[int, ...]
+
+_AMPERE = (8, 0)
+_DEFAULT_LEVEL = 3  # TensorRT's own
+
+
+@dataclass(frozen=True, slots=True)
+class ShapeRange:
+    """The smallest, the most common and the largest shape of an input.
+
+    One number each is a batch size, the other dimensions as in the graph: ``(1,), (8,), (64,)``.
+    """
+
+    minimum: Shape
+    optimum: Shape
+    maximum: Shape
+
+    def __post_init__(self) -> None:
+        rows = (self.minimum, self.optimum, self.maximum)
+        if len({len(row) for row in rows}) != 1 or not self.minimum:
+            raise ConfigError(f"--shapes {self}: expected three shapes of the same rank")
+        for low, best, high in zip(*rows, strict=True):
+            if not 1 <= low <= best <= high:
+                raise ConfigError(f"--shapes {self}: expected 1 <= MIN <= OPT <= MAX")
+
+    def __str__(self) -> str:
+        rows = (self.minimum, self.optimum, self.maximum)
+        return ":".join("x".join(map(str, row)) for row in rows)
+
+    def covers(self, shape: Sequence[int]) -> bool:
+        """Return whether a full shape lies within the range."""
+        return len(shape) == len(self.minimum) and all(
+            low <= size <= high
+            for low, size, high in zip(self.minimum, shape, self.maximum, strict=True)
+        )
+
+
+DEFAULT_BATCHES = ShapeRange((1,), (8,), (64,))
+
+
+@dataclass(frozen=True, slots=True)
+class BuildOptions:
+    """Options of an engine build; the defaults build for the local GPU, or portably without one."""
+
+    backend: BackendName = "auto"
+    targets: tuple[str, ...] = ()  # compute capabilities ("sm89"); (): the backend's default
+    shapes: ShapeRange | None = None  # None: batch 1:8:64 where the graph's batch is dynamic
+    workspace_mib: int | None = None  # scratch memory of one layer; None: TensorRT's default
+    timing_cache: Path | None = None  # read, then extended; shared by any number of builds
+    pinned_tactics: bool = False  # only tactics that are in the timing cache
+    version_compatible: bool = False  # runs on later TensorRT of the same major version too
+    hardware_compatible: HardwareCompatibility = "none"  # which other GPUs it is to run on
+    refit: bool = False  # weights can be replaced later
+    strip_plan: bool = False  # no weights in the file; refit before use
+    optimization_level: int = _DEFAULT_LEVEL  # 0 fastest build ... 5 fastest engine
+
+    def __post_init__(self) -> None:
+        if self.workspace_mib is not None and self.workspace_mib < 1:
+            raise ConfigError(f"--workspace: got {self.workspace_mib}, expected MiB, 1 or more")
+        if not 0 <= self.optimization_level <= 5:
+            raise ConfigError(f"--optimization-level: got {self.optimization_level}, expected 0..5")
+        if self.pinned_tactics and self.timing_cache is None:
+            raise ConfigError("--pinned-tactics: needs the --timing-cache that the tactics are in")
+
+
+def parse_shapes(text: str) -> ShapeRange:
+    """Return the range of ``MIN:OPT:MAX``, each a batch size or a full shape.
+
+    >>> parse_shapes("1x3x32x32:8x3x32x32:64x3x32x32").optimum
+    (8, 3, 32, 32)
+    >>> str(parse_shapes("16"))
+    '16:16:16'
+
+    Raises:
+        ConfigError: anything else.
+    """
+    parts = text.replace(" ", "").split(":")
+    shape = re.compile(r"[0-9]{1,9}(x[0-9]{1,9})*", re.IGNORECASE)
+    if len(parts) not in (1, 3) or not all(shape.fullmatch(part) for part in parts):
+        raise ConfigError(
+            f"--shapes: got {text!r}, expected MIN:OPT:MAX as batch sizes (1:8:64) or full shapes "
+            "(1x3x32x32:8x3x32x32:64x3x32x32)"
+        )
+    rows = [tuple(int(size) for size in part.lower().split("x")) for part in parts]
+    return ShapeRange(rows[0], rows[len(rows) // 2], rows[-1])
+
+
+def parse_targets(text: str) -> tuple[str, ...]:
+    """Return compute capabilities, sorted and once each: ``sm89, sm_80, 8.6``.
+
+    >>> parse_targets("sm89,8.0")
+    ('sm80', 'sm89')
+
+    Raises:
+        ConfigError: something that is no compute capability.
+    """
+    targets = set()
+    for part in text.split(","):
+        found = re.fullmatch(r"(?:sm_?)?([0-9]{1,2})\.?([0-9])", part.strip().lower())
+        if found is None:
+            raise ConfigError(
+                f"--target: got {part.strip()!r}, expected compute capabilities such as "
+                "sm80,sm86,sm89,sm120"
+            )
+        targets.add(f"sm{int(found[1])}{found[2]}")
+    return tuple(sorted(targets, key=capability))
+
+
+def check_options(backend: Backend, options: BuildOptions) -> tuple[str, ...]:
+    """Check options against a backend; return the names of those it takes but does not follow.
+
+    Raises:
+        ConfigError: an option that the backend or the GPU of this machine cannot follow.
+    """
+    features = backend.features
+    gpu = _tensorrt.find_gpu()
+    if features.targets:
+        _check_portable(backend, options, gpu)
+    elif isinstance(gpu, Gpu):
+        _check_local(backend, options, gpu)
+    if options.pinned_tactics and not features.pinned_tactics:
+        raise ConfigError(f"--pinned-tactics: {backend.label} measures no tactics; leave it out")
+    without_effect = []
+    if options.timing_cache is not None and not features.timing_cache:
+        without_effect.append("timing_cache")
+    if options.optimization_level != _DEFAULT_LEVEL and not features.optimization_level:
+        without_effect.append("optimization_level")
+    return tuple(without_effect)
+
+
+def profile_shapes(name: str, dims: Sequence[int], shapes: ShapeRange | None) -> ShapeRange | None:
+    """Return the full shapes that an input is to be optimised for; None: its shape is fixed.
+
+    Args:
+        name: the input, for messages.
+        dims: its shape in the graph, -1 where it may change.
+        shapes: what was asked for; None is batch 1:8:64.
+
+    Raises:
+        ConfigError: the range does not fit the graph.
+    """
+    graph = "x".join("?" if size < 0 else str(size) for size in dims)
+    wanted = DEFAULT_BATCHES if shapes is None else shapes
+    if shapes is None and all(size >= 0 for size in dims):
+        return None
+    if len(wanted.minimum) == 1 and len(dims) != 1:
+        if any(size < 0 for size in dims[1:]):
+            raise ConfigError(
+                f"input {name}: its shape is {graph}; give full shapes in --shapes, for example "
+                "1x3x224x224:8x3x224x224:64x3x224x224"
+            )
+        rest = tuple(dims[1:])
+        rows = (wanted.minimum, wanted.optimum, wanted.maximum)
+        wanted = ShapeRange(*(row + rest for row in rows))
+    fits = len(wanted.minimum) == len(dims) and all(
+        size < 0 or low == high == size
+        for size, low, high in zip(dims, wanted.minimum, wanted.maximum, strict=True)
+    )
+    if not fits:
+        raise ConfigError(
+            f"--shapes {wanted}: does not fit input {name}, whose shape is {graph}; only "
+            "dimensions shown as ? can change (export with a dynamic batch to change the batch)"
+        )
+    return None if all(size >= 0 for size in dims) else wanted
+
+
+def _check_portable(backend: Backend, options: BuildOptions, gpu: Gpu | str) -> None:
+    """Check against a backend that builds for any GPU (tensorrt-rtx)."""
+    known = ", ".join(backend.features.targets)
+    for target in options.targets:
+        if target not in backend.features.targets:
+            raise ConfigError(f"--target {target}: {backend.label} builds for {known} only")
+    if options.hardware_compatible != "none":
+        raise ConfigError(
+            f"--hardware-compatible: {backend.label} names GPUs by --target (any of {known}); its "
+            "default already runs on sm80 and later"
+        )
+    if options.version_compatible:
+        raise ConfigError(
+            f"--version-compatible: {backend.label} comes without the lean runtime that goes into "
+            "such an engine; use --backend tensorrt"
+        )
+    if (options.refit or options.strip_plan) and not isinstance(gpu, Gpu):
+        raise ConfigError(
+            f"--refit, --strip-plan: {backend.label} builds such engines only on a machine with "
+            f"an NVIDIA driver ({gpu})"
+        )
+
+
+def _check_local(backend: Backend, options: BuildOptions, gpu: Gpu) -> None:
+    """Check against a backend that builds for the GPU of this machine (tensorrt)."""
+    ampere = options.hardware_compatible == "ampere+"
+    if ampere and capability(gpu.target) < _AMPERE:
+        raise ConfigError(f"--hardware-compatible ampere+: {gpu.name} is {gpu.target}, before sm80")
+    for target in options.targets:
+        if target == gpu.target or (ampere and capability(target) >= _AMPERE):
+            continue
+        raise ConfigError(
+            f"--target {target}: {backend.label} builds for the GPU of this machine ({gpu.name}, "
+            f"{gpu.target}) only; use --backend tensorrt-rtx, or --hardware-compatible ampere+ for "
+            "every GPU from sm80 on"
+        )
