@@ -1,0 +1,110 @@
+"""The zoo: architectures by name, with the parameter names of their official repositories.
+
+A family name (``repvgg``, ``mobileone``) takes free widths, blocks and strides; a named variant
+(``repvgg_a0``, ``mobileone_s4``) is the published ImageNet net: 1000 classes, 3 x 224 x 224.
+A new architecture is one new file and one line in the table below.
+"""
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from reptrt.errors import ConfigError
+from reptrt.models import mobileone, repvgg
+from reptrt.models.options import Architecture, ArchitectureOptions, flag
+
+__all__ = [
+    "ArchitectureOptions",
+    "build",
+    "is_deploy_state",
+    "is_variant",
+    "names",
+    "options_from_state",
+]
+
+_ARCHITECTURES: Mapping[str, Architecture] = {
+    "repvgg": repvgg.ARCHITECTURE,
+    "mobileone": mobileone.ARCHITECTURE,
+}
+_VARIANT_TAKES = ("num_classes", "in_channels")
+
+
+def names() -> tuple[str, ...]:
+    """Return every name that `build` knows, each family before its variants."""
+    return tuple(
+        name
+        for family, architecture in _ARCHITECTURES.items()
+        for name in (family, *architecture.variants)
+    )
+
+
+def is_variant(name: str) -> bool:
+    """Return whether a name is a published net: 1000 classes and 3 x 224 x 224 by default."""
+    return name in names() and name not in _ARCHITECTURES
+
+
+def is_deploy_state(state: Mapping[str, torch.Tensor]) -> bool:
+    """Return whether a state dict holds the fused (deploy) form of a net of the zoo."""
+    markers = [architecture.deploy_marker for architecture in _ARCHITECTURES.values()]
+    return any(marker in f".{key}" for key in state for marker in markers)
+
+
+def options_from_state(
+    name: str, options: ArchitectureOptions, state: Mapping[str, torch.Tensor]
+) -> ArchitectureOptions:
+    """Return the options, with the number of classes that a state dict has if they leave it open.
+
+    Raises:
+        ConfigError: no architecture has that name.
+    """
+    head = state.get(_find(name)[1].head_weight)
+    if options.num_classes is not None or head is None or head.ndim == 0 or not len(head):
+        return options
+    return replace(options, num_classes=len(head))
+
+
+def build(name: str, options: ArchitectureOptions, *, deploy: bool) -> nn.Module:
+    """Return a net in train mode, randomly initialised from torch's global generator.
+
+    Args:
+        name: one of `names`.
+        options: a variant takes ``num_classes`` and ``in_channels`` only.
+        deploy: build the fused form (one convolution per block) instead of the train form.
+
+    Raises:
+        ConfigError: an unknown name, an option that this name does not take, or lists that do not
+            fit each other.
+    """
+    family, architecture = _find(name)
+    variant = architecture.variants.get(name)
+    if variant is None:
+        _refuse_untaken(name, options, architecture.takes, remedy="leave the others out")
+    else:
+        _refuse_untaken(name, options, _VARIANT_TAKES, remedy=f"{family!r} is the free form")
+        options = replace(variant, num_classes=options.num_classes, in_channels=options.in_channels)
+    return architecture.build(options, deploy)
+
+
+def _find(name: str) -> tuple[str, Architecture]:
+    """Return the family that a name belongs to, and its architecture."""
+    for family, architecture in _ARCHITECTURES.items():
+        if name == family or name in architecture.variants:
+            return family, architecture
+    wanted = name.lower().replace("-", "_")
+    nearest = difflib.get_close_matches(wanted, names(), n=3, cutoff=0.6)
+    hint = f"did you mean {', '.join(nearest)}?" if nearest else f"known: {', '.join(names())}"
+    raise ConfigError(f"architecture {name!r} is not known; {hint}")
+
+
+def _refuse_untaken(
+    name: str, options: ArchitectureOptions, takes: tuple[str, ...], remedy: str
+) -> None:
+    untaken = [flag(field) for field in options.given() if field not in takes]
+    if untaken:
+        raise ConfigError(
+            f"{name}: got {', '.join(untaken)}, expected only "
+            f"{', '.join(map(flag, takes))}; {remedy}"
+        )

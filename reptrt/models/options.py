@@ -1,0 +1,84 @@
+"""What an architecture can be asked for, and what its file tells the registry."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+
+from torch import nn
+
+from reptrt.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class ArchitectureOptions:
+    """The free choices of an architecture; None leaves one to the architecture's own default.
+
+    Raises:
+        ConfigError: a list without entries, or a number that is not positive.
+    """
+
+    widths: tuple[int, ...] | None = None  # output channels per stage
+    blocks: tuple[int, ...] | None = None  # blocks per stage, the stem not counted
+    strides: tuple[int, ...] | None = None  # stride of the first block of each stage
+    groups: int | None = None  # RepVGG: groups of every second layer
+    branches: int | None = None  # MobileOne: k x k branches per block
+    se_blocks: tuple[int, ...] | None = None  # MobileOne: squeeze-excite in the last n of a stage
+    num_classes: int | None = None
+    in_channels: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in self.given():
+            value = getattr(self, name)
+            entries = value if isinstance(value, tuple) else (value,)
+            least = 0 if name == "se_blocks" else 1
+            if not entries:
+                raise ConfigError(f"{flag(name)}: the list is empty; expected one number per stage")
+            if not all(isinstance(entry, int) and entry >= least for entry in entries):
+                raise ConfigError(
+                    f"{flag(name)}: got {show(entries)}, expected whole numbers from {least} up"
+                )
+
+    def given(self) -> tuple[str, ...]:
+        """Return the names of the fields that are not None."""
+        return tuple(item.name for item in fields(self) if getattr(self, item.name) is not None)
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """One file of the zoo, as the registry sees it."""
+
+    build: Callable[[ArchitectureOptions, bool], nn.Module]  # options, deploy -> the net
+    variants: Mapping[str, ArchitectureOptions]  # full name -> what it stands for
+    takes: tuple[str, ...]  # fields of ArchitectureOptions that the free form understands
+    deploy_marker: str  # a part of parameter names that only the deploy form has
+    head_weight: str  # parameter whose first axis counts the classes
+
+
+def flag(name: str) -> str:
+    """Return the command-line spelling of an option.
+
+    >>> flag("num_classes")
+    '--num-classes'
+    """
+    return "--" + name.replace("_", "-")
+
+
+def show(values: tuple[object, ...]) -> str:
+    """Return a list as it is typed on the command line.
+
+    >>> show((2, 4, 14, 1))
+    '2,4,14,1'
+    """
+    return ",".join(str(value) for value in values)
+
+
+def check_length(name: str, values: tuple[int, ...], expected: tuple[int, ...], why: str) -> None:
+    """Refuse a list whose length is none of the expected ones.
+
+    Raises:
+        ConfigError: ``values`` has another number of entries.
+    """
+    if len(values) not in expected:
+        lengths = " or ".join(str(length) for length in expected)
+        raise ConfigError(
+            f"{flag(name)}: got {len(values)} entries ({show(values)}), expected {lengths} ({why})"
+        )
