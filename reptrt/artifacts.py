@@ -64,6 +64,18 @@ def package_versions() -> dict[str, str]:
     return versions
 
 
+def require_folder(path: Path) -> None:
+    """Refuse a target that cannot be written for lack of a folder, before any work is done.
+
+    Raises:
+        ArtifactError: the folder of ``path`` does not exist, or ``path`` is a folder.
+    """
+    if not path.parent.is_dir():
+        raise ArtifactError(f"{path}: folder {path.parent} does not exist; create it first")
+    if path.is_dir():
+        raise ArtifactError(f"{path}: is a folder, expected a file name")
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; on success it becomes ``path``, else it is gone.
@@ -74,10 +86,7 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises:
         ArtifactError: the folder does not exist, or the disk refused the bytes.
     """
-    if not path.parent.is_dir():
-        raise ArtifactError(f"{path}: folder {path.parent} does not exist; create it first")
-    if path.is_dir():
-        raise ArtifactError(f"{path}: is a folder, expected a file name")
+    require_folder(path)
     try:
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
     except OSError as err:

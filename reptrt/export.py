@@ -10,9 +10,10 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +22,7 @@ import torch
 from torch import nn
 
 from reptrt.errors import ConfigError, RewriteError
-from reptrt.graph import Net, model_from_net, net_from_model, read_model
+from reptrt.graph import Net, net_from_model, read_model
 from reptrt.preprocess import Preprocess, write_preprocess
 from reptrt.rewrite.contract import RewriteReport
 from reptrt.rewrite.fold_batchnorm import fold_batchnorm
@@ -32,6 +33,8 @@ from reptrt.runner import OrtRunner
 
 MIN_OPSET, MAX_OPSET = 13, 20  # per-channel DequantizeLinear .. what TensorRT 10 and 11 both parse
 _PROBE_IMAGES = 2
+
+Exporter = Literal["torchscript", "dynamo"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +70,17 @@ class Proof:
             )
 
 
-def onnx_from_module(module: nn.Module, preprocess: Preprocess, opset: int) -> onnx.ModelProto:
+@dataclass(frozen=True, slots=True)
+class ExportSettings:
+    """How a torch module becomes ONNX."""
+
+    opset: int = 19
+    exporters: tuple[Exporter, ...] = ("torchscript", "dynamo")  # tried in this order
+
+
+def onnx_from_module(
+    module: nn.Module, preprocess: Preprocess, settings: ExportSettings
+) -> onnx.ModelProto:
     """Export a torch module in eval mode with a dynamic batch, batch norms unfused.
 
     torch's TorchScript exporter is asked first (an order of magnitude faster, and it leaves the
@@ -79,10 +92,11 @@ def onnx_from_module(module: nn.Module, preprocess: Preprocess, opset: int) -> o
     """
     example = torch.zeros(2, preprocess.channels, preprocess.height, preprocess.width)
     reasons = []
-    for export in (_export_torchscript, _export_dynamo):
+    for exporter in settings.exporters:
         try:
             with _silence():
-                return onnx.shape_inference.infer_shapes(export(module, example, opset))
+                model = _EXPORTERS[exporter](module, example, settings.opset)
+            return onnx.shape_inference.infer_shapes(model)
         except Exception as err:  # the exporters raise whatever the user's forward raises
             reasons.append(str(err).strip().splitlines()[0] if str(err).strip() else repr(err))
     raise ConfigError(
@@ -163,15 +177,17 @@ def prove(
     )
 
 
-def block_outputs(net: Net, names: tuple[str, ...]) -> dict[str, str]:
-    """Return the output tensor of each named node."""
-    outputs = {node.name: node.outputs[0].name for node in net.graph.nodes}
-    return {name: outputs[name] for name in names}
-
-
-def fused_model(net: Net) -> onnx.ModelProto:
-    """Return the finished ONNX model of a fused net."""
-    return model_from_net(net)
+def block_outputs(net: Net, original: onnx.ModelProto, names: tuple[str, ...]) -> dict[str, str]:
+    """Return, for each fused convolution, the first tensor behind it that both nets compute."""
+    known = {output for node in original.graph.node for output in node.output}
+    outputs = {}
+    for node in net.graph.nodes:
+        if node.name in names:
+            tensor = node.outputs[0]
+            while tensor.name not in known:  # only a part of a sum was fused
+                tensor = tensor.outputs[0].outputs[0]
+            outputs[node.name] = tensor.name
+    return outputs
 
 
 def _run(
@@ -206,8 +222,8 @@ def _difference(
 
 
 def _export_torchscript(module: nn.Module, example: torch.Tensor, opset: int) -> onnx.ModelProto:
-    buffer = io.BytesIO()
-    torch.onnx.export(  # type: ignore[call-overload]
+    buffer: Any = io.BytesIO()  # torch takes a stream here; its stub does not say so
+    torch.onnx.export(
         module,
         (example,),
         buffer,
@@ -217,7 +233,7 @@ def _export_torchscript(module: nn.Module, example: torch.Tensor, opset: int) ->
         output_names=["output"],
         dynamic_axes={"input": {0: "N"}, "output": {0: "N"}},
         training=torch.onnx.TrainingMode.PRESERVE,  # eval mode, but batch norms left unfused
-        do_constant_folding=False,
+        do_constant_folding=True,  # explicit pads and reshapes need it
     )
     return onnx.load_model_from_string(buffer.getvalue())
 
@@ -236,6 +252,12 @@ def _export_dynamo(module: nn.Module, example: torch.Tensor, opset: int) -> onnx
     if program is None:
         raise ConfigError("the dynamo exporter returned nothing")
     return program.model_proto
+
+
+_EXPORTERS: Mapping[Exporter, Callable[[nn.Module, torch.Tensor, int], onnx.ModelProto]] = {
+    "torchscript": _export_torchscript,
+    "dynamo": _export_dynamo,
+}
 
 
 @contextlib.contextmanager

@@ -1,12 +1,12 @@
 """What turns an image into the network's input; travels inside the ONNX file as metadata."""
 
 from dataclasses import asdict, dataclass
-from typing import Literal, get_args
+from typing import get_args
 
+from reptrt.choices import Resize
 from reptrt.errors import ConfigError
 from reptrt.graph import Net, get_json, set_json
 
-Resize = Literal["none", "stretch", "crop"]
 _KEY = "preprocess"
 
 

@@ -19,6 +19,8 @@ from reptrt.errors import CalibrationError
 from reptrt.graph import Net, constant_value
 from reptrt.placement import Activation, Placement, Weight
 
+_INT8 = Grid.activation(8)
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class QuantizedWeight:
@@ -58,19 +60,23 @@ def insert_qdq(
     placement: Placement,
     scales: Mapping[str, float],
     weights: Mapping[str, QuantizedWeight],
+    grid: Grid,
 ) -> None:
     """Insert all Q/DQ pairs of a plan into a net, in place.
+
+    A grid smaller than INT8 is simulated: a Clip before Q keeps the codes inside it.
 
     Args:
         net: the float graph that the plan was made for.
         placement: where pairs go.
         scales: tensor name -> step size, for every activation of the plan.
         weights: node name -> codes, for every weight of the plan.
+        grid: the codes of activations.
     """
     nodes = {node.name: node for node in net.graph.nodes}
     tensors = net.graph.tensors()
     for activation in placement.activations:
-        _insert_pair(net.graph, nodes, tensors[activation.tensor], activation, scales)
+        _insert_pair(net.graph, nodes, tensors[activation.tensor], activation, scales, grid)
     for weight in placement.weights:
         _replace_weight(net.graph, nodes[weight.node], weight, weights[weight.node])
     net.graph.cleanup(remove_unused_graph_inputs=False).toposort()
@@ -82,6 +88,7 @@ def _insert_pair(
     tensor: gs.Tensor,
     activation: Activation,
     scales: Mapping[str, float],
+    grid: Grid,
 ) -> None:
     name = activation.tensor
     scale = gs.Constant(f"{name}.scale", np.array(scales[name], dtype=np.float32))
@@ -90,10 +97,23 @@ def _insert_pair(
     result = gs.Variable(f"{name}.dq", dtype=np.float32, shape=tensor.shape)
     for node_name, index in activation.readers:
         nodes[node_name].inputs[index] = result
+    if grid != _INT8:
+        tensor = _clip(graph, tensor, scales[name], grid)
     graph.nodes += [
         gs.Node("QuantizeLinear", f"{name}.quantize", {}, [tensor, scale, zero_point], [codes]),
         gs.Node("DequantizeLinear", f"{name}.dequantize", {}, [codes, scale, zero_point], [result]),
     ]
+
+
+def _clip(graph: gs.Graph, tensor: gs.Tensor, scale: float, grid: Grid) -> gs.Tensor:
+    name = f"{tensor.name}.clip"
+    bounds = [
+        gs.Constant(f"{name}.{role}", np.array(np.float32(code) * np.float32(scale)))
+        for role, code in (("min", grid.qmin), ("max", grid.qmax))
+    ]
+    result = gs.Variable(f"{name}ped", dtype=np.float32, shape=tensor.shape)
+    graph.nodes.append(gs.Node("Clip", name, {}, [tensor, *bounds], [result]))
+    return result
 
 
 def _replace_weight(

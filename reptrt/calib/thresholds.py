@@ -26,15 +26,14 @@ penalty, P_last log(L_last), and t moves continuously, not by bins of 128.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from reptrt.affine import Grid
 from reptrt.calib.histogram import Histogram
+from reptrt.choices import Rule
 
-Rule = Literal["max", "percentile", "mse", "mae", "entropy", "kl"]
 FloatArray = npt.NDArray[np.float64]
 
 _SMALLEST = 2.0**-10  # of the maximum: no rule clips further down

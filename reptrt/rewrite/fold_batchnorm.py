@@ -12,7 +12,7 @@ import numpy.typing as npt
 import onnx_graphsurgeon as gs
 
 from reptrt.errors import RewriteError
-from reptrt.graph import Net, constant_value, is_private, producer
+from reptrt.graph import Net, constant_value, first_free, is_private, producer
 from reptrt.rewrite.contract import RewriteReport, Skipped
 
 Float64Array = npt.NDArray[np.float64]
@@ -26,6 +26,7 @@ def fold_batchnorm(net: Net) -> RewriteReport:
         RewriteError: a BatchNormalization is in training mode: the net was exported without eval().
     """
     refuse_training_mode(net)
+    taken = set(net.graph.tensors())
     changed, skipped = [], []
     for norm in [node for node in net.graph.nodes if node.op == "BatchNormalization"]:
         target = producer(norm.inputs[0])
@@ -34,7 +35,7 @@ def fold_batchnorm(net: Net) -> RewriteReport:
             skipped.append(Skipped(norm.name, reason))
             continue
         assert target is not None
-        _fold(norm, target)
+        _fold(norm, target, taken)
         changed.append(target.name)
     return RewriteReport("fold_batchnorm", tuple(changed), tuple(skipped))
 
@@ -82,7 +83,7 @@ def _reason_against(net: Net, norm: gs.Node, target: gs.Node | None) -> str | No
     return None
 
 
-def _fold(norm: gs.Node, target: gs.Node) -> None:
+def _fold(norm: gs.Node, target: gs.Node, taken: set[str]) -> None:
     affine = affine_of(norm)
     weight = constant_value(target.inputs[1])
     assert affine is not None  # _reason_against has looked
@@ -90,13 +91,14 @@ def _fold(norm: gs.Node, target: gs.Node) -> None:
     scale, shift = affine
     shape = [1] * weight.ndim
     shape[_CHANNEL_AXIS[target.op]] = -1
-    name = target.inputs[1].name
+    names = [first_free(f"{t.name}.folded", taken) for t in (target.inputs[1], norm.inputs[2])]
+    taken.update(names)
     bias = constant_value(target.inputs[2]) if len(target.inputs) > 2 else None
     folded = weight.astype(np.float64) * scale.reshape(shape)
     target.inputs = [
         target.inputs[0],
-        gs.Constant(f"{name}.folded", folded),
-        gs.Constant(f"{name}.folded_bias", (0.0 if bias is None else bias) * scale + shift),
+        gs.Constant(names[0], folded),
+        gs.Constant(names[1], (0.0 if bias is None else bias) * scale + shift),
     ]
     result = norm.outputs[0]
     norm.inputs.clear()

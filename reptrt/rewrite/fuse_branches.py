@@ -47,6 +47,7 @@ class Leaf:
 
     steps: tuple[Step, ...]
     stopped: str | None = None  # why the way up ended at a linear node
+    beyond: tuple[gs.Tensor, ...] = ()  # what it would have reached had it not
 
     @property
     def tensor(self) -> gs.Tensor:
@@ -85,13 +86,14 @@ def _fuse_sum(
 ) -> None:
     """Merge every group of leaves of one sum that can be merged; rewrite the sum if any could."""
     convs = []
+    every = tuple(leaves)
     for source in _shared_sources(leaves, order):
         group = [leaf for leaf in leaves if leaf.step_at(source)]
         if len(group) < 2:
             continue  # its leaves went into a nearer group
         steps = [step for leaf in group if (step := leaf.step_at(source))]
         nodes = [node for step in steps for node in step.nodes]
-        name = first_free(block_name(root, nodes), fused)
+        name = first_free(block_name(root, nodes), {node.name for node in graph.nodes})
         merged = _merge(steps)
         if isinstance(merged, str):
             skipped.append(Skipped(name, merged))
@@ -99,9 +101,19 @@ def _fuse_sum(
         fused[name] = tuple(_branch(step, merged) for step in steps)
         convs.append(_conv(graph, name, source, merged))
         leaves = [leaf for leaf in leaves if leaf not in group]
+    skipped += _stopped(every, leaves)
     if convs:
-        skipped += [Skipped(leaf.tensor.name, leaf.stopped) for leaf in leaves if leaf.stopped]
         _rewrite_sum(graph, root, convs, [leaf.tensor for leaf in leaves])
+
+
+def _stopped(every: Sequence[Leaf], left: Sequence[Leaf]) -> list[Skipped]:
+    """Return the leaves that stayed behind though they start where another leaf does."""
+    return [
+        Skipped(leaf.tensor.name, leaf.stopped)
+        for leaf in left
+        for source in leaf.beyond
+        if leaf.stopped and any(other.step_at(source) for other in every if other is not leaf)
+    ]
 
 
 def _is_sum(node: gs.Node) -> bool:
@@ -139,12 +151,22 @@ def _climb(graph: gs.Graph, tensor: gs.Tensor) -> Leaf:
             break
         whole = linear if below.linear is None else compose(linear, below.linear)
         if isinstance(whole, str):
-            return Leaf(tuple(steps), f"{node.name}: {whole}")
+            return Leaf(tuple(steps), f"{node.name}: {whole}", _linear_sources(graph, node))
         stride = below.linear.stride if below.linear else (1, 1)
         macs = below.macs + (0 if linear.is_per_channel else linear.macs * stride[0] * stride[1])
         tensor = _data_input(node)
         steps.append(Step(tensor, whole, macs, (node, *below.nodes)))
     return Leaf(tuple(steps))
+
+
+def _linear_sources(graph: gs.Graph, node: gs.Node) -> tuple[gs.Tensor, ...]:
+    """Return the tensors above a linear node, as far as the way up is linear."""
+    tensors = [_data_input(node)]
+    while is_private(graph, tensors[-1]) and (above := producer(tensors[-1])) is not None:
+        if linear_of(above, None) is None:
+            break
+        tensors.append(_data_input(above))
+    return tuple(tensors)
 
 
 def _data_input(node: gs.Node) -> gs.Tensor:
@@ -229,6 +251,7 @@ def _rewrite_sum(
 ) -> None:
     """Make the sum's output tensor the sum of the new convolutions and the remaining operands."""
     output = root.outputs[0]
+    graph.nodes.remove(root)
     root.inputs.clear()
     root.outputs.clear()
     terms = [conv.outputs[0] for conv in convs] + rest

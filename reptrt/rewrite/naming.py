@@ -1,12 +1,13 @@
 """Names for fused and folded nodes: the same in every run, and telling a reader something."""
 
+import re
 from collections.abc import Sequence
 
 import onnx_graphsurgeon as gs
 
 from reptrt.graph import Net, first_free, weighted_nodes
 
-_WEIGHT_SUFFIXES = (".folded_bias", ".folded", ".weight", ".bias")
+_FOLDED = re.compile(r"\.folded(_\d+)?$")  # what fold_batchnorm appends
 
 
 def common_prefix(names: Sequence[str]) -> str:
@@ -32,7 +33,7 @@ def parameter_names(nodes: Sequence[gs.Node]) -> list[str]:
     for node in nodes:
         for tensor in node.inputs:
             if isinstance(tensor, gs.Constant):
-                names.append(tensor.name.removesuffix(".folded_bias").removesuffix(".folded"))
+                names.append(_FOLDED.sub("", tensor.name))
     return names
 
 
@@ -41,8 +42,8 @@ def block_name(root: gs.Node, nodes: Sequence[gs.Node]) -> str:
     names = parameter_names(nodes)
     if all("." in name for name in names) and (prefix := common_prefix(names)):
         return prefix
-    path = root.name.strip("/").split("/")
-    return ".".join(path[:-1][-1:]) or root.name or root.outputs[0].name
+    path = (root.name or root.outputs[0].name).strip("/").split("/")
+    return path[-2] if len(path) > 1 else f"{path[0]}.fused"
 
 
 def layer_name(node: gs.Node) -> str:
@@ -51,12 +52,9 @@ def layer_name(node: gs.Node) -> str:
     >>> layer_name(gs.Node("Gemm", "n7", inputs=[gs.Variable("x"), gs.Variable("head.fc.weight")]))
     'head.fc'
     """
-    name = str(node.inputs[1].name)
-    weight = name
-    for suffix in _WEIGHT_SUFFIXES:
-        weight = weight.removesuffix(suffix)
-    if weight not in ("", name):
-        return weight
+    name = _FOLDED.sub("", node.inputs[1].name)
+    if name.endswith(".weight") and name != ".weight":
+        return name.removesuffix(".weight")
     return str(node.name or node.outputs[0].name)
 
 

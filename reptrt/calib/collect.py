@@ -1,0 +1,78 @@
+"""Run images through a float graph and collect one histogram per tensor."""
+
+import math
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import torch
+
+from reptrt.calib.histogram import Histogram, histogram_of
+from reptrt.data import Dataset
+from reptrt.errors import CalibrationError
+from reptrt.placement import Activation
+from reptrt.progress import track
+from reptrt.torchgraph import TorchGraph
+
+COMPUTE_BATCH = 32
+
+
+def collect(graph: TorchGraph, dataset: Dataset, tensors: Sequence[str]) -> dict[str, Histogram]:
+    """Return the histogram of |x| of each named tensor over all images.
+
+    Images always run ``COMPUTE_BATCH`` at a time, the last batch filled up with repetitions that
+    are not counted: a convolution library may round differently for another batch size, and the
+    result must not depend on one. Memory: one batch of activations and 64 KiB per tensor.
+
+    Raises:
+        CalibrationError: a tensor holds NaN or Inf.
+    """
+    histograms: dict[str, Histogram] = {}
+    num_batches = math.ceil(dataset.length / COMPUTE_BATCH)
+    batches = track(dataset.batches(COMPUTE_BATCH), num_batches, "calibrate")
+    for batch in batches:
+        for name, histogram in _batch_histograms(graph, batch, tensors):
+            previous = histograms.get(name)
+            histograms[name] = histogram if previous is None else previous.merged(histogram)
+    return histograms
+
+
+def merge_groups(
+    activations: Iterable[Activation], histograms: dict[str, Histogram]
+) -> dict[int, Histogram]:
+    """Return one histogram per scale group: what tensors with a common scale hold together.
+
+    Raises:
+        CalibrationError: a tensor is zero on all images, so no scale follows from it.
+    """
+    merged: dict[int, Histogram] = {}
+    for activation in activations:
+        histogram = histograms[activation.tensor]
+        if histogram.maximum == 0.0:
+            readers = ", ".join(name for name, _ in activation.readers)
+            raise CalibrationError(
+                f"{activation.tensor}: amax is 0 over {histogram.zeros} values: it is dead; "
+                f"check the weights before it, or leave {readers} in float with --exclude"
+            )
+        known = merged.get(activation.group)
+        merged[activation.group] = histogram if known is None else known.merged(histogram)
+    return merged
+
+
+def _batch_histograms(
+    graph: TorchGraph, batch: np.ndarray, tensors: Sequence[str]
+) -> list[tuple[str, Histogram]]:
+    found: list[tuple[str, Histogram]] = []
+    count = len(batch)
+    if count < COMPUTE_BATCH:
+        batch = np.resize(batch, (COMPUTE_BATCH, *batch.shape[1:]))
+
+    def observe(name: str, value: torch.Tensor) -> None:
+        histogram = histogram_of(value[:count])
+        if math.isinf(histogram.maximum):
+            raise CalibrationError(
+                f"{name}: holds NaN or Inf; the net is broken before this tensor"
+            )
+        found.append((name, histogram))
+
+    graph.observe(torch.from_numpy(batch), tensors, observe)
+    return found

@@ -1,0 +1,8 @@
+"""The named choices that options take; importing this loads nothing."""
+
+from typing import Literal
+
+Recipe = Literal["fast"]
+Rule = Literal["max", "percentile", "mse", "mae", "entropy", "kl"]  # reptrt.calib.thresholds
+Resize = Literal["none", "stretch", "crop"]  # reptrt.preprocess
+TorchDevice = Literal["cpu", "cuda"]

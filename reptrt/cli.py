@@ -1,0 +1,332 @@
+"""The command line: thin calls to `reptrt.pipeline`.
+
+Results go to stdout, progress and logs to stderr. Exit 0 done, 1 a stated failure (one line), 2
+usage. Nothing heavy is imported before a command runs.
+"""
+
+import json
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+import click
+
+from reptrt import __version__, choices
+from reptrt.errors import ReptrtError
+
+T = TypeVar("T")
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+_OUTPUT = click.Path(path_type=Path)
+
+
+class NumberList(click.ParamType):
+    """Numbers separated by commas (or by x, for sizes)."""
+
+    def __init__(self, kind: Callable[[str], float], separator: str = ",", count: int = 0) -> None:
+        self.kind, self.separator, self.count = kind, separator, count
+        self.name = "CxHxW" if separator == "x" else "n,n,..."
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[float, ...]:
+        """Return the numbers, or a usage error."""
+        if isinstance(value, tuple):
+            return value
+        try:
+            numbers = tuple(self.kind(item) for item in str(value).lower().split(self.separator))
+        except ValueError:
+            self.fail(f"{value!r}: expected {self.name}", param, ctx)
+        if self.count and (len(numbers) != self.count or min(numbers) <= 0):
+            self.fail(f"{value!r}: expected {self.count} positive numbers", param, ctx)
+        return numbers
+
+
+INTS, FLOATS, SIZE = NumberList(int), NumberList(float), NumberList(int, "x", 3)
+
+
+class Cli(click.Group):
+    """A group that prints a stated failure as one line and exits with 1."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run a command."""
+        try:
+            return super().invoke(ctx)
+        except ReptrtError as err:
+            click.echo(f"error: {' '.join(str(err).split())}", err=True)
+            ctx.exit(1)
+
+
+@click.group(cls=Cli, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__)
+@click.option("-v", "--verbose", is_flag=True, help="Log what happens, to stderr.")
+def main(verbose: bool) -> None:
+    """Re-parameterized CNNs from a PyTorch checkpoint to an accurate INT8 TensorRT engine.
+
+    One verb a stage: export -> calibrate -> build-engine -> eval, bench. `reptrt run` does it all.
+    """
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger = logging.getLogger("reptrt")
+    logger.handlers[:] = [handler]
+    logger.setLevel(logging.INFO if verbose else logging.WARNING)
+
+
+def _choice(literal: Any) -> click.Choice[str]:
+    return click.Choice(list(get_args(literal)))
+
+
+def _json_option(command: Command) -> Command:
+    return click.option(
+        "--json", "json_path", metavar="F", help="Write the result as JSON; - is stdout."
+    )(command)
+
+
+def _emit(text: str, content: Any, json_path: str | None) -> None:
+    """Print the result for people, and write or print it as JSON."""
+    if json_path == "-":
+        click.echo(json.dumps(content, indent=2))
+        return
+    if json_path is not None:
+        from reptrt.artifacts import write_json
+
+        write_json(Path(json_path), content)
+    click.echo(text)
+
+
+def source_options(command: Command) -> Command:
+    """Add the options that say what to export."""
+    options = [
+        click.option("--weights", type=click.Path(path_type=Path), metavar="CKPT"),
+        click.option("--input-size", type=SIZE, help="Image size, e.g. 3x224x224."),
+        click.option("--num-classes", type=int),
+        click.option("--widths", type=INTS, help="Channels per stage, stem first."),
+        click.option("--blocks", type=INTS, help="Blocks per stage, without the stem."),
+        click.option("--strides", type=INTS, help="Stride of each stage, stem first."),
+        click.option("--groups", type=int, help="RepVGG: groups of every second layer."),
+        click.option("--branches", type=int, help="MobileOne: k x k branches per block."),
+        click.option("--mean", type=FLOATS, help="Per channel, of x / 255."),
+        click.option("--std", type=FLOATS, help="Per channel, of x / 255."),
+        click.option("--resize", type=_choice(choices.Resize), help="For images of other sizes."),
+        click.option("--opset", type=click.IntRange(13, 20), default=19, show_default=True),
+        click.option(
+            "--tolerance",
+            type=float,
+            default=1e-4,
+            show_default=True,
+            help="Largest difference allowed after fusion, of the largest value.",
+        ),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def _source_and_options(source: str, values: dict[str, Any]) -> tuple[Any, Any]:
+    from reptrt.models.options import ArchitectureOptions
+    from reptrt.pipeline import ExportOptions
+    from reptrt.sources import Source
+
+    names = ("widths", "blocks", "strides", "groups", "branches", "num_classes")
+    architecture = ArchitectureOptions(**{name: values[name] for name in names})
+    kept = ("input_size", "mean", "std", "resize", "opset", "tolerance")
+    options = ExportOptions(**{name: values[name] for name in kept})
+    return Source(source, values["weights"], architecture), options
+
+
+@main.command()
+@click.argument("source")
+@click.option("-o", "--output", type=_OUTPUT, required=True)
+@source_options
+@_json_option
+def export(source: str, output: Path, json_path: str | None, **values: Any) -> None:
+    """Write SOURCE as one fused float ONNX file, proved equal to the original.
+
+    SOURCE is a zoo name (repvgg, mobileone, repvgg_a0, ...), FILE.py:FACTORY, MODULE:FACTORY or
+    an .onnx file, train-form or fused. Rep blocks are found by algebra, not by name.
+    """
+    from reptrt import pipeline
+
+    what, options = _source_and_options(source, values)
+    report = pipeline.export(what, output, options)
+    overall = report.proof.overall
+    lines = [
+        f"{block.name:32s} max difference {block.max_difference:.2e}"
+        for block in report.proof.blocks
+    ]
+    lines += [f"{skip.node:32s} left alone: {skip.reason}" for skip in report.skipped]
+    lines.append(
+        f"export  {report.path}  {len(report.proof.blocks)} blocks fused  "
+        f"{report.num_parameters / 1e6:.2f} M parameters  "
+        f"max |original - fused| {overall.max_difference:.2e} of {overall.max_value:.3g}  "
+        f"{report.seconds:.1f} s"
+    )
+    _emit("\n".join(lines), report.to_json(), json_path)
+
+
+@main.command()
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option("--data", type=click.Path(path_type=Path), required=True, help="Folder, .npz, .npy.")
+@click.option("-o", "--output", type=_OUTPUT, required=True)
+@click.option("-n", "--images", type=int, default=512, show_default=True)
+@click.option("--recipe", type=_choice(choices.Recipe), default="fast", show_default=True)
+@click.option("--threshold", type=_choice(choices.Rule), default="mse", show_default=True)
+@click.option("--percentile", type=click.FloatRange(50, 100), default=99.99, show_default=True)
+@click.option("--weight-bits", type=int, default=8, show_default=True)
+@click.option("--activation-bits", type=int, default=8, show_default=True)
+@click.option("--exclude", multiple=True, metavar="REGEX", help="Layers to leave in float.")
+@click.option("--device", type=_choice(choices.TorchDevice), default="cpu", show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True)
+@_json_option
+def calibrate(
+    model: Path,
+    data: Path,
+    output: Path,
+    json_path: str | None,
+    exclude: tuple[str, ...],
+    threshold: str,
+    percentile: float,
+    **values: Any,
+) -> None:
+    """Quantize the float ONNX file MODEL to INT8 with scales found on images."""
+    from reptrt import pipeline
+    from reptrt.calib.thresholds import ThresholdOptions
+
+    rule = ThresholdOptions(threshold, percentile)  # type: ignore[arg-type]
+    options = pipeline.CalibrateOptions(threshold=rule, exclude=exclude, **values)
+    report = pipeline.calibrate(model, data, output, options)
+    text = (
+        f"calibrate  {report.path}  {options.recipe}  {threshold}  {report.images} images  "
+        f"{report.layers} layers  {len(report.tensors)} tensors  "
+        f"{sum(report.seconds.values()):.1f} s"
+    )
+    if report.simulation:
+        text += f"\nsimulation only, no engine can run it: {report.simulation}"
+    _emit(text, report.to_json(), json_path)
+
+
+@main.command("build-engine")
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option("-o", "--output", type=_OUTPUT, required=True)
+@click.option(
+    "--backend",
+    type=click.Choice(["auto", "tensorrt", "tensorrt-rtx"]),
+    default="auto",
+    show_default=True,
+)
+@click.option("--target", default=None, help="Compute capabilities, e.g. sm80,sm89.")
+@click.option("--shapes", default=None, help="MIN:OPT:MAX batch sizes, or full shapes.")
+@click.option("--workspace", "workspace_mib", type=int, help="Scratch memory in MiB.")
+@click.option("--timing-cache", type=click.Path(path_type=Path))
+@click.option("--pinned-tactics", is_flag=True, help="Only tactics from the timing cache.")
+@click.option("--version-compatible", is_flag=True)
+@click.option(
+    "--hardware-compatible",
+    type=click.Choice(["none", "ampere+", "same-compute-capability"]),
+    default="none",
+    show_default=True,
+)
+@click.option("--refit", is_flag=True, help="Weights can be replaced later.")
+@click.option("--strip-plan", is_flag=True, help="Leave the weights out of the file.")
+@click.option("--optimization-level", type=int, default=3, show_default=True)
+@_json_option
+def build_engine(
+    model: Path,
+    output: Path,
+    target: str | None,
+    shapes: str | None,
+    json_path: str | None,
+    **values: Any,
+) -> None:
+    """Build a TensorRT engine from the ONNX file MODEL.
+
+    With tensorrt-rtx this needs neither a GPU nor a driver.
+    """
+    from reptrt.engine import build_engine as build
+    from reptrt.engine_options import BuildOptions, parse_shapes, parse_targets
+
+    options = BuildOptions(
+        targets=parse_targets(target) if target else (),
+        shapes=parse_shapes(shapes) if shapes else None,
+        **values,
+    )
+    summary = build(model, output, options)
+    text = (
+        f"build-engine  {summary.path}  {summary.backend} {summary.backend_version}  "
+        f"{', '.join(summary.targets) or 'portable'}  {summary.num_layers} layers, "
+        f"{len(summary.int8_layers)} planned INT8  {summary.size_bytes / 2**20:.1f} MiB  "
+        f"{summary.seconds:.1f} s"
+    )
+    _emit(text, summary.to_json(), json_path)
+
+
+def _runner_options(command: Command) -> Command:
+    options = [
+        click.option(
+            "--runner",
+            type=click.Choice(["auto", "ort", "tensorrt"]),
+            default="auto",
+            show_default=True,
+        ),
+        click.option(
+            "--device",
+            type=click.Choice(["cpu", "cuda", "tensorrt"]),
+            default="cpu",
+            show_default=True,
+            help="Of onnxruntime.",
+        ),
+        click.option("--threads", type=int, help="CPU threads of onnxruntime."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+@main.command("eval")
+@click.argument("files", type=click.Path(path_type=Path), nargs=-1, required=True)
+@click.option("--data", type=click.Path(path_type=Path), required=True)
+@click.option("--reference", type=click.Path(path_type=Path), help="Float file to compare with.")
+@click.option("--limit", type=int, help="Take a sample of this many images.")
+@click.option("--batch-size", type=int, default=64, show_default=True)
+@_runner_options
+@_json_option
+def evaluate(
+    files: Sequence[Path], data: Path, reference: Path | None, json_path: str | None, **values: Any
+) -> None:
+    """Judge FILES on the same images: top-1, top-5, agreement and SQNR with a reference."""
+    from reptrt.evaluate import evaluate as judge
+
+    report = judge(list(files), data, reference=reference, **values)
+    _emit(_text(report.to_table()), report.to_json(), json_path)
+
+
+@main.command()
+@click.argument("files", type=click.Path(path_type=Path), nargs=-1, required=True)
+@click.option("--batch", "batches", type=INTS, default="1", show_default=True)
+@click.option("--baseline", type=click.Path(path_type=Path), help="Print ratios to this file.")
+@click.option("--min-seconds", type=float, default=2.0, show_default=True)
+@click.option("--warmup-seconds", type=float, default=0.5, show_default=True)
+@_runner_options
+@_json_option
+def bench(files: Sequence[Path], json_path: str | None, **values: Any) -> None:
+    """Time FILES side by side: interleaved rounds, median and percentiles."""
+    from reptrt.bench import bench as measure
+
+    report = measure(list(files), **values)
+    _emit(_text(report.to_table()), report.to_json(), json_path)
+
+
+def _text(table: Any) -> str:
+    """Render a rich table: as wide as the terminal, or 160 columns into a file."""
+    from rich.console import Console
+
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    with console.capture() as capture:
+        console.print(table)
+    return capture.get().rstrip("\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,309 @@
+"""The Python API: one function per command. Only here and in the command line do stages meet.
+
+export -> calibrate -> build_engine -> evaluate, bench; run does it all
+"""
+
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+
+from reptrt.affine import Grid, scale_from_amax
+from reptrt.artifacts import read_sidecar, require_folder, sha256_of, write_artifact
+from reptrt.calib.collect import collect, merge_groups
+from reptrt.calib.histogram import Histogram
+from reptrt.calib.thresholds import ThresholdOptions, amax_from_histogram
+from reptrt.choices import Recipe, Resize
+from reptrt.data import Dataset, open_dataset
+from reptrt.errors import ConfigError
+from reptrt.export import (
+    ExportSettings,
+    Proof,
+    block_outputs,
+    fuse,
+    model_from_file,
+    onnx_from_module,
+    prove,
+)
+from reptrt.graph import Net, bytes_from_model, model_from_net, net_from_model, read_model
+from reptrt.placement import Placement, place
+from reptrt.preprocess import Preprocess, read_preprocess
+from reptrt.qdq import insert_qdq, quantize_weights
+from reptrt.rewrite.contract import Skipped
+from reptrt.sources import Source, module_from_source
+from reptrt.torchgraph import TorchGraph
+
+_LOG = logging.getLogger(__name__)
+
+_IMAGENET_SIZE = (3, 224, 224)
+_IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True, slots=True)
+class ExportOptions:
+    """Options of `export`; None means what the source implies."""
+
+    input_size: tuple[int, int, int] | None = None  # C, H, W
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    resize: Resize | None = None
+    opset: int = 19
+    tolerance: float = 1e-4  # of the largest value, per block and overall
+
+
+@dataclass(frozen=True, slots=True)
+class ExportReport:
+    """What `export` wrote and proved."""
+
+    path: Path
+    sha256: str
+    proof: Proof
+    skipped: tuple[Skipped, ...]  # sums that look like rep blocks and were left alone
+    num_parameters: int
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the report as JSON values."""
+        content = asdict(self) | {"path": str(self.path)}
+        content["blocks"] = content["proof"].pop("blocks")
+        return content | content.pop("proof")
+
+
+def export(source: Source, output: Path, options: ExportOptions) -> ExportReport:
+    """Write a net as one fused float ONNX file with its preprocessing, proved equal to the source.
+
+    Raises:
+        ReptrtError: the source, its weights or an option cannot be used; or the fused net differs
+            from the source by more than the tolerance, in which case nothing is written.
+    """
+    started = time.perf_counter()
+    require_folder(output)
+    module = None
+    if source.is_onnx:
+        original = model_from_file(Path(source.name), options.opset, options.input_size)
+        preprocess = _preprocess(source, options, original)
+    else:
+        module = module_from_source(source)
+        preprocess = _preprocess(source, options, None)
+        original = onnx_from_module(module, preprocess, ExportSettings(options.opset))
+    net, reports = fuse(original, preprocess)
+    fused = model_from_net(net)
+    blocks = block_outputs(net, original, reports[-1].changed)
+    proof = prove(original, fused, blocks, tolerance=options.tolerance, module=module)
+    proof.check()
+    sidecar = write_artifact(
+        output,
+        bytes_from_model(fused),
+        artifact="float-onnx",
+        parents=_parents(source),
+        options={"source": source.name, **_plain(options)},
+        details={"proof": asdict(proof), "skipped": [asdict(s) for s in reports[-1].skipped]},
+    )
+    return ExportReport(
+        path=output,
+        sha256=sidecar.sha256,
+        proof=proof,
+        skipped=reports[-1].skipped,
+        num_parameters=_num_parameters(fused),
+        seconds=time.perf_counter() - started,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrateOptions:
+    """Options of `calibrate`."""
+
+    images: int = 512
+    recipe: Recipe = "fast"
+    threshold: ThresholdOptions = field(default_factory=ThresholdOptions)
+    weight_bits: int = 8
+    activation_bits: int = 8
+    exclude: tuple[str, ...] = ()  # regular expressions over layer names
+    device: str = "cpu"
+    seed: int = 0  # of the sample of images
+
+    def __post_init__(self) -> None:
+        for name, bits in (("weight", self.weight_bits), ("activation", self.activation_bits)):
+            if not 2 <= bits <= 8:
+                raise ConfigError(f"--{name}-bits: got {bits}, expected 2..8 (simulated in INT8)")
+
+    @property
+    def simulation(self) -> str | None:
+        """Why the result is a simulation that no engine can run; None if it is not."""
+        if self.weight_bits == self.activation_bits == 8:
+            return None
+        return f"{self.weight_bits}-bit weights, {self.activation_bits}-bit activations inside INT8"
+
+
+@dataclass(frozen=True, slots=True)
+class TensorScale:
+    """What calibration found for one activation."""
+
+    tensor: str
+    maximum: float  # largest |x| seen
+    amax: float  # largest |x| kept
+    scale: float
+    zeros: float  # fraction of exact zeros
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrateReport:
+    """What `calibrate` wrote."""
+
+    path: Path
+    sha256: str
+    images: int
+    layers: int
+    tensors: tuple[TensorScale, ...]
+    simulation: str | None
+    seconds: Mapping[str, float]  # per stage
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the report as JSON values."""
+        return asdict(self) | {"path": str(self.path), "seconds": dict(self.seconds)}
+
+
+def calibrate(model: Path, data: Path, output: Path, options: CalibrateOptions) -> CalibrateReport:
+    """Quantize a float ONNX file to INT8 with scales found on images; write the Q/DQ ONNX file.
+
+    Raises:
+        ReptrtError: the model or the images cannot be used; nothing is written.
+    """
+    require_folder(output)
+    read_sidecar(model)
+    clock = _Clock()
+    net = net_from_model(read_model(model))
+    placement = place(net, options.exclude)
+    dataset = open_dataset(data, read_preprocess(net), limit=options.images, seed=options.seed)
+    clock.lap("load")
+    histograms = _collect(net, placement, dataset, options.device)
+    clock.lap("collect")
+    grid = Grid.activation(options.activation_bits)
+    tensors = _tensor_scales(placement, histograms, options.threshold, grid)
+    clock.lap("thresholds")
+    weights = quantize_weights(net, placement, Grid.weight(options.weight_bits))
+    insert_qdq(net, placement, {t.tensor: t.scale for t in tensors}, weights, grid)
+    if options.simulation is not None:
+        net.metadata["reptrt.simulation"] = options.simulation
+    content = bytes_from_model(model_from_net(net))
+    sidecar = write_artifact(
+        output,
+        content,
+        artifact="int8-onnx",
+        parents={model.name: sha256_of(model), str(data.name): dataset.digest()},
+        options=_plain(options),
+        details={"simulation": options.simulation} if options.simulation else {},
+    )
+    clock.lap("write")
+    return CalibrateReport(
+        path=output,
+        sha256=sidecar.sha256,
+        images=dataset.length,
+        layers=len(placement.weights),
+        tensors=tensors,
+        simulation=options.simulation,
+        seconds=clock.laps,
+    )
+
+
+def _collect(net: Net, placement: Placement, dataset: Dataset, device: str) -> dict[str, Histogram]:
+    with torch.inference_mode():
+        graph = TorchGraph(net, _torch_device(device))
+        return collect(graph, dataset, [a.tensor for a in placement.activations])
+
+
+def _tensor_scales(
+    placement: Placement,
+    histograms: dict[str, Histogram],
+    threshold: ThresholdOptions,
+    grid: Grid,
+) -> tuple[TensorScale, ...]:
+    groups = merge_groups(placement.activations, histograms)
+    amax = {key: amax_from_histogram(h, threshold, grid) for key, h in groups.items()}
+    found = []
+    for activation in placement.activations:
+        histogram = histograms[activation.tensor]
+        total = int(histogram.counts.sum()) + histogram.zeros
+        kept = amax[activation.group]
+        found.append(
+            TensorScale(
+                tensor=activation.tensor,
+                maximum=histogram.maximum,
+                amax=kept,
+                scale=float(scale_from_amax(kept, grid)),
+                zeros=histogram.zeros / total,
+            )
+        )
+    return tuple(found)
+
+
+def _torch_device(name: str) -> torch.device:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(
+            "--device cuda: torch finds no CUDA device; use --device cpu, or install a CUDA build "
+            "of torch and a driver"
+        )
+    return torch.device(name)
+
+
+def _preprocess(
+    source: Source, options: ExportOptions, original: onnx.ModelProto | None
+) -> Preprocess:
+    """Return the preprocessing: what was asked for, else what the source implies."""
+    imagenet = source.is_imagenet_variant
+    if original is not None:
+        base = read_preprocess(net_from_model(original))
+    else:
+        base = Preprocess.plain(*(options.input_size or _IMAGENET_SIZE))
+        if imagenet and base.channels == len(_IMAGENET_MEAN):
+            base = replace(base, mean=_IMAGENET_MEAN, std=_IMAGENET_STD, resize="crop")
+    given = {"mean": options.mean, "std": options.std, "resize": options.resize}
+    changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    return replace(base, **changes)
+
+
+def _parents(source: Source) -> dict[str, str]:
+    files = [source.weights, Path(source.name) if source.is_onnx else None]
+    return {path.name: sha256_of(path) for path in files if path is not None}
+
+
+def _num_parameters(model: onnx.ModelProto) -> int:
+    sizes = [onnx.numpy_helper.to_array(tensor).size for tensor in model.graph.initializer]
+    return int(sum(sizes))
+
+
+def _plain(options: Any) -> dict[str, Any]:
+    """Return an options dataclass as JSON values."""
+    return {
+        name: str(value) if isinstance(value, Path) else value
+        for name, value in asdict(options).items()
+    }
+
+
+class _Clock:
+    """Seconds per stage."""
+
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.laps[name] = now - self._last
+        self._last = now
+
+
+__all__ = [
+    "CalibrateOptions",
+    "CalibrateReport",
+    "ExportOptions",
+    "ExportReport",
+    "Source",
+    "calibrate",
+    "export",
+]
