@@ -24,23 +24,11 @@ from reptrt.engine_options import (
     BuildOptions,
     ShapeRange,
     check_options,
-    parse_shapes,
-    parse_targets,
     profile_shapes,
 )
 from reptrt.errors import ArtifactError, ConfigError, EngineError
 from reptrt.graph import bytes_from_model, read_model
 from reptrt.intent import planned_int8, uint8_node
-
-__all__ = [
-    "BuildOptions",
-    "EngineSummary",
-    "ShapeRange",
-    "TensorInfo",
-    "build_engine",
-    "parse_shapes",
-    "parse_targets",
-]
 
 _LOG = logging.getLogger(__name__)
 _MIB = 1 << 20
@@ -74,6 +62,11 @@ class EngineSummary:
     device_memory_bytes: int | None  # activations of one execution context; None: not known here
     without_effect: tuple[str, ...]  # options that this backend takes but does not follow
     seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the summary as JSON values."""
+        profile = {name: str(wanted) for name, wanted in self.profile.items()}
+        return asdict(self) | {"path": str(self.path), "profile": profile}
 
 
 @dataclass(frozen=True, slots=True)
@@ -329,10 +322,9 @@ def _write(
     asked = asdict(options)
     asked["shapes"] = None if options.shapes is None else str(options.shapes)
     asked["timing_cache"] = None if options.timing_cache is None else str(options.timing_cache)
-    found = asdict(summary)
+    found = summary.to_json()
     for name in ("path", "sha256", "seconds"):
         del found[name]
-    found["profile"] = {name: str(wanted) for name, wanted in summary.profile.items()}
     preprocess = _metadata(model).get("reptrt.preprocess")
     found["preprocess"] = None if preprocess is None else json.loads(preprocess)
     write_artifact(

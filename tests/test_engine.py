@@ -16,7 +16,8 @@ from onnx import helper
 from reptrt import _tensorrt
 from reptrt._tensorrt import Gpu
 from reptrt.artifacts import read_sidecar, sha256_of, sidecar_path, write_artifact
-from reptrt.engine import BuildOptions, TensorInfo, build_engine, parse_shapes
+from reptrt.engine import TensorInfo, build_engine
+from reptrt.engine_options import BuildOptions, parse_shapes
 from reptrt.errors import ArtifactError, ConfigError, EngineError
 from tests.fake_tensorrt import FULL_RELEASES, FakeTensorrt
 from tests.qdq_graphs import model_of, qdq_model, save
@@ -58,7 +59,8 @@ def test_builds_int8_for_every_target(source, output, target):
     assert summary.int8_layers == ("conv0", "conv1")
     assert summary.inputs == (TensorInfo("input", (-1, 3, 8, 8), "FLOAT"),)
     assert summary.outputs == (TensorInfo("logits", (-1, 16, 1, 1), "FLOAT"),)
-    assert str(summary.profile["input"]) == "1x3x8x8:8x3x8x8:64x3x8x8"
+    assert summary.to_json()["profile"] == {"input": "1x3x8x8:8x3x8x8:64x3x8x8"}
+    json.dumps(summary.to_json())
 
 
 @needs_rtx
@@ -276,17 +278,16 @@ def test_a_changed_onnx_is_not_built(source, output, tmp_path):
 @needs_rtx
 def test_ctrl_c_ends_the_build_and_leaves_nothing(source, output, monkeypatch):
     make_monitor = _tensorrt.make_monitor
-    cancelled_by = []
+    stopped = []
 
     def pressing_ctrl_c(backend, stop):
         monitor = make_monitor(backend, stop)
 
         class Pressing(type(monitor)):
             def step_complete(self, phase_name, step):
-                if not cancelled_by:
-                    cancelled_by.append(phase_name)
+                if not stopped:
                     signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
-                    assert stop.wait(timeout=20)
+                    stopped.append(stop.wait(timeout=20))
                 return super().step_complete(phase_name, step)
 
         return Pressing()
@@ -295,7 +296,7 @@ def test_ctrl_c_ends_the_build_and_leaves_nothing(source, output, monkeypatch):
     before = files(output.parent)
     with pytest.raises(KeyboardInterrupt):
         build_engine(source, output, RTX)
-    assert cancelled_by
+    assert stopped == [True]
     assert files(output.parent) == before
     assert not [t for t in threading.enumerate() if t.name.startswith("build-engine")]
 
