@@ -1,15 +1,15 @@
 """Rewrite a TensorRT-form Q/DQ graph so that onnxruntime runs it in INT8 on a CPU.
 
 TensorRT wants Q after the ReLU, symmetric INT8; onnxruntime fuses a convolution only with a Q that
-follows it directly. Run as it is, the graph would compute every convolution in float. Each step
-here is exact: the codes of every tensor stay the same.
+follows it directly. Run as it is, the graph would compute every convolution in float. Steps
+1 and 2 are exact: the codes of every tensor stay the same.
 
 1. ``Relu -> Q(int8)`` becomes ``Q(uint8, zero point 0) -> Clip(0, 127)``: saturation at 0 is the
    ReLU, and the clip restores the saturation at 127 that INT8 has. ``Clip(0, c)`` likewise.
 2. ``DQ -> Flatten, Reshape, MaxPool...`` gets a Q/DQ pair of the same scale behind it, which
    onnxruntime needs in order to keep the codes.
-3. A Gemm of two DQ with a float bias becomes Gemm + Add: onnxruntime's INT8 Gemm with float output
-   takes no float bias.
+3. The bias of a Gemm of two DQ becomes INT32 codes of the accumulator's own step, which
+   onnxruntime does by itself for convolutions only. It moves the bias by half such a step at most.
 """
 
 import numpy as np
@@ -26,14 +26,13 @@ def lower(model: onnx.ModelProto) -> onnx.ModelProto:
         return model
     net = net_from_model(model)
     graph = net.graph
-    for node in list(graph.nodes):
+    for node in list(graph.toposort().nodes):
         if node.op in ("Relu", "Clip"):
             _saturate_instead(graph, node)
-        elif node.op == "Gemm":
-            _split_bias(graph, node)
-    for node in list(graph.toposort().nodes):
-        if node.op in MOVING_OPS:
+        elif node.op in MOVING_OPS:
             _repeat_pair(graph, node)
+        elif node.op == "Gemm":
+            _quantize_bias(graph, node)
     return model_from_net(net)
 
 
@@ -104,17 +103,27 @@ def _repeat_pair(graph: gs.Graph, node: gs.Node) -> None:
     ]
 
 
-def _split_bias(graph: gs.Graph, node: gs.Node) -> None:
+def _quantize_bias(graph: gs.Graph, node: gs.Node) -> None:
     """Step 3."""
     sources = [producer(tensor) for tensor in node.inputs[:2]]
     if len(node.inputs) < 3 or any(s is None or s.op != "DequantizeLinear" for s in sources):
         return
     bias = constant_value(node.inputs[2])
-    if bias is None or node.attrs.get("beta", 1.0) != 1.0:
+    scales = [
+        value
+        for source in sources
+        if source is not None and (value := constant_value(source.inputs[1])) is not None
+    ]
+    if bias is None or bias.ndim != 1 or len(scales) != 2:
         return
-    result = node.outputs[0]
-    product = gs.Variable(f"{node.name}.product", dtype=np.float32, shape=result.shape)
-    offset = node.inputs[2]
-    node.inputs = node.inputs[:2]
-    node.outputs = [product]
-    graph.nodes.append(gs.Node("Add", f"{node.name}.bias_add", {}, [product, offset], [result]))
+    scale = np.broadcast_to(scales[0] * scales[1], bias.shape).astype(np.float32)
+    name = f"{node.name}.bias"
+    codes = np.rint(bias.astype(np.float64) / scale).astype(np.int32)
+    inputs = [
+        gs.Constant(f"{name}.int32", codes),
+        gs.Constant(f"{name}.int32_scale", scale),
+        gs.Constant(f"{name}.int32_zero_point", np.zeros(codes.shape, np.int32)),
+    ]
+    result = gs.Variable(f"{name}.dq", dtype=np.float32, shape=bias.shape)
+    graph.nodes.append(gs.Node("DequantizeLinear", f"{name}.dq", {"axis": 0}, inputs, [result]))
+    node.inputs[2] = result

@@ -1,9 +1,11 @@
 """Run images through a float graph and collect one histogram per tensor."""
 
+import functools
 import math
 from collections.abc import Iterable, Sequence
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from reptrt.calib.histogram import Histogram, histogram_of
@@ -59,20 +61,19 @@ def merge_groups(
 
 
 def _batch_histograms(
-    graph: TorchGraph, batch: np.ndarray, tensors: Sequence[str]
+    graph: TorchGraph, batch: npt.NDArray[np.float32], tensors: Sequence[str]
 ) -> list[tuple[str, Histogram]]:
     found: list[tuple[str, Histogram]] = []
     count = len(batch)
     if count < COMPUTE_BATCH:
         batch = np.resize(batch, (COMPUTE_BATCH, *batch.shape[1:]))
 
-    def observe(name: str, value: torch.Tensor) -> None:
+    def record(name: str, value: torch.Tensor) -> None:
         histogram = histogram_of(value[:count])
         if math.isinf(histogram.maximum):
-            raise CalibrationError(
-                f"{name}: holds NaN or Inf; the net is broken before this tensor"
-            )
+            raise CalibrationError(f"{name}: holds NaN or Inf; check the weights before it")
         found.append((name, histogram))
 
-    graph.observe(torch.from_numpy(batch), tensors, observe)
+    observers = {name: functools.partial(record, name) for name in tensors}
+    graph.run({graph.input_names[0]: torch.from_numpy(batch)}, [], observe=observers)
     return found

@@ -49,7 +49,8 @@ def histogram_of(x: torch.Tensor) -> Histogram:
     if not math.isfinite(maximum):
         return Histogram(np.zeros(NUM_BINS, dtype=np.int64), 0.0, 0, low, math.inf)
     width = _width_for(maximum)
-    magnitude = (x if low >= 0 else x.abs()).flatten().float()
+    flat = _flat(x).float()
+    magnitude = flat if low >= 0 else flat.abs()
     counts = np.zeros(NUM_BINS, dtype=np.int64)
     for part in torch.split(magnitude, _EXACT_FLOAT32):
         binned = torch.histc(part, bins=NUM_BINS, min=0.0, max=NUM_BINS * width)
@@ -57,6 +58,13 @@ def histogram_of(x: torch.Tensor) -> Histogram:
     zeros = int(magnitude.numel() - torch.count_nonzero(magnitude))
     counts[0] -= zeros
     return Histogram(counts, width, zeros, low, maximum)
+
+
+def _flat(x: torch.Tensor) -> torch.Tensor:
+    """Return all values in memory order, without a copy where they lie densely."""
+    if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last):
+        return x.permute(0, 2, 3, 1).reshape(-1)
+    return x.reshape(-1)
 
 
 def _width_for(maximum: float) -> float:
