@@ -1,0 +1,41 @@
+"""A progress bar on stderr: only on a terminal, and only for work that takes a second or more."""
+
+import time
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+Item = TypeVar("Item")
+
+_QUIET_SECONDS = 1.0
+
+
+def track(
+    iterable: Iterable[Item], total: int, label: str, console: Console | None = None
+) -> Iterator[Item]:
+    """Yield the items unchanged and show how many of ``total`` are done; the bar goes at the end.
+
+    Args:
+        iterable: the work; the bar moves when the next item is asked for.
+        total: the number of items.
+        label: what is done, in a word or two.
+        console: where to draw; None is stderr.
+    """
+    console = console or Console(stderr=True)
+    if not console.is_terminal:
+        yield from iterable
+        return
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
+    progress = Progress(*columns, TimeRemainingColumn(), console=console, transient=True)
+    task = progress.add_task(label, total=total)
+    started = time.monotonic()
+    try:
+        for item in iterable:
+            if not progress.live.is_started and time.monotonic() - started >= _QUIET_SECONDS:
+                progress.start()
+            yield item
+            progress.advance(task)
+    finally:
+        progress.stop()
