@@ -1,0 +1,292 @@
+"""Run a network on real inputs: ONNX in onnxruntime here, engines in `reptrt.trt_runner`.
+
+The only file that imports onnxruntime. A runner is a context manager; every runner has the
+attributes of `Runner`, so that judging and timing take .onnx and .engine files alike.
+"""
+
+import contextlib
+import os
+import re
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import ModuleType, TracebackType
+from typing import Any, Literal, Protocol
+
+import numpy.typing as npt
+import onnx
+from google.protobuf.message import DecodeError
+
+from reptrt.errors import ArtifactError, ConfigError, DataError, MissingDependencyError
+from reptrt.graph import bytes_from_model, read_model
+from reptrt.ort_lowering import lower
+
+Device = Literal["cpu", "cuda", "tensorrt"]
+RunnerKind = Literal["auto", "ort", "tensorrt"]
+AnyArray = npt.NDArray[Any]
+
+_PROVIDERS: dict[Device, list[str]] = {
+    "cpu": ["CPUExecutionProvider"],
+    "cuda": ["CUDAExecutionProvider", "CPUExecutionProvider"],
+    "tensorrt": ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"],
+}
+_LOG_FATAL = 4  # errors come as exceptions; printing them as well says everything twice
+
+
+class Runner(Protocol):
+    """What every runner offers."""
+
+    @property
+    def name(self) -> str:
+        """The runtime: "onnxruntime", "tensorrt"..."""
+
+    @property
+    def device(self) -> str:
+        """Where it runs."""
+
+    @property
+    def threads(self) -> int | None:
+        """CPU threads; None where that means nothing."""
+
+    @property
+    def input_name(self) -> str:
+        """Name of the one input."""
+
+    @property
+    def input_shape(self) -> Sequence[int | None]:
+        """Shape of the input; None where it is free."""
+
+    @property
+    def output_names(self) -> Sequence[str]:
+        """Names of the outputs, in the model's order."""
+
+    def run(self, batch: AnyArray) -> dict[str, AnyArray]:
+        """Return every output for a batch, by name."""
+
+    def __enter__(self) -> "Runner": ...
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None: ...
+
+
+class OrtRunner:
+    """A network in onnxruntime.
+
+    Worker threads stop spinning when a run ends: sessions that are open at the same time do not
+    take each other's cores.
+
+    Args:
+        model: an ONNX file, or its bytes.
+        threads: CPU threads of one operator; None: the cores this process may use.
+        device: "cuda" and "tensorrt" need onnxruntime-gpu.
+
+    Raises:
+        ArtifactError: not an ONNX file, or one that onnxruntime refuses.
+        ConfigError: the device is not available.
+        MissingDependencyError: onnxruntime is not installed.
+    """
+
+    name = "onnxruntime"
+
+    def __init__(
+        self, model: bytes | Path, *, threads: int | None = None, device: Device = "cpu"
+    ) -> None:
+        if threads is not None and threads < 1:
+            raise ConfigError(f"threads: got {threads}, expected at least 1")
+        self.device = device
+        self.threads = threads or usable_cores()
+        self._where = str(model) if isinstance(model, Path) else "model"
+        options = _session_options(self.threads)
+        self._session = _session(self._where, _runnable_bytes(model), options, device)
+        inputs = self._session.get_inputs()
+        if len(inputs) != 1:
+            raise ArtifactError(f"{self._where}: {len(inputs)} inputs, expected one image batch")
+        self.input_name: str = inputs[0].name
+        self.input_shape = [size if isinstance(size, int) else None for size in inputs[0].shape]
+        self.output_names: list[str] = [output.name for output in self._session.get_outputs()]
+
+    def run(self, batch: AnyArray) -> dict[str, AnyArray]:
+        """Return every output for a float32 batch (n, C, H, W), by name.
+
+        Raises:
+            DataError: onnxruntime refuses the batch, or fails on it.
+        """
+        try:
+            outputs = self._session.run(self.output_names, {self.input_name: batch})
+        except _ort_failures() as err:
+            raise DataError(
+                f"{self._where}: onnxruntime failed on a {batch.dtype} batch {batch.shape}, "
+                f"input {self.input_name} is {self.input_shape} ({_reason(err)})"
+            ) from err
+        return dict(zip(self.output_names, outputs, strict=True))
+
+    def __enter__(self) -> "OrtRunner":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._session = None
+
+
+def open_runner(
+    path: Path,
+    *,
+    runner: RunnerKind = "auto",
+    threads: int | None = None,
+    device: Device = "cpu",
+) -> Runner:
+    """Open an .onnx file in onnxruntime, or an .engine file in TensorRT.
+
+    Args:
+        path: the file; its suffix decides.
+        runner: "ort" or "tensorrt" insist on one kind of file.
+        threads: CPU threads of onnxruntime.
+        device: of onnxruntime.
+
+    Raises:
+        ConfigError: the file is of the other kind.
+        ArtifactError: the file cannot be used.
+        MissingDependencyError: the runtime is not installed.
+    """
+    is_engine = path.suffix.lower() == ".engine"
+    if is_engine and runner == "ort":
+        raise ConfigError(f"{path}: an engine cannot run in onnxruntime; give the .onnx file")
+    if not is_engine and runner == "tensorrt":
+        raise ConfigError(f"{path}: not an .engine file; make one with: reptrt build-engine {path}")
+    if is_engine:
+        from reptrt.trt_runner import TrtRunner
+
+        return TrtRunner(path)
+    return OrtRunner(path, threads=threads, device=device)
+
+
+def optimized_op_counts(model: bytes | Path) -> Counter[str]:
+    """Count the operators that onnxruntime runs on the CPU, after its graph optimization.
+
+    A convolution that really runs in INT8 is a ``QLinearConv``; a ``Conv`` is still a float one.
+
+    Raises:
+        ArtifactError: not an ONNX file, or one that onnxruntime refuses.
+        MissingDependencyError: onnxruntime is not installed.
+    """
+    where = str(model) if isinstance(model, Path) else "model"
+    with tempfile.TemporaryDirectory() as folder:
+        optimized = Path(folder) / "optimized.onnx"
+        options = _session_options(threads=1)
+        options.optimized_model_filepath = str(optimized)
+        _session(where, _runnable_bytes(model), options, "cpu")
+        graph = onnx.load(str(optimized)).graph
+    return Counter(node.op_type for node in graph.node)
+
+
+def ort_version() -> str:
+    """Return the version of onnxruntime."""
+    return str(_onnxruntime().__version__)
+
+
+def usable_cores() -> int:
+    """Return how many CPU cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _runnable_bytes(model: bytes | Path) -> bytes:
+    """Return what onnxruntime gets to see of a model."""
+    return bytes_from_model(lower(_model_proto(model)))
+
+
+def _model_proto(model: bytes | Path) -> onnx.ModelProto:
+    if isinstance(model, Path):
+        return read_model(model)
+    try:
+        return onnx.load_model_from_string(model)
+    except DecodeError as err:
+        raise ArtifactError(f"model: {len(model)} bytes are not an ONNX model ({err})") from err
+
+
+def _session_options(threads: int) -> Any:
+    options = _onnxruntime().SessionOptions()
+    options.log_severity_level = _LOG_FATAL
+    options.intra_op_num_threads = threads
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    return options
+
+
+def _session(where: str, content: bytes, options: Any, device: Device) -> Any:
+    ort = _onnxruntime()
+    wanted = _PROVIDERS[device]
+    available = ort.get_available_providers()
+    if wanted[0] not in available:
+        raise ConfigError(
+            f"device {device}: this onnxruntime has no {wanted[0]}, only {', '.join(available)}; "
+            "install onnxruntime-gpu in place of onnxruntime, or use the cpu"
+        )
+    try:
+        session = ort.InferenceSession(content, options, providers=wanted)
+    except _ort_failures() as err:
+        raise ArtifactError(
+            f"{where}: onnxruntime {ort.__version__} refuses this model ({_reason(err)})"
+        ) from err
+    if wanted[0] not in session.get_providers():
+        raise ConfigError(
+            f"device {device}: {wanted[0]} could not start on this machine; check the driver and "
+            "the CUDA libraries, or use the cpu"
+        )
+    return session
+
+
+def _onnxruntime() -> ModuleType:
+    try:
+        with _quiet_stderr() if "onnxruntime" not in sys.modules else contextlib.nullcontext():
+            import onnxruntime  # noqa: TID251
+    except ImportError as err:
+        raise MissingDependencyError(
+            f"onnxruntime cannot be imported ({err}); install it with: pip install onnxruntime "
+            "(or onnxruntime-gpu)"
+        ) from err
+    onnxruntime.set_default_logger_severity(_LOG_FATAL)
+    module: ModuleType = onnxruntime
+    return module
+
+
+@contextlib.contextmanager
+def _quiet_stderr() -> Iterator[None]:
+    """Send what C++ code writes to stderr nowhere.
+
+    On machines whose first display card is not on the PCI bus (WSL, cloud machines) onnxruntime
+    prints a harmless warning when it is imported, before its log level can be set.
+    """
+    saved = os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(nowhere)
+
+
+def _ort_failures() -> tuple[type[Exception], ...]:
+    """Return what onnxruntime raises; its exceptions have no base class of their own."""
+    state = _onnxruntime().capi.onnxruntime_pybind11_state
+    own = [kind for kind in vars(state).values() if isinstance(kind, type)]
+    return (*(k for k in own if issubclass(k, Exception)), RuntimeError, ValueError, TypeError)
+
+
+def _reason(err: Exception) -> str:
+    """Return the sense of an onnxruntime message in one line, without its build paths."""
+    text = " ".join(str(err).split())
+    text = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", text)
+    return re.sub(r"/\S*onnxruntime\S*:\d+ .*?\)(?: const)? (?=\S)", "", text)
