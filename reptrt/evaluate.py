@@ -1,0 +1,248 @@
+"""Judge files on the same images: accuracy against labels, and closeness to a reference.
+
+The JSON form of a report:
+
+    {"results": [{"file": "m.int8.onnx", "images": 10000, "top1": 0.86, "top5": 0.99,
+                  "agreement": 0.98, "sqnr_db": 31.2, "identical": false}]}
+
+Fractions are 0..1. ``top1`` and ``top5`` are null without labels. ``agreement``, ``sqnr_db`` and
+``identical`` compare the outputs over all images with the reference's and are null without one.
+JSON has no infinity: where every output equals the reference's (the reference itself, always)
+``sqnr_db`` is null and ``identical`` is true.
+"""
+
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from rich.table import Table
+
+from reptrt.artifacts import read_sidecar
+from reptrt.data import Dataset, open_dataset
+from reptrt.errors import ArtifactError, ConfigError, DataError
+from reptrt.graph import net_from_model, read_model
+from reptrt.metrics import agreement, sqnr_db, top_k_accuracy
+from reptrt.preprocess import Preprocess, read_preprocess
+from reptrt.progress import track
+from reptrt.runner import Device, Runner, RunnerKind, open_runner
+
+Float32Array = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class FileResult:
+    """What one file achieves; None where it cannot be known, see the module."""
+
+    file: str
+    images: int
+    top1: float | None  # fraction 0..1
+    top5: float | None  # fraction 0..1
+    agreement: float | None  # fraction of images with the reference's arg max
+    sqnr_db: float | None  # of the outputs against the reference's; may be +inf
+    identical: bool | None  # whether every output equals the reference's
+
+    def to_json(self) -> dict[str, Any]:
+        """Return JSON values; an infinite SQNR becomes null."""
+        finite = self.sqnr_db is not None and math.isfinite(self.sqnr_db)
+        return {
+            "file": self.file,
+            "images": self.images,
+            "top1": self.top1,
+            "top5": self.top5,
+            "agreement": self.agreement,
+            "sqnr_db": self.sqnr_db if finite else None,
+            "identical": self.identical,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class EvalReport:
+    """One result for each file, in the order they were given."""
+
+    results: tuple[FileResult, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the report as JSON values."""
+        return {"results": [result.to_json() for result in self.results]}
+
+    def to_table(self) -> Table:
+        """Return the report as a table for people."""
+        table = Table(box=None, pad_edge=False)
+        table.add_column("file", overflow="fold")
+        for title in ("images", "top-1", "top-5", "agreement", "SQNR dB"):
+            table.add_column(title, justify="right", no_wrap=True)
+        for result in self.results:
+            fractions = (result.top1, result.top5, result.agreement)
+            table.add_row(
+                result.file,
+                str(result.images),
+                *("-" if value is None else f"{100 * value:.2f} %" for value in fractions),
+                "-" if result.sqnr_db is None else f"{result.sqnr_db:.2f}",
+            )
+        return table
+
+
+def evaluate(
+    files: Sequence[Path],
+    data: Path,
+    *,
+    reference: Path | None = None,
+    limit: int | None = None,
+    batch_size: int = 64,
+    threads: int | None = None,
+    runner: RunnerKind = "auto",
+    device: Device = "cpu",
+    seed: int = 0,
+) -> EvalReport:
+    """Run every file on the same images and compare.
+
+    Each file's images are prepared as its own metadata says; files that agree about that are run
+    side by side, so the images are decoded once.
+
+    Args:
+        files: .onnx and .engine files, in the order of the report.
+        data: a folder of images or an .npz, see `reptrt.data`.
+        reference: the file to compare the outputs with; it need not be one of ``files``.
+        limit: how many images to take, sampled by ``seed``; None takes all.
+        batch_size: images at a time, where the network leaves it free.
+        threads: CPU threads of onnxruntime.
+        runner: "ort" or "tensorrt" accept one kind of file only.
+        device: of onnxruntime.
+        seed: of the sample.
+
+    Raises:
+        ReptrtError: a file or image that cannot be used; outputs that cannot be compared.
+    """
+    wanted = list(dict.fromkeys([*files, *([reference] if reference is not None else [])]))
+    outputs: dict[Path, Float32Array] = {}
+    labels: npt.NDArray[np.int64] | None = None
+    for preprocess, group in _by_preprocess(wanted, reference).items():
+        dataset = open_dataset(data, preprocess, limit=limit, seed=seed)
+        labels = dataset.labels
+        with contextlib.ExitStack() as stack:
+            runners = [
+                stack.enter_context(
+                    open_runner(path, runner=runner, threads=threads, device=device)
+                )
+                for path in group
+            ]
+            found = run_dataset(runners, dataset, batch_size)
+        outputs.update(zip(group, found, strict=True))
+    expected = outputs[reference] if reference is not None else None
+    return EvalReport(tuple(_judge(path, outputs[path], labels, expected) for path in files))
+
+
+def run_dataset(runners: Sequence[Runner], dataset: Dataset, batch_size: int) -> list[Float32Array]:
+    """Return the first output of every runner over all images, each (length, ...).
+
+    The images are decoded once for all runners.
+
+    Raises:
+        DataError: the images cannot be read, or a network refuses them.
+        ArtifactError: the first axis of an output is not the batch.
+    """
+    parts: list[list[Float32Array]] = [[] for _ in runners]
+    num_batches = -(-dataset.length // batch_size) if batch_size > 0 else 0
+    for batch in track(dataset.batches(batch_size), num_batches, "eval"):
+        for runner, part in zip(runners, parts, strict=True):
+            part += _first_outputs(runner, batch)
+    outputs = [np.concatenate(part) for part in parts]
+    for runner, output in zip(runners, outputs, strict=True):
+        if len(output) != dataset.length:
+            raise ArtifactError(
+                f"output {runner.output_names[0]}: {len(output)} rows for {dataset.length} images; "
+                "expected the batch as its first axis"
+            )
+    return outputs
+
+
+def preprocess_of(path: Path, reference: Path | None = None) -> Preprocess:
+    """Return how a file wants its images prepared.
+
+    An .onnx file says so in its metadata. An engine cannot: its sidecar does, or else the
+    reference stands in.
+
+    Raises:
+        ConfigError: an engine without a word about it.
+    """
+    if path.suffix.lower() != ".engine":
+        return read_preprocess(net_from_model(read_model(path)))
+    sidecar = read_sidecar(path)
+    stored = None if sidecar is None else sidecar.details.get("preprocess")
+    if stored is not None:
+        return Preprocess(**{**stored, "mean": tuple(stored["mean"]), "std": tuple(stored["std"])})
+    if reference is not None and reference.suffix.lower() != ".engine":
+        return preprocess_of(reference)
+    raise ConfigError(
+        f"{path}: nothing says how its images are prepared; expected {path.name}.json beside it, "
+        "or --reference with the .onnx file it was built from"
+    )
+
+
+def _by_preprocess(paths: Sequence[Path], reference: Path | None) -> dict[Preprocess, list[Path]]:
+    groups: dict[Preprocess, list[Path]] = {}
+    for path in paths:
+        groups.setdefault(preprocess_of(path, reference), []).append(path)
+    return groups
+
+
+def _first_outputs(runner: Runner, batch: Float32Array) -> Iterator[Float32Array]:
+    """Yield the first output for a batch, in parts where the network's own batch size is fixed."""
+    fixed = runner.input_shape[0]
+    size = fixed or len(batch)
+    for start in range(0, len(batch), size):
+        images = batch[start : start + size]
+        missing = size - len(images)
+        if missing:
+            images = np.concatenate([images, np.repeat(images[-1:], missing, axis=0)])
+        yield runner.run(images)[runner.output_names[0]][: size - missing]
+
+
+def _judge(
+    path: Path,
+    outputs: Float32Array,
+    labels: npt.NDArray[np.int64] | None,
+    reference: Float32Array | None,
+) -> FileResult:
+    """Compare the outputs (N, ...) of one file with labels (N,) and reference outputs (N, ...)."""
+    bad = int((~np.isfinite(outputs).reshape(len(outputs), -1).all(axis=1)).sum())
+    if bad:
+        raise ArtifactError(
+            f"{path}: NaN or infinite outputs on {bad} of {len(outputs)} images; the net is broken "
+            "or its inputs are on another scale than it expects"
+        )
+    if reference is not None and reference.shape != outputs.shape:
+        raise ConfigError(
+            f"{path}: outputs have shape {outputs.shape}, the reference's {reference.shape}; "
+            "they cannot be compared"
+        )
+    logits = outputs.reshape(len(outputs), -1)
+    is_classifier = outputs.ndim > 1 and logits.shape[1] == outputs.shape[1]
+    top1 = top5 = same_class = None
+    if labels is not None and is_classifier:
+        _check_labels(path, labels, logits.shape[1])
+        top1, top5 = (top_k_accuracy(logits, labels, k) for k in (1, 5))
+    if reference is not None and is_classifier:
+        same_class = agreement(reference.reshape(logits.shape), logits)
+    return FileResult(
+        file=str(path),
+        images=len(outputs),
+        top1=top1,
+        top5=top5,
+        agreement=same_class,
+        sqnr_db=None if reference is None else sqnr_db(reference, outputs),
+        identical=None if reference is None else np.array_equal(reference, outputs),
+    )
+
+
+def _check_labels(path: Path, labels: npt.NDArray[np.int64], num_classes: int) -> None:
+    if labels.max() >= num_classes:
+        raise DataError(
+            f"{path}: label {labels.max()} in the data, but the net has {num_classes} classes; "
+            "check the number of class folders"
+        )
