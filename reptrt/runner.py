@@ -217,7 +217,6 @@ def _model_proto(model: bytes | Path) -> onnx.ModelProto:
 
 def _session_options(threads: int) -> Any:
     options = _onnxruntime().SessionOptions()
-    options.log_severity_level = _LOG_FATAL
     options.intra_op_num_threads = threads
     options.add_session_config_entry("session.force_spinning_stop", "1")
     return options
