@@ -22,7 +22,7 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 _OUTPUT = click.Path(path_type=Path)
 
 
-class NumberList(click.ParamType):
+class NumberList(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.4 on
     """Numbers separated by commas (or by x, for sizes)."""
 
     def __init__(self, kind: Callable[[str], float], separator: str = ",", count: int = 0) -> None:
@@ -166,40 +166,62 @@ def export(source: str, output: Path, json_path: str | None, **values: Any) -> N
     _emit("\n".join(lines), report.to_json(), json_path)
 
 
+def calibrate_options(command: Command) -> Command:
+    """Add the options that say how to quantize."""
+    rules, devices = _choice(choices.Rule), _choice(choices.TorchDevice)
+    options = [
+        click.option("-n", "--images", type=int, default=512, show_default=True),
+        click.option("--recipe", type=_choice(choices.Recipe), default="fast", show_default=True),
+        click.option("--threshold", type=rules, default="mse", show_default=True),
+        click.option(
+            "--percentile", type=click.FloatRange(50, 100), default=99.99, show_default=True
+        ),
+        click.option("--weight-bits", type=int, default=8, show_default=True),
+        click.option("--activation-bits", type=int, default=8, show_default=True),
+        click.option("--exclude", multiple=True, metavar="REGEX", help="Layers left in float."),
+        click.option("--device", type=devices, default="cpu", show_default=True),
+        click.option("--seed", type=int, default=0, show_default=True),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+_CALIBRATE_NAMES = (
+    "images",
+    "recipe",
+    "weight_bits",
+    "activation_bits",
+    "exclude",
+    "device",
+    "seed",
+)
+
+
+def _calibrate_options(values: dict[str, Any]) -> Any:
+    from reptrt.calib.thresholds import ThresholdOptions
+    from reptrt.pipeline import CalibrateOptions
+
+    threshold = ThresholdOptions(values["threshold"], values["percentile"])
+    kept = {name: values[name] for name in _CALIBRATE_NAMES}
+    return CalibrateOptions(threshold=threshold, **kept)
+
+
 @main.command()
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option("--data", type=click.Path(path_type=Path), required=True, help="Folder, .npz, .npy.")
 @click.option("-o", "--output", type=_OUTPUT, required=True)
-@click.option("-n", "--images", type=int, default=512, show_default=True)
-@click.option("--recipe", type=_choice(choices.Recipe), default="fast", show_default=True)
-@click.option("--threshold", type=_choice(choices.Rule), default="mse", show_default=True)
-@click.option("--percentile", type=click.FloatRange(50, 100), default=99.99, show_default=True)
-@click.option("--weight-bits", type=int, default=8, show_default=True)
-@click.option("--activation-bits", type=int, default=8, show_default=True)
-@click.option("--exclude", multiple=True, metavar="REGEX", help="Layers to leave in float.")
-@click.option("--device", type=_choice(choices.TorchDevice), default="cpu", show_default=True)
-@click.option("--seed", type=int, default=0, show_default=True)
+@calibrate_options
 @_json_option
-def calibrate(
-    model: Path,
-    data: Path,
-    output: Path,
-    json_path: str | None,
-    exclude: tuple[str, ...],
-    threshold: str,
-    percentile: float,
-    **values: Any,
-) -> None:
+def calibrate(model: Path, data: Path, output: Path, json_path: str | None, **values: Any) -> None:
     """Quantize the float ONNX file MODEL to INT8 with scales found on images."""
     from reptrt import pipeline
-    from reptrt.calib.thresholds import ThresholdOptions
 
-    rule = ThresholdOptions(threshold, percentile)  # type: ignore[arg-type]
-    options = pipeline.CalibrateOptions(threshold=rule, exclude=exclude, **values)
+    options = _calibrate_options(values)
     report = pipeline.calibrate(model, data, output, options)
     text = (
-        f"calibrate  {report.path}  {options.recipe}  {threshold}  {report.images} images  "
-        f"{report.layers} layers  {len(report.tensors)} tensors  "
+        f"calibrate  {report.path}  {options.recipe}  {options.threshold.rule}  "
+        f"{report.images} images  {report.layers} layers  {len(report.tensors)} tensors  "
         f"{sum(report.seconds.values()):.1f} s"
     )
     if report.simulation:
@@ -316,6 +338,52 @@ def bench(files: Sequence[Path], json_path: str | None, **values: Any) -> None:
 
     report = measure(list(files), **values)
     _emit(_text(report.to_table()), report.to_json(), json_path)
+
+
+@main.command()
+@click.argument("source")
+@click.option("--data", type=click.Path(path_type=Path), required=True, help="Calibration images.")
+@click.option("--eval-data", type=click.Path(path_type=Path), help="Images to judge on.")
+@click.option("-o", "--output", type=_OUTPUT, required=True, help="Folder of the run.")
+@click.option("--eval-limit", type=int, help="Judge on a sample of this many images.")
+@click.option("--batch", "batches", type=INTS, default="1,8", show_default=True)
+@click.option("--threads", type=int, help="CPU threads of onnxruntime.")
+@click.option("--target", default=None, help="Compute capabilities, e.g. sm80,sm89.")
+@source_options
+@calibrate_options
+@_json_option
+def run(
+    source: str,
+    data: Path,
+    eval_data: Path | None,
+    output: Path,
+    json_path: str | None,
+    **values: Any,
+) -> None:
+    """Take SOURCE the whole way into one folder; a run that was stopped continues."""
+    from reptrt.engine_options import BuildOptions, parse_targets
+    from reptrt.run import RunOptions
+    from reptrt.run import run as run_all
+
+    what, exporting = _source_and_options(source, values)
+    target = values["target"]
+    options = RunOptions(
+        export=exporting,
+        calibrate=_calibrate_options(values),
+        build=BuildOptions(targets=parse_targets(target) if target else ()),
+        eval_limit=values["eval_limit"],
+        batches=values["batches"],
+        threads=values["threads"],
+    )
+    report = run_all(what, data, output, options, eval_data)
+    lines = [f"{stage.name:12s}  {stage.file:14s}  {stage.state}" for stage in report.stages]
+    for result in report.results["eval"]["results"]:
+        top1, sqnr = result["top1"], result["sqnr_db"]
+        accuracy = "no labels" if top1 is None else f"top-1 {100 * top1:.2f} %"
+        fidelity = "the reference" if sqnr is None else f"SQNR {sqnr:.2f} dB"
+        lines.append(f"{Path(result['file']).name:12s}  {accuracy}  {fidelity}")
+    lines.append(f"run  {output / 'report.json'}")
+    _emit("\n".join(lines), report.to_json(), json_path)
 
 
 def _text(table: Any) -> str:

@@ -69,9 +69,10 @@ class ExportReport:
 
     def to_json(self) -> dict[str, Any]:
         """Return the report as JSON values."""
-        content = asdict(self) | {"path": str(self.path)}
+        content: dict[str, Any] = asdict(self) | {"path": str(self.path)}
         content["blocks"] = content["proof"].pop("blocks")
-        return content | content.pop("proof")
+        proof: dict[str, Any] = content.pop("proof")
+        return content | proof
 
 
 def export(source: Source, output: Path, options: ExportOptions) -> ExportReport:
@@ -101,7 +102,7 @@ def export(source: Source, output: Path, options: ExportOptions) -> ExportReport
         bytes_from_model(fused),
         artifact="float-onnx",
         parents=_parents(source),
-        options={"source": source.name, **_plain(options)},
+        options={"source": source.name, **plain_options(options)},
         details={"proof": asdict(proof), "skipped": [asdict(s) for s in reports[-1].skipped]},
     )
     return ExportReport(
@@ -196,7 +197,7 @@ def calibrate(model: Path, data: Path, output: Path, options: CalibrateOptions) 
         content,
         artifact="int8-onnx",
         parents={model.name: sha256_of(model), str(data.name): dataset.digest()},
-        options=_plain(options),
+        options=plain_options(options),
         details={"simulation": options.simulation} if options.simulation else {},
     )
     clock.lap("write")
@@ -277,7 +278,7 @@ def _num_parameters(model: onnx.ModelProto) -> int:
     return int(sum(sizes))
 
 
-def _plain(options: Any) -> dict[str, Any]:
+def plain_options(options: Any) -> dict[str, Any]:
     """Return an options dataclass as JSON values."""
     return {
         name: str(value) if isinstance(value, Path) else value
@@ -306,4 +307,5 @@ __all__ = [
     "Source",
     "calibrate",
     "export",
+    "plain_options",
 ]

@@ -81,7 +81,8 @@ class _Density:
         index = np.minimum((points / self.width).astype(np.int64), len(self.counts) - 1)
         order = np.arange(1, 4).reshape(3, *[1] * points.ndim)
         partial = self._height[index] * (points**order - self.edges[index] ** order) / order
-        return np.asarray(self._below[:, index] + partial, dtype=np.float64)
+        moments: FloatArray = self._below[:, index] + partial
+        return moments
 
 
 def _cells(density: _Density, amax: FloatArray, qmax: int, at: FloatArray) -> FloatArray:
