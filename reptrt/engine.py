@@ -10,7 +10,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -32,6 +32,7 @@ from reptrt.intent import planned_int8, uint8_node
 
 _LOG = logging.getLogger(__name__)
 _MIB = 1 << 20
+_SIGNAL_SECONDS = 0.1
 _T = TypeVar("_T")
 
 
@@ -168,17 +169,29 @@ def _read_buildable(path: Path) -> onnx.ModelProto:
 
 
 def _run_cancellable(work: Callable[[threading.Event], _T]) -> _T:
-    """Run work in a thread, so that Ctrl-C reaches Python and not a callback inside TensorRT."""
-    stop = threading.Event()
+    """Run work in a thread, so that Ctrl-C reaches Python and not a callback inside TensorRT.
+
+    The thread waits until it is known to the pool: from then on Ctrl-C stops it and waits for it.
+    """
+    known, stop = threading.Event(), threading.Event()
+
+    def begin() -> _T:
+        known.wait()
+        return work(stop)
+
     future: Future[_T] | None = None
     with ThreadPoolExecutor(1, thread_name_prefix="build-engine") as pool:
         try:
-            future = pool.submit(work, stop)
+            future = pool.submit(begin)
+            known.set()
+            while not future.done():  # a signal just before a wait is only seen after it
+                wait([future], timeout=_SIGNAL_SECONDS)
             return future.result()
         except KeyboardInterrupt:
             stop.set()
             raise
         finally:
+            known.set()
             future = None  # its exception would keep this frame, and TensorRT's objects, alive
 
 
