@@ -133,6 +133,21 @@ def load(backend: BackendName = "auto") -> Backend:
     )
 
 
+def load_pycuda() -> Any:
+    """Import ``pycuda.driver``.
+
+    Raises:
+        MissingDependencyError: it is not installed, or finds no driver library.
+    """
+    try:
+        return importlib.import_module("pycuda.driver")
+    except (ImportError, OSError) as err:
+        raise MissingDependencyError(
+            f"pycuda cannot be imported ({one_line(str(err))}); running an engine needs it: "
+            "pip install 'reptrt[gpu]'"
+        ) from err
+
+
 def find_gpu() -> Gpu | str:
     """Return the first GPU, or in one line why there is none.
 

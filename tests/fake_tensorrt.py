@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 
 API = json.loads((Path(__file__).parent / "tensorrt_api.json").read_text())
@@ -59,13 +60,19 @@ class FakeTensorrt(types.ModuleType):
         self.__version__ = release.rsplit("-", 1)[1]
         self.calls: list[tuple[Any, ...]] = []
         self.gpu = "gpu0"  # the device that timing caches belong to
+        self.cuda = FakeCuda()
+        self.refuses_engine = ""  # what Runtime.deserialize_cuda_engine says
+        self.validity = ("VALID", 0)
+        self.inspector_text = ""
+        self.input_dtype = "FLOAT"
+        self.batches = (1, 8, 64)  # of the engine: input (N, 3, 4, 4) -> sums (N, 2)
         for name in _ENUMS:
             if name in API[release]:
                 setattr(self, name, enum.IntEnum(name, API[release][name].split(), start=0))
         self.ILogger = type("ILogger", (), {"Severity": _SEVERITY, "__init__": lambda self: None})
         self.IProgressMonitor = type("IProgressMonitor", (), {"__init__": lambda self: None})
-        for name in ("IBuilderConfig", "EngineInspector"):
-            setattr(self, name, self._class(name, None))
+        self.IBuilderConfig = self._class("IBuilderConfig", None)
+        self.nptype = lambda dtype: {"FLOAT": np.float32, "HALF": np.float16}[dtype.name]
         self.Builder = self._class("Builder", self._builder)
         self.OnnxParser = self._class("OnnxParser", self._parser)
         self.Runtime = self._class("Runtime", self._runtime)
@@ -170,11 +177,146 @@ class FakeTensorrt(types.ModuleType):
             return None
         if cache is not None:
             cache.keys.add("conv")
-        return b"ftrt" + bytes(60)
+        return plan_of(self)
 
     def _runtime(self, logger: Any) -> Strict:
-        engine = Strict(self, "ICudaEngine", device_memory_size_v2=4096)
-        return Strict(self, "Runtime", deserialize_cuda_engine=lambda plan: engine)
+        def deserialize(plan: bytes) -> Strict | None:
+            if self.refuses_engine:
+                logger.log(_SEVERITY.ERROR, self.refuses_engine)
+                return None
+            return self._engine()
+
+        answers: dict[str, Any] = {"deserialize_cuda_engine": deserialize}
+        if "get_engine_validity" in self.names("Runtime"):
+            validity, bits = self.validity
+            answers["get_engine_validity"] = lambda plan: (self.EngineValidity[validity], bits)
+        return Strict(self, "Runtime", **answers)
+
+    def _engine(self) -> Strict:
+        mode = {"input": self.TensorIOMode.INPUT, "sums": self.TensorIOMode.OUTPUT}
+        shapes = {"input": (-1, 3, 4, 4), "sums": (-1, 2)}
+        dtypes = {"input": self.DataType[self.input_dtype], "sums": self.DataType.FLOAT}
+        answers: dict[str, Any] = {
+            "device_memory_size_v2": 4096,
+            "num_io_tensors": 2,
+            "get_tensor_name": list(shapes).__getitem__,
+            "get_tensor_mode": mode.__getitem__,
+            "get_tensor_shape": shapes.__getitem__,
+            "get_tensor_dtype": dtypes.__getitem__,
+            "get_tensor_profile_shape": lambda name, index: [(n, 3, 4, 4) for n in self.batches],
+            "create_execution_context": lambda *config: self._context(),
+            "create_engine_inspector": lambda: Strict(
+                self, "EngineInspector", get_engine_information=lambda form: self.inspector_text
+            ),
+        }
+        if "create_runtime_config" in self.names("ICudaEngine"):
+            answers["create_runtime_config"] = lambda: Strict(self, "IRuntimeConfig")
+        return Strict(self, "ICudaEngine", **answers)
+
+    def _context(self) -> Strict:
+        shape: list[int] = []
+        addresses: dict[str, int] = {}
+
+        def set_input_shape(name: str, wanted: tuple[int, ...]) -> bool:
+            shape[:] = wanted
+            return True
+
+        def execute(stream: int) -> bool:
+            batch = np.frombuffer(self.cuda.memory[addresses["input"]], self._input_type())
+            rows = batch.reshape(shape[0], -1).astype(np.float32)
+            sums = np.stack([rows.sum(axis=1), rows.max(axis=1)], axis=1)
+            self.cuda.memory[addresses["sums"]][:] = sums.tobytes()
+            return True
+
+        return Strict(
+            self,
+            "IExecutionContext",
+            set_input_shape=set_input_shape,
+            get_tensor_shape=lambda name: shape if name == "input" else [shape[0], 2],
+            set_tensor_address=addresses.__setitem__,
+            execute_async_v3=execute,
+        )
+
+    def _input_type(self) -> type:
+        return self.nptype(self.DataType[self.input_dtype])
+
+
+class FakeCuda(types.ModuleType):
+    """``pycuda.driver`` with memory in a dictionary; what is taken must be given back."""
+
+    class Error(Exception):
+        pass
+
+    def __init__(self) -> None:
+        super().__init__("pycuda.driver")
+        self.memory: dict[int, bytearray] = {}
+        self.contexts: list[str] = []  # what happened to the primary context
+        self.limit = 1 << 30
+        self.clock = 0.0
+
+    def init(self) -> None:
+        self.contexts.append("init")
+
+    def Device(self, number: int) -> Any:  # noqa: N802
+        says = self.contexts.append
+        context = types.SimpleNamespace(
+            push=lambda: says("push"), pop=lambda: says("pop"), detach=lambda: says("detach")
+        )
+        return types.SimpleNamespace(retain_primary_context=lambda: context)
+
+    def Stream(self) -> Any:  # noqa: N802
+        return types.SimpleNamespace(handle=7, synchronize=lambda: None)
+
+    def Event(self) -> Any:  # noqa: N802
+        event = types.SimpleNamespace(at=None)
+
+        def record(stream: Any) -> None:
+            self.clock += 0.5
+            event.at = self.clock
+
+        event.record = record
+        event.time_till = lambda other: other.at - event.at
+        return event
+
+    def mem_alloc(self, size: int) -> "FakeMemory":
+        if size > self.limit:
+            raise self.Error("cuMemAlloc failed: out of memory")
+        memory = FakeMemory(self, 4096 * (1 + len(self.memory)))
+        while int(memory) in self.memory:
+            memory = FakeMemory(self, int(memory) + 4096)
+        self.memory[int(memory)] = bytearray(size)
+        return memory
+
+    def pagelocked_empty(self, shape: tuple[int, ...], dtype: type) -> np.ndarray:
+        return np.empty(shape, dtype)
+
+    def memcpy_htod_async(self, device: "FakeMemory", host: np.ndarray, stream: Any) -> None:
+        self.memory[int(device)][:] = host.tobytes()
+        self.clock += 0.125
+
+    def memcpy_dtoh_async(self, host: np.ndarray, device: "FakeMemory", stream: Any) -> None:
+        host[...] = np.frombuffer(self.memory[int(device)], host.dtype).reshape(host.shape)
+        self.clock += 0.125
+
+
+class FakeMemory:
+    """A piece of device memory."""
+
+    def __init__(self, cuda: FakeCuda, address: int) -> None:
+        self.cuda, self.address = cuda, address
+
+    def __int__(self) -> int:
+        return self.address
+
+    def free(self) -> None:
+        del self.cuda.memory[self.address]
+
+
+def plan_of(fake: FakeTensorrt) -> bytes:
+    """Return the bytes of an engine of this release."""
+    tag = b"vtrt" if fake.__name__ == "tensorrt_rtx" else b"ftrt"
+    version = bytes(int(part) for part in fake.__version__.split("."))
+    return tag + bytes(12) + (64).to_bytes(8, "little") + version + bytes(36)
 
 
 class FakeTimingCache:

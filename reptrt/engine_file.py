@@ -1,0 +1,179 @@
+"""Engine files: what can be said of one before TensorRT reads it, and opening one.
+
+A plan starts alike in every release since 8.6; trtexec --getPlanVersionOnly reads the same bytes:
+
+    0..3    "ftrt" (tensorrt) or "vtrt" (tensorrt_rtx)
+    16..23  number of bytes of the file, little endian
+    24..27  version of the TensorRT that wrote it, one byte a part
+"""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from reptrt import _tensorrt
+from reptrt._tensorrt import Backend, Gpu, Messages, capability
+from reptrt.artifacts import Sidecar, read_sidecar
+from reptrt.errors import ArtifactError, EngineError
+
+_TAGS = (b"ftrt", b"vtrt")
+_HEADER_BYTES = 28
+_OLDEST_FULL = 8  # major versions below are tensorrt_rtx's
+_INVALID = {  # trt.EngineInvalidityDiagnostics of tensorrt_rtx, bits
+    1: "it is of another version",
+    2: "it was not built for this GPU",
+    4: "the NVIDIA driver is too old",
+    8: "the CUDA runtime is too old",
+    16: "the GPU has too little memory",
+    32: "it is damaged",
+    64: "CUDA fails",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class PlanHeader:
+    """The first bytes of an engine."""
+
+    tag: str
+    version: tuple[int, int, int, int]
+    size: int
+
+    @property
+    def backend(self) -> Literal["tensorrt", "tensorrt-rtx"]:
+        """Which TensorRT wrote it."""
+        return "tensorrt" if self.version[0] >= _OLDEST_FULL else "tensorrt-rtx"
+
+    @property
+    def label(self) -> str:
+        """Name and version of the TensorRT that wrote it."""
+        return f"{self.backend} {'.'.join(map(str, self.version))}"
+
+
+@dataclass(frozen=True, slots=True)
+class OpenEngine:
+    """A deserialized engine and what it needs to stay alive."""
+
+    path: Path
+    header: PlanHeader
+    sidecar: Sidecar | None
+    gpu: Gpu
+    backend: Backend
+    messages: Messages
+    runtime: Any
+    engine: Any
+
+
+def read_header(path: Path) -> PlanHeader:
+    """Read the header of an engine file.
+
+    Raises:
+        ArtifactError: the file cannot be read.
+        EngineError: it is no engine, or a part of one.
+    """
+    try:
+        with open(path, "rb") as stream:
+            start = stream.read(_HEADER_BYTES)
+        found = path.stat().st_size
+    except FileNotFoundError as err:
+        raise ArtifactError(f"{path}: does not exist; check the path") from err
+    except OSError as err:
+        raise ArtifactError(f"{path}: cannot be read ({err.strerror or err})") from err
+    if start[:4] not in _TAGS or len(start) < _HEADER_BYTES:
+        raise EngineError(
+            f"{path}: not a TensorRT engine (it starts with {start[:4]!r}, expected "
+            f"{_TAGS[0]!r} or {_TAGS[1]!r}); make one with reptrt build-engine"
+        )
+    size = int.from_bytes(start[16:24], "little")
+    first, second, third, fourth = start[24:28]
+    header = PlanHeader(start[:4].decode(), (first, second, third, fourth), size)
+    if header.backend == "tensorrt-rtx" and found != size:  # unchecked for tensorrt: no sample
+        raise EngineError(
+            f"{path}: {found} bytes, its header says {size}: truncated or damaged; build it again"
+        )
+    return header
+
+
+@contextlib.contextmanager
+def open_engine(path: Path) -> Iterator[OpenEngine]:
+    """Deserialize an engine, after checking all that can be checked before.
+
+    Raises:
+        ArtifactError: the file cannot be read, or is not the one its sidecar was written for.
+        MissingDependencyError: the TensorRT it needs is not installed.
+        EngineError: no GPU, another GPU, another TensorRT, a damaged file.
+    """
+    header = read_header(path)
+    sidecar = read_sidecar(path)
+    gpu = _tensorrt.find_gpu()
+    if not isinstance(gpu, Gpu):
+        raise EngineError(f"{path}: using an engine needs an NVIDIA GPU: {gpu}")
+    backend = _tensorrt.load(header.backend)
+    if sidecar is not None:
+        _check_version(path, header, backend, sidecar)
+        if not backend.features.engine_validity:
+            _check_gpu(path, sidecar, gpu)
+    plan = path.read_bytes()
+    with Messages(backend) as messages:
+        runtime = _create_runtime(path, backend, messages)
+        if backend.features.engine_validity:
+            _check_validity(path, backend, runtime.get_engine_validity(plan), gpu)
+        if sidecar is not None and sidecar.options.get("version_compatible"):
+            runtime.engine_host_code_allowed = True  # its own lean runtime is in the file
+        engine = runtime.deserialize_cuda_engine(plan)
+        if engine is None:
+            raise EngineError(
+                f"{path}: {backend.label} on {gpu.name} ({gpu.target}) refuses this engine of "
+                f"{header.label}: {messages.reason()}; build it again here"
+            )
+        yield OpenEngine(path, header, sidecar, gpu, backend, messages, runtime, engine)
+
+
+def _check_version(path: Path, header: PlanHeader, backend: Backend, sidecar: Sidecar) -> None:
+    """Refuse an engine that this TensorRT cannot read.
+
+    A version-compatible engine runs on its own and later versions of the same major version.
+    """
+    if header.version == backend.version:
+        return
+    later = header.version[0] == backend.version[0] and header.version < backend.version
+    if sidecar.options.get("version_compatible") and later:
+        return
+    raise EngineError(
+        f"{path}: built by {header.label}, this is {backend.label}; build it again here"
+        + (", or with --version-compatible there" if later and backend.name == "tensorrt" else "")
+    )
+
+
+def _check_validity(path: Path, backend: Backend, answer: tuple[Any, int], gpu: Gpu) -> None:
+    """Refuse what tensorrt_rtx itself calls invalid, with its reasons in words."""
+    validity, bits = answer
+    if validity != backend.trt.EngineValidity.INVALID:
+        return
+    reasons = [reason for bit, reason in _INVALID.items() if int(bits) & bit]
+    raise EngineError(
+        f"{path}: {backend.label} on {gpu.name} ({gpu.target}) refuses this engine: "
+        f"{', '.join(reasons) or 'it gave no reason'}; build it again with --target {gpu.target}"
+    )
+
+
+def _check_gpu(path: Path, sidecar: Sidecar, gpu: Gpu) -> None:
+    """Refuse an engine that was built for other GPUs."""
+    targets = [str(target) for target in sidecar.details.get("targets", ())]
+    ampere = sidecar.options.get("hardware_compatible") == "ampere+"
+    if gpu.target in targets or (ampere and capability(gpu.target) >= (8, 0)):
+        return
+    raise EngineError(
+        f"{path}: built for {'sm80 and later' if ampere else ', '.join(targets)}, this GPU "
+        f"({gpu.name}) is {gpu.target}; build it again on this machine"
+    )
+
+
+def _create_runtime(path: Path, backend: Backend, messages: Messages) -> Any:
+    try:
+        return backend.trt.Runtime(messages.logger)
+    except TypeError as err:  # what pybind11 makes of a null pointer
+        raise EngineError(
+            f"{path}: {backend.label} does not start: {messages.reason()}; update the NVIDIA driver"
+        ) from err
