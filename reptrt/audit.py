@@ -1,0 +1,134 @@
+"""Intent against engine: which layers planned INT8 run in INT8, and why the others do not."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from reptrt.errors import ConfigError, EngineError
+from reptrt.graph import read_model
+from reptrt.inspect import Inspection, inspect_engine
+from reptrt.inspector import UNKNOWN, Layer
+from reptrt.intent import planned_int8
+
+_NARROW = 16  # channels below which INT8 kernels are padded
+
+
+@dataclass(frozen=True, slots=True)
+class Miss:
+    """A layer that was planned INT8 and is not."""
+
+    layer: str  # node of the ONNX file
+    precision: str  # what it computes in; "?" if it is not in the engine
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Audit:
+    """Intent against engine."""
+
+    path: Path
+    planned: tuple[str, ...]
+    misses: tuple[Miss, ...]
+    reformats: tuple[str, ...]  # "name: FP16 -> INT8"
+    quantization_passes: tuple[str, ...]  # Q or DQ that run as layers of their own
+
+    @property
+    def built(self) -> int:
+        """Number of planned layers that run in INT8."""
+        return len(self.planned) - len(self.misses)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the audit as JSON values."""
+        return asdict(self) | {"path": str(self.path), "built": self.built}
+
+    def to_lines(self) -> list[str]:
+        """Return the audit for people, the sum first."""
+        return [
+            f"audit  {self.path}  {self.built} of {len(self.planned)} planned layers run in INT8  "
+            f"{len(self.reformats)} reformats  {len(self.quantization_passes)} Q/DQ passes",
+            *(
+                f"{miss.layer}: {miss.precision}, planned INT8: {miss.reason}"
+                for miss in self.misses
+            ),
+            *(f"reformat {line}" for line in self.reformats),
+            *(f"Q/DQ pass {name}" for name in self.quantization_passes),
+        ]
+
+
+def audit(path: Path, onnx_path: Path | None = None) -> Audit:
+    """Compare what was planned INT8 with what the engine does.
+
+    Args:
+        path: the engine.
+        onnx_path: the Q/DQ graph; None: the plan in the engine's sidecar.
+
+    Raises:
+        ConfigError: the plan is not known.
+        EngineError: the engine cannot be used here, or holds no details of its layers.
+    """
+    planned = None if onnx_path is None else planned_int8(read_model(onnx_path))
+    inspection = inspect_engine(path)
+    planned = inspection.planned if planned is None else planned
+    if planned is None:
+        raise ConfigError(f"{path}: no sidecar says what was planned INT8; give the ONNX file too")
+    return compare(inspection, planned)
+
+
+def compare(inspection: Inspection, planned: Sequence[str]) -> Audit:
+    """Find each planned layer in an engine, and say why if it does not run in INT8.
+
+    Raises:
+        EngineError: the engine holds no details of its layers.
+    """
+    layers = [layer for layer in inspection.layers if not layer.is_reformat]
+    if layers and not any(layer.inputs or layer.outputs for layer in layers):
+        raise EngineError(
+            f"{inspection.path}: holds only the names of its layers; build it with reptrt "
+            "build-engine, which keeps the details"
+        )
+    misses = (_miss(name, layers) for name in planned)
+    return Audit(
+        path=inspection.path,
+        planned=tuple(planned),
+        misses=tuple(miss for miss in misses if miss is not None),
+        reformats=tuple(_reformat_line(layer) for layer in inspection.reformats),
+        quantization_passes=tuple(layer.name for layer in layers if layer.is_quantization),
+    )
+
+
+def _miss(name: str, layers: Sequence[Layer]) -> Miss | None:
+    """Return why a planned layer does not run in INT8; None if it does."""
+    made_from = [layer for layer in layers if name in layer.origin and not layer.is_quantization]
+    if not made_from:
+        return Miss(
+            name, UNKNOWN, "no layer of the engine names it: TensorRT renamed it or removed it"
+        )
+    layer = max(made_from, key=_computes)
+    if layer.precision == "INT8":
+        return None
+    sources = {tensor.name for tensor in layer.inputs}
+    for other in layers:
+        if other.is_quantization and sources & {tensor.name for tensor in other.outputs}:
+            reason = f"{other.name} runs on its own before it instead of being fused into it"
+            return Miss(name, layer.precision, reason)
+    channels = [t.shape[1] for t in (*layer.inputs, *layer.outputs) if len(t.shape) > 1]
+    if channels and 0 < min(channels) < _NARROW:
+        reason = f"it is narrow ({min(channels)} channels, INT8 kernels work on {_NARROW} and more)"
+        return Miss(name, layer.precision, reason)
+    kernel = f" ({layer.kernel})" if layer.kernel else ""
+    if layer.precision == UNKNOWN:
+        return Miss(name, UNKNOWN, f"the inspector does not say what {layer.name}{kernel} runs in")
+    return Miss(name, layer.precision, f"TensorRT took another kernel for {layer.name}{kernel}")
+
+
+def _computes(layer: Layer) -> bool:
+    """Return whether a layer looks like the one with the multiplications."""
+    return bool(re.search(r"conv|gemm|matmul|matrix|fc", f"{layer.kind} {layer.kernel}", re.I))
+
+
+def _reformat_line(layer: Layer) -> str:
+    before = ", ".join(f"{t.dtype} {t.format}".strip() for t in layer.inputs)
+    after = ", ".join(f"{t.dtype} {t.format}".strip() for t in layer.outputs)
+    return f"{layer.name}: {before} -> {after}"

@@ -1,0 +1,152 @@
+"""What is in a network or an engine, layer by layer."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import onnx
+from rich.table import Table
+
+from reptrt.engine_file import OpenEngine, open_engine
+from reptrt.graph import read_model
+from reptrt.inspector import UNKNOWN, Layer, Tensor, parse_inspector, type_in
+from reptrt.intent import node_name, planned_int8
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """The layers of a file."""
+
+    path: Path
+    kind: Literal["onnx", "engine"]
+    made_by: str  # producer of the ONNX file, or TensorRT and its version
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+    layers: tuple[Layer, ...]
+    planned: tuple[str, ...] | None  # names of the layers planned INT8; None: not known
+
+    @property
+    def precisions(self) -> dict[str, int]:
+        """Number of layers by the type they compute in, reformats left out."""
+        counts = Counter(layer.precision for layer in self.layers if not layer.is_reformat)
+        return dict(counts.most_common())
+
+    @property
+    def reformats(self) -> tuple[Layer, ...]:
+        """The layers that only copy."""
+        return tuple(layer for layer in self.layers if layer.is_reformat)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the inspection as JSON values."""
+        return asdict(self) | {
+            "path": str(self.path),
+            "precisions": self.precisions,
+            "reformats": len(self.reformats),
+        }
+
+    def to_table(self) -> Table:
+        """Return the layers as a table for people."""
+        table = Table(box=None, pad_edge=False, title=f"{self.path}  {self.made_by}")
+        for title in ("layer", "kind", "precision", "output"):
+            table.add_column(title, overflow="fold")
+        for layer in self.layers:
+            shapes = [f"{_shape(out.shape)} {out.dtype}" for out in layer.outputs]
+            table.add_row(layer.name, layer.kind, layer.precision, ", ".join(shapes))
+        return table
+
+
+def inspect(path: Path) -> Inspection:
+    """Return the layers of an .onnx file, or of an engine.
+
+    Raises:
+        ArtifactError: the file cannot be read.
+        EngineError: an engine that cannot be used on this machine.
+    """
+    return inspect_onnx(path) if path.suffix.lower() == ".onnx" else inspect_engine(path)
+
+
+def inspect_onnx(path: Path) -> Inspection:
+    """Return the nodes of an ONNX file; ``precision`` is what the graph asks for.
+
+    A layer planned INT8 counts as INT8, every other as the type of its output.
+
+    Raises:
+        ArtifactError: the file cannot be read.
+    """
+    model = onnx.shape_inference.infer_shapes(read_model(path))
+    graph = model.graph
+    known = {info.name: _onnx_tensor(info) for info in (*graph.value_info, *graph.input)}
+    known |= {info.name: _onnx_tensor(info) for info in graph.output}
+    known |= {
+        constant.name: Tensor(constant.name, tuple(constant.dims), _onnx_type(constant.data_type))
+        for constant in graph.initializer
+    }
+    planned = planned_int8(model)
+    constants = {constant.name for constant in graph.initializer}
+    return Inspection(
+        path=path,
+        kind="onnx",
+        made_by=f"{model.producer_name or 'ONNX'} {model.producer_version}".strip(),
+        inputs=tuple(known[info.name] for info in graph.input if info.name not in constants),
+        outputs=tuple(known[info.name] for info in graph.output),
+        layers=tuple(_onnx_layer(node, known, planned) for node in graph.node),
+        planned=planned,
+    )
+
+
+def inspect_engine(path: Path) -> Inspection:
+    """Return the layers of an engine, as TensorRT's inspector tells them.
+
+    Dynamic inputs are set to the shape that the engine is optimised for, so that formats are known.
+
+    Raises:
+        ArtifactError: the file cannot be read.
+        EngineError: no GPU, or an engine that cannot be used on this machine.
+    """
+    with open_engine(path) as opened:
+        text = _inspector_text(opened)
+        made_by = f"{opened.header.label} on {opened.gpu.name}"
+        sidecar = opened.sidecar
+    planned = None if sidecar is None else sidecar.details.get("int8_layers")
+    inputs, outputs, layers = parse_inspector(text)
+    known = None if planned is None else tuple(str(name) for name in planned)
+    return Inspection(path, "engine", made_by, inputs, outputs, layers, known)
+
+
+def _inspector_text(opened: OpenEngine) -> str:
+    """Ask the inspector, with a context whose input shapes are set."""
+    trt, engine = opened.backend.trt, opened.engine
+    context = engine.create_execution_context()
+    for index in range(engine.num_io_tensors if context is not None else 0):
+        name = engine.get_tensor_name(index)
+        is_input = engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT
+        if is_input and -1 in tuple(engine.get_tensor_shape(name)):
+            optimum = engine.get_tensor_profile_shape(name, 0)[1]
+            context.set_input_shape(name, tuple(optimum))
+    inspector = engine.create_engine_inspector()
+    inspector.execution_context = context
+    return str(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
+
+
+def _onnx_layer(node: onnx.NodeProto, known: Mapping[str, Tensor], planned: Sequence[str]) -> Layer:
+    name = node_name(node)
+    inputs = tuple(known.get(t, Tensor(t, (), UNKNOWN)) for t in node.input if t)
+    outputs = tuple(known.get(t, Tensor(t, (), UNKNOWN)) for t in node.output if t)
+    precision = "INT8" if name in planned else (outputs[0].dtype if outputs else UNKNOWN)
+    return Layer(name, node.op_type, precision, inputs, outputs, origin=(name,))
+
+
+def _onnx_tensor(info: onnx.ValueInfoProto) -> Tensor:
+    kind = info.type.tensor_type
+    dims = tuple(d.dim_value if d.HasField("dim_value") else -1 for d in kind.shape.dim)
+    return Tensor(info.name, dims, _onnx_type(kind.elem_type))
+
+
+def _onnx_type(code: int) -> str:
+    return type_in(onnx.TensorProto.DataType.Name(code))
+
+
+def _shape(shape: Sequence[int]) -> str:
+    return "x".join("?" if size < 0 else str(size) for size in shape) or "scalar"
