@@ -54,8 +54,17 @@ def read_model(path: Path) -> onnx.ModelProto:
 
 
 def net_from_model(model: onnx.ModelProto) -> Net:
-    """Return the graph-surgeon form of an ONNX model."""
-    return Net(gs.import_onnx(model), {prop.key: prop.value for prop in model.metadata_props})
+    """Return the graph-surgeon form of an ONNX model, in which every node has a name of its own.
+
+    ONNX lets nodes go unnamed or share a name; here an unnamed node takes the name of its first
+    output, and what is taken gets a number.
+    """
+    graph = gs.import_onnx(model)
+    taken: set[str] = set()
+    for node in graph.nodes:
+        node.name = first_free(node.name or next(t.name for t in node.outputs if t.name), taken)
+        taken.add(node.name)
+    return Net(graph, {prop.key: prop.value for prop in model.metadata_props})
 
 
 def model_from_net(net: Net) -> onnx.ModelProto:

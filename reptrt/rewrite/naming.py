@@ -71,5 +71,6 @@ def name_layers(net: Net) -> None:
             private = isinstance(tensor, gs.Constant) and len(tensor.outputs) == 1
             if private and wanted not in tensors:
                 tensors.discard(tensor.name)
+                tensor.values = tensor.values  # read now, or graph-surgeon renames it in the model
                 tensor.name = wanted
                 tensors.add(wanted)
