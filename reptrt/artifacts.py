@@ -113,7 +113,7 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 def write_json(path: Path, content: Any) -> None:
     """Write ``content`` as indented JSON with sorted keys, whole or not at all."""
-    write_bytes(path, (json.dumps(content, indent=2, sort_keys=True) + "\n").encode())
+    write_bytes(path, _json_bytes(content))
 
 
 def sidecar_path(path: Path) -> Path:
@@ -130,11 +130,17 @@ def write_artifact(
     options: Mapping[str, Any],
     details: Mapping[str, Any] | None = None,
 ) -> Sidecar:
-    """Write a file and its sidecar; return the sidecar.
+    """Write a file and its sidecar, both or neither; return the sidecar.
 
-    The old sidecar goes first, so a crash in between leaves a file of unknown origin (which every
-    stage accepts), never a file with a wrong origin (which every stage refuses).
+    Both are on disk under temporary names before either gets its own. The old sidecar goes first,
+    so a crash in between leaves a file of unknown origin (which every stage accepts), never a file
+    with a wrong origin (which every stage refuses).
+
+    Raises:
+        ArtifactError: the folder does not exist, or the disk refused the bytes; what was there
+            before is still there.
     """
+    require_folder(path)
     sidecar = Sidecar(
         artifact=artifact,
         sha256=hashlib.sha256(content).hexdigest(),
@@ -143,10 +149,11 @@ def write_artifact(
         versions=package_versions(),
         details=dict(details or {}),
     )
-    with replacing(path) as part:
-        part.write_bytes(content)
-        sidecar_path(path).unlink(missing_ok=True)
-    write_json(sidecar_path(path), asdict(sidecar))
+    with replacing(sidecar_path(path)) as sidecar_part:
+        sidecar_part.write_bytes(_json_bytes(asdict(sidecar)))
+        with replacing(path) as part:
+            part.write_bytes(content)
+            sidecar_path(path).unlink(missing_ok=True)
     return sidecar
 
 
@@ -165,13 +172,20 @@ def read_sidecar(path: Path) -> Sidecar | None:
         raise ArtifactError(
             f"{sidecar_path(path)}: not a sidecar written by reptrt ({err}); delete it to go on"
         ) from err
-    found = sha256_of(path)
+    try:
+        found = sha256_of(path)
+    except OSError as err:
+        raise ArtifactError(f"{path}: cannot be read ({err.strerror or err})") from err
     if found != sidecar.sha256:
         raise ArtifactError(
             f"{path}: sha256 is {found[:12]}..., its sidecar says {sidecar.sha256[:12]}...: the "
             f"file was changed after it was written; make it again, or delete the sidecar"
         )
     return sidecar
+
+
+def _json_bytes(content: Any) -> bytes:
+    return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
 
 
 def _umask() -> int:
