@@ -40,7 +40,7 @@ def read_model(path: Path) -> onnx.ModelProto:
         ArtifactError: the file is missing, truncated, not ONNX, or its external data is gone.
     """
     try:
-        model = onnx.load(str(path))
+        model = onnx.load(str(path), format="protobuf")  # whatever the suffix
         onnx.checker.check_model(model, full_check=False)
     except FileNotFoundError as err:
         missing = Path(err.filename or path)
@@ -119,11 +119,16 @@ def producer(tensor: gs.Tensor) -> gs.Node | None:
 
 
 def weighted_nodes(graph: gs.Graph) -> list[gs.Node]:
-    """Return the nodes with a constant weight as second input, in execution order."""
+    """Return the nodes with a constant weight as second input, in execution order.
+
+    A MatMul counts with a matrix only: a vector or a stack of matrices has no output channels.
+    """
     return [
         node
         for node in graph.nodes
-        if node.op in WEIGHTED_OPS and constant_value(node.inputs[1]) is not None
+        if node.op in WEIGHTED_OPS
+        and (weight := constant_value(node.inputs[1])) is not None
+        and (node.op != "MatMul" or weight.ndim == 2)
     ]
 
 
