@@ -33,6 +33,7 @@ class Audit:
     misses: tuple[Miss, ...]
     reformats: tuple[str, ...]  # "name: FP16 -> INT8"
     quantization_passes: tuple[str, ...]  # Q or DQ that run as layers of their own
+    float_outputs: tuple[str, ...]  # INT8 layers that write floats for another launch to quantize
 
     @property
     def built(self) -> int:
@@ -47,13 +48,15 @@ class Audit:
         """Return the audit for people, the sum first."""
         return [
             f"audit  {self.path}  {self.built} of {len(self.planned)} planned layers run in INT8  "
-            f"{len(self.reformats)} reformats  {len(self.quantization_passes)} Q/DQ passes",
+            f"{len(self.reformats)} reformats  {len(self.quantization_passes)} Q/DQ passes  "
+            f"{len(self.float_outputs)} float outputs quantized by another launch",
             *(
                 f"{miss.layer}: {miss.precision}, planned INT8: {miss.reason}"
                 for miss in self.misses
             ),
             *(f"reformat {line}" for line in self.reformats),
             *(f"Q/DQ pass {name}" for name in self.quantization_passes),
+            *(f"float output {line}" for line in self.float_outputs),
         ]
 
 
@@ -88,24 +91,42 @@ def compare(inspection: Inspection, planned: Sequence[str]) -> Audit:
             f"{inspection.path}: holds only the names of its layers; build it with reptrt "
             "build-engine, which keeps the details"
         )
-    misses = (_miss(name, layers) for name in planned)
+    made = {name: _made_from(name, layers) for name in planned}
+    misses = (_miss(name, layer, layers) for name, layer in made.items())
+    floats = (_float_output(name, layer, layers) for name, layer in made.items())
     return Audit(
         path=inspection.path,
         planned=tuple(planned),
         misses=tuple(miss for miss in misses if miss is not None),
         reformats=tuple(_reformat_line(layer) for layer in inspection.reformats),
         quantization_passes=tuple(layer.name for layer in layers if layer.is_quantization),
+        float_outputs=tuple(line for line in floats if line is not None),
     )
 
 
-def _miss(name: str, layers: Sequence[Layer]) -> Miss | None:
+def _made_from(name: str, layers: Sequence[Layer]) -> Layer | None:
+    """Return the layer that does the multiplications of a node."""
+    found = [layer for layer in layers if name in layer.origin and not layer.is_quantization]
+    return max(found, key=_computes, default=None)
+
+
+def _float_output(name: str, layer: Layer | None, layers: Sequence[Layer]) -> str | None:
+    """Return who quantizes what an INT8 layer writes as floats; None if nobody has to."""
+    if layer is None or layer.precision != "INT8":
+        return None
+    for tensor in layer.outputs:
+        for other in layers:
+            reads = any(tensor.name == source.name for source in other.inputs)
+            if reads and tensor.dtype != "INT8" and any(t.dtype == "INT8" for t in other.outputs):
+                return f"{name}: {tensor.dtype}, made INT8 by {other.name}"
+    return None
+
+
+def _miss(name: str, layer: Layer | None, layers: Sequence[Layer]) -> Miss | None:
     """Return why a planned layer does not run in INT8; None if it does."""
-    made_from = [layer for layer in layers if name in layer.origin and not layer.is_quantization]
-    if not made_from:
-        return Miss(
-            name, UNKNOWN, "no layer of the engine names it: TensorRT renamed it or removed it"
-        )
-    layer = max(made_from, key=_computes)
+    if layer is None:
+        reason = "no layer of the engine names it: TensorRT renamed it or removed it"
+        return Miss(name, UNKNOWN, reason)
     if layer.precision == "INT8":
         return None
     sources = {tensor.name for tensor in layer.inputs}

@@ -9,10 +9,14 @@ from typing import Any, Literal
 import onnx
 from rich.table import Table
 
-from reptrt.engine_file import OpenEngine, open_engine
+from reptrt import _tensorrt
+from reptrt._tensorrt import Gpu
+from reptrt.artifacts import Sidecar, read_sidecar
+from reptrt.engine_file import OpenEngine, PlanHeader, open_engine, read_header
 from reptrt.graph import read_model
 from reptrt.inspector import UNKNOWN, Layer, Tensor, parse_inspector, type_in
 from reptrt.intent import node_name, planned_int8
+from reptrt.rtx_plan import layers_of_plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,19 +104,40 @@ def inspect_engine(path: Path) -> Inspection:
     """Return the layers of an engine, as TensorRT's inspector tells them.
 
     Dynamic inputs are set to the shape that the engine is optimised for, so that formats are known.
+    On a machine without a GPU an engine of tensorrt_rtx is read by `reptrt.rtx_plan`.
 
     Raises:
         ArtifactError: the file cannot be read.
-        EngineError: no GPU, or an engine that cannot be used on this machine.
+        EngineError: an engine that cannot be used on this machine.
     """
+    header = read_header(path)
+    if header.backend == "tensorrt-rtx" and not isinstance(_tensorrt.find_gpu(), Gpu):
+        return _inspect_without_gpu(path, header)
     with open_engine(path) as opened:
         text = _inspector_text(opened)
         made_by = f"{opened.header.label} on {opened.gpu.name}"
-        sidecar = opened.sidecar
-    planned = None if sidecar is None else sidecar.details.get("int8_layers")
+        planned = _planned(opened.sidecar)
     inputs, outputs, layers = parse_inspector(text)
-    known = None if planned is None else tuple(str(name) for name in planned)
-    return Inspection(path, "engine", made_by, inputs, outputs, layers, known)
+    return Inspection(path, "engine", made_by, inputs, outputs, layers, planned)
+
+
+def _inspect_without_gpu(path: Path, header: PlanHeader) -> Inspection:
+    sidecar = read_sidecar(path)
+    details = {} if sidecar is None else sidecar.details
+    inputs, outputs = (
+        tuple(
+            Tensor(t["name"], tuple(t["shape"]), type_in(t["dtype"])) for t in details.get(key, ())
+        )
+        for key in ("inputs", "outputs")
+    )
+    layers = layers_of_plan(path.read_bytes(), str(path))
+    made_by = f"{header.label}, read without a GPU"
+    return Inspection(path, "engine", made_by, inputs, outputs, layers, _planned(sidecar))
+
+
+def _planned(sidecar: Sidecar | None) -> tuple[str, ...] | None:
+    names = None if sidecar is None else sidecar.details.get("int8_layers")
+    return None if names is None else tuple(str(name) for name in names)
 
 
 def _inspector_text(opened: OpenEngine) -> str:

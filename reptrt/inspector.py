@@ -96,6 +96,20 @@ def parse_inspector(
     return *_bound_tensors(content.get("Bindings", ()), layers), layers
 
 
+def onnx_names(metadata: str) -> tuple[str, ...]:
+    """Return the ONNX node names in ``[ONNX Layer: a]`` and so on, in order, once each.
+
+    They are separated by 0x1e, by 0x1f in tensorrt_rtx.
+    """
+    parts = (part.strip() for part in re.split(r"[\x1e\x1f\n]", metadata))
+    names = (
+        part.removeprefix("[ONNX Layer: ").removesuffix("]")
+        for part in parts
+        if part.startswith("[ONNX Layer: ")
+    )
+    return tuple(dict.fromkeys(names))
+
+
 def _layer(layer: str | Mapping[str, Any]) -> Layer:
     if isinstance(layer, str):  # built without details
         return Layer(layer, UNKNOWN, UNKNOWN, origin=_parts(layer))
@@ -108,7 +122,7 @@ def _layer(layer: str | Mapping[str, Any]) -> Layer:
         precision=_precision(layer, inputs, kernel),
         inputs=inputs,
         outputs=tuple(_tensor(tensor) for tensor in layer.get("Outputs", ())),
-        origin=_onnx_names(str(layer.get("Metadata", ""))) or _parts(name),
+        origin=onnx_names(str(layer.get("Metadata", ""))) or _parts(name),
         kernel=kernel,
     )
 
@@ -145,16 +159,6 @@ def _bound_tensors(
     names = [re.sub(r" \[profile \d+\]$", "", name) for name in names]
     inputs = tuple(read.get(name, Tensor(name, (), UNKNOWN)) for name in names if name not in made)
     return inputs, tuple(made[name] for name in names if name in made)
-
-
-def _onnx_names(metadata: str) -> tuple[str, ...]:
-    """Return ONNX node names from ``[ONNX Layer: a] [ONNX Layer: b]``, separated by 0x1e."""
-    parts = (part.strip() for part in metadata.split("\x1e"))
-    return tuple(
-        part.removeprefix("[ONNX Layer: ").removesuffix("]")
-        for part in parts
-        if part.startswith("[ONNX Layer: ")
-    )
 
 
 def _parts(name: str) -> tuple[str, ...]:

@@ -1,5 +1,6 @@
 """What is in a network or an engine, and intent against engine."""
 
+import importlib.util
 import json
 import sys
 
@@ -9,13 +10,19 @@ from reptrt import _tensorrt
 from reptrt._tensorrt import Gpu
 from reptrt.artifacts import write_artifact
 from reptrt.audit import audit, compare
+from reptrt.engine import build_engine
+from reptrt.engine_options import BuildOptions
 from reptrt.errors import ConfigError, EngineError
 from reptrt.inspect import Inspection, inspect, inspect_onnx
-from reptrt.inspector import parse_inspector
+from reptrt.inspector import onnx_names, parse_inspector
+from reptrt.rtx_plan import layers_of_plan
 from tests import inspector_json
 from tests.fake_tensorrt import API, FakeTensorrt, plan_of
 from tests.qdq_graphs import qdq_model, save
 
+needs_rtx = pytest.mark.skipif(
+    importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt-rtx is not installed"
+)
 SCHEMAS = {
     "10": inspector_json.version_10,
     "10 dynamic": inspector_json.version_10_dynamic,
@@ -81,6 +88,7 @@ def test_audit_explains_every_miss(schema, tmp_path):
     assert len(result.reformats) == 1
     assert result.quantization_passes == ("r0.dequantize",)
     assert "1 of 5 planned layers run in INT8  1 reformats  1 Q/DQ passes" in result.to_lines()[0]
+    assert result.float_outputs == ()  # conv0 writes FP16, but nobody quantizes that again
     json.dumps(result.to_json())
 
 
@@ -168,3 +176,97 @@ def test_audit_without_a_plan(fake, tmp_path):
     path.write_bytes(plan_of(fake))
     with pytest.raises(ConfigError, match="no sidecar says what was planned INT8; give the ONNX"):
         audit(path)
+
+
+# --- engines of tensorrt-rtx, read without a GPU -------------------------------------------------
+
+
+@pytest.fixture
+def no_gpu(monkeypatch):
+    monkeypatch.setattr(_tensorrt, "find_gpu", lambda: "no NVIDIA driver on this machine")
+
+
+def build_rtx(model, folder):
+    options = BuildOptions("tensorrt-rtx", targets=("sm89",))
+    source = save(model, folder / "net.onnx")
+    build_engine(source, folder / "net.engine", options)
+    return folder / "net.engine"
+
+
+@needs_rtx
+def test_every_planned_layer_of_a_real_engine_is_int8(no_gpu, tmp_path):
+    path = build_rtx(qdq_model(num_convs=4, channels=32), tmp_path)
+    result = audit(path)
+    assert result.planned == ("conv0", "conv1", "conv2", "conv3")
+    assert result.misses == ()
+    inspection = inspect(path)
+    convs = [layer for layer in inspection.layers if layer.kind == "Convolution"]
+    assert [layer.name for layer in convs] == list(result.planned)
+    assert {layer.inputs[0].dtype for layer in convs} == {"INT8"}
+    assert convs[1].inputs[1].shape == (32, 32, 3, 3)
+    assert inspection.made_by.startswith("tensorrt-rtx 1.")
+    assert (inspection.inputs[0].name, inspection.inputs[0].shape) == ("input", (-1, 3, 8, 8))
+
+
+@needs_rtx
+def test_a_float_layer_of_a_real_engine_is_a_miss(no_gpu, tmp_path):
+    wanted = save(qdq_model(), tmp_path / "wanted.onnx")
+    model = qdq_model()
+    next(node for node in model.graph.node if node.name == "conv1").input[0] = "r0"
+    path = build_rtx(model, tmp_path)
+    assert audit(path).misses == ()  # its own plan is kept
+    misses = audit(path, wanted).misses
+    assert [(miss.layer, miss.precision) for miss in misses] == [("conv1", "FP32")]
+
+
+@needs_rtx
+def test_an_rtx_engine_whose_program_is_not_readable(no_gpu, tmp_path):
+    path = build_rtx(qdq_model(), tmp_path)
+    content = path.read_bytes().replace(b"header {", b"HEADER {")
+    with pytest.raises(EngineError, match="program is not readable without a GPU"):
+        layers_of_plan(content, "m.engine")
+
+
+def test_other_engines_are_not_read_without_a_gpu(no_gpu, tmp_path):
+    path = tmp_path / "m.engine"
+    path.write_bytes(plan_of(FakeTensorrt("tensorrt-11.4.0.106")))
+    with pytest.raises(EngineError, match="using an engine needs an NVIDIA GPU"):
+        inspect(path)
+
+
+PROGRAM = b"""junk\0header {
+  tensor={ dims={ "n" 3 4 4 } mem_prop=0 name="x.q" offset=0 strides={ 1 } type=int8 }
+  tensor={ dims={ 8 3 3 3 } name="w" offset=0 region="consts" type=int8 }
+  tensor={ dims={ "n" 8 4 4 } name="c" offset=0 strides={ 1 } type=float }
+  tensor={ dims={ "n" 8 4 4 } name="c.q" offset=0 strides={ 1 } type=int8 }
+  tensor={ dims={ 1 } name="proxy" offset=0 type=int64 }
+ label bb1: 
+  shape_call={ name="s" stream=0  layers="" subg_id=0 }
+  corrltn={ name="conv" output={"c" } input={"x.q" "w" } stream=0 relu=false layers="[ONNX Layer: conv]\x1f[ONNX Layer: dq[0]]" }
+  function={ name=__myl_Mul fqn=__myl_Mul_0x1 args={ "c" "proxy" "c.q" } input_args={ "c" "proxy" } output_args={ "c.q" } cond_fqn = { binary = 0 } layers="[ONNX Layer: q1]\x1f[ONNX Layer: relu]" swap_ab=false }
+}
+shape_main {
+  function={ name=__myl_No input_args={ "c" } output_args={ "c.q" } layers="" }
+}
+\0more
+"""  # noqa: E501
+
+
+def test_launches_of_a_hand_written_program(tmp_path):
+    conv, kernel = layers_of_plan(PROGRAM, "m.engine")
+    assert (conv.name, conv.kind, conv.precision) == ("conv", "Convolution", "INT8")
+    assert conv.origin == ("conv", "dq[0]")
+    assert [tensor.shape for tensor in conv.inputs] == [(-1, 3, 4, 4), (8, 3, 3, 3)]
+    assert (kernel.name, kernel.kind, kernel.precision) == ("__myl_Mul", "Kernel", "INT8")
+    assert [tensor.name for tensor in kernel.inputs] == ["c"]
+    inspection = Inspection(tmp_path, "engine", "rtx", (), (), (conv, kernel), None)
+    result = compare(inspection, ("conv",))
+    assert result.float_outputs == ("conv: FP32, made INT8 by __myl_Mul",)
+    assert "1 float outputs quantized by another launch" in result.to_lines()[0]
+
+
+@pytest.mark.parametrize("separator", ["\x1e", "\x1f", "\n"], ids=["10", "rtx", "text"])
+def test_onnx_names(separator):
+    text = separator.join(["[ONNX Layer: a/b]", "[ONNX Layer: c[1]]", "[ONNX Layer: a/b]"])
+    assert onnx_names(text) == ("a/b", "c[1]")
+    assert onnx_names("") == ()
