@@ -70,7 +70,8 @@ def _reason_against(net: Net, norm: gs.Node, target: gs.Node | None) -> str | No
         return "no convolution or Gemm before it"
     if not is_private(net.graph, norm.inputs[0]):
         return f"the output of {target.name} is used elsewhere too"
-    if constant_value(target.inputs[1]) is None or affine_of(norm) is None:
+    parameters = [tensor for tensor in target.inputs[1:] if tensor.name]
+    if any(constant_value(tensor) is None for tensor in parameters) or affine_of(norm) is None:
         return "weights or statistics are not constant"
     if target.op == "ConvTranspose" and target.attrs.get("group", 1) != 1:
         return "grouped transposed convolution"
