@@ -14,7 +14,14 @@ from reptrt.errors import RewriteError
 from reptrt.graph import Net, constant_value, weighted_nodes
 from reptrt.rewrite.contract import RewriteReport
 
-_QUANTIZED_OPS = ("QuantizeLinear", "DequantizeLinear")
+_KEPT = (  # though their inputs are constant: codes of weights, and what is random
+    "QuantizeLinear",
+    "DequantizeLinear",
+    "RandomNormalLike",
+    "RandomUniformLike",
+    "Bernoulli",
+    "Multinomial",
+)
 
 
 def simplify(net: Net) -> RewriteReport:
@@ -59,8 +66,10 @@ def _value_of(node: gs.Node, opset: int) -> npt.NDArray[Any] | None:
     """Return the output of a node that depends on constants alone, else None."""
     if node.op in ("Constant", "Identity"):
         return constant_value(node.outputs[0])
-    if node.op in _QUANTIZED_OPS or node.domain not in (None, "", "ai.onnx"):
+    if node.op in _KEPT or node.domain not in (None, "", "ai.onnx"):
         return None
+    if any(isinstance(value, gs.Graph) for value in node.attrs.values()):
+        return None  # its branches may read tensors that are not among its inputs
     given = [tensor for tensor in node.inputs if tensor.name]
     values = {t.name: value for t in given if (value := constant_value(t)) is not None}
     if not given or len(values) < len({t.name for t in given}) or len(node.outputs) != 1:
