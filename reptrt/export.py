@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from reptrt.errors import ConfigError, RewriteError
-from reptrt.graph import Net, net_from_model, read_model
+from reptrt.graph import QUANTIZED_OPS, Net, net_from_model, read_model
 from reptrt.preprocess import Preprocess, write_preprocess
 from reptrt.rewrite.contract import RewriteReport
 from reptrt.rewrite.fold_batchnorm import fold_batchnorm
@@ -115,7 +115,7 @@ def model_from_file(
         ConfigError: it is quantized, has several inputs, or a size that does not fit.
     """
     model = read_model(path)
-    quantized = [n for n in model.graph.node if n.op_type in ("QuantizeLinear", "QLinearConv")]
+    quantized = [node for node in model.graph.node if node.op_type in QUANTIZED_OPS]
     if quantized:
         raise ConfigError(
             f"{path}: is already quantized ({quantized[0].op_type} {quantized[0].name}, "

@@ -19,6 +19,15 @@ from google.protobuf.message import DecodeError
 from reptrt.errors import ArtifactError, RewriteError
 
 WEIGHTED_OPS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+QUANTIZED_OPS = (  # any of them: the graph is not a float graph
+    "QuantizeLinear",
+    "DequantizeLinear",
+    "DynamicQuantizeLinear",
+    "QLinearConv",
+    "QLinearMatMul",
+    "ConvInteger",
+    "MatMulInteger",
+)
 
 
 @dataclass(slots=True)

@@ -15,10 +15,19 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import numpy as np
 import onnx_graphsurgeon as gs
 
 from reptrt.errors import ConfigError
-from reptrt.graph import WEIGHTED_OPS, Net, constant_value, is_private, producer, weighted_nodes
+from reptrt.graph import (
+    QUANTIZED_OPS,
+    WEIGHTED_OPS,
+    Net,
+    constant_value,
+    is_private,
+    producer,
+    weighted_nodes,
+)
 
 MOVING_OPS = ("MaxPool", "Flatten", "Reshape", "Squeeze", "Unsqueeze", "Transpose", "Identity")
 _ELEMENTWISE = ("Relu", "Clip", "LeakyRelu", "PRelu", "Sigmoid", "HardSwish", "HardSigmoid", "Mul")
@@ -186,10 +195,10 @@ def _is_spatial_mean(node: gs.Node) -> bool:
 
 
 def _refuse_quantized(graph: gs.Graph) -> None:
-    found = [n for n in graph.nodes if n.op in ("QuantizeLinear", "QLinearConv", "ConvInteger")]
+    found = [node for node in graph.nodes if node.op in QUANTIZED_OPS]
     if found:
         raise ConfigError(
-            f"{found[0].name}: the graph is quantized already ({len(found)} {found[0].op} nodes); "
+            f"{found[0].name}: the graph is quantized already ({found[0].op}, {len(found)} such nodes); "
             "expected a float ONNX file"
         )
 
