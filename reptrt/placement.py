@@ -156,7 +156,7 @@ def _skip_inputs(graph: gs.Graph, node: gs.Node, chosen: set[str]) -> list[int]:
     for index, tensor in enumerate(node.inputs):
         maker = producer(tensor)
         if maker is not None and maker.name in chosen and is_private(graph, tensor):
-            fusable.append((maker.inputs[1].values.size, -index))
+            fusable.append((np.size(constant_value(maker.inputs[1])), -index))
     main = -max(fusable)[1] if fusable else None  # of two convolutions, the larger
     return [index for index in range(len(node.inputs)) if index != main]
 
@@ -198,8 +198,8 @@ def _refuse_quantized(graph: gs.Graph) -> None:
     found = [node for node in graph.nodes if node.op in QUANTIZED_OPS]
     if found:
         raise ConfigError(
-            f"{found[0].name}: the graph is quantized already ({found[0].op}, {len(found)} such nodes); "
-            "expected a float ONNX file"
+            f"{found[0].name}: the graph is quantized already ({found[0].op}, {len(found)} such "
+            "nodes); expected a float ONNX file"
         )
 
 

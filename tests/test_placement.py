@@ -319,9 +319,7 @@ def test_a_quantized_graph_is_refused() -> None:
     y = b.node("QuantizeLinear", ["x", "scale", "zero"], "q")
     y = b.node("DequantizeLinear", [y, "scale", "zero"], "dq")
     b.channels[y] = 3
-    with pytest.raises(
-        ConfigError, match=r"q: the graph is quantized already \(QuantizeLinear, 2 such"
-    ):
+    with pytest.raises(ConfigError, match=r"q: .* quantized already \(QuantizeLinear, 2 such"):
         plan(b.model(b.conv(y, 4, "c")))
 
 
