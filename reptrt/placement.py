@@ -156,7 +156,7 @@ def _skip_inputs(graph: gs.Graph, node: gs.Node, chosen: set[str]) -> list[int]:
     for index, tensor in enumerate(node.inputs):
         maker = producer(tensor)
         if maker is not None and maker.name in chosen and is_private(graph, tensor):
-            fusable.append((np.size(constant_value(maker.inputs[1])), -index))
+            fusable.append((np.asarray(constant_value(maker.inputs[1])).size, -index))
     main = -max(fusable)[1] if fusable else None  # of two convolutions, the larger
     return [index for index in range(len(node.inputs)) if index != main]
 
