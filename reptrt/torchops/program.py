@@ -1,0 +1,221 @@
+"""An ONNX graph compiled once: constants as tensors, nodes as steps in execution order."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_graphsurgeon as gs
+import torch
+from torch import Tensor
+
+from reptrt.errors import RewriteError
+from reptrt.graph import Net
+from reptrt.torchops.node import Builder, NodeView, Operator, Precision
+
+_STANDARD_DOMAINS = (None, "", "ai.onnx")
+_CONSTANT_FIELDS = ("value", "value_float", "value_int", "value_floats", "value_ints")
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One node, ready to run."""
+
+    name: str  # unique in the graph; an unnamed node has the name of its first output
+    op: str
+    inputs: tuple[str, ...]  # tensor names; "" where an optional input is omitted
+    outputs: tuple[str, ...]  # without the trailing ones that nobody reads
+    function: Operator
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """A compiled graph."""
+
+    name: str
+    inputs: Mapping[str, tuple[Any, ...]]  # name -> declared shape (int, name or None per axis)
+    outputs: tuple[str, ...]
+    steps: tuple[Step, ...]  # producers before consumers
+    constants: Mapping[str, Tensor]  # in float32 where floating; moved with the graph
+    host_constants: Mapping[str, Tensor]  # for computing shapes; stay on the CPU, in their own type
+    captured: frozenset[str]  # constants whose value the steps have compiled in
+
+
+def program_from_net(net: Net, operators: Mapping[str, Builder], precision: Precision) -> Program:
+    """Compile a graph; ``net`` is not changed.
+
+    Raises:
+        RewriteError: there are nodes that no operator can run; all are named.
+    """
+    graph = net.copy().graph.toposort()
+    constants = _constants(graph)
+    nodes = [node for node in graph.nodes if node.op != "Constant"]
+    host = _host_nodes(nodes, constants)
+    names = _unique_names(nodes)
+    compiler = _Compiler(graph, constants, operators, precision)
+    steps = [compiler.step(node, names[id(node)], id(node) in host) for node in nodes]
+    compiler.check()
+    on_host = _host_constants(graph, nodes, constants, host)
+    return Program(
+        name=graph.name,
+        inputs={t.name: tuple(t.shape or ()) for t in graph.inputs},
+        outputs=tuple(t.name for t in graph.outputs),
+        steps=tuple(step for step in steps if step is not None),
+        constants={
+            name: value.float() if value.is_floating_point() else value
+            for name, value in constants.items()
+            if name not in on_host
+        },
+        host_constants={name: constants[name] for name in constants if name in on_host},
+        captured=frozenset(compiler.captured),
+    )
+
+
+class _Compiler:
+    """Builds the steps of one graph and collects what cannot be built."""
+
+    def __init__(
+        self,
+        graph: gs.Graph,
+        constants: Mapping[str, Tensor],
+        operators: Mapping[str, Builder],
+        precision: Precision,
+    ) -> None:
+        self.graph = graph
+        self.outputs = {t.name for t in graph.outputs}
+        self.constants = constants
+        self.operators = operators
+        self.precision = precision
+        self.captured: set[str] = set()
+        self.problems: dict[str, list[str]] = {}  # what -> the nodes' names
+
+    def step(self, node: gs.Node, name: str, host: bool) -> Step | None:
+        """Return the step of a node, or None after noting why there is none."""
+        op = node.op if node.domain in _STANDARD_DOMAINS else f"{node.domain}.{node.op}"
+        view = self._view(node, host)
+        try:
+            if op not in self.operators:
+                self._note(op, name)
+                return None
+            function = self.operators[op](view)
+        except RewriteError as err:
+            self._note(f"{op} with {err}", name)
+            return None
+        self.captured |= {node.inputs[index].name for index in view.captured}
+        return Step(
+            name=name,
+            op=op,
+            inputs=tuple(t.name for t in node.inputs),
+            outputs=tuple(t.name for t in node.outputs[: view.num_used]),
+            function=function,
+        )
+
+    def check(self) -> None:
+        """Raise a RewriteError that names every node which cannot be run."""
+        if not self.problems:
+            return
+        count = sum(len(names) for names in self.problems.values())
+        listed = "; ".join(f"{what} ({', '.join(names)})" for what, names in self.problems.items())
+        raise RewriteError(
+            f"graph {self.graph.name}: {count} nodes cannot be run: {listed}; "
+            "expected standard ONNX operators of a float or Q/DQ convolutional network: replace "
+            "these nodes, or cut the graph before them"
+        )
+
+    def _note(self, what: str, name: str) -> None:
+        self.problems.setdefault(what, []).append(name)
+
+    def _view(self, node: gs.Node, host: bool) -> NodeView:
+        used = [bool(t.outputs) or t.name in self.outputs for t in node.outputs]
+        return NodeView(
+            op=node.op,
+            attrs=node.attrs,
+            constants=tuple(self.constants.get(t.name) for t in node.inputs),
+            given=tuple(bool(t.name) for t in node.inputs),
+            num_outputs=len(node.outputs),
+            num_used=max((i + 1 for i, flag in enumerate(used) if flag), default=1),
+            opset=self.graph.opset,
+            host=host,
+            precision=self.precision,
+        )
+
+
+def _constants(graph: gs.Graph) -> dict[str, Tensor]:
+    """Return initializers and the values of Constant nodes, by tensor name."""
+    found = {
+        name: _tensor_from_array(tensor.values, name)
+        for name, tensor in graph.tensors().items()
+        if isinstance(tensor, gs.Constant)
+    }
+    for node in graph.nodes:
+        if node.op == "Constant":
+            name = node.outputs[0].name
+            field = next((field for field in _CONSTANT_FIELDS if field in node.attrs), None)
+            if field is None:
+                raise RewriteError(f"constant {name}: holds {list(node.attrs)}, expected numbers")
+            value = node.attrs[field]
+            found[name] = _tensor_from_array(_array_from_value(value), name)
+    return found
+
+
+def _array_from_value(value: Any) -> npt.NDArray[Any]:
+    if isinstance(value, gs.Tensor):
+        return np.asarray(value.values)
+    array = np.asarray(value)
+    return array.astype(np.float32 if array.dtype.kind == "f" else np.int64)
+
+
+def _tensor_from_array(array: npt.NDArray[Any], name: str) -> Tensor:
+    """Return a copy as a tensor; types that NumPy lacks (bfloat16) become float32.
+
+    The copy is in torch's memory, aligned: the last bits of a matrix product depend on alignment.
+    """
+    try:
+        return torch.tensor(array.astype(np.float32) if array.dtype.kind == "V" else array)
+    except TypeError as err:
+        raise RewriteError(f"constant {name}: type {array.dtype}, expected numbers") from err
+
+
+def _host_nodes(nodes: list[gs.Node], constants: Mapping[str, Tensor]) -> set[int]:
+    """Return the ids of the nodes that compute shapes, from Shape, Size and int64 constants."""
+    host: set[int] = set()
+    for node in nodes:
+        inputs = [t for t in node.inputs if t.name]
+        computed = [t for t in inputs if t.name not in constants]
+        if node.op in ("Shape", "Size"):
+            host.add(id(node))
+        elif computed:
+            if all(t.inputs and id(t.inputs[0]) in host for t in computed):
+                host.add(id(node))
+        elif all(constants[t.name].dtype == torch.int64 for t in inputs):
+            host.add(id(node))
+    return host
+
+
+def _host_constants(
+    graph: gs.Graph, nodes: list[gs.Node], constants: Mapping[str, Tensor], host: set[int]
+) -> set[str]:
+    """Return the constants that stay on the CPU: int64, and those read only by host nodes."""
+    read_by_data = {t.name for t in graph.outputs}
+    read_by_data |= {t.name for node in nodes if id(node) not in host for t in node.inputs}
+    return {
+        name
+        for name, value in constants.items()
+        if value.dtype == torch.int64 or name not in read_by_data
+    }
+
+
+def _unique_names(nodes: list[gs.Node]) -> dict[int, str]:
+    """Return a name for each node's id: its own, else its first output's, numbered if taken."""
+    names: dict[int, str] = {}
+    taken: set[str] = set()
+    for node in nodes:
+        wanted = node.name or node.outputs[0].name
+        name, number = wanted, 0
+        while name in taken:
+            number += 1
+            name = f"{wanted}_{number}"
+        taken.add(name)
+        names[id(node)] = name
+    return names
