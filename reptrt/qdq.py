@@ -17,9 +17,10 @@ import onnx_graphsurgeon as gs
 from reptrt.affine import Grid, channel_amax, quantize, scale_from_amax
 from reptrt.errors import CalibrationError
 from reptrt.graph import Net, constant_value
-from reptrt.placement import Activation, Placement, Weight
+from reptrt.placement import Placement, Weight
 
 _INT8 = Grid.activation(8)
+_ROLES = ("scale", "zero_point", "q", "dq", "quantize", "dequantize", "clip", "clipped")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -75,38 +76,46 @@ def insert_qdq(
     """
     nodes = {node.name: node for node in net.graph.nodes}
     tensors = net.graph.tensors()
+    taken = {*tensors, *nodes}
     for activation in placement.activations:
-        _insert_pair(net.graph, nodes, tensors[activation.tensor], activation, scales, grid)
+        scale = scales[activation.tensor]
+        result = _append_pair(net.graph, tensors[activation.tensor], scale, grid, taken)
+        for node_name, index in activation.readers:
+            nodes[node_name].inputs[index] = result
     for weight in placement.weights:
-        _replace_weight(net.graph, nodes[weight.node], weight, weights[weight.node])
+        _replace_weight(net.graph, nodes[weight.node], weight, weights[weight.node], taken)
     net.graph.cleanup(remove_unused_graph_inputs=False).toposort()
 
 
-def _insert_pair(
-    graph: gs.Graph,
-    nodes: Mapping[str, gs.Node],
-    tensor: gs.Tensor,
-    activation: Activation,
-    scales: Mapping[str, float],
-    grid: Grid,
-) -> None:
-    name = activation.tensor
-    scale = gs.Constant(f"{name}.scale", np.array(scales[name], dtype=np.float32))
-    zero_point = gs.Constant(f"{name}.zero_point", np.array(0, dtype=np.int8))
+def _free_prefix(wanted: str, taken: set[str]) -> str:
+    """Return a prefix, ``wanted`` if possible, under which no tensor or node has a name yet."""
+    while any(f"{wanted}.{role}" in taken for role in _ROLES):
+        wanted += "_"
+    return wanted
+
+
+def _append_pair(
+    graph: gs.Graph, tensor: gs.Tensor, scale: float, grid: Grid, taken: set[str]
+) -> gs.Variable:
+    """Append the Q/DQ pair of a tensor; return its result."""
+    name = _free_prefix(tensor.name, taken)
+    parameters = [
+        gs.Constant(f"{name}.scale", np.array(scale, dtype=np.float32)),
+        gs.Constant(f"{name}.zero_point", np.array(0, dtype=np.int8)),
+    ]
     codes = gs.Variable(f"{name}.q", dtype=np.int8, shape=tensor.shape)
     result = gs.Variable(f"{name}.dq", dtype=np.float32, shape=tensor.shape)
-    for node_name, index in activation.readers:
-        nodes[node_name].inputs[index] = result
     if grid != _INT8:
-        tensor = _clip(graph, tensor, scales[name], grid)
+        tensor = _clip(graph, name, tensor, scale, grid)
     graph.nodes += [
-        gs.Node("QuantizeLinear", f"{name}.quantize", {}, [tensor, scale, zero_point], [codes]),
-        gs.Node("DequantizeLinear", f"{name}.dequantize", {}, [codes, scale, zero_point], [result]),
+        gs.Node("QuantizeLinear", f"{name}.quantize", {}, [tensor, *parameters], [codes]),
+        gs.Node("DequantizeLinear", f"{name}.dequantize", {}, [codes, *parameters], [result]),
     ]
+    return result
 
 
-def _clip(graph: gs.Graph, tensor: gs.Tensor, scale: float, grid: Grid) -> gs.Tensor:
-    name = f"{tensor.name}.clip"
+def _clip(graph: gs.Graph, prefix: str, tensor: gs.Tensor, scale: float, grid: Grid) -> gs.Tensor:
+    name = f"{prefix}.clip"
     bounds = [
         gs.Constant(f"{name}.{role}", np.array(np.float32(code) * np.float32(scale)))
         for role, code in (("min", grid.qmin), ("max", grid.qmax))
@@ -117,9 +126,9 @@ def _clip(graph: gs.Graph, tensor: gs.Tensor, scale: float, grid: Grid) -> gs.Te
 
 
 def _replace_weight(
-    graph: gs.Graph, node: gs.Node, weight: Weight, quantized: QuantizedWeight
+    graph: gs.Graph, node: gs.Node, weight: Weight, quantized: QuantizedWeight, taken: set[str]
 ) -> None:
-    name = f"{node.name}.weight"
+    name = _free_prefix(f"{node.name}.weight", taken)
     zero_point = np.zeros(quantized.scale.shape, dtype=np.int8)
     inputs = [
         gs.Constant(f"{name}.q", quantized.codes),
