@@ -10,14 +10,25 @@ follows it directly. Run as it is, the graph would compute every convolution in 
    onnxruntime needs in order to keep the codes.
 3. The bias of a Gemm of two DQ becomes INT32 codes of the accumulator's own step, which
    onnxruntime does by itself for convolutions only. It moves the bias by half such a step at most.
+4. Where the weights of a channel are so small beside its bias that those codes would overflow, the
+   step of the weights grows until the bias fits; where they are all zero, it is chosen for the
+   bias. It moves an output by less than 2^-22 of the bias for each weight of the channel.
+
+What is not in the form that reptrt writes (other zero points, codes that others read) is left as
+it is.
 """
 
 import numpy as np
+import numpy.typing as npt
 import onnx
 import onnx_graphsurgeon as gs
 
+from reptrt.affine import along_axis
 from reptrt.graph import constant_value, model_from_net, net_from_model, producer
 from reptrt.placement import MOVING_OPS
+
+_MAX_BIAS_CODE = 1 << 30  # leaves room for the sum in an INT32 accumulator
+_MIN_WEIGHT_SCALE = 1e-20  # times the activation's scale it is still a float32
 
 
 def lower(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -31,8 +42,10 @@ def lower(model: onnx.ModelProto) -> onnx.ModelProto:
             _saturate_instead(graph, node)
         elif node.op in MOVING_OPS:
             _repeat_pair(graph, node)
-        elif node.op == "Gemm":
-            _quantize_bias(graph, node)
+        elif node.op in ("Conv", "Gemm"):
+            _fit_bias(node)
+            if node.op == "Gemm":
+                _quantize_bias(graph, node)
     return model_from_net(net)
 
 
@@ -43,11 +56,13 @@ def _saturate_instead(graph: gs.Graph, node: gs.Node) -> None:
     if len(readers) != 1 or readers[0].op != "QuantizeLinear" or activated in graph.outputs:
         return
     quantize = readers[0]
-    scale, zero_point = (constant_value(tensor) for tensor in quantize.inputs[1:3])
+    scale = _int8_scale(quantize)
     low, high = _bounds(node)
-    if scale is None or zero_point is None or zero_point.dtype != np.int8 or low != 0.0:
-        return
     codes = quantize.outputs[0]
+    if scale is None or low != 0.0 or codes in graph.outputs:
+        return
+    if any(_int8_scale(reader) is None for reader in codes.outputs):
+        return
     name = codes.name
     unsigned_zero = gs.Constant(f"{name}.u8_zero_point", np.array(0, dtype=np.uint8))
     unsigned = gs.Variable(f"{name}.u8", dtype=np.uint8, shape=codes.shape)
@@ -67,6 +82,16 @@ def _saturate_instead(graph: gs.Graph, node: gs.Node) -> None:
     graph.nodes.append(clip)
     node.outputs.clear()
     node.inputs.clear()
+
+
+def _int8_scale(node: gs.Node) -> npt.NDArray[np.float32] | None:
+    """Return the one scale of a symmetric INT8 Q or DQ, None if the node is anything else."""
+    if node.op not in ("QuantizeLinear", "DequantizeLinear") or len(node.inputs) < 3:
+        return None
+    scale, zero_point = (constant_value(tensor) for tensor in node.inputs[1:3])
+    if scale is None or zero_point is None or zero_point.dtype != np.int8:
+        return None
+    return scale if scale.size == 1 and not zero_point.any() else None
 
 
 def _bounds(node: gs.Node) -> tuple[float, float]:
@@ -89,8 +114,12 @@ def _repeat_pair(graph: gs.Graph, node: gs.Node) -> None:
         return
     if all(reader.op == "QuantizeLinear" for reader in node.outputs[0].outputs):
         return
+    if len(dequantize.inputs) < 3:
+        return
     moved = node.outputs[0]
     scale, zero_point = dequantize.inputs[1:3]
+    if np.asarray(constant_value(scale)).size != 1:
+        return  # one scale per channel: the channels may have moved
     codes = gs.Variable(f"{moved.name}.q", dtype=zero_point.dtype, shape=moved.shape)
     result = gs.Variable(f"{moved.name}.dq", dtype=np.float32, shape=moved.shape)
     for reader in list(moved.outputs):
@@ -101,6 +130,36 @@ def _repeat_pair(graph: gs.Graph, node: gs.Node) -> None:
         gs.Node("QuantizeLinear", f"{node.name}.q", {}, [moved, scale, zero_point], [codes]),
         gs.Node("DequantizeLinear", f"{node.name}.dq", {}, [codes, scale, zero_point], [result]),
     ]
+
+
+def _fit_bias(node: gs.Node) -> None:
+    """Step 4."""
+    sources = [producer(tensor) for tensor in node.inputs[:2]]
+    if len(node.inputs) < 3 or any(s is None or s.op != "DequantizeLinear" for s in sources):
+        return
+    activation, weight = sources
+    if activation is None or weight is None or len(weight.outputs[0].outputs) != 1:
+        return
+    bias, step, scale, codes = (
+        constant_value(tensor)
+        for tensor in (node.inputs[2], activation.inputs[1], weight.inputs[1], weight.inputs[0])
+    )
+    if bias is None or step is None or scale is None or codes is None:
+        return
+    if bias.ndim != 1 or scale.shape != bias.shape or codes.dtype != np.int8:
+        return
+    axis = int(weight.attrs.get("axis", 1))
+    others = tuple(i for i in range(codes.ndim) if i != axis)
+    needed = np.abs(bias.astype(np.float64)) / (step * float(_MAX_BIAS_CODE))
+    needed = np.maximum(needed, _MIN_WEIGHT_SCALE)
+    free = ~codes.any(axis=others)  # all zero whatever the scale
+    wanted = np.where(free, needed, np.maximum(scale, needed)).astype(np.float32)
+    if np.array_equal(wanted, scale):
+        return
+    name = weight.outputs[0].name
+    shrunk = np.rint(codes * along_axis(scale / wanted, codes.ndim, axis)).astype(np.int8)
+    weight.inputs[0] = gs.Constant(f"{name}.fitted_q", shrunk)
+    weight.inputs[1] = gs.Constant(f"{name}.fitted_scale", wanted)
 
 
 def _quantize_bias(graph: gs.Graph, node: gs.Node) -> None:

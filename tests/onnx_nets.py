@@ -67,7 +67,7 @@ class Builder:
             self.nodes,
             "net",
             [helper.make_tensor_value_info("x", TensorProto.FLOAT, [batch, *inputs])],
-            [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in outputs],
+            [onnx.ValueInfoProto(name=name) for name in outputs],  # types are inferred
             self.constants,
         )
         model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)])
