@@ -71,7 +71,9 @@ def _batch_histograms(
     def record(name: str, value: torch.Tensor) -> None:
         histogram = histogram_of(value[:count])
         if math.isinf(histogram.maximum):
-            raise CalibrationError(f"{name}: holds NaN or Inf; check the weights before it")
+            raise CalibrationError(
+                f"{name}: holds NaN, Inf or values past 1e30; check the weights before it"
+            )
         found.append((name, histogram))
 
     observers = {name: functools.partial(record, name) for name in tensors}

@@ -15,6 +15,7 @@ import torch
 
 NUM_BINS = 8192  # after growth, more than half of them are below the largest value
 _EXACT_FLOAT32 = 1 << 24  # torch.histc counts in float32
+_LARGEST = 2.0**100  # torch.histc computes the bin in float32
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -42,11 +43,12 @@ class Histogram:
 def histogram_of(x: torch.Tensor) -> Histogram:
     """Return the histogram of all values of a tensor, on the tensor's device.
 
-    A tensor that holds NaN or Inf gives an infinite maximum and no counts.
+    A tensor that holds NaN, Inf or a value of 2^100 or more gives an infinite maximum and no
+    counts.
     """
     low, high = (float(bound) for bound in x.aminmax())
     maximum = max(abs(low), abs(high))
-    if not math.isfinite(maximum):
+    if not maximum < _LARGEST:
         return Histogram(np.zeros(NUM_BINS, dtype=np.int64), 0.0, 0, low, math.inf)
     width = _width_for(maximum)
     flat = _flat(x).float()
