@@ -1,0 +1,1 @@
+"""The main job on a net small enough to carry: handwritten digits, from checkpoint to engine."""

@@ -1,0 +1,146 @@
+"""The rungs from float to engine on the same held-out images, as one table."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from reptrt import pipeline
+from reptrt.bench import bench
+from reptrt.calib.thresholds import ThresholdOptions
+from reptrt.demo import digits
+from reptrt.engine import EngineSummary, build_engine
+from reptrt.engine_options import BuildOptions
+from reptrt.errors import MissingDependencyError
+from reptrt.evaluate import evaluate
+
+# What a quantizer does that knows nothing of branches: each tensor's maximum, rounding to nearest.
+PLAIN = pipeline.CalibrateOptions(threshold=ThresholdOptions("max"))
+RECIPE = pipeline.CalibrateOptions()
+_BENCH_SECONDS = 1.0  # for each file
+_KIB = 1 << 10
+
+
+@dataclass(frozen=True, slots=True)
+class Rung:
+    """One file, judged."""
+
+    name: str
+    file: Path
+    top1: float  # fraction 0..1 of the held-out images
+    agreement: float  # fraction with the float net's arg max
+    sqnr_db: float | None  # of the logits against the float net's; None: it is the float net
+    median_ms: float  # one image in onnxruntime on the CPU
+    ratio: float  # of that time to the float net's
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Ladder:
+    """All rungs, and the engine or the reason why there is none."""
+
+    rungs: tuple[Rung, ...]
+    images: int
+    cpu: str
+    engine: EngineSummary | None
+    no_engine: str | None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the ladder as JSON values."""
+        rungs = [
+            {name: getattr(rung, name) for name in Rung.__slots__} | {"file": str(rung.file)}
+            for rung in self.rungs
+        ]
+        engine = None if self.engine is None else self.engine.to_json()
+        return {
+            "rungs": rungs,
+            "images": self.images,
+            "cpu": self.cpu,
+            "engine": engine,
+            "no_engine": self.no_engine,
+        }
+
+    def to_table(self) -> Table:
+        """Return the rungs as a table for people."""
+        table = Table(box=None, pad_edge=False, caption=self._caption(), caption_justify="left")
+        table.add_column("")
+        for title in ("top-1", "agreement", "SQNR dB", "median ms", "ratio", "KiB"):
+            table.add_column(title, justify="right", no_wrap=True)
+        for rung in self.rungs:
+            table.add_row(
+                rung.name,
+                f"{100 * rung.top1:.2f} %",
+                f"{100 * rung.agreement:.2f} %",
+                "-" if rung.sqnr_db is None else f"{rung.sqnr_db:.2f}",
+                f"{rung.median_ms:.3f}",
+                f"{rung.ratio:.2f}",
+                f"{rung.size_bytes / _KIB:.0f}",
+            )
+        return table
+
+    def engine_line(self) -> str:
+        """Return one line about the engine."""
+        if self.engine is None:
+            return f"no engine: {self.no_engine}"
+        return (
+            f"engine {self.engine.path}: {self.engine.backend} {self.engine.backend_version}, "
+            f"{self.engine.size_bytes / _KIB:.0f} KiB, built in {self.engine.seconds:.1f} s"
+        )
+
+    def _caption(self) -> str:
+        return f"{self.images} held-out images; onnxruntime, batch 1, {self.cpu}"
+
+
+def climb(folder: Path) -> Ladder:
+    """Export, calibrate twice, judge, time and build an engine; every file goes into ``folder``.
+
+    Raises:
+        ReptrtError: a stage failed; what it was to write is not there.
+    """
+    data = digits.write_arrays(folder)
+    files = write_files(folder, data["train"])
+    reference = files["float"]
+    judged = evaluate(list(files.values()), data["held_out"], reference=reference)
+    timed = bench(list(files.values()), baseline=reference, min_seconds=_BENCH_SECONDS)
+    rungs = tuple(
+        Rung(
+            name=name,
+            file=path,
+            top1=result.top1 or 0.0,
+            agreement=result.agreement or 0.0,
+            sqnr_db=None if path == reference else result.sqnr_db,
+            median_ms=timing.median_ms,
+            ratio=timing.ratio or 1.0,
+            size_bytes=path.stat().st_size,
+        )
+        for (name, path), result, timing in zip(
+            files.items(), judged.results, timed.results, strict=True
+        )
+    )
+    engine, no_engine = try_engine(files["reptrt INT8"], folder / "digits.engine")
+    return Ladder(rungs, judged.results[0].images, timed.cpu, engine, no_engine)
+
+
+def write_files(folder: Path, images: Path) -> Mapping[str, Path]:
+    """Export the net and quantize it plainly and by reptrt's recipe; return the files by name."""
+    files = {
+        "float": folder / "digits.onnx",
+        "plain INT8": folder / "digits.plain.onnx",
+        "reptrt INT8": folder / "digits.int8.onnx",
+    }
+    source = pipeline.Source("repvgg", digits.WEIGHTS, digits.ARCHITECTURE)
+    options = pipeline.ExportOptions(digits.INPUT_SIZE, digits.MEAN, digits.STD)
+    pipeline.export(source, files["float"], options)
+    pipeline.calibrate(files["float"], images, files["plain INT8"], PLAIN)
+    pipeline.calibrate(files["float"], images, files["reptrt INT8"], RECIPE)
+    return files
+
+
+def try_engine(model: Path, output: Path) -> tuple[EngineSummary | None, str | None]:
+    """Build an engine without a GPU; or return None and what is missing."""
+    try:
+        return build_engine(model, output, BuildOptions(backend="tensorrt-rtx")), None
+    except MissingDependencyError as err:
+        return None, str(err)
