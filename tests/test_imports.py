@@ -1,0 +1,119 @@
+"""What an import costs and needs, and the names that users rely on."""
+
+import subprocess
+import sys
+
+import click
+import pytest
+
+import reptrt
+from reptrt import cli, errors, pipeline
+
+OPTIONAL = ("torch", "onnxruntime", "tensorrt", "tensorrt_rtx", "pycuda")
+HEAVY = (*OPTIONAL, "onnx", "onnx_graphsurgeon", "sklearn", "PIL")
+
+BLOCKED = f"""
+import sys
+from importlib.abc import MetaPathFinder
+
+class Block(MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {OPTIONAL!r}:
+            raise ModuleNotFoundError(f"{{name}} is blocked", name=name)
+
+sys.meta_path.insert(0, Block())
+"""
+
+
+def python(code: str, *args: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-c", code, *args],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+@pytest.mark.parametrize("name", OPTIONAL)
+def test_the_block_blocks(name: str) -> None:
+    done = python(f"{BLOCKED}\nimport {name}")
+    assert f"{name} is blocked" in done.stderr
+
+
+def test_import_needs_nothing_heavy() -> None:
+    done = python(f"{BLOCKED}\nimport reptrt, reptrt.cli, reptrt.errors; print(reptrt.__version__)")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == reptrt.__version__
+
+
+@pytest.mark.parametrize("args", [["--help"], ["export", "--help"], ["calibrate", "--help"]])
+def test_help_needs_nothing_heavy(args: list[str]) -> None:
+    done = python(f"{BLOCKED}\nfrom reptrt.cli import main; main()", *args)
+    assert done.returncode == 0, done.stderr
+    assert "Usage:" in done.stdout
+
+
+@pytest.mark.parametrize("args", [["--help"], ["--version"], ["build-engine", "--help"]])
+def test_help_loads_nothing_heavy(args: list[str]) -> None:
+    code = (
+        "import sys; from reptrt.cli import main; main(standalone_mode=False); "
+        f"print('loaded', sorted(set({HEAVY!r}) & set(sys.modules)))"
+    )
+    done = python(code, *args)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "loaded []"
+
+
+def test_demo_help_loads_nothing_heavy() -> None:
+    code = (
+        "import sys; from reptrt.demo.__main__ import main; main(standalone_mode=False); "
+        f"print('loaded', sorted(set({HEAVY!r}) & set(sys.modules)))"
+    )
+    assert python(code, "--help").stdout.splitlines()[-1] == "loaded []"
+
+
+def test_without_onnxruntime_one_line_says_what_to_install() -> None:
+    code = BLOCKED.replace(repr(OPTIONAL), repr(("onnxruntime",)))
+    code += "\nfrom reptrt.runner import open_runner\nfrom pathlib import Path\n"
+    code += "open_runner(Path('missing.onnx'))"
+    done = python(code)
+    assert "MissingDependencyError" in done.stderr
+    assert "pip install" in done.stderr.splitlines()[-1]
+
+
+def test_commands_are_a_contract() -> None:
+    assert isinstance(cli.main, click.Group)
+    assert {"export", "calibrate", "build-engine", "eval", "bench"} <= set(cli.main.commands)
+
+
+def test_public_names_are_a_contract() -> None:
+    pinned = {
+        "CalibrateOptions",
+        "CalibrateReport",
+        "ExportOptions",
+        "ExportReport",
+        "Source",
+        "calibrate",
+        "export",
+    }
+    assert pinned <= set(pipeline.__all__)
+    assert [name for name in pipeline.__all__ if not hasattr(pipeline, name)] == []
+    assert sorted(pipeline.__all__) == pipeline.__all__
+
+
+def test_errors_are_a_contract() -> None:
+    family = {
+        name for name, value in vars(errors).items() if isinstance(value, type) and name[0] != "_"
+    }
+    assert family == {
+        "ArtifactError",
+        "CalibrationError",
+        "CheckpointError",
+        "ConfigError",
+        "DataError",
+        "EngineError",
+        "MissingDependencyError",
+        "ReptrtError",
+        "RewriteError",
+    }
+    assert all(issubclass(getattr(errors, name), errors.ReptrtError) for name in family)
