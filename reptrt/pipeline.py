@@ -89,7 +89,7 @@ def export(source: Source, output: Path, options: ExportOptions) -> ExportReport
         original = model_from_file(Path(source.name), options.opset, options.input_size)
         preprocess = _preprocess(source, options, original)
     else:
-        module = module_from_source(source)
+        module = module_from_source(_with_channels(source, options))
         preprocess = _preprocess(source, options, None)
         original = onnx_from_module(module, preprocess, ExportSettings(options.opset))
     net, reports = fuse(original, preprocess)
@@ -250,6 +250,15 @@ def _torch_device(name: str) -> torch.device:
             "of torch and a driver"
         )
     return torch.device(name)
+
+
+def _with_channels(source: Source, options: ExportOptions) -> Source:
+    """Let the input size say how many channels a net of the zoo reads."""
+    given = source.architecture.in_channels is not None
+    if ":" in source.name or options.input_size is None or given:
+        return source
+    architecture = replace(source.architecture, in_channels=options.input_size[0])
+    return replace(source, architecture=architecture)
 
 
 def _preprocess(

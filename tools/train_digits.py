@@ -9,6 +9,7 @@ published rep-nets after their long one.
 """
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +33,8 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, default=digits.WEIGHTS)
     output = parser.parse_args().output
     torch.manual_seed(SEED)
-    net = build("repvgg", digits.ARCHITECTURE, deploy=False)
+    architecture = replace(digits.ARCHITECTURE, in_channels=digits.INPUT_SIZE[0])
+    net = build("repvgg", architecture, deploy=False)
     start_as_identity(net)
     split = digits.load_digits()
     train(net, split.train)

@@ -22,7 +22,6 @@ ARCHITECTURE = ArchitectureOptions(
     blocks=(6, 3, 1),
     strides=(1, 1, 2, 2),
     num_classes=10,
-    in_channels=1,
 )
 INPUT_SIZE = (1, 8, 8)
 MEAN, STD = (0.306,), (0.376,)  # of the training part, pixels / 255
