@@ -11,21 +11,24 @@ Exact zeros are represented exactly under every threshold and carry no informati
 - ``mae``         min over t of sum |x - x_dq|
 - ``entropy``     min over t of KL(p || q), TensorRT's way: 128 levels, p with the clipped mass
                   folded into its last bin, q without it
-- ``kl``          min over t of KL(p || q_t), q_t uniform within each cell, the last one included
+- ``kl``          min over t of KL(p || q_t), q_t what a reader of the codes alone would assume
 
 The last is ours, after the idea of CFWS (arXiv 2312.10588) that many large activations bear
-clipping and that the similarity of distributions should decide. q_t is the distribution that a
-reader of the codes alone would assume: the mass P_k of each cell, spread evenly over its length
-L_k,
+clipping and that the similarity of distributions should decide. q_t spreads the mass P_k of each
+cell evenly over its length L_k. Values of the last cell can lie anywhere beyond its border b: for
+them q_t falls off as P_last / s (1 + (x - b) / s)^-2. With e their mean distance from b, which
+bounds the mean of the logarithm,
 
     KL(p || q_t) = sum_bins p log p  -  sum_k P_k log(P_k width / L_k)
+                   - P_last log(P_last width / s)  +  2 P_last log(1 + e / s)
 
-It is finite for every t (the last cell covers all clipped values), clipping carries a smooth
-penalty, P_last log(L_last), and t moves continuously, not by bins of 128.
+It is finite for every t, clipping carries a smooth penalty that grows with the distance, and t
+moves continuously, not by bins of 128.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -33,6 +36,7 @@ import numpy.typing as npt
 from reptrt.affine import Grid
 from reptrt.calib.histogram import Histogram
 from reptrt.choices import Rule
+from reptrt.errors import ConfigError
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -46,6 +50,12 @@ class ThresholdOptions:
 
     rule: Rule = "mse"
     percentile: float = 99.99  # of |x|, for the rule of that name
+
+    def __post_init__(self) -> None:
+        if self.rule not in get_args(Rule):
+            raise ConfigError(f"--threshold: got {self.rule!r}, expected one of {get_args(Rule)}")
+        if not 0 < self.percentile <= 100:
+            raise ConfigError(f"--percentile: got {self.percentile}, expected 0..100")
 
 
 def amax_from_histogram(histogram: Histogram, options: ThresholdOptions, grid: Grid) -> float:
@@ -90,7 +100,7 @@ def _cells(density: _Density, amax: FloatArray, qmax: int, at: FloatArray) -> Fl
     step = amax[:, None] / qmax
     borders = at[None, :] * step
     borders[:, -1] = density.edges[-1]
-    return np.minimum(borders, density.edges[-1])
+    return np.asarray(np.minimum(borders, density.edges[-1]))
 
 
 def _mse(density: _Density, amax: FloatArray, qmax: int) -> FloatArray:
@@ -117,13 +127,16 @@ def _kl(density: _Density, amax: FloatArray, qmax: int) -> FloatArray:
     """Return KL(p || q_t) in nats times the number of values, up to a constant."""
     at = np.concatenate([[0.0], np.arange(qmax + 1.0) + 0.5])
     borders = _cells(density, amax, qmax, at)
-    borders[:, -1] = density.maximum
-    borders = np.minimum(borders, density.maximum)
-    mass = np.diff(density.moments(borders)[0], axis=-1)
+    mass, first_moment, _ = np.diff(density.moments(borders), axis=-1)
+    step = amax / qmax
     length = np.diff(borders, axis=-1)
-    used = (mass > 0) & (length > 0)
-    ratio = np.divide(mass, length, out=np.ones_like(mass), where=used)
-    return np.asarray(-(mass * np.log(ratio)).sum(axis=1))
+    length[:, -1] = step
+    ratio = np.divide(mass, length, out=np.ones_like(mass), where=mass > 0)
+    clipped, total = mass[:, -1], first_moment[:, -1]
+    mean = np.divide(total, clipped, out=borders[:, -2].copy(), where=clipped > 0)
+    distance = np.maximum(mean - borders[:, -2], 0.0)  # not below 0 by rounding
+    tail = 2.0 * clipped * np.log1p(distance / step)
+    return np.asarray(tail - (mass * np.log(ratio)).sum(axis=1))
 
 
 _LOSSES: Mapping[str, Callable[[_Density, FloatArray, int], FloatArray]] = {
@@ -145,14 +158,18 @@ def _minimize(loss: Callable[[FloatArray], FloatArray], maximum: float) -> float
 
 
 def _percentile(histogram: Histogram, percentile: float) -> float:
-    """Return the value below which the given share of |x| lies, interpolated within its bin."""
+    """Return the value below which the given share of |x| lies, interpolated within its bin.
+
+    Where that value is 0, because more zeros than that were seen, it is the maximum: nothing else
+    bounds the values that are not zero.
+    """
     wanted = percentile / 100.0 * (histogram.counts.sum() + histogram.zeros)
+    if wanted <= histogram.zeros:
+        return histogram.maximum
     cumulative = histogram.zeros + np.cumsum(histogram.counts)
     index = int(np.searchsorted(cumulative, wanted))
-    if index >= len(cumulative) or histogram.counts[index] == 0:
-        return histogram.maximum
     inside = 1.0 - (cumulative[index] - wanted) / histogram.counts[index]
-    return float(min((index + inside) * histogram.width, histogram.maximum)) or histogram.maximum
+    return float(min((index + inside) * histogram.width, histogram.maximum))
 
 
 def _entropy(histogram: Histogram, num_levels: int) -> float:
