@@ -239,7 +239,7 @@ def _run_step(
 ) -> None:
     arguments = [values[name] for name in step.inputs]
     function = replace.get(step.name)
-    result = _computed(step, arguments) if function is None else function(*arguments)
+    result = compute(step, arguments) if function is None else function(*arguments)
     if isinstance(result, tuple):
         for name, value in zip(step.outputs, result, strict=False):
             store(name, value)
@@ -247,8 +247,13 @@ def _run_step(
         store(step.outputs[0], result)
 
 
-def _computed(step: Step, arguments: Sequence[Tensor | None]) -> Any:
-    """Return what a step's operator returns; a failure names the node and the shapes it got."""
+def compute(step: Step, arguments: Sequence[Tensor | None]) -> Any:
+    """Return what a step's operator returns.
+
+    Raises:
+        RewriteError: it failed; names the node and the shapes it got.
+        torch.cuda.OutOfMemoryError: the device's memory is used up.
+    """
     try:
         return step.function(*arguments)
     except torch.cuda.OutOfMemoryError:
