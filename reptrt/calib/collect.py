@@ -69,7 +69,8 @@ def _batch_histograms(
         batch = np.resize(batch, (COMPUTE_BATCH, *batch.shape[1:]))
 
     def record(name: str, value: torch.Tensor) -> None:
-        histogram = histogram_of(value[:count])
+        rows = len(value) * count // COMPUTE_BATCH or len(value)  # batch x windows, or no batch
+        histogram = histogram_of(value[:rows])
         if math.isinf(histogram.maximum):
             raise CalibrationError(
                 f"{name}: holds NaN, Inf or values past 1e30; check the weights before it"
