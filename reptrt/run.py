@@ -152,8 +152,8 @@ class _Stages:
         """Make one file, unless it is there from the same inputs and options."""
         key = _key(options, inputs)
         record = self._records.get(name)
-        known = record and record["key"] == key and output.is_file()
-        if known and sha256_of(output) == record["sha256"]:
+        known = record is not None and record["key"] == key and output.is_file()
+        if record is not None and known and sha256_of(output) == record["sha256"]:
             self._finish(name, output, "kept")
             return
         work()
