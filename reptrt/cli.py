@@ -229,6 +229,23 @@ def calibrate(model: Path, data: Path, output: Path, json_path: str | None, **va
     _emit(text, report.to_json(), json_path)
 
 
+@main.command()
+@click.argument("model", type=click.Path(path_type=Path))
+@_json_option
+def lint(model: Path, json_path: str | None) -> None:
+    """Check the Q/DQ ONNX file MODEL against what TensorRT takes and what it runs fast.
+
+    Needs neither TensorRT nor a GPU. Exit 1 on errors.
+    """
+    from reptrt.lint import lint as check
+
+    report = check(model)
+    lines = [_text(report.to_table()), *report.to_lines()] if report.findings else report.to_lines()
+    _emit("\n".join(lines), report.to_json(), json_path)
+    if report.has_errors:
+        click.get_current_context().exit(1)
+
+
 @main.command("build-engine")
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option("-o", "--output", type=_OUTPUT, required=True)

@@ -1,0 +1,14 @@
+"""A linter of Q/DQ graphs for TensorRT; needs neither TensorRT nor a GPU.
+
+    lint(path) -> LintReport of Findings, each with a rule's id, the node, what was got and
+    expected, why it costs and how to mend it.
+
+`RULES` holds all rules; the docstring of a rule's check (`Rule.doc`) is its documentation.
+"""
+
+from reptrt.lint.linter import lint, lint_net
+from reptrt.lint.report import Finding, LintReport, Severity
+from reptrt.lint.rule import Rule
+from reptrt.lint.rules import RULES
+
+__all__ = ["RULES", "Finding", "LintReport", "Rule", "Severity", "lint", "lint_net"]

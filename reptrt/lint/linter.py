@@ -1,0 +1,39 @@
+"""Apply all rules to a graph."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from onnx_graphsurgeon.logger import G_LOGGER
+
+from reptrt.graph import Net, net_from_model, read_model
+from reptrt.lint.report import SEVERITIES, Finding, LintReport
+from reptrt.lint.rule import Rule
+from reptrt.lint.rules import RULES
+from reptrt.lint.view import View
+
+
+def lint(model: Path) -> LintReport:
+    """Check a Q/DQ ONNX file against what TensorRT takes and what it runs fast.
+
+    Raises:
+        ArtifactError: the file cannot be read.
+    """
+    with G_LOGGER.suppress(G_LOGGER.ERROR):  # it warns on stdout of every FP8 or BF16 constant
+        return _report(model, net_from_model(read_model(model)), RULES)
+
+
+def lint_net(net: Net, rules: Sequence[Rule] = RULES) -> LintReport:
+    """Check a Q/DQ graph; it is not changed. Subgraphs of If and Loop are not looked into."""
+    return _report(None, net, rules)
+
+
+def _report(path: Path | None, net: Net, rules: Sequence[Rule]) -> LintReport:
+    view = View(net)
+    found: list[Finding] = [finding for rule in rules for finding in rule.findings(view)]
+    found.sort(key=lambda finding: (SEVERITIES.index(finding.severity), finding.rule))
+    return LintReport(
+        path=path,
+        findings=tuple(found),
+        layers=len(view.weighted),
+        int8_layers=sum(layer.is_int8 for layer in view.weighted),
+    )

@@ -1,0 +1,166 @@
+"""Q/DQ pairs that cost a pass or a rounding of their own (QDQ106 to 111, 113).
+
+What each costs is by the placement rules of TensorRT's documentation; all of these graphs parse.
+"""
+
+from collections.abc import Iterator
+
+import onnx_graphsurgeon as gs
+
+from reptrt.lint.rule import Defect
+from reptrt.lint.tensors import (
+    ACTIVATIONS,
+    SUMS,
+    dequantize_before,
+    is_dequantize,
+    is_quantize,
+    label,
+    maker,
+    moved_readers,
+    moves,
+    pair_readers,
+    quantize_before,
+    readers,
+    same_scale,
+    scale_text,
+    value_of,
+)
+from reptrt.lint.view import View
+
+_GATES = ("Sigmoid", "HardSigmoid", "Softmax", "LogSoftmax", "Tanh")
+
+
+def concat_scales(view: View) -> Iterator[Defect]:
+    """All inputs of a Concat, and its output, have one scale.
+
+    Then concatenating is copying codes, often nothing at all. With several scales each part is
+    dequantized and quantized again.
+    """
+    for node in view.nodes:
+        if node.op != "Concat" or id(node) not in view.between:
+            continue
+        sources = [dequantize_before(tensor) for tensor in node.inputs]
+        scales = [value_of(dq.inputs[1]) for dq in sources if dq is not None]
+        after = [r for r, _ in moved_readers(node.outputs[0]) if is_quantize(r)]
+        scales += [value_of(quantize.inputs[1]) for quantize in after] if scales else []
+        if any(not same_scale(scales[0], scale) for scale in scales[1:]):
+            texts = dict.fromkeys(scale_text(scale) for scale in scales)
+            yield Defect(label(node), f"scales {', '.join(texts)}", "one scale, inputs and output")
+
+
+def requantized(view: View) -> Iterator[Defect]:
+    """No tensor is quantized twice in a row.
+
+    DQ followed by Q rounds a second time and, with another scale, is a pass of its own. The same
+    scale on both sides of a MaxPool, Reshape or the like costs nothing and is not reported.
+    """
+    for node in view.activation_quantizes:
+        direct = maker(node.inputs[0])
+        source = dequantize_before(node.inputs[0])
+        if source is None or (direct is not None and direct.op == "Concat"):
+            continue
+        first, second = value_of(source.inputs[1]), value_of(node.inputs[1])
+        if direct is source or not same_scale(first, second):
+            got = f"scale {scale_text(second)} after scale {scale_text(first)}"
+            yield Defect(label(node), got, "one Q/DQ pair per tensor")
+
+
+def several_scales(view: View) -> Iterator[Defect]:
+    """One tensor has one scale, whoever reads it.
+
+    Each further scale is another quantization pass over the tensor, and another copy of it.
+    """
+    for node in view.nodes:
+        for tensor in node.outputs:
+            yield from _several_scales(node, tensor)
+    for tensor in view.graph.inputs:
+        yield from _several_scales(None, tensor)
+
+
+def quantized_output(view: View) -> Iterator[Defect]:
+    """Outputs of the graph are not quantized.
+
+    Logits, boxes and scores go to the caller in float anyway: a pair on them rounds the result,
+    costs a pass and saves nothing. Detection heads stay in float from the last convolution on.
+    """
+    for tensor in view.graph.outputs:
+        found = _only_from(view, tensor)
+        if found is not None:
+            source = quantize_before(found)
+            where = label(found if source is None else source)
+            yield Defect(where, f"output {tensor.name} is rounded to 256 values", "a float output")
+
+
+def pair_of_two_scales(view: View) -> Iterator[Defect]:
+    """The Q and the DQ of a pair have one scale.
+
+    With two, the pair multiplies the tensor by their ratio. That is meant where a scaled skip is
+    added to a layer (there it is not reported), and a mistake elsewhere.
+    """
+    for node in view.dequantizes:
+        source = quantize_before(node)
+        if source is None:
+            continue
+        first, second = value_of(source.inputs[1]), value_of(node.inputs[1])
+        if first is None or second is None or same_scale(first, second):
+            continue
+        if any(reader.op not in SUMS for reader, _ in moved_readers(node.outputs[0])):
+            got = f"Q with scale {scale_text(first)}, DQ with {scale_text(second)}"
+            yield Defect(label(node), got, "the same scale in both")
+
+
+def quantized_bias(view: View) -> Iterator[Defect]:
+    """The bias of a layer has no Q/DQ.
+
+    TensorRT takes the float bias into the accumulator. An INT8 bias parses, has 8 bits where the
+    accumulator has 32, and keeps the layer from being recognised as INT8.
+    """
+    for layer in view.layers:
+        tensor = layer.node.inputs[2] if len(layer.node.inputs) > 2 else None
+        source = None if tensor is None or tensor.is_empty() else dequantize_before(tensor)
+        if source is not None and _is_int8(source):
+            yield Defect(label(layer.node), f"bias through {label(source)}", "a float bias")
+
+
+def quantized_gate(view: View) -> Iterator[Defect]:
+    """The output of Sigmoid, Softmax or Tanh is quantized only for an INT8 layer.
+
+    As a gate or a factor of SiLU it is multiplied in float: a pair on it only loses accuracy. The
+    pair belongs behind the product.
+    """
+    for node in view.activation_quantizes:
+        before = maker(node.inputs[0])
+        after = [reader.op for reader, _ in pair_readers(node)]
+        if before is None or before.op not in _GATES or not after:
+            continue
+        if all(op in ("Mul", "Add", "Sub", "Div") for op in after):
+            yield Defect(label(node), f"Q/DQ between {before.op} and {after[0]}", "no Q/DQ")
+
+
+def _several_scales(node: gs.Node | None, tensor: gs.Tensor) -> Iterator[Defect]:
+    """Yield a defect if a tensor, made by ``node``, is quantized with more than one scale."""
+    if node is not None and (node.op in ("Cast", "Identity") or is_dequantize(node)):
+        return  # casts belong to the tensor before them
+    quantizes = [reader for reader, index in readers(tensor) if is_quantize(reader) and not index]
+    scales = [value_of(quantize.inputs[1]) for quantize in quantizes]
+    if any(not same_scale(scales[0], scale) for scale in scales[1:]):
+        texts = dict.fromkeys(scale_text(scale) for scale in scales)
+        yield Defect(label(quantizes[0]), f"{tensor.name} with scales {', '.join(texts)}", "one")
+
+
+def _only_from(view: View, tensor: gs.Tensor) -> gs.Node | None:
+    """Return the DQ of an activation if a tensor is only that, activated or moved."""
+    node = maker(tensor)
+    if node is None or view.is_constant(tensor):
+        return None
+    if is_dequantize(node):
+        return node
+    if not (moves(node) or node.op in (*ACTIVATIONS, *_GATES, "Mul")):
+        return None
+    found = [_only_from(view, source) for source in view.data_inputs(node)]
+    return found[0] if found and all(dq is not None for dq in found) else None
+
+
+def _is_int8(dequantize: gs.Node) -> bool:
+    values = value_of(dequantize.inputs[0])
+    return values is None or str(values.dtype) == "int8"

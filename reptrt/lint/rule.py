@@ -1,0 +1,48 @@
+"""A rule as data: what it is called, how bad it is, and the function that looks for it."""
+
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from reptrt.lint.report import Finding, Severity
+from reptrt.lint.view import View
+
+
+@dataclass(frozen=True, slots=True)
+class Defect:
+    """A place where a rule is broken."""
+
+    node: str
+    got: str
+    expected: str
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """One thing that a Q/DQ graph for TensorRT must or should not have."""
+
+    id: str  # stable: never given to another rule
+    name: str
+    severity: Severity
+    check: Callable[[View], Iterator[Defect]]
+    cost: str  # why it matters, without a full stop
+    mend: str  # what to do, without a full stop
+
+    @property
+    def doc(self) -> str:
+        """The rule in full: the docstring of its check."""
+        return inspect.getdoc(self.check) or ""
+
+    def findings(self, view: View) -> Iterator[Finding]:
+        """Yield a finding for every place where the rule is broken."""
+        for defect in self.check(view):
+            yield Finding(
+                rule=self.id,
+                name=self.name,
+                severity=self.severity,
+                node=defect.node,
+                got=defect.got,
+                expected=defect.expected,
+                cost=self.cost,
+                mend=self.mend,
+            )

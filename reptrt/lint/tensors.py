@@ -1,0 +1,237 @@
+"""Questions about one tensor or node of a Q/DQ graph, asked of onnx-graphsurgeon.
+
+``Cast`` and ``Identity`` are looked through everywhere: an FP16 rest puts casts between any two
+nodes. A node *moves* values if it changes no value, only places, so that Q/DQ commute with it.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnx_graphsurgeon as gs
+
+from reptrt.graph import WEIGHTED_OPS, constant_value, producer
+
+LOOKED_THROUGH = ("Cast", "Identity")
+SUMS = ("Add", "Sum")
+POOLS = ("AveragePool", "GlobalAveragePool", "ReduceMean")
+ACTIVATIONS = (
+    *("Relu", "Clip", "LeakyRelu", "PRelu", "ThresholdedRelu", "Elu", "Selu", "Celu", "Gelu"),
+    *("Sigmoid", "HardSigmoid", "HardSwish", "Swish", "Mish", "Tanh", "Softplus", "Softsign"),
+)
+POINTWISE = (
+    *ACTIVATIONS,
+    *(*SUMS, "Sub", "Mul", "Div", "Pow", "Sqrt", "Exp", "Log", "Erf", "Abs", "Neg", "Reciprocal"),
+    *("Min", "Max", "Floor", "Ceil", "Round", "Where", "BatchNormalization", "Dropout"),
+)
+_MOVING = (
+    *("MaxPool", "Flatten", "Reshape", "Squeeze", "Unsqueeze", "Transpose", "Slice", "Split"),
+    *("DepthToSpace", "SpaceToDepth", "Pad", "Expand", "Tile", "Gather"),
+)
+_INTEGER_OPS = (
+    *("ConvInteger", "MatMulInteger", "DynamicQuantizeLinear", "QGemm", "QAttention"),
+    *("DynamicQuantizeMatMul", "MatMulIntegerToFloat", "DynamicQuantizeLSTM", "MatMulNBits"),
+)
+_BINARY = ("Add", "Sub", "Mul", "Div")
+_TYPE_KEEPERS = (*POINTWISE, *_MOVING, *POOLS, *WEIGHTED_OPS, "Concat", "Resize", "Identity")
+
+
+def label(node: gs.Node) -> str:
+    """Return a node's name, or that of its first output."""
+    return str(node.name or next((t.name for t in node.outputs if t.name), node.op))
+
+
+def is_integer_op(node: gs.Node) -> bool:
+    """Whether a node computes on codes: QLinearConv, ConvInteger, QGemm..."""
+    return node.op.startswith("QLinear") or node.op in _INTEGER_OPS
+
+
+def is_quantize(node: gs.Node | None) -> bool:
+    """Whether a node is a QuantizeLinear."""
+    return node is not None and node.op == "QuantizeLinear"
+
+
+def is_dequantize(node: gs.Node | None) -> bool:
+    """Whether a node is a DequantizeLinear."""
+    return node is not None and node.op == "DequantizeLinear"
+
+
+def moves(node: gs.Node) -> bool:
+    """Whether a node changes no value, only places."""
+    return node.op in _MOVING or (node.op == "Resize" and node.attrs.get("mode") == "nearest")
+
+
+def fuses(node: gs.Node) -> bool:
+    """Whether a float node joins the kernel before it, or commutes with Q/DQ."""
+    return node.op in (*POINTWISE, *LOOKED_THROUGH, "Concat") or moves(node)
+
+
+def value_of(tensor: gs.Tensor) -> npt.NDArray[np.generic] | None:
+    """Return the value of a constant, casts looked through; None if it is not a known constant."""
+    value = constant_value(tensor)
+    maker = producer(tensor)
+    if value is None and maker is not None and maker.op in LOOKED_THROUGH:
+        return value_of(maker.inputs[0])
+    return value
+
+
+def given(node: gs.Node, index: int) -> gs.Tensor | None:
+    """Return an input of a node; None if it is left out."""
+    if index >= len(node.inputs) or node.inputs[index].is_empty():
+        return None
+    return node.inputs[index]
+
+
+def base(tensor: gs.Tensor) -> gs.Tensor:
+    """Return the tensor that a chain of casts starts from."""
+    while (node := producer(tensor)) is not None and node.op in LOOKED_THROUGH:
+        tensor = node.inputs[0]
+    return tensor
+
+
+def maker(tensor: gs.Tensor) -> gs.Node | None:
+    """Return the node that makes a tensor, casts looked through."""
+    return producer(base(tensor))
+
+
+def readers(tensor: gs.Tensor) -> Iterator[tuple[gs.Node, int]]:
+    """Yield who reads a tensor and as which input, casts looked through."""
+    seen: set[int] = set()
+    for node in tensor.outputs:
+        if id(node) in seen:
+            continue
+        seen.add(id(node))
+        if node.op in LOOKED_THROUGH:
+            yield from readers(node.outputs[0])
+        else:
+            yield from ((node, i) for i, read in enumerate(node.inputs) if read is tensor)
+
+
+def quantize_before(node: gs.Node | None) -> gs.Node | None:
+    """Return the QuantizeLinear whose codes a DequantizeLinear reads; None if there is none."""
+    source = maker(node.inputs[0]) if is_dequantize(node) and node is not None else None
+    return source if is_quantize(source) else None
+
+
+def pair_readers(quantize: gs.Node) -> list[tuple[gs.Node, int]]:
+    """Return who reads what a Q makes once it is dequantized."""
+    return [
+        reading
+        for dequantize, _ in readers(quantize.outputs[0])
+        if is_dequantize(dequantize)
+        for reading in readers(dequantize.outputs[0])
+    ]
+
+
+def moved_readers(tensor: gs.Tensor) -> Iterator[tuple[gs.Node, int]]:
+    """Yield who reads a tensor, nodes that move values looked through too."""
+    for node, index in readers(tensor):
+        if moves(node) and index == 0:
+            for output in node.outputs:
+                yield from moved_readers(output)
+        else:
+            yield node, index
+
+
+def dequantize_before(tensor: gs.Tensor) -> gs.Node | None:
+    """Return the DequantizeLinear that a tensor's values come from, or None.
+
+    Nodes that move values are looked through, and a Concat whose inputs all have one scale.
+    """
+    node = maker(tensor)
+    while node is not None and moves(node):
+        node = maker(node.inputs[0])
+    if node is not None and node.op == "Concat":
+        found = [dequantize_before(part) for part in node.inputs]
+        scales = [None if dq is None else value_of(dq.inputs[1]) for dq in found]
+        return found[0] if all(same_scale(scales[0], scale) for scale in scales) else None
+    return node if is_dequantize(node) else None
+
+
+def same_scale(
+    first: npt.NDArray[np.generic] | None, second: npt.NDArray[np.generic] | None
+) -> bool:
+    """Whether two scales are one, up to the rounding of FP16; unknown ones are not."""
+    if first is None or second is None or first.size != second.size:
+        return False
+    one, other = first.astype(np.float64).ravel(), second.astype(np.float64).ravel()
+    return bool(np.allclose(one, other, rtol=1e-3, atol=0.0, equal_nan=True))
+
+
+def scale_text(scale: npt.NDArray[np.generic] | None) -> str:
+    """Return a scale for people."""
+    if scale is None:
+        return "unknown"
+    return f"{float(scale.ravel()[0]):.6g}" if scale.size == 1 else f"{scale.size} scales"
+
+
+def codes_type(node: gs.Node) -> str | None:
+    """Return the type of a Q's or DQ's codes, ``int8``; None if the graph does not say.
+
+    A QuantizeLinear without zero point and output type gives UINT8 by the ONNX specification.
+    """
+    zero_point = given(node, 2)
+    if is_quantize(node):
+        if node.attrs.get("output_dtype"):
+            return _type_name(node.attrs["output_dtype"])
+        return "uint8" if zero_point is None else _type_of(zero_point)
+    source = quantize_before(node)
+    if source is not None:
+        return codes_type(source)
+    return _type_of(node.inputs[0]) or (None if zero_point is None else _type_of(zero_point))
+
+
+def float_type(tensor: gs.Tensor) -> str | None:
+    """Return the float type of a tensor as the graph implies it, ``float16``; None if unknown."""
+    while (value := constant_value(tensor)) is None:
+        node = producer(tensor)
+        if node is None:
+            return None if tensor.dtype is None else _float_name(tensor.dtype)
+        if node.op == "Cast":
+            return _float_name(node.attrs["to"])
+        if is_dequantize(node) and node.attrs.get("output_dtype"):
+            return _float_name(node.attrs["output_dtype"])
+        if not is_dequantize(node) and node.op not in _TYPE_KEEPERS:
+            return None
+        tensor = node.inputs[1 if is_dequantize(node) or node.op == "Where" else 0]
+    return _float_name(value.dtype)
+
+
+def is_private(tensor: gs.Tensor, graph: gs.Graph) -> bool:
+    """Whether one node reads a tensor, casts looked through, and the caller does not."""
+    chain = base(tensor)
+    asked = any(output is tensor or base(output) is chain for output in graph.outputs)
+    return len(list(readers(chain))) == 1 and not asked
+
+
+def before_epilogue(tensor: gs.Tensor, graph: gs.Graph) -> gs.Node | None:
+    """Return the node whose kernel makes a tensor: BatchNormalization and constant factors fuse."""
+    node = maker(tensor)
+    while node is not None:
+        operands = [t for t in node.inputs if not t.is_empty() and value_of(t) is None]
+        fuses = node.op == "BatchNormalization" or (node.op in _BINARY and len(operands) == 1)
+        if not (fuses and operands) or not is_private(operands[0], graph):
+            return node
+        node = maker(operands[0])
+    return None
+
+
+def _type_of(tensor: gs.Tensor) -> str | None:
+    """Return the type that a constant has or a tensor declares, None if unknown."""
+    value = value_of(tensor)
+    if value is not None:
+        return str(value.dtype)
+    return None if tensor.dtype is None else _type_name(tensor.dtype)
+
+
+def _type_name(kind: npt.DTypeLike | int) -> str:
+    """Return the name of a NumPy type or ONNX type code."""
+    known = onnx.helper.tensor_dtype_to_np_dtype(kind) if isinstance(kind, int) else np.dtype(kind)
+    return str(known)
+
+
+def _float_name(kind: npt.DTypeLike | int) -> str | None:
+    """Return the name of a type if it is a float type."""
+    name = _type_name(kind)
+    return name if name.startswith(("float", "bfloat")) else None
