@@ -45,12 +45,12 @@ clean:
 
 # The tests need what the demo needs, so whoever has the first has both.
 $(VENV)/.dev: $(ASKED_FOR) | $(BIN)/python
-	@echo "Installing reptrt and its tools into $(VENV); the first time takes minutes and 1 to 3 GB."
+	@echo "Installing reptrt and its tools into $(VENV); the first time takes minutes and 2 GB or more."
 	@$(INSTALL) ".[$(DEV_EXTRAS)]"
 	@touch $(VENV)/.demo $@
 
 $(VENV)/.demo: $(ASKED_FOR) | $(BIN)/python
-	@echo "Installing reptrt into $(VENV); the first time takes minutes and 1 to 3 GB."
+	@echo "Installing reptrt into $(VENV); the first time takes minutes and 2 GB or more."
 	@$(INSTALL) ".[$(DEMO_EXTRAS)]"
 	@touch $@
 
