@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -74,6 +74,17 @@ def require_folder(path: Path) -> None:
         raise ArtifactError(f"{path}: folder {path.parent} does not exist; create it first")
     if path.is_dir():
         raise ArtifactError(f"{path}: is a folder, expected a file name")
+
+
+def refuse_overwriting(path: Path, sources: Iterable[Path]) -> None:
+    """Refuse a target that is one of the files it would be made from.
+
+    Raises:
+        ArtifactError: it is.
+    """
+    for source in sources:
+        if path.exists() and source.exists() and path.samefile(source):
+            raise ArtifactError(f"{path}: is the file it would be made from; give another -o")
 
 
 @contextlib.contextmanager

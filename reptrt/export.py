@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from reptrt.errors import ConfigError, RewriteError
-from reptrt.graph import QUANTIZED_OPS, Net, net_from_model, read_model
+from reptrt.graph import QUANTIZED_OPS, Net, net_from_model, read_model, refuse_not_finite
 from reptrt.preprocess import Preprocess, write_preprocess
 from reptrt.rewrite.contract import RewriteReport
 from reptrt.rewrite.fold_batchnorm import fold_batchnorm
@@ -133,8 +133,14 @@ def model_from_file(
 
 
 def fuse(model: onnx.ModelProto, preprocess: Preprocess) -> tuple[Net, tuple[RewriteReport, ...]]:
-    """Return the fused net with its preprocessing, and what each rewrite did."""
+    """Return the fused net with its preprocessing, and what each rewrite did.
+
+    Raises:
+        ArtifactError: the weights hold NaN or Inf.
+        RewriteError: the net is in train mode.
+    """
     net = net_from_model(model)
+    refuse_not_finite(net)
     reports = (simplify(net), fold_batchnorm(net), fuse_branches(net))
     narrow_to_float32(net)
     name_layers(net)

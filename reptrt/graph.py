@@ -141,6 +141,31 @@ def weighted_nodes(graph: gs.Graph) -> list[gs.Node]:
     ]
 
 
+def refuse_not_finite(net: Net) -> None:
+    """Refuse a net whose constants hold NaN, or infinity where layers and batch norms read them.
+
+    Elsewhere infinity has a meaning: a bound of a Clip, the border of a pooling window.
+
+    Raises:
+        ArtifactError: there are such constants; the first five are named.
+    """
+    bad: dict[str, None] = {}
+    for node in net.graph.nodes:
+        strict = node.op in (*WEIGHTED_OPS, "BatchNormalization")
+        for tensor in node.inputs:
+            value = constant_value(tensor)
+            if value is None or value.dtype.kind != "f" or np.isfinite(value).all():
+                continue
+            if strict or np.isnan(value).any():
+                bad[tensor.name] = None
+    if bad:
+        raise ArtifactError(
+            f"graph {net.graph.name}: {len(bad)} constants hold NaN or Inf ("
+            f"{', '.join(list(bad)[:5])}{', ...' if len(bad) > 5 else ''}); take weights from "
+            "before training diverged"
+        )
+
+
 def unique_name(graph: gs.Graph, wanted: str) -> str:
     """Return ``wanted``, or ``wanted_1``, ``wanted_2``... if a tensor or node has that name."""
     taken = set(graph.tensors()) | {node.name for node in graph.nodes}

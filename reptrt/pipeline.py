@@ -14,7 +14,13 @@ import onnx
 import torch
 
 from reptrt.affine import Grid, scale_from_amax
-from reptrt.artifacts import read_sidecar, require_folder, sha256_of, write_artifact
+from reptrt.artifacts import (
+    read_sidecar,
+    refuse_overwriting,
+    require_folder,
+    sha256_of,
+    write_artifact,
+)
 from reptrt.calib.collect import collect, merge_groups
 from reptrt.calib.histogram import Histogram
 from reptrt.calib.thresholds import ThresholdOptions, amax_from_histogram
@@ -30,7 +36,14 @@ from reptrt.export import (
     onnx_from_module,
     prove,
 )
-from reptrt.graph import Net, bytes_from_model, model_from_net, net_from_model, read_model
+from reptrt.graph import (
+    Net,
+    bytes_from_model,
+    model_from_net,
+    net_from_model,
+    read_model,
+    refuse_not_finite,
+)
 from reptrt.placement import Placement, place
 from reptrt.preprocess import Preprocess, read_preprocess
 from reptrt.qdq import insert_qdq, quantize_weights
@@ -84,8 +97,10 @@ def export(source: Source, output: Path, options: ExportOptions) -> ExportReport
     """
     started = time.perf_counter()
     require_folder(output)
+    refuse_overwriting(output, source.files)
     module = None
     if source.is_onnx:
+        read_sidecar(Path(source.name))
         original = model_from_file(Path(source.name), options.opset, options.input_size)
         preprocess = _preprocess(source, options, original)
     else:
@@ -176,9 +191,11 @@ def calibrate(model: Path, data: Path, output: Path, options: CalibrateOptions) 
         ReptrtError: the model or the images cannot be used; nothing is written.
     """
     require_folder(output)
+    refuse_overwriting(output, [model])
     read_sidecar(model)
     clock = _Clock()
     net = net_from_model(read_model(model))
+    refuse_not_finite(net)
     placement = place(net, options.exclude)
     dataset = open_dataset(data, read_preprocess(net), limit=options.images, seed=options.seed)
     clock.lap("load")
@@ -278,8 +295,7 @@ def _preprocess(
 
 
 def _parents(source: Source) -> dict[str, str]:
-    files = [source.weights, Path(source.name) if source.is_onnx else None]
-    return {path.name: sha256_of(path) for path in files if path is not None}
+    return {path.name: sha256_of(path) for path in source.files}
 
 
 def _num_parameters(model: onnx.ModelProto) -> int:

@@ -3,6 +3,7 @@
 A factory is code that the user names and we call; a checkpoint is data and is never executed.
 """
 
+import contextlib
 import importlib
 import importlib.util
 import sys
@@ -24,6 +25,7 @@ from reptrt.models import (
     names,
     options_from_state,
 )
+from reptrt.models.options import flag
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +36,21 @@ class Source:
     weights: Path | None = None  # checkpoint; None keeps the initial weights
     architecture: ArchitectureOptions = field(default_factory=ArchitectureOptions)
     seed: int = 0  # of the initial weights of a zoo net
+
+    def __post_init__(self) -> None:
+        given = ["--weights"] if self.weights is not None else []
+        given += [flag(name) for name in self.architecture.given()]
+        if self.is_onnx and given:
+            raise ConfigError(
+                f"{self.name}: an ONNX file holds its architecture and weights, got {given[0]}; "
+                "leave it out"
+            )
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files that hold weights."""
+        files = (Path(self.name) if self.is_onnx else None, self.weights)
+        return tuple(path for path in files if path is not None)
 
     @property
     def is_onnx(self) -> bool:
@@ -79,14 +96,15 @@ def _from_factory(source: Source) -> nn.Module:
     given = source.architecture.given()
     if given:
         raise ConfigError(
-            f"{source.name}: a factory is called without arguments, got --{given[0]}; "
+            f"{source.name}: a factory is called without arguments, got {flag(given[0])}; "
             "set it inside the factory"
         )
     path, _, attribute = source.name.rpartition(":")
     factory = _find_factory(path, attribute)
     try:
-        module = factory()
-    except Exception as err:  # a user's function may raise anything
+        with contextlib.redirect_stdout(sys.stderr):  # stdout is for results
+            module = factory()
+    except (Exception, SystemExit) as err:  # a user's function may raise anything
         raise ConfigError(f"{source.name}: the factory raised {type(err).__name__}: {err}") from err
     if not isinstance(module, nn.Module):
         raise ConfigError(
@@ -99,10 +117,11 @@ def _from_factory(source: Source) -> nn.Module:
 
 def _find_factory(path: str, attribute: str) -> Callable[[], Any]:
     try:
-        module = _import_file(Path(path)) if path.endswith(".py") else _import_module(path)
+        with contextlib.redirect_stdout(sys.stderr):
+            module = _import_file(Path(path)) if path.endswith(".py") else _import_module(path)
     except ConfigError:
         raise
-    except Exception as err:  # importing runs the user's code
+    except (Exception, SystemExit) as err:  # importing runs the user's code
         raise ConfigError(f"{path}: cannot be imported ({type(err).__name__}: {err})") from err
     factory = getattr(module, attribute, None)
     if not callable(factory):
