@@ -1,5 +1,6 @@
 """What turns an image into the network's input; travels inside the ONNX file as metadata."""
 
+import math
 from dataclasses import asdict, dataclass
 from typing import get_args
 
@@ -35,7 +36,9 @@ class Preprocess:
                 raise ConfigError(
                     f"--{name}: got {len(values)} values, expected {self.channels}, one per channel"
                 )
-        if not all(value > 0 for value in self.std):
+        if not all(math.isfinite(value) for value in self.mean):
+            raise ConfigError(f"--mean: got {self.mean}, expected numbers")
+        if not all(math.isfinite(value) and value > 0 for value in self.std):
             raise ConfigError(f"--std: got {self.std}, expected positive numbers")
         if self.resize not in get_args(Resize):
             raise ConfigError(f"--resize: got {self.resize!r}, expected one of {get_args(Resize)}")
