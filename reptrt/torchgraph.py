@@ -8,8 +8,9 @@ Number formats: every floating tensor is computed in the module's type, float32 
 was called; FP16 in a graph is computed in that type too, its rounding is not simulated. Codes of
 QuantizeLinear stay INT8. Shapes are computed on the CPU whatever the device.
 
-Repeatable: on a CPU one image gives the same bits at any place in a batch of one size, and a
-sub-graph gives the bits of the whole graph. On CUDA, runs use IEEE float32 (no TF32) and cuDNN's
+Repeatable: on a CPU one image gives the same bits at any place in a batch of one size (other sizes
+may differ: convolutions choose their kernels by it, a batch of one above all), and a sub-graph
+gives the bits of the whole graph. On CUDA, runs use IEEE float32 (no TF32) and cuDNN's
 deterministic kernels; put a training step in `exact_math` to have the same for its gradients.
 """
 

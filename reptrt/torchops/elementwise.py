@@ -1,5 +1,6 @@
 """Operators that work element by element."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import reduce
@@ -113,8 +114,11 @@ def _elu(node: NodeView) -> Operator:
 
 
 def _gelu(node: NodeView) -> Operator:
-    form = node.choice("approximate", "none", ("none", "tanh"))
-    return steady(lambda x: F.gelu(x, approximate=form))
+    """X Phi(x), from functions whose CPU kernels are steady: torch's own Gelu is not."""
+    if node.choice("approximate", "none", ("none", "tanh")) == "none":
+        return lambda x: 0.5 * x * (1.0 + torch.erf(x * math.sqrt(0.5)))
+    inner = math.sqrt(2.0 / math.pi)
+    return lambda x: 0.5 * x * (1.0 + torch.tanh(inner * (x + 0.044715 * x * x * x)))
 
 
 def _softplus(x: Tensor) -> Tensor:

@@ -1,6 +1,8 @@
 """Layers with weights: convolutions, matrix products, normalizations."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +29,29 @@ def _geometry(node: NodeView) -> tuple[tuple[int, ...] | int, tuple[int, ...] | 
 
 
 def _conv(node: NodeView) -> Operator:
+    weight = node.constants[1]
+    rank = len(node.attr("kernel_shape", ())) if weight is None else weight.dim() - 2
+    if rank != 1:
+        return _conv_of_images(node)
+    # A line is run as an image of height 1: see `spatial_layout` for why images are better off.
+    attrs = {name: _with_height(name, value) for name, value in node.attrs.items()}
+    operator = _conv_of_images(replace(node, attrs=attrs))
+
+    def lines(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        y: Tensor = operator(x.unsqueeze(2), weight.unsqueeze(2), bias)
+        return y.squeeze(2)
+
+    return lines
+
+
+def _with_height(name: str, value: Any) -> Any:
+    """Return an attribute of a one-dimensional window as that of a two-dimensional one."""
+    if name == "pads":
+        return [0, value[0], 0, value[1]]
+    return [1, *value] if name in ("kernel_shape", "strides", "dilations") else value
+
+
+def _conv_of_images(node: NodeView) -> Operator:
     strides, dilations, group = _geometry(node)
     before, after, auto = padding_of(node)
 
