@@ -14,7 +14,7 @@ from typing import Any, TypeVar, get_args
 import click
 
 from reptrt import __version__, choices
-from reptrt.errors import ReptrtError
+from reptrt.errors import ConfigError, ReptrtError
 
 T = TypeVar("T")
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -80,8 +80,25 @@ def _choice(literal: Any) -> click.Choice[str]:
 
 def _json_option(command: Command) -> Command:
     return click.option(
-        "--json", "json_path", metavar="F", help="Write the result as JSON; - is stdout."
+        "--json",
+        "json_path",
+        metavar="F",
+        callback=_json_target,
+        help="Write the result as JSON; - is stdout.",
     )(command)
+
+
+def _json_target(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+    """Refuse, before any work, a JSON file that cannot be written or that has another meaning."""
+    if value is None or value == "-":
+        return value
+    from reptrt.artifacts import require_folder
+
+    path = Path(value)
+    require_folder(path)
+    if path.suffix == ".json" and Path(path.stem).suffix in (".onnx", ".engine"):
+        raise ConfigError(f"--json {path}: is the sidecar of {path.stem}; give another name")
+    return value
 
 
 def _emit(text: str, content: Any, json_path: str | None) -> None:
