@@ -63,8 +63,8 @@ def test_every_block_is_accounted_for() -> None:
     assert {block.skipped for block in blocks() if block.skipped} <= REASONS
     run = [block for block in blocks() if block.language == "bash" and not block.skipped]
     skipped = [block for block in blocks() if block.skipped]
-    assert (len(run), len(skipped)) == (5, 3)
-    for command in ("export", "calibrate", "eval", "bench", "build-engine"):
+    assert (len(run), len(skipped)) == (7, 3)
+    for command in ("export", "calibrate", "lint", "eval", "bench", "build-engine", "run"):
         assert any(f"reptrt {command} " in block.text for block in run), command
 
 
@@ -88,7 +88,13 @@ def test_the_commands_run_in_order(folder: Path) -> None:
             )
             assert done.returncode == 0, f"{block.text}\n{done.stderr}"
             assert done.stdout
-    for name in ("digits.onnx", "my_net.onnx", "digits.int8.onnx", "digits.engine"):
+    for name in (
+        "digits.onnx",
+        "my_net.onnx",
+        "digits.int8.onnx",
+        "digits.engine",
+        "my_run/int8.onnx",
+    ):
         assert read_sidecar(folder / name) is not None
 
 
