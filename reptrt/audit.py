@@ -68,9 +68,11 @@ def audit(path: Path, onnx_path: Path | None = None) -> Audit:
         onnx_path: the Q/DQ graph; None: the plan in the engine's sidecar.
 
     Raises:
-        ConfigError: the plan is not known.
+        ConfigError: the plan is not known, or the file is no engine.
         EngineError: the engine cannot be used here, or holds no details of its layers.
     """
+    if path.suffix.lower() == ".onnx":
+        raise ConfigError(f"{path}: an audit is of an engine; give the .engine file")
     planned = None if onnx_path is None else planned_int8(read_model(onnx_path))
     inspection = inspect_engine(path)
     planned = inspection.planned if planned is None else planned

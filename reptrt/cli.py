@@ -318,6 +318,33 @@ def build_engine(
     _emit(text, summary.to_json(), json_path)
 
 
+@main.command()
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--audit", is_flag=True, help="Of an engine: what was planned INT8 and is not.")
+@click.option("--plan", type=click.Path(path_type=Path), help="Q/DQ file; default: the sidecar.")
+@click.option("--strict", is_flag=True, help="Audit, and exit 1 if a planned layer is not INT8.")
+@_json_option
+def inspect(
+    file: Path, audit: bool, plan: Path | None, strict: bool, json_path: str | None
+) -> None:
+    """Show the layers of an engine or an ONNX file and what they compute in.
+
+    An engine of tensorrt-rtx is read without a GPU, one of tensorrt on the GPU it was built for.
+    """
+    from reptrt.audit import audit as check
+    from reptrt.inspect import inspect as look
+
+    found = check(file, plan) if audit or strict or plan is not None else None
+    inspection = look(file)
+    counts = "  ".join(f"{kind} {n}" for kind, n in inspection.precisions.items())
+    lines = [_text(inspection.to_table()), f"inspect  {file}  {counts}"]
+    lines += found.to_lines() if found is not None else []
+    content = inspection.to_json() | ({} if found is None else {"audit": found.to_json()})
+    _emit("\n".join(lines), content, json_path)
+    if strict and found is not None and found.misses:
+        click.get_current_context().exit(1)
+
+
 def _runner_options(command: Command) -> Command:
     options = [
         click.option(

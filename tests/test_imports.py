@@ -83,9 +83,16 @@ def test_without_onnxruntime_one_line_says_what_to_install() -> None:
 
 def test_commands_are_a_contract() -> None:
     assert isinstance(cli.main, click.Group)
-    assert {"export", "calibrate", "lint", "build-engine", "eval", "bench", "run"} <= set(
-        cli.main.commands
-    )
+    assert {
+        "export",
+        "calibrate",
+        "lint",
+        "build-engine",
+        "inspect",
+        "eval",
+        "bench",
+        "run",
+    } <= set(cli.main.commands)
 
 
 def test_public_names_are_a_contract() -> None:
