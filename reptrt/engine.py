@@ -19,16 +19,16 @@ import onnx
 
 from reptrt import _tensorrt, timing_cache
 from reptrt._tensorrt import Backend, Gpu, Messages
-from reptrt.artifacts import read_sidecar, sha256_of, write_artifact
+from reptrt.artifacts import read_sidecar, require_folder, sha256_of, write_artifact
 from reptrt.engine_options import (
     BuildOptions,
     ShapeRange,
     check_options,
     profile_shapes,
 )
-from reptrt.errors import ArtifactError, ConfigError, EngineError
+from reptrt.errors import ConfigError, EngineError
 from reptrt.graph import bytes_from_model, read_model
-from reptrt.intent import planned_int8, uint8_node
+from reptrt.intent import planned_int8, runtime_scale_node, uint8_node
 
 _LOG = logging.getLogger(__name__)
 _MIB = 1 << 20
@@ -140,10 +140,8 @@ def build_engine(onnx_path: Path, output: Path, options: BuildOptions) -> Engine
 def _check_paths(onnx_path: Path, output: Path, options: BuildOptions) -> None:
     """Find out before the build what would fail after it."""
     for path in (output, options.timing_cache):
-        if path is not None and not path.parent.is_dir():
-            raise ArtifactError(f"{path}: folder {path.parent} does not exist; create it first")
-        if path is not None and path.is_dir():
-            raise ArtifactError(f"{path}: is a folder, expected a file name")
+        if path is not None:
+            require_folder(path)
     if output.resolve() == onnx_path.resolve():
         raise ConfigError(f"-o {output}: is the ONNX file itself; name another file")
 
@@ -164,6 +162,12 @@ def _read_buildable(path: Path) -> onnx.ModelProto:
         raise EngineError(
             f"{path}: node {refused}: its codes are UINT8, expected INT8 with zero point 0: "
             "TensorRT would clip 128..255 away; quantize with reptrt calibrate"
+        )
+    computed = runtime_scale_node(model)
+    if computed is not None:  # tensorrt_rtx 1.7 ends the process on one
+        raise EngineError(
+            f"{path}: node {computed}: its scale is computed at run time, expected a constant; "
+            "quantize statically with reptrt calibrate"
         )
     return model
 

@@ -49,6 +49,18 @@ def uint8_node(model: onnx.ModelProto) -> str | None:
     return None
 
 
+def runtime_scale_node(model: onnx.ModelProto) -> str | None:
+    """Return the first Q/DQ node whose scale depends on a graph input (``name (op)``), or None."""
+    constant = {tensor.name for tensor in model.graph.initializer} | {""}
+    constant |= {tensor.values.name for tensor in model.graph.sparse_initializer}
+    for node in model.graph.node:
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear") and node.input[1] not in constant:
+            return f"{node_name(node)} ({node.op_type})"
+        if all(name in constant for name in node.input):
+            constant.update(node.output)
+    return None
+
+
 def node_name(node: onnx.NodeProto) -> str:
     """Return a node's name, or that of its output if it has none."""
     return node.name or next((output for output in node.output if output), node.op_type)

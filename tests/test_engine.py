@@ -166,6 +166,14 @@ def one_node(op, **attributes):
     return model_of([node], ["N", 3, 8, 8], ["N", 3, 8, 8])
 
 
+def runtime_scale():
+    model = qdq_model()
+    largest = helper.make_node("ReduceMax", ["input"], ["largest"], name="max", keepdims=0)
+    model.graph.node[0].input[1] = "largest"
+    model.graph.node.insert(0, largest)
+    return model
+
+
 def q_linear_conv():
     codes, scale = ["s", "zero"], {"s": np.float32(0.1), "zero": np.int8(0)}
     nodes = [
@@ -185,14 +193,24 @@ def q_linear_conv():
         (qdq_model(zero_point=np.uint8(128)), r"node q0 \(QuantizeLinear\): its codes are UINT8"),
         (qdq_model(zero_point=np.uint8(0)), r"node q0 \(QuantizeLinear\): its codes are UINT8"),
         (qdq_model(zero_point=None), r"node q0 \(QuantizeLinear\): its codes are UINT8"),
+        (runtime_scale(), r"node q0 \(QuantizeLinear\): its scale is computed at run time"),
         (q_linear_conv(), r"node qconv \(QLinearConv\): the operator is not supported"),
         (one_node("StringNormalizer"), r"node the_node \(StringNormalizer\)"),
     ],
-    ids=["zero point", "uint8 128", "uint8 0", "no zero point", "QLinearConv", "operator"],
+    ids=["zero point", "uint8 128", "uint8 0", "no zero point", "scale", "QLinearConv", "operator"],
 )
 def test_graphs_that_tensorrt_cannot_take(tmp_path, output, model, expected, monkeypatch):
     monkeypatch.setattr(onnx.checker, "check_model", lambda *args, **kwargs: None)
     assert_refused(save(model, tmp_path / "m.onnx"), output, RTX, EngineError, expected)
+
+
+@needs_rtx
+def test_a_scale_computed_from_constants_builds(tmp_path, output):
+    model = qdq_model()
+    half = helper.make_node("Add", ["scale", "scale"], ["sum"], name="add")
+    model.graph.node[0].input[1] = "sum"
+    model.graph.node.insert(0, half)
+    assert build_engine(save(model, tmp_path / "m.onnx"), output, RTX).path == output
 
 
 @needs_rtx
