@@ -15,6 +15,7 @@ import numpy.typing as npt
 import onnx
 import onnx_graphsurgeon as gs
 from google.protobuf.message import DecodeError
+from onnx_graphsurgeon.logger import G_LOGGER
 
 from reptrt.errors import ArtifactError, RewriteError
 
@@ -68,7 +69,8 @@ def net_from_model(model: onnx.ModelProto) -> Net:
     ONNX lets nodes go unnamed or share a name; here an unnamed node takes the name of its first
     output, and what is taken gets a number.
     """
-    graph = gs.import_onnx(model)
+    with G_LOGGER.suppress(G_LOGGER.ERROR):  # its warnings go to stdout, where results belong
+        graph = gs.import_onnx(model)
     taken: set[str] = set()
     for node in graph.nodes:
         node.name = first_free(node.name or next(t.name for t in node.outputs if t.name), taken)
