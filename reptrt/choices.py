@@ -5,4 +5,6 @@ from typing import Literal
 Recipe = Literal["fast"]
 Rule = Literal["max", "percentile", "mse", "mae", "entropy", "kl"]  # reptrt.calib.thresholds
 Resize = Literal["none", "stretch", "crop"]  # reptrt.preprocess
+SplitMode = Literal["auto", "none", "identity", "coarse-fine"]  # reptrt.choose
+SplitPrecision = Literal["float", "int8"]  # reptrt.splits
 TorchDevice = Literal["cpu", "cuda"]

@@ -6,7 +6,9 @@ usage. Nothing heavy is imported before a command runs.
 
 import json
 import logging
+import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -67,6 +69,8 @@ def main(verbose: bool) -> None:
 
     One verb a stage: export -> calibrate -> build-engine -> eval, bench. `reptrt run` does it all.
     """
+    # Threads that spin while they wait multiply the time on cores that are shared with other work.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
     logger = logging.getLogger("reptrt")
@@ -193,6 +197,27 @@ def calibrate_options(command: Command) -> Command:
         click.option(
             "--percentile", type=click.FloatRange(50, 100), default=99.99, show_default=True
         ),
+        click.option(
+            "--equalize/--no-equalize",
+            default=True,
+            show_default=True,
+            help="Give all channels of an activation the same range; costs nothing.",
+        ),
+        click.option("--split", type=_choice(choices.SplitMode), default="auto", show_default=True),
+        click.option(
+            "--split-precision",
+            type=_choice(choices.SplitPrecision),
+            default="float",
+            show_default=True,
+            help="Of the two summands of a split layer.",
+        ),
+        click.option(
+            "--max-overhead",
+            type=float,
+            default=0.10,
+            show_default=True,
+            help="Extra work that --split auto may spend; 0: no extra node.",
+        ),
         click.option("--weight-bits", type=int, default=8, show_default=True),
         click.option("--activation-bits", type=int, default=8, show_default=True),
         click.option("--exclude", multiple=True, metavar="REGEX", help="Layers left in float."),
@@ -207,6 +232,10 @@ def calibrate_options(command: Command) -> Command:
 _CALIBRATE_NAMES = (
     "images",
     "recipe",
+    "equalize",
+    "split",
+    "split_precision",
+    "max_overhead",
     "weight_bits",
     "activation_bits",
     "exclude",
@@ -241,6 +270,11 @@ def calibrate(model: Path, data: Path, output: Path, json_path: str | None, **va
         f"{report.images} images  {report.layers} layers  {len(report.tensors)} tensors  "
         f"{sum(report.seconds.values()):.1f} s"
     )
+    forms = Counter(split.form for split in report.splits)
+    split = ", ".join(f"{count} {form}" for form, count in forms.items()) or "none"
+    text += f"\n           {report.equalized} tensors equalized, splits: {split}"
+    if report.decisions:
+        text += f", overhead {100 * report.overhead:.1f} %"
     if report.simulation:
         text += f"\nsimulation only, no engine can run it: {report.simulation}"
     _emit(text, report.to_json(), json_path)

@@ -5,7 +5,7 @@ export -> calibrate -> build_engine -> evaluate, bench; run does it all
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,12 @@ from reptrt.artifacts import (
     sha256_of,
     write_artifact,
 )
+from reptrt.calib.channels import ChannelStats, collect_channels
 from reptrt.calib.collect import collect, merge_groups
 from reptrt.calib.histogram import Histogram
 from reptrt.calib.thresholds import ThresholdOptions, amax_from_histogram
-from reptrt.choices import Recipe, Resize
+from reptrt.choices import Recipe, Resize, SplitMode, SplitPrecision
+from reptrt.choose import Decision, Form, choose_splits, num_macs
 from reptrt.data import Dataset, open_dataset
 from reptrt.errors import ConfigError
 from reptrt.export import (
@@ -43,12 +45,17 @@ from reptrt.graph import (
     net_from_model,
     read_model,
     refuse_not_finite,
+    weighted_nodes,
 )
 from reptrt.placement import Placement, place
 from reptrt.preprocess import Preprocess, read_preprocess
 from reptrt.qdq import insert_qdq, quantize_weights
 from reptrt.rewrite.contract import Skipped
+from reptrt.rewrite.equalize import equalize, find_links
+from reptrt.rewrite.split_coarse_fine import split_coarse_fine
+from reptrt.rewrite.split_identity import split_identity
 from reptrt.sources import Source, module_from_source
+from reptrt.splits import Split, read_splits
 from reptrt.torchgraph import TorchGraph
 
 _LOG = logging.getLogger(__name__)
@@ -137,6 +144,10 @@ class CalibrateOptions:
     images: int = 512
     recipe: Recipe = "fast"
     threshold: ThresholdOptions = field(default_factory=ThresholdOptions)
+    equalize: bool = True
+    split: SplitMode = "auto"
+    split_precision: SplitPrecision = "float"
+    max_overhead: float = 0.10  # extra multiply-accumulates that auto may spend, of the net's own
     weight_bits: int = 8
     activation_bits: int = 8
     exclude: tuple[str, ...] = ()  # regular expressions over layer names
@@ -147,6 +158,13 @@ class CalibrateOptions:
         for name, bits in (("weight", self.weight_bits), ("activation", self.activation_bits)):
             if not 2 <= bits <= 8:
                 raise ConfigError(f"--{name}-bits: got {bits}, expected 2..8 (simulated in INT8)")
+        if not self.max_overhead >= 0:
+            raise ConfigError(f"--max-overhead: got {self.max_overhead}, expected 0 or more")
+
+    @property
+    def grids(self) -> tuple[Grid, Grid]:
+        """The codes of activations and of weights."""
+        return Grid.activation(self.activation_bits), Grid.weight(self.weight_bits)
 
     @property
     def simulation(self) -> str | None:
@@ -176,6 +194,10 @@ class CalibrateReport:
     images: int
     layers: int
     tensors: tuple[TensorScale, ...]
+    equalized: int  # tensors whose channels were given equal ranges
+    splits: tuple[Split, ...]
+    decisions: tuple[Decision, ...]  # of --split auto
+    overhead: float  # extra multiply-accumulates of the splits that auto chose, of the net's own
     simulation: str | None
     seconds: Mapping[str, float]  # per stage
 
@@ -196,15 +218,18 @@ def calibrate(model: Path, data: Path, output: Path, options: CalibrateOptions) 
     clock = _Clock()
     net = net_from_model(read_model(model))
     refuse_not_finite(net)
-    placement = place(net, options.exclude)
+    excluded = place(net, options.exclude).excluded
     dataset = open_dataset(data, read_preprocess(net), limit=options.images, seed=options.seed)
     clock.lap("load")
+    prepared = prepare(net, dataset, options, excluded)
+    clock.lap("prepare")
+    placement = place(net, options.exclude)
     histograms = _collect(net, placement, dataset, options.device)
     clock.lap("collect")
-    grid = Grid.activation(options.activation_bits)
+    grid, weight_grid = options.grids
     tensors = _tensor_scales(placement, histograms, options.threshold, grid)
     clock.lap("thresholds")
-    weights = quantize_weights(net, placement, Grid.weight(options.weight_bits))
+    weights = quantize_weights(net, placement, weight_grid)
     insert_qdq(net, placement, {t.tensor: t.scale for t in tensors}, weights, grid)
     if options.simulation is not None:
         net.metadata["reptrt.simulation"] = options.simulation
@@ -215,7 +240,10 @@ def calibrate(model: Path, data: Path, output: Path, options: CalibrateOptions) 
         artifact="int8-onnx",
         parents={model.name: sha256_of(model), str(data.name): dataset.digest()},
         options=plain_options(options),
-        details={"simulation": options.simulation} if options.simulation else {},
+        details={
+            "splits": [asdict(split) for split in prepared.splits],
+            **({"simulation": options.simulation} if options.simulation else {}),
+        },
     )
     clock.lap("write")
     return CalibrateReport(
@@ -224,14 +252,76 @@ def calibrate(model: Path, data: Path, output: Path, options: CalibrateOptions) 
         images=dataset.length,
         layers=len(placement.weights),
         tensors=tensors,
+        equalized=prepared.equalized,
+        splits=prepared.splits,
+        decisions=prepared.decisions,
+        overhead=prepared.overhead,
         simulation=options.simulation,
         seconds=clock.laps,
     )
 
 
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """What was done to a float graph before it was quantized."""
+
+    equalized: int
+    splits: tuple[Split, ...]
+    decisions: tuple[Decision, ...]
+    overhead: float
+
+
+def prepare(
+    net: Net, dataset: Dataset, options: CalibrateOptions, excluded: Collection[str] = ()
+) -> Prepared:
+    """Equalize and split a float net in place, as the options say; its output stays the same."""
+    layers = {
+        node.name: node.inputs[0].name
+        for node in weighted_nodes(net.graph)
+        if node.name not in excluded
+    }
+    stats: dict[str, ChannelStats] = {}
+    if options.equalize or options.split == "auto":
+        linked = [link.tensor.name for link in find_links(net)[0]]
+        wanted = sorted({*layers.values(), *linked})
+        with torch.inference_mode():
+            graph = TorchGraph(net, torch_device(options.device))
+            stats = collect_channels(graph, dataset, wanted)
+    inputs = {layer: stats[name] for layer, name in layers.items() if name in stats}
+    equalized = 0
+    if options.equalize:
+        report, grown = equalize(net, {name: found.maximum for name, found in stats.items()})
+        equalized = len(report.changed)
+        inputs = {
+            layer: found.scaled(grown[layer]) if layer in grown else found
+            for layer, found in inputs.items()
+        }
+    decisions: tuple[Decision, ...] = ()
+    chosen: dict[str, Form] = {}
+    if options.split == "auto":
+        decisions = choose_splits(net, inputs, options.grids, options.max_overhead)
+        chosen = {decision.layer: decision.form for decision in decisions}
+    elif options.split != "none":
+        chosen = dict.fromkeys(layers, options.split)
+    total = num_macs(net)
+    _split(net, chosen, options)
+    extra = sum(decision.option(decision.form).extra_macs for decision in decisions)
+    return Prepared(equalized, read_splits(net), decisions, extra / total if total else 0.0)
+
+
+def _split(net: Net, chosen: Mapping[str, Form], options: CalibrateOptions) -> None:
+    layers = {
+        form: [layer for layer, wanted in chosen.items() if wanted == form]
+        for form in ("identity", "coarse-fine")
+    }
+    grid, precision = options.grids[1], options.split_precision
+    split_identity(net, layers["identity"], grid=grid, precision=precision)
+    split_coarse_fine(net, layers["coarse-fine"], grid=grid, precision=precision)
+
+
 def _collect(net: Net, placement: Placement, dataset: Dataset, device: str) -> dict[str, Histogram]:
     with torch.inference_mode():
-        graph = TorchGraph(net, _torch_device(device))
+        graph = TorchGraph(net, torch_device(device))
         return collect(graph, dataset, [a.tensor for a in placement.activations])
 
 
@@ -260,7 +350,7 @@ def _tensor_scales(
     return tuple(found)
 
 
-def _torch_device(name: str) -> torch.device:
+def torch_device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError(
             "--device cuda: torch finds no CUDA device; use --device cpu, or install a CUDA build "

@@ -7,7 +7,10 @@
 3. A residual Add gets Q/DQ on the skip input only: the output of the convolution that TensorRT
    fuses with the Add stays untouched. If neither input is such an output, both get Q/DQ.
 4. All inputs of a Concat, and its output, share one scale.
-5. Ops that only move values (MaxPool, Flatten, Reshape...) commute with Q/DQ: the pair goes before
+5. The sum of a split layer adds two parts of one layer: in the float form (default) neither
+   summand gets Q/DQ, which is exact; in the INT8 form both do, at the price of their rounding.
+   The Mul of an identity split reads the quantized input that its convolution reads.
+6. Ops that only move values (MaxPool, Flatten, Reshape...) commute with Q/DQ: the pair goes before
    them, at the tensor where the values were made.
 """
 
@@ -28,6 +31,7 @@ from reptrt.graph import (
     producer,
     weighted_nodes,
 )
+from reptrt.splits import read_splits
 
 MOVING_OPS = ("MaxPool", "Flatten", "Reshape", "Squeeze", "Unsqueeze", "Transpose", "Identity")
 _ELEMENTWISE = ("Relu", "Clip", "LeakyRelu", "PRelu", "Sigmoid", "HardSwish", "HardSigmoid", "Mul")
@@ -79,8 +83,16 @@ def place(net: Net, exclude: Iterable[str] = ()) -> Placement:
         raise ConfigError(f"graph {graph.name}: no layer to quantize ({len(layers)} weighted)")
     readers = _Readers()
     names = {node.name for node in chosen}
+    splits = {split.sum: split for split in read_splits(net)}
+    muls = {split.side for split in splits.values() if split.form.startswith("identity")}
     for node in graph.nodes:
-        for index in _quantized_inputs(graph, node, names):
+        if node.name in splits:
+            inputs = [0, 1] if splits[node.name].precision == "int8" else []
+        elif node.name in muls:
+            inputs = [0]
+        else:
+            inputs = _quantized_inputs(graph, node, names)
+        for index in inputs:
             readers.want(node, index)
     return Placement(
         activations=readers.activations(),

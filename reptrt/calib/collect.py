@@ -38,6 +38,13 @@ def collect(graph: TorchGraph, dataset: Dataset, tensors: Sequence[str]) -> dict
     return histograms
 
 
+def filled(batch: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Return a batch of exactly ``COMPUTE_BATCH`` images: the last one repeats its own."""
+    if len(batch) == COMPUTE_BATCH:
+        return batch
+    return np.resize(batch, (COMPUTE_BATCH, *batch.shape[1:]))
+
+
 def merge_groups(
     activations: Iterable[Activation], histograms: dict[str, Histogram]
 ) -> dict[int, Histogram]:
@@ -65,8 +72,6 @@ def _batch_histograms(
 ) -> list[tuple[str, Histogram]]:
     found: list[tuple[str, Histogram]] = []
     count = len(batch)
-    if count < COMPUTE_BATCH:
-        batch = np.resize(batch, (COMPUTE_BATCH, *batch.shape[1:]))
 
     def record(name: str, value: torch.Tensor) -> None:
         rows = len(value) * count // COMPUTE_BATCH or len(value)  # batch x windows, or no batch
@@ -78,5 +83,5 @@ def _batch_histograms(
         found.append((name, histogram))
 
     observers = {name: functools.partial(record, name) for name in tensors}
-    graph.run({graph.input_names[0]: torch.from_numpy(batch)}, [], observe=observers)
+    graph.run({graph.input_names[0]: torch.from_numpy(filled(batch))}, [], observe=observers)
     return found

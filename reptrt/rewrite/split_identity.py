@@ -1,0 +1,131 @@
+"""Identity splitting: take the diagonal of the centre tap out of the kernel and add it as a skip.
+
+    W = W_rest + diag(d) at the centre tap,     y = conv(x, W_rest) + d * x + b
+
+A fused rep kernel has its largest values on that diagonal, one in each output channel, so one INT8
+step has to cover it (METHODS: ours). Without it the rest gets the whole range. Unlike coarse-fine
+splitting this helps pointwise convolutions too, and costs no convolution.
+
+Two forms: ``per-channel`` takes d = the whole diagonal, kept in float: exact. ``scalar`` takes one
+d0 for the layer, chosen to minimise the rounding error of the rest; d0 * x then has the codes of x
+and another scale, so the skip is a plain residual.
+
+Requires: stride 1, as many input as output channels in every group, the centre tap on the output
+position. Ensures: the output tensor keeps its name and, to float rounding, its value.
+"""
+
+from collections.abc import Collection
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import onnx_graphsurgeon as gs
+
+from reptrt.affine import Grid, channel_amax
+from reptrt.choices import SplitPrecision
+from reptrt.graph import Net, constant_value, weighted_nodes
+from reptrt.rewrite.contract import RewriteReport, Skipped
+from reptrt.rewrite.split_coarse_fine import centre_of, centre_pads
+from reptrt.splits import Split, record_splits
+
+Form = Literal["per-channel", "scalar"]
+FloatArray = npt.NDArray[np.floating]
+
+
+def split_identity(
+    net: Net,
+    layers: Collection[str],
+    *,
+    grid: Grid,
+    form: Form = "per-channel",
+    precision: SplitPrecision = "float",
+) -> RewriteReport:
+    """Split the diagonal out of the named convolutions.
+
+    Args:
+        net: a float net.
+        layers: names of Conv nodes.
+        grid: codes of the weights; the scalar form chooses d0 for it.
+        form: one factor per channel, or one per layer.
+        precision: of the two summands in the quantized graph, for `reptrt.placement`.
+    """
+    changed, skipped, splits = [], [], []
+    for node in [n for n in weighted_nodes(net.graph) if n.name in layers]:
+        reason = reason_against(node)
+        if reason is not None:
+            skipped.append(Skipped(node.name, reason))
+            continue
+        name = node.name
+        _split(net.graph, node, grid, form)
+        kind = "identity-scalar" if form == "scalar" else "identity"
+        parts = (f"{name}.sum", f"{name}.identity", f"{name}.rest")
+        splits.append(Split(name, kind, *parts, precision))
+        changed.append(name)
+    net.graph.toposort()
+    record_splits(net, splits)
+    return RewriteReport("split_identity", tuple(changed), tuple(skipped))
+
+
+def diagonal_of(weight: FloatArray) -> FloatArray:
+    """Return the centre tap's diagonal of a grouped kernel (O, I / groups, kH, kW): shape (O,)."""
+    channels = np.arange(weight.shape[0])
+    row, column = centre_of(weight)
+    return np.asarray(weight[channels, channels % weight.shape[1], row, column], weight.dtype)
+
+
+def without_diagonal(weight: FloatArray, diagonal: FloatArray | float) -> FloatArray:
+    """Return the kernel with ``diagonal`` subtracted from its centre tap's diagonal."""
+    rest = weight.copy()
+    channels = np.arange(weight.shape[0])
+    row, column = centre_of(weight)
+    rest[channels, channels % weight.shape[1], row, column] -= diagonal
+    return rest
+
+
+def best_scalar(weight: FloatArray, grid: Grid) -> float:
+    """Return the d0 that minimises the summed squared steps of the rest, sum_o (amax_o / qmax)^2.
+
+    The rounding error of an output channel is uniform with variance step^2 / 12. Candidates are
+    the diagonal's own quantiles: the optimum moves with no finer structure than that.
+    """
+    diagonal = diagonal_of(weight)
+    others = channel_amax(without_diagonal(weight, diagonal), 0)
+    candidates = np.unique(np.quantile(diagonal, np.linspace(0.0, 1.0, 65)))
+    amax = np.maximum(others[None, :], np.abs(diagonal[None, :] - candidates[:, None]))
+    return float(candidates[np.argmin(np.square(amax / grid.qmax).sum(axis=1))])
+
+
+def reason_against(node: gs.Node) -> str | None:
+    """Return why a weighted node cannot be split, or None."""
+    weight = constant_value(node.inputs[1])
+    if node.op != "Conv" or weight is None or weight.ndim != 4:
+        return "not a 2-D convolution with a constant weight"
+    if tuple(node.attrs.get("strides") or (1, 1)) != (1, 1):
+        return "stride: the output has no position for each input position"
+    if weight.shape[0] != weight.shape[1] * int(node.attrs.get("group", 1)):
+        return "input and output channels differ: there is no diagonal"
+    if not (weight.shape[2] % 2 and weight.shape[3] % 2):
+        return "an even kernel has no centre tap"
+    if node.attrs.get("auto_pad", "NOTSET") != "NOTSET" or centre_pads(node) != [0, 0, 0, 0]:
+        return "padding is not half the kernel: the centre tap is not on the output position"
+    return None
+
+
+def _split(graph: gs.Graph, node: gs.Node, grid: Grid, form: Form) -> None:
+    name, output = node.name, node.outputs[0]
+    weight = np.asarray(constant_value(node.inputs[1]))
+    if form == "scalar":
+        factor = np.array(best_scalar(weight, grid), dtype=np.float32)
+        rest = without_diagonal(weight, factor)
+    else:
+        diagonal = diagonal_of(weight)
+        rest = without_diagonal(weight, diagonal)
+        factor = diagonal.astype(np.float32).reshape(1, -1, 1, 1)
+    parts = [gs.Variable(f"{name}.{part}.output", np.float32) for part in ("rest", "identity")]
+    node.inputs[1] = gs.Constant(f"{name}.rest.weight", rest)
+    node.name, node.outputs = f"{name}.rest", [parts[0]]
+    scale = gs.Constant(f"{name}.diagonal", factor)
+    graph.nodes += [
+        gs.Node("Mul", f"{name}.identity", {}, [node.inputs[0], scale], [parts[1]]),
+        gs.Node("Add", f"{name}.sum", {}, parts, [output]),
+    ]
