@@ -2,6 +2,7 @@
 
 from typing import Literal
 
+HighPrecision = Literal["fp32", "fp16"]  # reptrt.rewrite.to_fp16
 Recipe = Literal["fast"]
 Rule = Literal["max", "percentile", "mse", "mae", "entropy", "kl"]  # reptrt.calib.thresholds
 Resize = Literal["none", "stretch", "crop"]  # reptrt.preprocess

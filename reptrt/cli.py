@@ -221,6 +221,13 @@ def calibrate_options(command: Command) -> Command:
         click.option("--weight-bits", type=int, default=8, show_default=True),
         click.option("--activation-bits", type=int, default=8, show_default=True),
         click.option("--exclude", multiple=True, metavar="REGEX", help="Layers left in float."),
+        click.option(
+            "--high-precision",
+            type=_choice(choices.HighPrecision),
+            default="fp32",
+            show_default=True,
+            help="Type of what is not INT8; fp16 for engines.",
+        ),
         click.option("--device", type=devices, default="cpu", show_default=True),
         click.option("--seed", type=int, default=0, show_default=True),
     ]
@@ -239,6 +246,7 @@ _CALIBRATE_NAMES = (
     "weight_bits",
     "activation_bits",
     "exclude",
+    "high_precision",
     "device",
     "seed",
 )

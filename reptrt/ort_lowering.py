@@ -4,6 +4,8 @@ TensorRT wants Q after the ReLU, symmetric INT8; onnxruntime fuses a convolution
 follows it directly. Run as it is, the graph would compute every convolution in float. Steps
 1 and 2 are exact: the codes of every tensor stay the same.
 
+0. An FP16 rest becomes an FP32 rest with the same numbers: casts go, and scales, biases and float
+   weights are widened, which is exact. Only what FP16 arithmetic would round is not rounded.
 1. ``Relu -> Q(int8)`` becomes ``Q(uint8, zero point 0) -> Clip(0, 127)``: saturation at 0 is the
    ReLU, and the clip restores the saturation at 127 that INT8 has. ``Clip(0, c)`` likewise.
 2. ``DQ -> Flatten, Reshape, MaxPool...`` gets a Q/DQ pair of the same scale behind it, which
@@ -37,6 +39,7 @@ def lower(model: onnx.ModelProto) -> onnx.ModelProto:
         return model
     net = net_from_model(model)
     graph = net.graph
+    _widen(graph)
     for node in list(graph.toposort().nodes):
         if node.op in ("Relu", "Clip"):
             _saturate_instead(graph, node)
@@ -47,6 +50,47 @@ def lower(model: onnx.ModelProto) -> onnx.ModelProto:
             if node.op == "Gemm":
                 _quantize_bias(graph, node)
     return model_from_net(net)
+
+
+def _widen(graph: gs.Graph) -> None:
+    """Step 0."""
+    for node in list(graph.nodes):
+        if node.op == "Cast" and node.attrs["to"] == onnx.TensorProto.FLOAT16:
+            node.attrs["to"] = int(onnx.TensorProto.FLOAT)
+        for name, value in node.attrs.items():
+            if isinstance(value, gs.Constant) and value.dtype == np.float16:
+                node.attrs[name] = gs.Constant(value.name, value.values.astype(np.float32))
+    for tensor in graph.tensors().values():
+        if tensor.dtype != np.float16:
+            continue
+        if isinstance(tensor, gs.Constant):
+            tensor.values = tensor.values.astype(np.float32)
+        else:
+            tensor.dtype = np.dtype(np.float32)
+    for node in list(graph.nodes):
+        if node.op == "Cast" and node.inputs[0].dtype == node.outputs[0].dtype == np.float32:
+            _bypass(graph, node)
+
+
+def _bypass(graph: gs.Graph, node: gs.Node) -> None:
+    """Remove a node that changes nothing; graph outputs keep their names."""
+    (source,), (result,) = node.inputs, node.outputs
+    if any(result is output for output in graph.outputs):
+        maker = producer(source)
+        if maker is None or any(source is output for output in graph.outputs):
+            node.op, node.attrs = "Identity", {}
+            return
+        node.inputs.clear()
+        node.outputs.clear()
+        maker.outputs[maker.outputs.index(source)] = result
+        source, result = result, source
+    else:
+        node.inputs.clear()
+        node.outputs.clear()
+    for reader in list(result.outputs):
+        for index, tensor in enumerate(reader.inputs):
+            if tensor is result:
+                reader.inputs[index] = source
 
 
 def _saturate_instead(graph: gs.Graph, node: gs.Node) -> None:

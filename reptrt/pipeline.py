@@ -25,7 +25,7 @@ from reptrt.calib.channels import ChannelStats, collect_channels
 from reptrt.calib.collect import collect, merge_groups
 from reptrt.calib.histogram import Histogram
 from reptrt.calib.thresholds import ThresholdOptions, amax_from_histogram
-from reptrt.choices import Recipe, Resize, SplitMode, SplitPrecision
+from reptrt.choices import HighPrecision, Recipe, Resize, SplitMode, SplitPrecision
 from reptrt.choose import Decision, Form, choose_splits, num_macs
 from reptrt.data import Dataset, open_dataset
 from reptrt.errors import ConfigError
@@ -54,6 +54,7 @@ from reptrt.rewrite.contract import Skipped
 from reptrt.rewrite.equalize import equalize, find_links
 from reptrt.rewrite.split_coarse_fine import split_coarse_fine
 from reptrt.rewrite.split_identity import split_identity
+from reptrt.rewrite.to_fp16 import to_fp16
 from reptrt.sources import Source, module_from_source
 from reptrt.splits import Split, read_splits
 from reptrt.torchgraph import TorchGraph
@@ -151,6 +152,7 @@ class CalibrateOptions:
     weight_bits: int = 8
     activation_bits: int = 8
     exclude: tuple[str, ...] = ()  # regular expressions over layer names
+    high_precision: HighPrecision = "fp32"  # of what is not INT8; fp16 for engines
     device: str = "cpu"
     seed: int = 0  # of the sample of images
 
@@ -231,6 +233,9 @@ def calibrate(model: Path, data: Path, output: Path, options: CalibrateOptions) 
     clock.lap("thresholds")
     weights = quantize_weights(net, placement, weight_grid)
     insert_qdq(net, placement, {t.tensor: t.scale for t in tensors}, weights, grid)
+    left_fp32 = to_fp16(net).skipped if options.high_precision == "fp16" else ()
+    for skip in left_fp32:
+        _LOG.warning("%s stays in FP32: %s", skip.node, skip.reason)
     if options.simulation is not None:
         net.metadata["reptrt.simulation"] = options.simulation
     content = bytes_from_model(model_from_net(net))
@@ -242,6 +247,7 @@ def calibrate(model: Path, data: Path, output: Path, options: CalibrateOptions) 
         options=plain_options(options),
         details={
             "splits": [asdict(split) for split in prepared.splits],
+            "left_fp32": [asdict(skip) for skip in left_fp32],
             **({"simulation": options.simulation} if options.simulation else {}),
         },
     )

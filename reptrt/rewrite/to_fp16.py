@@ -36,7 +36,8 @@ from reptrt.graph import (
 )
 from reptrt.rewrite.contract import RewriteReport, Skipped
 
-_HALF = np.finfo(np.float16)
+_SMALLEST = float(np.finfo(np.float16).smallest_normal)  # 6.1e-5
+_LARGEST = float(np.finfo(np.float16).max)  # 65504
 _OPSET = 19  # the first whose scales can be FP16
 _FREE = "tensor(float16)"
 _BY_ATTRIBUTE = ("Cast", "Constant", "ConstantOfShape")  # an attribute says what type they make
@@ -106,12 +107,12 @@ class _Scales:
 
     def add(self, constant: gs.Constant) -> None:
         value = np.asarray(constant.values, dtype=np.float32)
-        outside = (value < _HALF.smallest_normal) | (value > _HALF.max)
+        outside = (value < _SMALLEST) | (value > _LARGEST)
         if outside.any():
             worst = float(value[outside].ravel()[0])
             self.unfit[constant.name] = (
                 f"scale {worst:.3g} is outside FP16's normal range "
-                f"[{_HALF.smallest_normal:.2g}, {_HALF.max:.0f}]"
+                f"[{_SMALLEST:.2g}, {_LARGEST:.0f}]"
             )
             self.values[constant.name] = value
         else:
@@ -138,8 +139,10 @@ def _unfit(graph: gs.Graph, scales: _Scales) -> dict[str, str]:
             if node.op != "Clip" and _is_float_constant(tensor):  # a bound may become infinite
                 value = np.abs(tensor.values)
                 largest = float(np.max(value, where=np.isfinite(value), initial=0.0))
-                if largest > _HALF.max:
-                    reasons[node.name] = f"{tensor.name} holds {largest:.3g}, beyond FP16's 65504"
+                if largest > _LARGEST:
+                    reasons[node.name] = (
+                        f"{tensor.name} holds {largest:.3g}, beyond FP16's {_LARGEST:.0f}"
+                    )
     return reasons
 
 
@@ -202,9 +205,7 @@ class _Typing:
         self._graph, self._kept, self._scales = graph, kept, scales
         self._opset = int(graph.opset)
         self._taken = {*graph.tensors(), *(node.name for node in graph.nodes)}
-        self._float = {
-            name: tensor.dtype == np.float32 for name, tensor in graph.tensors().items()
-        }
+        self._float = {name: tensor.dtype == np.float32 for name, tensor in graph.tensors().items()}
         self._half_makers = {  # of what is a half tensor in the end
             node.name for node in graph.toposort().nodes if self._is_half(node)
         }
