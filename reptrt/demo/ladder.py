@@ -16,9 +16,21 @@ from reptrt.engine_options import BuildOptions
 from reptrt.errors import MissingDependencyError
 from reptrt.evaluate import evaluate
 
-# What a quantizer does that knows nothing of branches: each tensor's maximum, rounding to nearest.
-PLAIN = pipeline.CalibrateOptions(threshold=ThresholdOptions("max"))
-RECIPE = pipeline.CalibrateOptions()
+FLOAT, OURS = "float", "reptrt INT8"
+CALIBRATIONS = {
+    # What a quantizer does that knows nothing of branches: each tensor's maximum, nearest codes.
+    "plain INT8": pipeline.CalibrateOptions(
+        threshold=ThresholdOptions("max"), equalize=False, split="none"
+    ),
+    "reptrt INT8, no split": pipeline.CalibrateOptions(split="none"),  # no node more than plain
+    OURS: pipeline.CalibrateOptions(),
+}
+_FILES = {
+    FLOAT: "digits.onnx",
+    "plain INT8": "digits.plain.onnx",
+    "reptrt INT8, no split": "digits.nosplit.onnx",
+    OURS: "digits.int8.onnx",
+}
 _BENCH_SECONDS = 1.0  # for each file
 _KIB = 1 << 10
 
@@ -32,7 +44,7 @@ class Rung:
     top1: float  # fraction 0..1 of the held-out images
     agreement: float  # fraction with the float net's arg max
     sqnr_db: float | None  # of the logits against the float net's; None: it is the float net
-    median_ms: float  # one image in onnxruntime on the CPU
+    median_ms: float  # one image in onnxruntime on one thread of the CPU
     ratio: float  # of that time to the float net's
     size_bytes: int
 
@@ -90,20 +102,20 @@ class Ladder:
         )
 
     def _caption(self) -> str:
-        return f"{self.images} held-out images; onnxruntime, batch 1, {self.cpu}"
+        return f"{self.images} held-out images; onnxruntime, batch 1, 1 thread, {self.cpu}"
 
 
 def climb(folder: Path) -> Ladder:
-    """Export, calibrate twice, judge, time and build an engine; every file goes into ``folder``.
+    """Export, calibrate thrice, judge, time and build an engine; every file goes into ``folder``.
 
     Raises:
         ReptrtError: a stage failed; what it was to write is not there.
     """
     data = digits.write_arrays(folder)
     files = write_files(folder, data["train"])
-    reference = files["float"]
+    reference = files[FLOAT]
     judged = evaluate(list(files.values()), data["held_out"], reference=reference)
-    timed = bench(list(files.values()), baseline=reference, min_seconds=_BENCH_SECONDS)
+    timed = bench(list(files.values()), baseline=reference, threads=1, min_seconds=_BENCH_SECONDS)
     rungs = tuple(
         Rung(
             name=name,
@@ -119,22 +131,18 @@ def climb(folder: Path) -> Ladder:
             files.items(), judged.results, timed.results, strict=True
         )
     )
-    engine, no_engine = try_engine(files["reptrt INT8"], folder / "digits.engine")
+    engine, no_engine = try_engine(files[OURS], folder / "digits.engine")
     return Ladder(rungs, judged.results[0].images, timed.cpu, engine, no_engine)
 
 
 def write_files(folder: Path, images: Path) -> Mapping[str, Path]:
-    """Export the net and quantize it plainly and by reptrt's recipe; return the files by name."""
-    files = {
-        "float": folder / "digits.onnx",
-        "plain INT8": folder / "digits.plain.onnx",
-        "reptrt INT8": folder / "digits.int8.onnx",
-    }
+    """Export the net and quantize it in each way; return the files by the name of their rung."""
+    files = {name: folder / file for name, file in _FILES.items()}
     source = pipeline.Source("repvgg", digits.WEIGHTS, digits.ARCHITECTURE)
     options = pipeline.ExportOptions(digits.INPUT_SIZE, digits.MEAN, digits.STD)
-    pipeline.export(source, files["float"], options)
-    pipeline.calibrate(files["float"], images, files["plain INT8"], PLAIN)
-    pipeline.calibrate(files["float"], images, files["reptrt INT8"], RECIPE)
+    pipeline.export(source, files[FLOAT], options)
+    for name, calibration in CALIBRATIONS.items():
+        pipeline.calibrate(files[FLOAT], images, files[name], calibration)
     return files
 
 
