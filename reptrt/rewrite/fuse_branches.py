@@ -237,8 +237,8 @@ def _conv(graph: gs.Graph, name: str, source: gs.Tensor, linear: LinearMap) -> g
         },
         inputs=[
             source,
-            gs.Constant(f"{name}.weight", linear.kernel),
-            gs.Constant(f"{name}.bias", linear.bias),
+            gs.Constant(f"{name}.weight.folded", linear.kernel),
+            gs.Constant(f"{name}.bias.folded", linear.bias),
         ],
         outputs=[gs.Variable(f"{name}.output", dtype=np.float32)],
     )
