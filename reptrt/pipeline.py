@@ -162,8 +162,8 @@ class CalibrateOptions:
                 raise ConfigError(f"--{name}-bits: got {bits}, expected 2..8 (simulated in INT8)")
         if self.equalize and self.split_precision == "int8" and self.split != "none":
             raise ConfigError(
-                "--split-precision int8: the summands lie before the ReLU, where equalized channels "
-                "have no common range; give --no-equalize too, or --split-precision float"
+                "--split-precision int8: the summands lie before the ReLU, where equalized "
+                "channels have no common range; give --no-equalize too, or --split-precision float"
             )
         if not self.max_overhead >= 0:
             raise ConfigError(f"--max-overhead: got {self.max_overhead}, expected 0 or more")

@@ -75,7 +75,7 @@ def diagonal_of(weight: FloatArray) -> FloatArray:
 
 def without_diagonal(weight: FloatArray, diagonal: FloatArray | float) -> FloatArray:
     """Return the kernel with ``diagonal`` subtracted from its centre tap's diagonal."""
-    rest = weight.copy()
+    rest: FloatArray = weight.copy()
     channels = np.arange(weight.shape[0])
     row, column = centre_of(weight)
     rest[channels, channels % weight.shape[1], row, column] -= diagonal
