@@ -144,6 +144,42 @@ def test_a_file_that_torch_exported_without_us(tmp_path: Path, name: str, export
     assert len(report.proof.blocks) == len(read_provenance(net_from_model(onnx.load(report.path))))
 
 
+def random_architecture(name: str, seed: int) -> ArchitectureOptions:
+    rng = np.random.default_rng(seed)
+    stages = int(rng.integers(1, 4))
+    blocks = tuple(int(n) for n in rng.integers(1, 3, stages))
+    if name == "repvgg":
+        widths = tuple(int(n) for n in rng.choice([4, 8, 12], stages + 1))
+        strides = tuple(int(n) for n in rng.integers(1, 3, stages + 1))
+        groups = int(rng.choice([1, 2, 4]))
+        return ArchitectureOptions(
+            blocks=blocks, widths=widths, strides=strides, groups=groups, num_classes=3
+        )
+    return ArchitectureOptions(
+        blocks=blocks,
+        widths=tuple(int(n) for n in rng.choice([4, 8, 12], stages)),
+        strides=tuple(int(n) for n in rng.integers(1, 3, stages)),
+        branches=int(rng.integers(1, 4)),
+        num_classes=3,
+    )
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("name", list(ARCHITECTURES))
+def test_random_nets_that_torch_exported_without_us(
+    tmp_path: Path, name: str, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(ARCHITECTURES, name, random_architecture(name, seed))
+    module = trained(name, seed)
+    source = by_torch(module, tmp_path / "train.onnx", "classic")
+    export(Source(str(source)), tmp_path / "M.onnx", ExportOptions())
+    assert not {"Add", "BatchNormalization", "Identity"} & set(ops(tmp_path / "M.onnx"))
+    deploy = build(name, ARCHITECTURES[name], deploy=True)
+    convs = sum(isinstance(part, nn.Conv2d) for part in deploy.modules())
+    assert ops(tmp_path / "M.onnx").count("Conv") == convs
+    assert_is_the_net(tmp_path / "M.onnx", module)
+
+
 def test_a_file_with_external_data(tmp_path: Path) -> None:
     module = trained("repvgg")
     model = onnx.load(str(by_torch(module, tmp_path / "train.onnx", "classic")))
