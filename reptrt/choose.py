@@ -5,9 +5,11 @@ Both noises are powers at the layer's output, per position, summed over output c
     weight noise      N_w = sum (W - Q(W))[o,i,t]^2  E[x_i^2]
     activation noise  N_a = sum W[o,i,t]^2  step_x^2 / 12
 
-N_a is there whatever the weights do. A layer takes the cheapest form whose N_w is at most a
-quarter of N_a (then the weights cost less than 1 dB); if no form gets there, the one with the least
-N_w. Under the budget the layers that gain most per cost go first. Rule and cost model: ours.
+N_a is there whatever the weights do. A layer whose N_w is at most N_a is healthy and stays whole:
+ordinary kernels are at a tenth to a half, trained rep kernels at two to twenty. An ill one takes the
+cheapest form whose N_w is at most a quarter of N_a (then the weights cost less than 1 dB); if no
+form gets there, the one with the least N_w. Under the budget the layers that gain most per cost go
+first. Rule and cost model: ours.
 
 Cost is counted in multiply-accumulates. One elementwise pass over an output element (the Add, the
 Mul) counts as ``_ELEMENTWISE_MACS``: it moves a byte or two and computes next to nothing.
@@ -31,7 +33,8 @@ from reptrt.rewrite import split_identity as identity
 Form = Literal["none", "identity", "coarse-fine"]
 FloatArray = npt.NDArray[np.floating]
 
-_ENOUGH = 0.25  # weight noise over activation noise that is left alone
+_HEALTHY = 1.0  # weight noise over activation noise that a layer may have unsplit
+_ENOUGH = 0.25  # what a split is to bring it down to
 _ELEMENTWISE_MACS = 8
 
 
@@ -95,7 +98,8 @@ def _decide(node: gs.Node, stats: ChannelStats, grids: tuple[Grid, Grid]) -> Dec
     step = float(stats.maximum.max()) / grids[0].qmax
     floor = float(np.square(weight).sum()) * step**2 / 12.0
     options = tuple(_options(node, weight, per_input, grids[1]))
-    enough = [option for option in options if option.weight_noise <= _ENOUGH * floor]
+    limits = {"none": _HEALTHY, "identity": _ENOUGH, "coarse-fine": _ENOUGH}
+    enough = [option for option in options if option.weight_noise <= limits[option.form] * floor]
     best = min(enough, key=lambda o: o.extra_macs) if enough else min(options, key=_noise)
     ratio = options[0].weight_noise / floor if floor else float("inf")
     reason = f"weight noise is {ratio:.2g} of the activation noise"
