@@ -6,10 +6,10 @@ Both noises are powers at the layer's output, per position, summed over output c
     activation noise  N_a = sum W[o,i,t]^2  step_x^2 / 12
 
 N_a is there whatever the weights do. A layer whose N_w is at most N_a is healthy and stays whole:
-ordinary kernels are at a tenth to a half, trained rep kernels at two to twenty. An ill one takes the
-cheapest form whose N_w is at most a quarter of N_a (then the weights cost less than 1 dB); if no
-form gets there, the one with the least N_w. Under the budget the layers that gain most per cost go
-first. Rule and cost model: ours.
+ordinary kernels are at a tenth to a half, trained rep kernels at two to twenty. An ill one takes
+the cheapest form whose N_w is at most a quarter of N_a (then the weights cost less than 1 dB); if
+no form gets there, the one with the least N_w. Under the budget the layers that gain most per cost
+go first. Rule and cost model: ours.
 
 Cost is counted in multiply-accumulates. One elementwise pass over an output element (the Add, the
 Mul) counts as ``_ELEMENTWISE_MACS``: it moves a byte or two and computes next to nothing.
