@@ -387,6 +387,33 @@ def inspect(
         click.get_current_context().exit(1)
 
 
+@main.command()
+@click.argument("engine", type=click.Path(path_type=Path))
+@click.option("-o", "--output", type=_OUTPUT, required=True, help="The repository, may exist.")
+@click.option("--name", help="Of the model; default: that of the file.")
+@click.option("--labels", type=click.Path(path_type=Path), help="Text file, one class a line.")
+@click.option("--instances", type=int, default=1, show_default=True, help="Per GPU.")
+@click.option(
+    "--max-queue-delay",
+    "max_queue_delay_us",
+    type=int,
+    default=100,
+    show_default=True,
+    help="Microseconds that a request may wait for others to share its batch.",
+)
+@_json_option
+def package(engine: Path, output: Path, json_path: str | None, **values: Any) -> None:
+    """Write ENGINE into a model repository of Triton Inference Server."""
+    from reptrt.package import PackageOptions
+    from reptrt.package import package as pack
+
+    report = pack(engine, output, PackageOptions(**values))
+    if report.warning is not None:
+        click.echo(f"warning: {report.warning}", err=True)
+    text = f"package  {report.path}  batch {report.max_batch_size or 'fixed'}"
+    _emit(text, report.to_json(), json_path)
+
+
 def _runner_options(command: Command) -> Command:
     options = [
         click.option(

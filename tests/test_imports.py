@@ -89,6 +89,7 @@ def test_commands_are_a_contract() -> None:
         "lint",
         "build-engine",
         "inspect",
+        "package",
         "eval",
         "bench",
         "run",

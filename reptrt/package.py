@@ -1,0 +1,271 @@
+"""An engine as a model repository of Triton Inference Server.
+
+    REPO/NAME/config.pbtxt   what Triton reads: inputs, outputs, batching, instances
+    REPO/NAME/1/model.plan   the engine
+    REPO/NAME/labels.txt     one class a line, if given
+    REPO/NAME/README.md      preprocessing, and which Triton can serve it
+
+What the engine takes and gives is in its sidecar, so neither TensorRT nor a GPU is needed here.
+The preprocessing is a parameter of the configuration too, as JSON, for clients to read.
+"""
+
+import contextlib
+import json
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from reptrt.artifacts import Sidecar, read_sidecar
+from reptrt.engine_file import PlanHeader, read_header
+from reptrt.engine_options import parse_shapes
+from reptrt.errors import ArtifactError, ConfigError
+
+_TYPES = {
+    "FLOAT": "TYPE_FP32",
+    "HALF": "TYPE_FP16",
+    "BF16": "TYPE_BF16",
+    "INT8": "TYPE_INT8",
+    "UINT8": "TYPE_UINT8",
+    "INT32": "TYPE_INT32",
+    "INT64": "TYPE_INT64",
+    "BOOL": "TYPE_BOOL",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class PackageOptions:
+    """Options of `package`."""
+
+    name: str | None = None  # of the model; None: that of the engine's file
+    labels: Path | None = None  # text file, one class a line, in the order of the outputs
+    instances: int = 1  # execution contexts per GPU
+    max_queue_delay_us: int = 100  # how long a request may wait for others to share its batch
+
+    def __post_init__(self) -> None:
+        if self.instances < 1:
+            raise ConfigError(f"--instances: got {self.instances}, expected 1 or more")
+        if self.max_queue_delay_us < 0:
+            raise ConfigError(
+                f"--max-queue-delay: got {self.max_queue_delay_us}, expected 0 or more"
+            )
+        if self.name is not None and not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*", self.name):
+            raise ConfigError(f"--name: got {self.name!r}, expected letters, digits, _ - and .")
+
+
+@dataclass(frozen=True, slots=True)
+class PackageReport:
+    """What `package` wrote."""
+
+    path: Path  # REPO/NAME
+    name: str
+    max_batch_size: int  # 0: the engine takes one batch size only
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    num_labels: int | None
+    warning: str | None  # why a stock Triton cannot load the engine
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the report as JSON values."""
+        return asdict(self) | {"path": str(self.path)}
+
+
+@dataclass(frozen=True, slots=True)
+class _Model:
+    """All that the files of a model repository say."""
+
+    name: str
+    header: PlanHeader
+    sidecar: Sidecar
+    labels: tuple[str, ...] | None
+    max_batch_size: int
+    options: PackageOptions
+
+
+def package(engine: Path, repository: Path, options: PackageOptions) -> PackageReport:
+    """Write an engine into a Triton model repository, whole or not at all.
+
+    Other models in the repository stay as they are.
+
+    Raises:
+        ArtifactError: the engine or the labels cannot be read, the repository cannot be written or
+            holds a model of this name.
+        EngineError: the file is no engine.
+        ConfigError: labels that do not fit, a tensor that Triton has no type for.
+    """
+    header = read_header(engine)
+    sidecar = read_sidecar(engine)
+    if sidecar is None or not {"inputs", "outputs"} <= set(sidecar.details):
+        raise ArtifactError(
+            f"{engine}: no sidecar says what it takes and gives; build it with reptrt build-engine"
+        )
+    name = options.name or re.sub(r"[^A-Za-z0-9_-]", "_", engine.stem)
+    labels = None if options.labels is None else _read_labels(options.labels, sidecar)
+    model = _Model(name, header, sidecar, labels, _max_batch_size(sidecar), options)
+    with _new_folder(repository, name) as folder:
+        (folder / "config.pbtxt").write_text(_config(model), encoding="utf-8")
+        (folder / "README.md").write_text(_readme(model), encoding="utf-8")
+        if labels is not None:
+            (folder / "labels.txt").write_text("\n".join(labels) + "\n", encoding="utf-8")
+        (folder / "1").mkdir()
+        shutil.copyfile(engine, folder / "1" / "model.plan")
+    return PackageReport(
+        path=repository / name,
+        name=name,
+        max_batch_size=model.max_batch_size,
+        inputs=tuple(tensor["name"] for tensor in sidecar.details["inputs"]),
+        outputs=tuple(tensor["name"] for tensor in sidecar.details["outputs"]),
+        num_labels=None if labels is None else len(labels),
+        warning=_warning(header),
+    )
+
+
+@contextlib.contextmanager
+def _new_folder(repository: Path, name: str) -> Iterator[Path]:
+    """Yield a temporary folder that becomes ``repository/name`` on success, else is gone."""
+    target = repository / name
+    if target.exists():
+        raise ArtifactError(f"{target}: exists; remove it, or give another --name")
+    if not repository.parent.is_dir():
+        parent = repository.parent
+        raise ArtifactError(f"{repository}: folder {parent} does not exist; create it first")
+    existed = repository.exists()
+    part: Path | None = None
+    try:
+        repository.mkdir(exist_ok=True)
+        part = Path(tempfile.mkdtemp(dir=repository.parent, prefix=f".{name}.", suffix=".part"))
+        yield part
+        part.chmod(0o755)
+        part.rename(target)
+    except OSError as err:
+        raise ArtifactError(f"{target}: cannot be written ({err.strerror or err})") from err
+    finally:
+        if part is not None:
+            shutil.rmtree(part, ignore_errors=True)
+        if not existed:
+            with contextlib.suppress(OSError):
+                repository.rmdir()  # only if nothing came into it
+
+
+def _read_labels(path: Path, sidecar: Sidecar) -> tuple[str, ...]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as err:
+        raise ArtifactError(f"{path}: labels cannot be read ({err})") from err
+    labels = tuple(line.strip() for line in text.splitlines())
+    shape = sidecar.details["outputs"][0]["shape"]
+    if not all(labels) or len(labels) != shape[-1]:
+        raise ConfigError(
+            f"--labels {path}: {len(labels)} lines ({labels.count('')} empty), expected "
+            f"{shape[-1]}, one per class of {sidecar.details['outputs'][0]['name']}"
+        )
+    return labels
+
+
+def _max_batch_size(sidecar: Sidecar) -> int:
+    """Return the largest batch; 0 where Triton must not batch: the first dimension is fixed."""
+    tensors = (*sidecar.details["inputs"], *sidecar.details["outputs"])
+    if any(not tensor["shape"] or tensor["shape"][0] != -1 for tensor in tensors):
+        return 0
+    ranges = sidecar.details.get("profile", {}).values()
+    return min(parse_shapes(text).maximum[0] for text in ranges)
+
+
+def _config(model: _Model) -> str:
+    """Return config.pbtxt: ModelConfig of Triton's model_config.proto as protobuf text."""
+    details = model.sidecar.details
+    lines = [
+        f"name: {_quoted(model.name)}",
+        'platform: "tensorrt_plan"',
+        f"max_batch_size: {model.max_batch_size}",
+    ]
+    lines += [_tensor(model, "input", tensor) for tensor in details["inputs"]]
+    for index, tensor in enumerate(details["outputs"]):
+        labelled = index == 0 and model.labels is not None
+        lines.append(_tensor(model, "output", tensor, 'label_filename: "labels.txt"' * labelled))
+    lines.append(f"instance_group {{ count: {model.options.instances} kind: KIND_GPU }}")
+    if model.max_batch_size > 1:
+        delay = model.options.max_queue_delay_us
+        lines.append(f"dynamic_batching {{ max_queue_delay_microseconds: {delay} }}")
+    preprocess = details.get("preprocess")
+    parameters = {"reptrt.engine_sha256": model.sidecar.sha256}
+    if preprocess is not None:
+        parameters["reptrt.preprocess"] = json.dumps(preprocess, sort_keys=True)
+    for key, value in parameters.items():
+        lines.append(
+            f"parameters {{ key: {_quoted(key)} value {{ string_value: {_quoted(value)} }} }}"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _tensor(model: _Model, role: str, tensor: Mapping[str, Any], more: str = "") -> str:
+    kind = _TYPES.get(tensor["dtype"])
+    if kind is None:
+        raise ConfigError(f"{role} {tensor['name']}: {tensor['dtype']}, which Triton cannot serve")
+    dims = ", ".join(str(size) for size in _dims(model, tensor["shape"]))
+    fields = f"name: {_quoted(tensor['name'])} data_type: {kind} dims: [ {dims} ] {more}"
+    return f"{role} {{ {fields.rstrip()} }}"
+
+
+def _dims(model: _Model, shape: Sequence[int]) -> Sequence[int]:
+    """Return a shape as Triton wants it: the batch left out where it can change."""
+    return shape[1:] if model.max_batch_size else shape
+
+
+def _quoted(text: str) -> str:
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+    return f'"{escaped}"'
+
+
+def _warning(header: PlanHeader) -> str | None:
+    if header.backend == "tensorrt":
+        return None
+    return (
+        f"engine of {header.label}: Triton's TensorRT backend loads engines of tensorrt only; "
+        "build with --backend tensorrt on the machine that serves"
+    )
+
+
+def _readme(model: _Model) -> str:
+    """Return the note for people: what to send, and where it runs."""
+    details = model.sidecar.details
+    tensors = [
+        f"| {role} | {tensor['name']} | {tensor['dtype']} | {list(_dims(model, tensor['shape']))} |"
+        for role, found in (("input", details["inputs"]), ("output", details["outputs"]))
+        for tensor in found
+    ]
+    batch = f"Batches of 1 to {model.max_batch_size}; the shapes below are those of one image."
+    targets = ", ".join(details.get("targets", ())) or "sm80 and later"
+    warning = _warning(model.header)
+    parts = [
+        f"# {model.name}",
+        batch if model.max_batch_size else "The batch size is fixed; the shapes below include it.",
+        "\n".join(["| | name | type | shape |", "|---|---|---|---|", *tensors]),
+        "## Preprocessing\n\n" + _preprocessing(details.get("preprocess")),
+        "## Where it runs\n\n"
+        f"Engine of {model.header.label} for {targets}. Triton loads it if it carries the same "
+        "TensorRT (see the support matrix of its releases) and the GPU is one of these.",
+        "" if warning is None else f"**Not here: {warning}.**",
+        "    tritonserver --model-repository=REPO",
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _preprocessing(found: Mapping[str, Any] | None) -> str:
+    if found is None:
+        return "Not recorded: ask whoever exported the network."
+    size = f"{found['height']} x {found['width']}"
+    ways = {
+        "none": f"Images must be {size} already.",
+        "stretch": f"Resize to {size}, bilinear, aspect ratio ignored.",
+        "crop": f"Resize the shorter side to {round(found['height'] / 0.875)}, then cut the centre "
+        f"{size}.",
+    }
+    return (
+        f"{ways.get(found['resize'], '')} Then, per channel, (x / 255 - mean) / std as float32, "
+        f"channels first ({found['channels']}):\n\n"
+        f"- mean {list(found['mean'])}\n- std {list(found['std'])}"
+    )
