@@ -1,0 +1,184 @@
+"""tools/gpu_check.py without a GPU: what cannot run says why, the rest goes on."""
+
+import importlib.util
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import click
+import numpy as np
+import onnx
+import pytest
+from click.testing import CliRunner
+
+from reptrt import _tensorrt
+from reptrt.cli import main as reptrt_main
+from tests.onnx_nets import plain_chain
+
+TOOL = Path(__file__).resolve().parents[1] / "tools" / "gpu_check.py"
+BENCH_ROW = {"batch": 8, "median_ms": 0.5, "throughput_ips": 16000.0, "ratio": 0.4}
+
+
+def load() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("gpu_check", TOOL)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["gpu_check"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+gpu_check = load()
+
+
+def in_this_process(command: Sequence[str]) -> tuple[int, str]:
+    """Run what would be a process of its own, without its imports."""
+    if command[1:3] == ["-m", "reptrt.cli"]:
+        done = CliRunner().invoke(reptrt_main, list(command[3:]))
+    else:
+        done = CliRunner().invoke(gpu_check.main, list(command[2:]))
+    return done.exit_code, done.stderr
+
+
+@pytest.fixture
+def check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setattr(_tensorrt, "find_gpu", lambda: "no NVIDIA driver on this machine")
+    onnx.save(plain_chain(), str(tmp_path / "m.onnx"))
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 3, 8, 8), dtype=np.uint8)
+    np.savez(tmp_path / "images.npz", x=pixels)
+    (tmp_path / "out").mkdir()
+    return gpu_check.Check(
+        tmp_path / "m.onnx", tmp_path / "images.npz", tmp_path / "out", in_this_process
+    )
+
+
+def states(steps: Sequence[Any]) -> dict[str, str]:
+    return {step.name: step.state for step in steps}
+
+
+def test_without_a_gpu_all_that_can_run_runs(check: Any) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    steps = gpu_check.check_all(check, ["fp32", "int8-fp16"], [1, 4], 16)
+    found = states(steps)
+    done = ["environment", "fp16 net", "calibrate cpu", "calibrate, fp16 rest"]
+    done += [f"tensorrt-rtx build {net}" for net in ("fp32", "int8-fp16")]
+    done += ["tensorrt-rtx audit int8-fp16"]
+    assert {found[name] for name in done} == {"done"}
+    why = {step.name: step.why for step in steps}
+    assert "using an engine needs an NVIDIA GPU" in why["tensorrt-rtx parity int8-fp16"]
+    assert "using an engine needs an NVIDIA GPU" in why["tensorrt-rtx bench"]
+    written = json.loads((check.out / "gpu_check.json").read_text())
+    assert [step["name"] for step in written["steps"]] == list(found)
+    assert written["steps"][0]["result"]["no_gpu"] == "no NVIDIA driver on this machine"
+    text = "\n".join(gpu_check.table(steps))
+    assert "tensorrt-rtx bench: failed: " in text
+    assert not (check.out / "answer.json").exists()
+
+
+def test_a_crash_is_named_and_what_needs_its_file_is_skipped(check: Any) -> None:
+    pytest.importorskip("tensorrt_rtx")
+
+    def crashing(command: Sequence[str]) -> tuple[int, str]:
+        return (-11, "") if "build-engine" in command else in_this_process(command)
+
+    broken = gpu_check.Check(check.model, check.data, check.out, crashing)
+    (check.out / "fp32.tensorrt-rtx.engine").write_bytes(b"of an earlier check")
+    steps = gpu_check.check_all(broken, ["fp32"], [1], 16)
+    why = {step.name: (step.state, step.why) for step in steps}
+    assert why["tensorrt-rtx build fp32"] == ("failed", "crashed: SIGSEGV")
+    missing = ("skipped", "fp32.tensorrt-rtx.engine was not made")
+    assert why["tensorrt-rtx parity fp32"] == missing
+    assert why["tensorrt-rtx bench"] == ("skipped", "no engine was built")
+
+
+def test_no_tensorrt_at_all(check: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_check, "_load", lambda name: f"{name} is not installed")
+    gpu_check.engines(check, "tensorrt", ["int8"], [1], 16)
+    (step,) = check.steps
+    assert (step.state, step.why) == ("skipped", "tensorrt is not installed")
+
+
+def test_the_model_is_not_replaced(check: Any) -> None:
+    own = gpu_check.Check(check.out / "fp16.onnx", check.data, check.out, in_this_process)
+    with pytest.raises(click.UsageError, match=r"fp16\.onnx in .* would be replaced"):
+        gpu_check.check_all(own, ["fp16"], [1], 16)
+
+
+@pytest.mark.parametrize(
+    ("status", "said", "expected"),
+    [
+        (1, "noise\nerror: the reason\nlast words\n", "the reason"),
+        (1, "Traceback\nValueError: bug\n", "ValueError: bug"),
+        (-6, "", "crashed: SIGABRT"),
+        (-250, "", "crashed: signal 250"),
+        (2, "", "exit status 2"),
+    ],
+    ids=["stated", "bug", "abort", "unknown signal", "silent"],
+)
+def test_reasons(status: int, said: str, expected: str) -> None:
+    assert gpu_check.reason(status, said) == expected
+
+
+def test_a_process_is_run() -> None:
+    code = "import sys; print('error: no', file=sys.stderr); sys.exit(3)"
+    assert gpu_check.run_process([sys.executable, "-c", code]) == (3, "error: no\n")
+    code = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
+    assert gpu_check.run_process([sys.executable, "-c", code])[0] == -9
+
+
+def test_calibrations_are_compared() -> None:
+    def report(seconds: float, **scales: float) -> dict[str, Any]:
+        tensors = [{"tensor": name, "scale": scale} for name, scale in scales.items()]
+        return {"seconds": {"collect": seconds, "write": 1.0}, "tensors": tensors}
+
+    found = gpu_check.compare_calibrations(report(9, a=0.5, b=2.0), report(2, a=0.5, b=1.9))
+    assert (found["cpu_seconds"], found["cuda_seconds"]) == (10, 3)
+    assert found["worst_tensor"] == "b"
+    assert found["max_relative_difference"] == pytest.approx(0.05)
+    with pytest.raises(gpu_check.StepError, match="different tensors"):
+        gpu_check.compare_calibrations(report(9, a=0.5), report(2, b=1.9))
+
+
+def test_outputs_are_compared_one_by_one() -> None:
+    logits = [np.eye(4, dtype=np.float32), np.eye(4, dtype=np.float32)]
+    features = [np.ones((4, 2, 3, 3), np.float32)] * 2
+    reference = {"logits": logits, "features": features}
+    found = {"features": [f + 0.1 for f in features], "logits": [x[::-1] for x in logits]}
+    outputs = gpu_check.compare_outputs(reference, found)["outputs"]
+    assert outputs["logits"]["agreement"] == 0.0
+    assert outputs["features"]["sqnr_db"] == pytest.approx(20.0, abs=1e-4)
+    assert outputs["features"]["max_difference"] == pytest.approx(0.1)
+    same = gpu_check.compare_outputs(reference, reference)["outputs"]
+    assert same["logits"]["sqnr_db"] == 999.0
+    with pytest.raises(gpu_check.StepError, match="lacks the outputs features"):
+        gpu_check.compare_outputs(reference, {"logits": logits})
+
+
+def test_parity_of_two_files_that_run_here(tmp_path: Path, check: Any) -> None:
+    """With the ONNX file in the engine's place."""
+    answer = tmp_path / "answer.json"
+    command = ["x", "y", "parity", str(check.model), str(check.model), "--data", str(check.data)]
+    status, said = in_this_process([*command, "--images", "32", "--json", str(answer)])
+    assert (status, said) == (0, "")
+    assert json.loads(answer.read_text())["outputs"]["head"]["agreement"] == 1.0
+
+
+def test_the_table_has_a_row_per_engine_and_batch() -> None:
+    def done(name: str, **result: Any) -> Any:
+        return gpu_check.Step(name, "done", "", 1.0, result)
+
+    file = "/out/int8-fp16.tensorrt.engine"
+    parity = {"logits": {"sqnr_db": 40.04}, "features": {"sqnr_db": 55.0}}
+    steps = [
+        done("tensorrt bench", results=[BENCH_ROW | {"file": file}]),
+        done("tensorrt parity int8-fp16", outputs=parity),
+        done("tensorrt audit int8-fp16", built=22, planned=["a"] * 23),
+        gpu_check.Step("calibrate cuda", "failed", "no CUDA"),
+    ]
+    lines = gpu_check.table(steps)
+    assert lines[2] == "| tensorrt int8-fp16 | 8 | 0.500 | 16000 | 0.40 | 40.0 | 22 of 23 |"
+    assert lines[-1] == "calibrate cuda: failed: no CUDA"
