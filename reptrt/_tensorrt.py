@@ -38,6 +38,7 @@ _NEEDED = ("Builder", "OnnxParser", "Runtime", "ILogger", "IProgressMonitor")
 _COMPATIBILITY = {"AMPERE_PLUS": "ampere+", "SAME_COMPUTE_CAPABILITY": "same-compute-capability"}
 _CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76  # CUdevice_attribute
 _NO_DEVICE = 100  # CUDA_ERROR_NO_DEVICE
+_INTERNAL = "(foreignNode) Converting conv"  # tensorrt_rtx of FP16 scales, two lines a layer
 _ECHO = "checkMacros.cpp"  # said once more for every error that follows one of CUDA
 _TRT_LOGGER = logging.getLogger("reptrt.tensorrt")
 
@@ -319,7 +320,8 @@ def _relay(trt: Any) -> _Relay:
             if level in failures:
                 for errors in listeners:
                     errors.append(message)
-            to_log = logging.WARNING if level == severity.WARNING else logging.DEBUG
+            matters = level == severity.WARNING and not message.startswith(_INTERNAL)
+            to_log = logging.WARNING if matters else logging.DEBUG
             _TRT_LOGGER.log(to_log, "%s", message.strip())
 
     return _Relay(Logger(), listeners)

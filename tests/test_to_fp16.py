@@ -263,13 +263,16 @@ def test_lint_is_clean(name: str) -> None:
 
 @needs_rtx
 @pytest.mark.parametrize("name", list(NETS))
-def test_tensorrt_rtx_builds_it(tmp_path: Path, name: str) -> None:
+def test_tensorrt_rtx_builds_it(
+    tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
     after, _ = halved(quantized(NETS[name](), images()))
     onnx.save(after, str(tmp_path / "m.onnx"))
     options = BuildOptions("tensorrt-rtx", targets=("sm80", "sm120"))
     summary = build_engine(tmp_path / "m.onnx", tmp_path / "m.engine", options)
     assert summary.int8_layers == planned_int8(after)
     assert {tensor.dtype for tensor in (*summary.inputs, *summary.outputs)} == {"FLOAT"}
+    assert [record.message for record in caplog.records if record.levelname == "WARNING"] == []
 
 
 @needs_shared
