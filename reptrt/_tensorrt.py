@@ -320,7 +320,7 @@ def _relay(trt: Any) -> _Relay:
             if level in failures:
                 for errors in listeners:
                     errors.append(message)
-            matters = level == severity.WARNING and not message.startswith(_INTERNAL)
+            matters = level == severity.WARNING and not message.lstrip().startswith(_INTERNAL)
             to_log = logging.WARNING if matters else logging.DEBUG
             _TRT_LOGGER.log(to_log, "%s", message.strip())
 
