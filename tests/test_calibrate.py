@@ -13,7 +13,7 @@ from PIL import Image
 
 from reptrt.artifacts import read_sidecar, sha256_of
 from reptrt.calib.thresholds import ThresholdOptions
-from reptrt.errors import ArtifactError, ConfigError, DataError, ReptrtError
+from reptrt.errors import ArtifactError, CalibrationError, ConfigError, DataError, ReptrtError
 from reptrt.evaluate import evaluate
 from reptrt.graph import net_from_model
 from reptrt.models.options import ArchitectureOptions
@@ -265,6 +265,17 @@ def test_weights_that_are_no_numbers(tmp_path: Path, data: Path, name: str, bad:
     model = plain_chain()
     change(model, name, lambda values: values.reshape(-1).__setitem__(2, bad))
     refused(tmp_path, model, data, rf"1 constants hold NaN or Inf \({name}\)")
+
+
+@pytest.mark.parametrize("bias", [1e35, 3e38])
+def test_activations_that_are_no_numbers(tmp_path: Path, data: Path, bias: float) -> None:
+    """Nothing else is said about them: warnings are errors here."""
+    model = plain_chain()
+    change(model, "c1.bias", lambda values: values.fill(bias))
+    path = save(model, tmp_path / "m.onnx")
+    for options in (PLAIN, CalibrateOptions(images=COUNT)):
+        with pytest.raises(CalibrationError, match=r"c1\.relu: holds NaN, Inf or values past 1e30"):
+            calibrate(path, data, tmp_path / "o.onnx", options)
 
 
 def test_a_quantized_file(tmp_path: Path, data: Path) -> None:

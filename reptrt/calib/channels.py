@@ -9,7 +9,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from reptrt.calib.collect import COMPUTE_BATCH, filled
+from reptrt.calib.collect import COMPUTE_BATCH, filled, not_finite
+from reptrt.calib.histogram import LARGEST
 from reptrt.data import Dataset
 from reptrt.progress import track
 from reptrt.torchgraph import TorchGraph
@@ -34,17 +35,23 @@ def collect_channels(
 ) -> dict[str, ChannelStats]:
     """Return the statistics of each named tensor (N, C, ...) over all images.
 
-    The maxima are the same bits in any image order; the mean squares to one part in 1e12.
+    The maxima are the same bits in any image order; the mean squares, float32 within an image and
+    float64 over images, to one part in 1e12.
+
+    Raises:
+        CalibrationError: a tensor holds NaN or Inf.
     """
     maxima: dict[str, torch.Tensor] = {}
     squares: dict[str, torch.Tensor] = {}
 
     def record(name: str, count: int, value: torch.Tensor) -> None:
-        value = value[:count].transpose(0, 1).flatten(1)
-        largest = value.abs().amax(1)
+        value = value[:count].flatten(2) if value.dim() > 2 else value[:count].unsqueeze(2)
+        largest = value.abs().amax((0, 2))
+        if not bool((largest < LARGEST).all()):
+            raise not_finite(name)
         known = maxima.get(name)
         maxima[name] = largest if known is None else torch.maximum(known, largest)
-        square = value.square().mean(1).double() * count
+        square = value.square().mean(2).double().sum(0)
         squares[name] = square if name not in squares else squares[name] + square
 
     num_batches = math.ceil(dataset.length / COMPUTE_BATCH)

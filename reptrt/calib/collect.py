@@ -45,6 +45,13 @@ def filled(batch: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     return np.resize(batch, (COMPUTE_BATCH, *batch.shape[1:]))
 
 
+def not_finite(name: str) -> CalibrationError:
+    """Return the error for a tensor from which no statistics follow."""
+    return CalibrationError(
+        f"{name}: holds NaN, Inf or values past 1e30; check the weights before it"
+    )
+
+
 def merge_groups(
     activations: Iterable[Activation], histograms: dict[str, Histogram]
 ) -> dict[int, Histogram]:
@@ -77,9 +84,7 @@ def _batch_histograms(
         rows = len(value) * count // COMPUTE_BATCH or len(value)  # batch x windows, or no batch
         histogram = histogram_of(value[:rows])
         if math.isinf(histogram.maximum):
-            raise CalibrationError(
-                f"{name}: holds NaN, Inf or values past 1e30; check the weights before it"
-            )
+            raise not_finite(name)
         found.append((name, histogram))
 
     observers = {name: functools.partial(record, name) for name in tensors}

@@ -15,7 +15,7 @@ import torch
 
 NUM_BINS = 8192  # after growth, more than half of them are below the largest value
 _EXACT_FLOAT32 = 1 << 24  # torch.histc counts in float32
-_LARGEST = 2.0**100  # torch.histc computes the bin in float32
+LARGEST = 2.0**100  # torch.histc computes the bin in float32
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -48,7 +48,7 @@ def histogram_of(x: torch.Tensor) -> Histogram:
     """
     low, high = (float(bound) for bound in x.aminmax())
     maximum = max(abs(low), abs(high))
-    if not maximum < _LARGEST:
+    if not maximum < LARGEST:
         return Histogram(np.zeros(NUM_BINS, dtype=np.int64), 0.0, 0, low, math.inf)
     width = _width_for(maximum)
     flat = _flat(x).float()
