@@ -10,6 +10,7 @@ import onnx
 import pytest
 import torch
 
+from reptrt.calib.channels import collect_channels
 from reptrt.calib.collect import COMPUTE_BATCH, collect, merge_groups
 from reptrt.calib.histogram import Histogram, histogram_of
 from reptrt.data import Dataset, open_dataset
@@ -183,3 +184,27 @@ def test_memory_does_not_grow_with_the_number_of_images() -> None:
     few, many = (int(line) / 1024 for line in done.stdout.split())  # MiB
     # the images alone would be 180 MiB as floats, their activations 4 GiB
     assert many - few < 20
+
+
+@pytest.mark.parametrize("seed", [None, 0, 1])
+def test_statistics_per_channel(seed: int | None) -> None:
+    model = basic_block()
+    pixels = (
+        PIXELS if seed is None else PIXELS[np.random.default_rng(seed).permutation(len(PIXELS))]
+    )
+    names = ["x", "stem.relu", "add.relu", "pool", "flat"]
+    x = next(dataset_of(PIXELS).batches(len(PIXELS)))
+    expected = ort_run(with_outputs(model, names), {"x": x}, optimize=False) | {"x": x}
+    with torch.inference_mode():
+        graph = TorchGraph(model)
+        found = collect_channels(graph, dataset_of(pixels), names)
+        as_they_are = collect_channels(graph, dataset_of(PIXELS), names)
+    for name in names:
+        values = expected[name].astype(np.float64)
+        others = tuple(axis for axis in range(values.ndim) if axis != 1)
+        np.testing.assert_allclose(found[name].maximum, np.abs(values).max(others), rtol=1e-5)
+        np.testing.assert_allclose(found[name].mean_square, (values**2).mean(others), rtol=1e-5)
+        np.testing.assert_array_equal(found[name].maximum, as_they_are[name].maximum)
+        np.testing.assert_allclose(
+            found[name].mean_square, as_they_are[name].mean_square, rtol=1e-12
+        )
