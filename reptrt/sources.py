@@ -17,6 +17,7 @@ from torch import nn
 
 from reptrt.checkpoint import load_state_dict, load_weights
 from reptrt.errors import ConfigError
+from reptrt.graph import first_free
 from reptrt.models import (
     ArchitectureOptions,
     build,
@@ -138,11 +139,12 @@ def _import_module(name: str) -> ModuleType:
 def _import_file(path: Path) -> ModuleType:
     if not path.is_file():
         raise ConfigError(f"{path}: no such file; expected a Python file with a factory")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    name = first_free(path.stem, sys.modules)  # a file called json.py does not replace json
+    spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise ConfigError(f"{path}: is not a Python file")
     module = importlib.util.module_from_spec(spec)
     sys.path.insert(0, str(path.resolve().parent))  # modules beside the file can be imported
-    sys.modules[path.stem] = module
+    sys.modules[name] = module  # dataclasses look their module up there
     spec.loader.exec_module(module)
     return module

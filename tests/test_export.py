@@ -281,6 +281,12 @@ constant = 5
 """
 
 
+@pytest.fixture(autouse=True)
+def same_path_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Importing a factory makes the modules beside it importable; only for the test."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+
+
 @pytest.fixture
 def factories(tmp_path: Path) -> Path:
     (tmp_path / "nets_of_a_test.py").write_text(FACTORY)
@@ -305,6 +311,14 @@ def test_a_factory_in_a_file_with_a_module_beside_it(tmp_path: Path, factories: 
         "0.weight",
         "0.bias",
     }
+
+
+def test_a_factory_in_a_file_with_the_name_of_a_module(tmp_path: Path) -> None:
+    (tmp_path / "json.py").write_text(FACTORY)
+    exported(f"{tmp_path / 'json.py'}:make", tmp_path / "M.onnx")
+    assert sys.modules["json"] is json
+    assert ops(tmp_path / "M.onnx") == ["Conv", "Relu"]
+    assert read_sidecar(tmp_path / "M.onnx") is not None
 
 
 def test_a_factory_in_a_package_of_the_current_folder(
