@@ -191,6 +191,26 @@ def test_a_dq_that_both_types_read_is_doubled() -> None:
     assert lint_ids(after) == []
 
 
+def test_a_sum_stays_with_its_layer_and_its_scaled_skip() -> None:
+    """The form of an identity split: rest(x) + factor * x, which TensorRT runs as one kernel."""
+    b = Builder()
+    stem = b.relu(b.conv("x", 8, "stem"))
+    factor = b.constant("factor", np.linspace(0.5, 1.5, 8, dtype=np.float32).reshape(1, 8, 1, 1))
+    skip = b.node("Mul", [stem, factor], "identity")
+    total = b.relu(b.node("Add", [b.conv(stem, 8, "rest"), skip], "sum"))
+    before = quantized(b.model(b.head(b.relu(b.conv(total, 8, "last")))), images())
+    set_scale(before, "rest.weight.scale", 1e-6, 0)
+    after, report = halved(before)
+    assert [skip.node for skip in report.skipped] == ["rest.weight.dequantize"]
+    assert len(casts(after)) <= 2  # at the output, and where the skip is not dequantized
+    (sum_node,) = [node for node in after.graph.node if node.op_type == "Add"]
+    makers = {output: node.op_type for node in after.graph.node for output in node.output}
+    assert "Cast" not in [makers[tensor] for tensor in sum_node.input]
+    x = images(8, seed=2)
+    (expected,), (got,) = (list(ort_run(m, {"x": x}, False).values()) for m in (before, after))
+    assert sqnr_db(expected, got) > 30
+
+
 def test_a_constant_beyond_fp16_stays_with_its_layer() -> None:
     model = quantized(chain(), images())
     set_scale(model, "c2.bias", 1e5, 0)

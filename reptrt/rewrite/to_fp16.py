@@ -149,8 +149,8 @@ def _unfit(graph: gs.Graph, scales: _Scales) -> dict[str, str]:
 def _with_neighbours(graph: gs.Graph, scales: _Scales, kept: set[str]) -> set[str]:
     """Return the names of all nodes that stay FP32 with the unfit ones.
 
-    Readers of an unfit DQ that are layers; what is between a layer and an unfit Q; and pointwise
-    nodes that only such a node feeds, up to the next Q.
+    Readers of an unfit DQ that are layers; what is between a layer and an unfit Q; and what fuses
+    with such a layer: sums and pointwise nodes that it alone feeds with a tensor, up to the next Q.
     """
     kept = set(kept)
     for node in graph.nodes:
@@ -159,11 +159,21 @@ def _with_neighbours(graph: gs.Graph, scales: _Scales, kept: set[str]) -> set[st
         if node.op == "QuantizeLinear" and node.inputs[1].name in scales.unfit:
             kept |= {maker.name for maker in _makers(graph, node)}
     for node in graph.nodes:  # in execution order
-        if node.op in _POINTWISE and is_private(graph, node.inputs[0]):
-            maker = producer(node.inputs[0])
-            if maker is not None and maker.name in kept and not _is_qdq(maker):
-                kept.add(node.name)
+        if node.op in (*_POINTWISE, "Add") and any(
+            maker.name in kept and not _is_qdq(maker) and is_private(graph, tensor)
+            for tensor in node.inputs
+            if (maker := producer(tensor)) is not None
+        ):
+            kept |= {node.name, *_factors(graph, node)}
     return kept
+
+
+def _factors(graph: gs.Graph, node: gs.Node) -> Iterator[str]:
+    """Yield the Mul nodes that feed a sum and nobody else: with it they join a layer's kernel."""
+    for tensor in node.inputs if node.op == "Add" else ():
+        maker = producer(tensor)
+        if maker is not None and maker.op == "Mul" and is_private(graph, tensor):
+            yield maker.name
 
 
 def _makers(graph: gs.Graph, node: gs.Node) -> Iterator[gs.Node]:
