@@ -183,7 +183,8 @@ def test_float_accuracy_is_that_of_the_zoo(tmp_path: Path) -> None:
             files[name],
         )
         assert done.exit_code == 0, done.stderr
-    done = run("eval", *files.values(), "--data", SHARED / "cifar10" / "test", "--json", "-")
+    test = SHARED / "cifar10" / "test"
+    done = run("eval", *files.values(), "--data", test, "--threads", 1, "--json", "-")
     results = json.loads(done.stdout)["results"]
     assert [result["images"] for result in results] == [10_000, 10_000]
     top1 = {name: result["top1"] for name, result in zip(files, results, strict=True)}
