@@ -193,7 +193,7 @@ def calibrate_options(command: Command) -> Command:
     options = [
         click.option("-n", "--images", type=int, default=512, show_default=True),
         click.option("--recipe", type=_choice(choices.Recipe), default="fast", show_default=True),
-        click.option("--threshold", type=rules, default="mse", show_default=True),
+        click.option("--threshold", type=rules, default="kl", show_default=True),
         click.option(
             "--percentile", type=click.FloatRange(50, 100), default=99.99, show_default=True
         ),

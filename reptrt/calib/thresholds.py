@@ -48,7 +48,7 @@ _COARSE, _FINE, _ZOOMS = 160, 17, 3
 class ThresholdOptions:
     """Which rule, and its parameter."""
 
-    rule: Rule = "mse"
+    rule: Rule = "kl"
     percentile: float = 99.99  # of |x|, for the rule of that name
 
     def __post_init__(self) -> None:
