@@ -9,14 +9,16 @@ N_a is there whatever the weights do. A layer whose N_w is at most N_a is health
 ordinary kernels are at a tenth to a half, trained rep kernels at two to twenty. An ill one takes
 the cheapest form whose N_w is at most a quarter of N_a (then the weights cost less than 1 dB); if
 no form gets there, the one with the least N_w. Under the budget the layers that gain most per cost
-go first. Rule and cost model: ours.
+go first. A net whose weight noise is in all no larger than its activation noise, each taken
+relative to the signal of its layer, is left whole: taking all of it away would gain 3 dB at most.
+Rule and cost model: ours.
 
 Cost is counted in multiply-accumulates. One elementwise pass over an output element (the Add, the
 Mul) counts as ``_ELEMENTWISE_MACS``: it moves a byte or two and computes next to nothing.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -78,6 +80,8 @@ def choose_splits(
     wanted = {
         node.name: _decide(node, stats[node.name], grids) for node in layers if node.name in stats
     }
+    if _is_healthy(wanted.values()):
+        return tuple(_left_whole(decision) for decision in wanted.values())
     budget = max_overhead * num_macs(net)
     final: dict[str, Decision] = {}
     for decision in sorted(wanted.values(), key=_gain_per_cost, reverse=True):
@@ -90,6 +94,18 @@ def choose_splits(
 def num_macs(net: Net) -> int:
     """Return the multiply-accumulates of a net per image, as far as its shapes are known."""
     return sum(_macs(node) for node in weighted_nodes(net.graph))
+
+
+def _is_healthy(decisions: Collection[Decision]) -> bool:
+    """Whether the weight noise of a net is in all no larger than its activation noise."""
+    alive = [decision for decision in decisions if decision.signal > 0]
+    weights = sum(d.option("none").weight_noise / d.signal for d in alive)
+    return weights <= sum(d.activation_noise / d.signal for d in alive)
+
+
+def _left_whole(decision: Decision) -> Decision:
+    reason = f"{decision.reason}; the net as a whole needs no split"
+    return replace(decision, form="none", reason=reason)
 
 
 def _decide(node: gs.Node, stats: ChannelStats, grids: tuple[Grid, Grid]) -> Decision:
@@ -130,14 +146,8 @@ def _within(decision: Decision, budget: float) -> Decision:
         return decision
     affordable = [option for option in decision.options if option.extra_macs <= budget]
     best = min(affordable, key=_noise)
-    return Decision(
-        decision.layer,
-        best.form,
-        decision.signal,
-        decision.activation_noise,
-        decision.options,
-        f"{decision.reason}; {decision.form} is beyond the budget",
-    )
+    reason = f"{decision.reason}; {decision.form} is beyond the budget"
+    return replace(decision, form=best.form, reason=reason)
 
 
 def _gain_per_cost(decision: Decision) -> float:

@@ -55,6 +55,23 @@ def test_a_depthwise_layer_has_a_scale_for_each_kernel_and_needs_nothing() -> No
     assert decide(weight, groups=32).form == "none"
 
 
+def test_one_ill_layer_among_many_healthy_ones_is_left_whole() -> None:
+    x = gs.Variable("x", np.float32, ("N", 16, 8, 8))
+    nodes, tensor = [], x
+    for index in range(30):
+        ill = index == 7
+        weight = RNG.normal(0, 0.05, (16, 16, 1, 1)).astype(np.float32)
+        weight[0, 0] = 0.35 if ill else weight[0, 0]  # twice the activation noise, in one row
+        after = gs.Variable(f"t{index}", np.float32, ("N", 16, 8, 8))
+        nodes.append(gs.Node("Conv", f"n{index}", {}, [tensor, gs.Constant(f"w{index}", weight)]))
+        nodes[-1].outputs = [after]
+        tensor = after
+    net = known(Net(gs.Graph(nodes, [x], [tensor], opset=19, ir_version=9)))
+    decisions = choose_splits(net, {f"n{i}": stats_of(16) for i in range(30)}, GRIDS, 1.0)
+    assert {decision.form for decision in decisions} == {"none"}
+    assert all("as a whole" in decision.reason for decision in decisions)
+
+
 def test_the_weight_noise_is_what_a_convolution_shows() -> None:
     """Oracle: the mean squared output error over many random inputs with those mean squares."""
     weight = rep_weight(RNG, 8, 8, 3, 1)
