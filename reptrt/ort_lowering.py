@@ -27,7 +27,7 @@ import onnx_graphsurgeon as gs
 
 from reptrt.affine import along_axis
 from reptrt.graph import constant_value, model_from_net, net_from_model, producer
-from reptrt.placement import MOVING_OPS
+from reptrt.placement import moves_values
 
 _MAX_BIAS_CODE = 1 << 30  # leaves room for the sum in an INT32 accumulator
 _MIN_WEIGHT_SCALE = 1e-20  # times the activation's scale it is still a float32
@@ -43,7 +43,7 @@ def lower(model: onnx.ModelProto) -> onnx.ModelProto:
     for node in list(graph.toposort().nodes):
         if node.op in ("Relu", "Clip"):
             _saturate_instead(graph, node)
-        elif node.op in MOVING_OPS:
+        elif moves_values(node):
             _repeat_pair(graph, node)
         elif node.op in ("Conv", "Gemm"):
             _fit_bias(node)

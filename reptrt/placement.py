@@ -10,7 +10,7 @@
 5. The sum of a split layer adds two parts of one layer: in the float form (default) neither
    summand gets Q/DQ, which is exact; in the INT8 form both do, at the price of their rounding.
    The Mul of an identity split reads the quantized input that its convolution reads.
-6. Ops that only move values (MaxPool, Flatten, Reshape...) commute with Q/DQ: the pair goes before
+6. Ops that only move values (MaxPool, Flatten, zero Pad...) commute with Q/DQ: the pair goes before
    them, at the tensor where the values were made.
 """
 
@@ -101,6 +101,14 @@ def place(net: Net, exclude: Iterable[str] = ()) -> Placement:
     )
 
 
+def moves_values(node: gs.Node) -> bool:
+    """Return whether a node only moves values, or pads them with zeros, which are code 0."""
+    if node.op != "Pad":
+        return node.op in MOVING_OPS
+    value = constant_value(node.inputs[2]) if len(node.inputs) > 2 and node.inputs[2].name else 0
+    return node.attrs.get("mode", "constant") == "constant" and value is not None and value == 0
+
+
 def output_axis(node: gs.Node) -> int:
     """Return the axis of the output channels in the weight of a weighted node."""
     if node.op == "Conv" or (node.op == "Gemm" and node.attrs.get("transB", 0)):
@@ -142,7 +150,7 @@ class _Readers:
 def _origin(node: gs.Node, index: int) -> tuple[gs.Tensor, tuple[str, int]]:
     """Return where the values of an input were made, and who reads that tensor on the way."""
     tensor = node.inputs[index]
-    while (maker := producer(tensor)) is not None and maker.op in MOVING_OPS:
+    while (maker := producer(tensor)) is not None and moves_values(maker):
         node, index, tensor = maker, 0, maker.inputs[0]
     return tensor, (node.name, index)
 
@@ -237,6 +245,7 @@ __all__ = [
     "Activation",
     "Placement",
     "Weight",
+    "moves_values",
     "output_axis",
     "place",
 ]

@@ -83,6 +83,15 @@ def plain_chain(size: int = 8) -> onnx.ModelProto:
     return b.model(b.head(b.relu(b.conv(b.relu(b.conv("x", 8, "c1")), 8, "c2"))))
 
 
+def padded_chain() -> onnx.ModelProto:
+    """Zero Pads of their own before convolutions that pad nothing."""
+    b = Builder()
+    pads = b.constant("pads", np.array([0, 0, 1, 1, 0, 0, 1, 1], dtype=np.int64))
+    first = b.relu(b.conv(b.node("Pad", ["x", pads], "pad1"), 8, "c1", pads=[0] * 4))
+    second = b.relu(b.conv(b.node("Pad", [first, pads], "pad2"), 8, "c2", pads=[0] * 4))
+    return b.model(b.head(second))
+
+
 def basic_block(downsample: bool = False) -> onnx.ModelProto:
     """A ResNet basic block between a stem and a head."""
     b = Builder()

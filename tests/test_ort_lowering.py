@@ -16,11 +16,12 @@ from reptrt.ort_lowering import lower
 from reptrt.runner import OrtRunner, optimized_op_counts
 from reptrt.torchgraph import TorchGraph
 from tests.helpers import ort_run
-from tests.onnx_nets import Builder, basic_block, plain_chain, without_names
+from tests.onnx_nets import Builder, basic_block, padded_chain, plain_chain, without_names
 from tests.qdq_nets import images, quantized, residual_net, with_outputs
 
 NETS: dict[str, Callable[[], onnx.ModelProto]] = {
     "plain": plain_chain,
+    "padded": padded_chain,
     "block": basic_block,
     "downsample": lambda: basic_block(downsample=True),
     "everything": residual_net,
@@ -80,7 +81,13 @@ def test_logits_are_those_of_the_simulation(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "in_int8", "in_float"),
-    [("plain", 2, 0), ("block", 2, 1), ("downsample", 3, 1), ("everything", 8, 3)],
+    [
+        ("plain", 2, 0),
+        ("padded", 2, 0),
+        ("block", 2, 1),
+        ("downsample", 3, 1),
+        ("everything", 8, 3),
+    ],
 )
 def test_layers_whose_output_is_quantized_run_in_int8(
     name: str, in_int8: int, in_float: int
