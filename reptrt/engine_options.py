@@ -40,13 +40,6 @@ class ShapeRange:
         rows = (self.minimum, self.optimum, self.maximum)
         return ":".join("x".join(map(str, row)) for row in rows)
 
-    def covers(self, shape: Sequence[int]) -> bool:
-        """Return whether a full shape lies within the range."""
-        return len(shape) == len(self.minimum) and all(
-            low <= size <= high
-            for low, size, high in zip(self.minimum, shape, self.maximum, strict=True)
-        )
-
 
 DEFAULT_BATCHES = ShapeRange((1,), (8,), (64,))
 

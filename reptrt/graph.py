@@ -168,12 +168,6 @@ def refuse_not_finite(net: Net) -> None:
         )
 
 
-def unique_name(graph: gs.Graph, wanted: str) -> str:
-    """Return ``wanted``, or ``wanted_1``, ``wanted_2``... if a tensor or node has that name."""
-    taken = set(graph.tensors()) | {node.name for node in graph.nodes}
-    return first_free(wanted, taken)
-
-
 def first_free(wanted: str, taken: Iterable[str]) -> str:
     """Return ``wanted``, or the first of ``wanted_1``, ``wanted_2``... that is not taken."""
     taken = set(taken)

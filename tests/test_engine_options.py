@@ -45,13 +45,6 @@ def test_parse_shapes_refuses_mixed_ranks():
         parse_shapes("1:8x3:64")
 
 
-def test_shape_range_covers():
-    wanted = parse_shapes("1x3x32x32:8x3x32x32:64x3x32x32")
-    assert wanted.covers((64, 3, 32, 32))
-    assert not wanted.covers((65, 3, 32, 32))
-    assert not wanted.covers((8, 3, 32))
-
-
 @pytest.mark.parametrize(
     ("text", "expected"),
     [

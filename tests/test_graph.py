@@ -22,7 +22,6 @@ from reptrt.graph import (
     producer,
     read_model,
     set_json,
-    unique_name,
     weighted_nodes,
 )
 from reptrt.rewrite.naming import name_layers
@@ -229,10 +228,6 @@ def test_weighted_nodes_are_those_with_a_constant_kernel_or_matrix() -> None:
 def test_free_names() -> None:
     assert first_free("a", []) == "a"
     assert first_free("a", ["a", "a_1", "b"]) == "a_2"
-    graph = net_from_model(plain_chain()).graph
-    assert unique_name(graph, "c1") == "c1_1"  # a node
-    assert unique_name(graph, "c1.weight") == "c1.weight_1"  # a tensor
-    assert unique_name(graph, "new") == "new"
 
 
 def test_private_is_one_reader_and_no_output() -> None:

@@ -35,6 +35,16 @@ def groups(placement: Placement) -> list[set[str]]:
 HEAD = {"pool": {("flat", 0)}}  # Flatten moves values: the pair goes before it
 
 
+@pytest.mark.parametrize("value", [0.0, 1.0], ids=["zeros", "ones"])
+def test_the_pair_goes_before_a_pad_of_zeros_only(value: float) -> None:
+    b = Builder()
+    pads = b.constant("pads", np.array([0, 0, 1, 1, 0, 0, 1, 1], dtype=np.int64))
+    padded = b.node("Pad", ["x", pads, b.constant("value", np.array(value, np.float32))], "pad")
+    placement = plan(b.model(b.conv(padded, 4, "c", pads=[0] * 4)))
+    expected = {"x": {("pad", 0)}} if value == 0.0 else {"pad": {("c", 0)}}
+    assert pairs(placement) == expected
+
+
 def test_plain_chain() -> None:
     placement = plan(plain_chain())
     assert pairs(placement) == {
