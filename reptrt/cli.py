@@ -226,7 +226,7 @@ def calibrate_options(command: Command) -> Command:
             type=_choice(choices.HighPrecision),
             default="fp32",
             show_default=True,
-            help="Type of what is not INT8; fp16 for engines.",
+            help="Type of what is not INT8 in the file; build-engine makes it fp16 by itself.",
         ),
         click.option("--device", type=devices, default="cpu", show_default=True),
         click.option("--seed", type=int, default=0, show_default=True),
@@ -316,6 +316,13 @@ def lint(model: Path, json_path: str | None) -> None:
 )
 @click.option("--target", default=None, help="Compute capabilities, e.g. sm80,sm89.")
 @click.option("--shapes", default=None, help="MIN:OPT:MAX batch sizes, or full shapes.")
+@click.option(
+    "--high-precision",
+    type=_choice(choices.HighPrecision),
+    default="fp16",
+    show_default=True,
+    help="Type of what is not INT8; a file that is FP16 already keeps its types.",
+)
 @click.option("--workspace", "workspace_mib", type=int, help="Scratch memory in MiB.")
 @click.option("--timing-cache", type=click.Path(path_type=Path))
 @click.option("--pinned-tactics", is_flag=True, help="Only tactics from the timing cache.")
@@ -354,7 +361,8 @@ def build_engine(
     text = (
         f"build-engine  {summary.path}  {summary.backend} {summary.backend_version}  "
         f"{', '.join(summary.targets) or 'portable'}  {summary.num_layers} layers, "
-        f"{len(summary.int8_layers)} planned INT8  {summary.size_bytes / 2**20:.1f} MiB  "
+        f"{len(summary.int8_layers)} planned INT8, {summary.rest}  "
+        f"{summary.size_bytes / 2**20:.1f} MiB  "
         f"{summary.seconds:.1f} s"
     )
     _emit(text, summary.to_json(), json_path)

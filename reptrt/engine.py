@@ -1,7 +1,8 @@
 """ONNX to engine: strongly typed, one optimisation profile, a sidecar that says what was built.
 
 Strongly typed means that TensorRT takes every tensor's type from the graph: INT8 is where the graph
-has Q/DQ, FP16 where it has FP16, and no builder option changes that.
+has Q/DQ, FP16 where it has FP16, and no builder option changes that. `reptrt.engine_input` gives
+the graph those types.
 """
 
 import hashlib
@@ -19,7 +20,8 @@ import onnx
 
 from reptrt import _tensorrt, timing_cache
 from reptrt._tensorrt import Backend, Gpu, Messages
-from reptrt.artifacts import read_sidecar, require_folder, sha256_of, write_artifact
+from reptrt.artifacts import require_folder, sha256_of, write_artifact
+from reptrt.engine_input import Rest, metadata_of, read_buildable, with_rest
 from reptrt.engine_options import (
     BuildOptions,
     ShapeRange,
@@ -27,8 +29,8 @@ from reptrt.engine_options import (
     profile_shapes,
 )
 from reptrt.errors import ConfigError, EngineError
-from reptrt.graph import bytes_from_model, read_model
-from reptrt.intent import planned_int8, runtime_scale_node, uint8_node
+from reptrt.graph import bytes_from_model
+from reptrt.intent import planned_int8
 
 _LOG = logging.getLogger(__name__)
 _MIB = 1 << 20
@@ -62,6 +64,7 @@ class EngineSummary:
     size_bytes: int
     device_memory_bytes: int | None  # activations of one execution context; None: not known here
     without_effect: tuple[str, ...]  # options that this backend takes but does not follow
+    rest: Rest  # what was done to the part that is not INT8
     seconds: float
 
     def to_json(self) -> dict[str, Any]:
@@ -103,13 +106,14 @@ def build_engine(onnx_path: Path, output: Path, options: BuildOptions) -> Engine
         ConfigError: an option that this TensorRT, this GPU or this graph cannot follow.
         ArtifactError: the ONNX file cannot be read, or the engine cannot be written.
         EngineError: TensorRT refused the graph; the message quotes its reason.
+        RewriteError: the rest of the graph cannot be FP16.
     """
     backend = _tensorrt.load(options.backend)
     without_effect = check_options(backend, options)
     for name in without_effect:
         _LOG.warning("--%s: %s has no use for it", name.replace("_", "-"), backend.label)
     _check_paths(onnx_path, output, options)
-    model = _read_buildable(onnx_path)
+    model, rest = with_rest(read_buildable(onnx_path), options.high_precision)
     parents = {onnx_path.name: sha256_of(onnx_path)}
     started = time.perf_counter()
     built = _run_cancellable(lambda stop: _build(backend, onnx_path, model, options, stop))
@@ -130,6 +134,7 @@ def build_engine(onnx_path: Path, output: Path, options: BuildOptions) -> Engine
         size_bytes=len(built.plan),
         device_memory_bytes=built.device_memory_bytes,
         without_effect=without_effect,
+        rest=rest,
         seconds=seconds,
     )
     _write(summary, built.plan, parents, model, options)
@@ -144,32 +149,6 @@ def _check_paths(onnx_path: Path, output: Path, options: BuildOptions) -> None:
             require_folder(path)
     if output.resolve() == onnx_path.resolve():
         raise ConfigError(f"-o {output}: is the ONNX file itself; name another file")
-
-
-def _read_buildable(path: Path) -> onnx.ModelProto:
-    """Read an ONNX file; refuse what TensorRT would take but run differently."""
-    model = read_model(path)
-    sidecar = read_sidecar(path)
-    simulation = _metadata(model).get("reptrt.simulation")
-    if simulation is None and sidecar is not None:
-        simulation = sidecar.details.get("simulation")
-    if simulation:
-        raise EngineError(
-            f"{path}: a simulation, no engine can run it ({simulation}); quantize to 8 bits"
-        )
-    refused = uint8_node(model)
-    if refused is not None:
-        raise EngineError(
-            f"{path}: node {refused}: its codes are UINT8, expected INT8 with zero point 0: "
-            "TensorRT would clip 128..255 away; quantize with reptrt calibrate"
-        )
-    computed = runtime_scale_node(model)
-    if computed is not None:  # tensorrt_rtx 1.7 ends the process on one
-        raise EngineError(
-            f"{path}: node {computed}: its scale is computed at run time, expected a constant; "
-            "quantize statically with reptrt calibrate"
-        )
-    return model
 
 
 def _run_cancellable(work: Callable[[threading.Event], _T]) -> _T:
@@ -342,7 +321,7 @@ def _write(
     found = summary.to_json()
     for name in ("path", "sha256", "seconds"):
         del found[name]
-    preprocess = _metadata(model).get("reptrt.preprocess")
+    preprocess = metadata_of(model).get("reptrt.preprocess")
     found["preprocess"] = None if preprocess is None else json.loads(preprocess)
     write_artifact(
         summary.path,
@@ -354,18 +333,15 @@ def _write(
     )
 
 
-def _metadata(model: onnx.ModelProto) -> dict[str, str]:
-    return {prop.key: prop.value for prop in model.metadata_props}
-
-
 def _log(summary: EngineSummary) -> None:
     _LOG.info(
-        "build-engine  %s %s  %s  %d layers  %d planned int8  %.2f MiB  %.1f s",
+        "build-engine  %s %s  %s  %d layers  %d planned int8  %s  %.2f MiB  %.1f s",
         summary.backend,
         summary.backend_version,
         ",".join(summary.targets) or "portable",
         summary.num_layers,
         len(summary.int8_layers),
+        summary.rest,
         summary.size_bytes / _MIB,
         summary.seconds,
     )

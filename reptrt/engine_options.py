@@ -8,6 +8,7 @@ from typing import Literal
 
 from reptrt import _tensorrt
 from reptrt._tensorrt import Backend, BackendName, Gpu, capability
+from reptrt.choices import HighPrecision
 from reptrt.errors import ConfigError
 
 HardwareCompatibility = Literal["none", "ampere+", "same-compute-capability"]
@@ -59,6 +60,7 @@ class BuildOptions:
     refit: bool = False  # weights can be replaced later
     strip_plan: bool = False  # no weights in the file; refit before use
     optimization_level: int = _DEFAULT_LEVEL  # 0 fastest build ... 5 fastest engine
+    high_precision: HighPrecision = "fp16"  # of what is not INT8; a graph with FP16 keeps its types
 
     def __post_init__(self) -> None:
         if self.workspace_mib is not None and self.workspace_mib < 1:

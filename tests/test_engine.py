@@ -135,7 +135,8 @@ def test_log_line_has_seconds_and_size(source, output, caplog):
     caplog.set_level(logging.INFO, "reptrt")
     build_engine(source, output, RTX)
     expected = (
-        r"build-engine  tensorrt-rtx 1\.\S+  sm89  \d+ layers  2 planned int8  [\d.]+ MiB  [\d.]+ s"
+        r"build-engine  tensorrt-rtx 1\.\S+  sm89  \d+ layers  2 planned int8  "
+        r"rest fp16 \(\d+ nodes converted\)  [\d.]+ MiB  [\d.]+ s"
     )
     assert re.fullmatch(expected, caplog.messages[-1])
 

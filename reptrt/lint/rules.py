@@ -271,7 +271,8 @@ RULES: tuple[Rule, ...] = (
         "info",
         coverage.float32_rest,
         cost="everything outside the INT8 layers runs in FP32, half as fast as in FP16",
-        mend="Calibrate with --high-precision fp16",
+        mend="Nothing: reptrt build-engine makes the rest FP16; else calibrate with "
+        "--high-precision fp16",
     ),
     Rule(
         "QDQ206",

@@ -1,0 +1,113 @@
+"""The graph that an engine is built from: what is refused, and the type of what is not INT8.
+
+A strongly typed network takes every type from the graph, and graphs on disk have an FP32 rest,
+because a CPU runs that. So the rest becomes FP16 here, in memory, unless FP32 is asked for; inputs
+and outputs of the graph keep their types.
+"""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import onnx
+
+from reptrt.artifacts import read_sidecar
+from reptrt.choices import HighPrecision
+from reptrt.errors import EngineError
+from reptrt.graph import WEIGHTED_OPS, model_from_net, net_from_model, read_model
+from reptrt.intent import runtime_scale_node, uint8_node
+from reptrt.rewrite.contract import Skipped
+from reptrt.rewrite.to_fp16 import to_fp16
+
+_LOG = logging.getLogger(__name__)
+_HALF = (onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
+_TYPED = (*WEIGHTED_OPS, "QuantizeLinear", "DequantizeLinear")
+
+
+@dataclass(frozen=True, slots=True)
+class Rest:
+    """What became of the part of a graph that is not INT8."""
+
+    state: Literal["converted", "was fp16", "fp32"]  # to FP16; left as it was; left in FP32
+    num_converted: int = 0  # nodes that compute in FP16 now
+    left_fp32: tuple[Skipped, ...] = ()  # nodes that FP16 cannot hold, and why
+
+    def __str__(self) -> str:
+        if self.state != "converted":
+            return {"was fp16": "rest fp16 as in the file", "fp32": "rest fp32"}[self.state]
+        left = f", {len(self.left_fp32)} left in fp32" if self.left_fp32 else ""
+        return f"rest fp16 ({self.num_converted} nodes converted{left})"
+
+
+def read_buildable(path: Path) -> onnx.ModelProto:
+    """Read an ONNX file; refuse what TensorRT would take but run differently.
+
+    Raises:
+        ArtifactError: the file cannot be read, or is not the one its sidecar was written for.
+        EngineError: a simulation of fewer bits, UINT8 codes, a scale computed at run time.
+    """
+    model = read_model(path)
+    sidecar = read_sidecar(path)
+    simulation = metadata_of(model).get("reptrt.simulation")
+    if simulation is None and sidecar is not None:
+        simulation = sidecar.details.get("simulation")
+    if simulation:
+        raise EngineError(
+            f"{path}: a simulation, no engine can run it ({simulation}); quantize to 8 bits"
+        )
+    refused = uint8_node(model)
+    if refused is not None:
+        raise EngineError(
+            f"{path}: node {refused}: its codes are UINT8, expected INT8 with zero point 0: "
+            "TensorRT would clip 128..255 away; quantize with reptrt calibrate"
+        )
+    computed = runtime_scale_node(model)
+    if computed is not None:  # tensorrt_rtx 1.7 ends the process on one
+        raise EngineError(
+            f"{path}: node {computed}: its scale is computed at run time, expected a constant; "
+            "quantize statically with reptrt calibrate"
+        )
+    return model
+
+
+def with_rest(model: onnx.ModelProto, wanted: HighPrecision) -> tuple[onnx.ModelProto, Rest]:
+    """Return the graph with its rest in the type wanted, and what was done.
+
+    A graph with layers or scales in FP16 or BF16 is left as it is: its author chose the types.
+
+    Raises:
+        RewriteError: ``fp16``, and the graph has control flow, a tensor of unknown type, or an
+            opset that cannot be raised to 19.
+    """
+    if is_half(model):
+        if wanted == "fp32":
+            _LOG.warning("--high-precision fp32: the graph is FP16 already and is left as it is")
+        return model, Rest("was fp16")
+    if wanted == "fp32":
+        return model, Rest("fp32")
+    net = net_from_model(model)
+    report = to_fp16(net)
+    for skip in report.skipped:
+        _LOG.warning("%s stays in FP32: %s", skip.node, skip.reason)
+    return model_from_net(net), Rest("converted", len(report.changed), report.skipped)
+
+
+def is_half(model: onnx.ModelProto) -> bool:
+    """Whether a layer or a scale of the graph is FP16 or BF16."""
+    types = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
+    for node in model.graph.node:
+        for attribute in node.attribute:
+            if node.op_type == "Constant" and attribute.name == "value":
+                types[node.output[0]] = attribute.t.data_type
+    return any(
+        types.get(name) in _HALF
+        for node in model.graph.node
+        if node.op_type in _TYPED
+        for name in node.input
+    )
+
+
+def metadata_of(model: onnx.ModelProto) -> dict[str, str]:
+    """Return the model's metadata_props."""
+    return {prop.key: prop.value for prop in model.metadata_props}
