@@ -177,10 +177,11 @@ def create_builder(backend: Backend, messages: Messages) -> Any:
         return backend.trt.Builder(messages.logger)
     except TypeError as err:  # what pybind11 makes of a null pointer
         gpu = find_gpu()
-        reason = gpu if isinstance(gpu, str) else messages.reason()
+        there = isinstance(gpu, Gpu)
         raise EngineError(
-            f"{backend.label} does not start: {reason}; build with --backend tensorrt-rtx, which "
-            "needs no GPU"
+            f"{backend.label} does not start: {messages.reason() if there else gpu}; "
+            f"{'update the NVIDIA driver, or ' if there else ''}build with --backend tensorrt-rtx, "
+            "which needs no GPU"
         ) from err
 
 

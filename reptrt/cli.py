@@ -1,7 +1,7 @@
 """The command line: thin calls to `reptrt.pipeline`.
 
 Results go to stdout, progress and logs to stderr. Exit 0 done, 1 a stated failure (one line), 2
-usage. Nothing heavy is imported before a command runs.
+usage, 130 Ctrl-C. Nothing heavy is imported before a command runs.
 """
 
 import json
@@ -22,6 +22,7 @@ T = TypeVar("T")
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 _OUTPUT = click.Path(path_type=Path)
+_INTERRUPTED = 130  # what a shell gives for a process that SIGINT ended
 
 
 class NumberList(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.4 on
@@ -50,7 +51,7 @@ INTS, FLOATS, SIZE = NumberList(int), NumberList(float), NumberList(int, "x", 3)
 
 
 class Cli(click.Group):
-    """A group that prints a stated failure as one line and exits with 1."""
+    """A group that prints a stated failure, or that it was stopped, as one line."""
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run a command."""
@@ -59,6 +60,9 @@ class Cli(click.Group):
         except ReptrtError as err:
             click.echo(f"error: {' '.join(str(err).split())}", err=True)
             ctx.exit(1)
+        except KeyboardInterrupt:
+            click.echo("Aborted! No file is half-written.", err=True)
+            ctx.exit(_INTERRUPTED)
 
 
 @click.group(cls=Cli, context_settings={"help_option_names": ["-h", "--help"]})
@@ -265,9 +269,12 @@ def _calibrate_options(values: dict[str, Any]) -> Any:
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option("--data", type=click.Path(path_type=Path), required=True, help="Folder, .npz, .npy.")
 @click.option("-o", "--output", type=_OUTPUT, required=True)
+@click.option("--diagnose", is_flag=True, help="Say where the net loses accuracy, and why.")
 @calibrate_options
 @_json_option
-def calibrate(model: Path, data: Path, output: Path, json_path: str | None, **values: Any) -> None:
+def calibrate(
+    model: Path, data: Path, output: Path, diagnose: bool, json_path: str | None, **values: Any
+) -> None:
     """Quantize the float ONNX file MODEL to INT8 with scales found on images."""
     from reptrt import pipeline
 
@@ -285,7 +292,15 @@ def calibrate(model: Path, data: Path, output: Path, json_path: str | None, **va
         text += f", overhead {100 * report.overhead:.1f} %"
     if report.simulation:
         text += f"\nsimulation only, no engine can run it: {report.simulation}"
-    _emit(text, report.to_json(), json_path)
+    content = report.to_json()
+    if diagnose:
+        from reptrt.diagnose import diagnose as look
+
+        found = look(model, data, options, report)
+        tables = [_text(table) + "\n" for table in found.to_tables()]
+        text = "\n".join([text, "", *tables, *found.to_lines()])
+        content |= {"diagnosis": found.to_json()}
+    _emit(text, content, json_path)
 
 
 @main.command()

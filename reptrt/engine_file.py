@@ -110,10 +110,9 @@ def open_engine(path: Path) -> Iterator[OpenEngine]:
     if not isinstance(gpu, Gpu):
         raise EngineError(f"{path}: using an engine needs an NVIDIA GPU: {gpu}")
     backend = _tensorrt.load(header.backend)
-    if sidecar is not None:
-        _check_version(path, header, backend, sidecar)
-        if not backend.features.engine_validity:
-            _check_gpu(path, sidecar, gpu)
+    _check_version(path, header, backend, sidecar)
+    if sidecar is not None and not backend.features.engine_validity:
+        _check_gpu(path, sidecar, gpu)
     plan = path.read_bytes()
     with Messages(backend) as messages:
         runtime = _create_runtime(path, backend, messages)
@@ -130,15 +129,17 @@ def open_engine(path: Path) -> Iterator[OpenEngine]:
         yield OpenEngine(path, header, sidecar, gpu, backend, messages, runtime, engine)
 
 
-def _check_version(path: Path, header: PlanHeader, backend: Backend, sidecar: Sidecar) -> None:
+def _check_version(
+    path: Path, header: PlanHeader, backend: Backend, sidecar: Sidecar | None
+) -> None:
     """Refuse an engine that this TensorRT cannot read.
 
-    A version-compatible engine runs on its own and later versions of the same major version.
+    A version-compatible engine runs on its own and later versions of the same major version. If
+    no sidecar says whether it is one, TensorRT decides between versions of the same major version.
     """
-    if header.version == backend.version:
-        return
     later = header.version[0] == backend.version[0] and header.version < backend.version
-    if sidecar.options.get("version_compatible") and later:
+    compatible = sidecar is None or sidecar.options.get("version_compatible")
+    if header.version == backend.version or (later and compatible):
         return
     raise EngineError(
         f"{path}: built by {header.label}, this is {backend.label}; build it again here"

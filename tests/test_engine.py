@@ -5,6 +5,7 @@ import json
 import logging
 import re
 import signal
+import subprocess
 import sys
 import threading
 
@@ -326,6 +327,46 @@ def test_ctrl_c_ends_the_build_and_leaves_nothing(source, output, monkeypatch):
     assert not [t for t in threading.enumerate() if t.name.startswith("build-engine")]
 
 
+_PRESSES_CTRL_C = """
+import signal, threading
+from reptrt import _tensorrt
+from reptrt.cli import main
+
+make_monitor = _tensorrt.make_monitor
+
+def pressing(backend, stop):
+    monitor = make_monitor(backend, stop)
+
+    class Pressing(type(monitor)):
+        def step_complete(self, phase_name, step):
+            if not stop.is_set():
+                signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+                stop.wait(20)
+            return super().step_complete(phase_name, step)
+
+    return Pressing()
+
+_tensorrt.make_monitor = pressing
+main()
+"""
+
+
+@needs_rtx
+def test_ctrl_c_on_the_command_line_is_one_line_and_exit_130(source, output):
+    before = files(output.parent)
+    command = ["build-engine", str(source), "-o", str(output), "--backend", "tensorrt-rtx"]
+    done = subprocess.run(
+        [sys.executable, "-c", _PRESSES_CTRL_C, *command],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (130, "")
+    assert done.stderr == "Aborted! No file is half-written.\n"
+    assert files(output.parent) == before
+
+
 # --- tensorrt 10.12+, 11.x: calls by the names that their bindings have -------------------------
 
 
@@ -402,6 +443,19 @@ def test_tensorrt_without_a_gpu(fake, source, output, monkeypatch):
     options = BuildOptions(backend="tensorrt")
     expected = r"tensorrt 1\d\S* does not start: no NVIDIA driver on this machine; .*tensorrt-rtx"
     assert_refused(source, output, options, EngineError, expected)
+
+
+def test_a_driver_too_old_to_build_with(fake, source, output, monkeypatch):
+    def no_builder(logger):
+        said = "CUDA initialization failure with error: 35. Please check your CUDA installation"
+        logger.log(fake.ILogger.Severity.ERROR, said)
+        raise TypeError("pybind11::init(): factory function returned nullptr")
+
+    monkeypatch.setattr(fake, "Builder", no_builder)
+    expected = (
+        r"tensorrt 1\d\S* does not start: CUDA .* error: 35\. .*; update the NVIDIA driver, or"
+    )
+    assert_refused(source, output, BuildOptions(), EngineError, expected)
 
 
 def test_timing_cache_is_written_and_extended(fake, source, output, tmp_path):

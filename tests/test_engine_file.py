@@ -149,6 +149,29 @@ def test_version_compatible_engines(monkeypatch, tmp_path, built, here, runs):
 
 
 @pytest.mark.parametrize(
+    ("built", "here", "opens"),
+    [
+        ("tensorrt-10.12.0.36", "tensorrt-10.16.1.11", True),
+        ("tensorrt-10.16.1.11", "tensorrt-10.12.0.36", False),
+        ("tensorrt-10.12.0.36", "tensorrt-11.4.0.106", False),
+    ],
+    ids=["later: TensorRT decides", "earlier", "next major"],
+)
+def test_another_version_without_a_sidecar(monkeypatch, tmp_path, built, here, opens):
+    path = tmp_path / "m.engine"
+    path.write_bytes(plan_of(FakeTensorrt(built)))
+    fake = install(monkeypatch, here)
+    if opens:
+        with open_engine(path):
+            pass
+    else:
+        expected = rf"built by {built.replace('-', ' ', 1)}, this is {here.replace('-', ' ', 1)}; "
+        with pytest.raises(EngineError, match=expected), open_engine(path):
+            pass
+    assert bool(fake.called("Runtime.deserialize_cuda_engine")) == opens
+
+
+@pytest.mark.parametrize(
     ("target", "options", "runs"),
     [
         ("sm89", {}, True),
