@@ -14,11 +14,15 @@ def sqnr_db(reference: FloatArray, output: FloatArray) -> float:
     Equal arrays give +inf. Sums run in float64 over all elements.
     """
     signal = np.asarray(reference, dtype=np.float64)
-    noise = float(np.sum(np.square(signal - np.asarray(output, dtype=np.float64))))
-    power = float(np.sum(np.square(signal)))
+    noise = np.sum(np.square(signal - np.asarray(output, dtype=np.float64)))
+    return db_from_powers(float(np.sum(np.square(signal))), float(noise))
+
+
+def db_from_powers(signal: float, noise: float) -> float:
+    """Return 10 log10(signal / noise): +inf without noise, -inf with noise alone."""
     if noise == 0.0:
         return float("inf")
-    return float(10.0 * np.log10(power / noise)) if power > 0 else float("-inf")
+    return float(10.0 * np.log10(signal / noise)) if signal > 0 else float("-inf")
 
 
 def top_k_accuracy(logits: FloatArray, labels: npt.NDArray[np.integer], k: int) -> float:

@@ -1,0 +1,174 @@
+"""Why a net loses accuracy: what sets its weight ranges, what weights and activations cost.
+
+    float.onnx --calibrate, plain--------------> corners: weights, activations, both
+               --calibrate, as the options say-> corner: the method
+               --prepare, halves--------------> noise of each layer, as it is and prepared
+
+All of it on calibration images.
+"""
+
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from reptrt.data import Dataset, open_dataset
+from reptrt.diagnose.measure import Halves, Powers, closeness, halves_of, layer_powers, probes_of
+from reptrt.diagnose.parts import WeightRange, bits_left, range_of_branches, range_of_kernel
+from reptrt.diagnose.report import Corner, Diagnosis, LayerDiagnosis, Noise
+from reptrt.errors import ConfigError
+from reptrt.graph import Net, constant_value, net_from_model, read_model, weighted_nodes
+from reptrt.pipeline import CalibrateOptions, CalibrateReport, calibrate, prepare, torch_device
+from reptrt.placement import place
+from reptrt.preprocess import read_preprocess
+from reptrt.provenance import read_provenance
+from reptrt.splits import read_splits
+from reptrt.torchgraph import TorchGraph
+
+
+def diagnose(
+    model: Path,
+    data: Path,
+    options: CalibrateOptions,
+    calibrated: CalibrateReport | None = None,
+    *,
+    layer_images: int = 128,
+) -> Diagnosis:
+    """Measure on the calibration images where a float ONNX file loses accuracy, and what helps.
+
+    Args:
+        model: the fused float file.
+        data: the calibration images.
+        options: of calibration; plain is the same bits and thresholds without preparation.
+        calibrated: what `calibrate` returned for these arguments; None: it is called here.
+        layer_images: on how many of the images the layers are measured.
+
+    Raises:
+        ReptrtError: the model or the images cannot be used.
+    """
+    if layer_images < 1:
+        raise ConfigError(f"layer_images: got {layer_images}, expected at least 1")
+    started = time.perf_counter()
+    net = net_from_model(read_model(model))
+    device = torch_device(options.device)
+    with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
+        plain = calibrate(model, data, Path(folder) / "plain.onnx", _plain(options))
+        method = calibrated or calibrate(model, data, Path(folder) / "method.onnx", options)
+        files = [TorchGraph(read_model(report.path), device) for report in (plain, method)]
+        images = _sample(net, data, options, options.images)
+        few = _sample(net, data, options, min(layer_images, options.images))
+        halves = _halves(net, plain, options)
+        corners = _corners(halves, files, images, options)
+        layers = [weight.node for weight in place(net, options.exclude).weights]
+        before = layer_powers(halves, probes_of(net, layers), few, "layers")
+        prepared = net.copy()
+        prepare(prepared, images, options, place(net, options.exclude).excluded)
+        halves = _halves(prepared, method, options)
+        after = layer_powers(halves, probes_of(prepared, layers), few, "prepared")
+    return Diagnosis(
+        images=images.length,
+        layer_images=few.length,
+        weight_bits=options.weight_bits,
+        activation_bits=options.activation_bits,
+        equalized=method.equalized,
+        corners=corners,
+        layers=_layers((net, prepared), (before, after), options),
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _plain(options: CalibrateOptions) -> CalibrateOptions:
+    """Return the options of a quantizer that knows nothing of branches, same bits and rule."""
+    return replace(options, equalize=False, split="none", high_precision="fp32")
+
+
+def _sample(net: Net, data: Path, options: CalibrateOptions, limit: int) -> Dataset:
+    """Return the calibration images; a smaller sample is part of a larger one."""
+    return open_dataset(data, read_preprocess(net), limit=limit, seed=options.seed)
+
+
+def _halves(net: Net, report: CalibrateReport, options: CalibrateOptions) -> Halves:
+    """Return a net with only weights and with only activations quantized, scales as reported."""
+    placement = place(net, options.exclude)
+    scales = {found.tensor: found.scale for found in report.tensors}
+    if {activation.tensor for activation in placement.activations} != scales.keys():
+        raise ConfigError(
+            f"{report.path}: was calibrated from another file or with other options; pass what "
+            "calibrate returned for the same arguments, or nothing"
+        )
+    return halves_of(net, placement, scales, options.grids, torch_device(options.device))
+
+
+def _corners(
+    halves: Halves, files: Sequence[TorchGraph], images: Dataset, options: CalibrateOptions
+) -> tuple[Corner, Corner, Corner, Corner]:
+    """Compare with the float net: weights alone, activations alone, both plain, the method."""
+    weight, activation = f"W{options.weight_bits}", f"A{options.activation_bits}"
+    names = (f"{weight}A32", f"W32{activation}", weight + activation, weight + activation)
+    graphs = (halves.weights, halves.activations, *files)
+    found = closeness(halves.exact, graphs, images)
+    first, second, third, fourth = (
+        Corner(name, graph is files[1], close.sqnr_db, close.agreement)
+        for name, graph, close in zip(names, graphs, found, strict=True)
+    )
+    return first, second, third, fourth
+
+
+def _layers(
+    nets: tuple[Net, Net],
+    powers: tuple[Mapping[str, Powers], Mapping[str, Powers]],
+    options: CalibrateOptions,
+) -> tuple[LayerDiagnosis, ...]:
+    """Put together what is known of each layer, as it is and prepared."""
+    ranges = _ranges(nets[0])
+    forms = {split.layer: split.form for split in read_splits(nets[1])}
+    found = []
+    for layer, before in powers[0].items():
+        known = ranges.get(layer)
+        bits = [_bits(net, layer, known, options) for net in nets]
+        after = powers[1][layer].in_units_of(before.signal)
+        found.append(
+            LayerDiagnosis(
+                layer=layer,
+                form=forms.get(layer, "none"),
+                source=None if known is None else known.source,
+                parts=() if known is None else known.parts,
+                before=Noise(bits[0], *before.sqnr_db),
+                after=Noise(bits[1], *after.sqnr_db),
+            )
+        )
+    return tuple(found)
+
+
+def _ranges(net: Net) -> dict[str, WeightRange]:
+    """Return what sets the range of each layer: by the records of its branches, or by its kernel.
+
+    In a file with records a layer without one was no rep block, and there is nothing to tell.
+    """
+    records = read_provenance(net)
+    nodes = {node.name: node for node in weighted_nodes(net.graph)}
+    if records:
+        return {
+            layer: range_of_branches(nodes[layer], branches)
+            for layer, branches in records.items()
+            if layer in nodes
+        }
+    read = {name: range_of_kernel(node) for name, node in nodes.items()}
+    return {name: found for name, found in read.items() if found is not None}
+
+
+def _bits(
+    net: Net, layer: str, known: WeightRange | None, options: CalibrateOptions
+) -> float | None:
+    """Return the bits left beside what sets a layer's range, in the net as it is or split."""
+    if known is None or known.rest is None:
+        return None
+    split = {split.layer: split for split in read_splits(net)}.get(layer)
+    names = (layer,) if split is None else (split.main, split.side)
+    nodes = [node for node in net.graph.nodes if node.name in names and node.op == "Conv"]
+    kernels = [np.asarray(constant_value(node.inputs[1])) for node in nodes]
+    return bits_left(kernels, known.rest, options.grids[1])

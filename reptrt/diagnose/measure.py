@@ -1,0 +1,199 @@
+"""Run images and measure what quantizing the weights alone, and the activations alone, costs.
+
+Both come from the graphs that `reptrt.qdq` writes, so placement and arithmetic are those of the
+deployed file. Only sums of squares are kept: memory is one batch of activations.
+"""
+
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+import onnx_graphsurgeon as gs
+import torch
+from torch import Tensor
+
+from reptrt.affine import Grid
+from reptrt.calib.collect import COMPUTE_BATCH
+from reptrt.data import Dataset
+from reptrt.graph import Net, producer
+from reptrt.metrics import agreement, db_from_powers
+from reptrt.placement import Placement, moves_values
+from reptrt.progress import track
+from reptrt.qdq import insert_qdq, quantize_weights
+from reptrt.splits import Split, read_splits
+from reptrt.torchgraph import TorchGraph
+
+Float64Array = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """One layer, as the sub-graph from where its input was made to its output."""
+
+    layer: str
+    origin: str  # tensor; a Q/DQ pair of the layer's input goes right behind it
+    output: str  # tensor; of a split layer the sum
+    axis: int  # of the output channels, in the output
+
+
+@dataclass(frozen=True, slots=True)
+class Halves:
+    """A float net, and the same net with only one side of it quantized."""
+
+    exact: TorchGraph
+    weights: TorchGraph  # weights quantized to nearest, activations float
+    activations: TorchGraph  # activations quantized, weights float
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Powers:
+    """Sums of squares over images and positions at one layer's output, per channel (O,)."""
+
+    signal: Float64Array
+    weights: Float64Array  # of the noise from quantized weights, float input
+    activations: Float64Array  # of the noise from a quantized input, float weights
+
+    def in_units_of(self, signal: Float64Array) -> "Powers":
+        """Return the powers as if each channel had the given signal power.
+
+        Equalization multiplies an output channel by r and the layers that read it divide by r.
+        With the noises divided by r^2 the two nets are compared in the same units.
+        """
+        factors = np.divide(signal, self.signal, out=np.ones_like(signal), where=self.signal > 0)
+        return Powers(self.signal * factors, self.weights * factors, self.activations * factors)
+
+    def plus(self, other: "Powers") -> "Powers":
+        """Return the powers over the images of both."""
+        return Powers(
+            self.signal + other.signal,
+            self.weights + other.weights,
+            self.activations + other.activations,
+        )
+
+    @property
+    def sqnr_db(self) -> tuple[float, float]:
+        """SQNR with quantized weights and with a quantized input, in dB."""
+        signal = float(self.signal.sum())
+        noises = (float(self.weights.sum()), float(self.activations.sum()))
+        return db_from_powers(signal, noises[0]), db_from_powers(signal, noises[1])
+
+
+@dataclass(slots=True)
+class Closeness:
+    """How close a net's first output is to the float net's, summed up batch by batch."""
+
+    images: int = 0
+    signal: float = 0.0
+    noise: float = 0.0
+    same_class: float | None = 0.0  # images; None: the output is not one row of scores an image
+
+    def add(self, reference: Tensor, output: Tensor) -> None:
+        """Add a batch (N, ...)."""
+        self.images += len(reference)
+        self.signal += float(reference.double().square().sum())
+        self.noise += float((reference.double() - output.double()).square().sum())
+        if reference.dim() < 2 or reference[0].numel() != reference.shape[1]:
+            self.same_class = None
+        if self.same_class is not None:
+            rows = [t.flatten(1).cpu().numpy() for t in (reference, output)]
+            self.same_class += agreement(rows[0], rows[1]) * len(reference)
+
+    @property
+    def sqnr_db(self) -> float:
+        """SQNR over all images."""
+        return db_from_powers(self.signal, self.noise)
+
+    @property
+    def agreement(self) -> float | None:
+        """Fraction of images with the float net's arg max."""
+        return None if self.same_class is None else self.same_class / self.images
+
+
+def probes_of(net: Net, layers: Sequence[str]) -> tuple[Probe, ...]:
+    """Return a probe for each layer, which may have been split since it got its name."""
+    nodes = {node.name: node for node in net.graph.nodes}
+    splits = {split.layer: split for split in read_splits(net)}
+    return tuple(_probe(layer, nodes, splits.get(layer)) for layer in layers)
+
+
+def halves_of(
+    net: Net,
+    placement: Placement,
+    scales: Mapping[str, float],
+    grids: tuple[Grid, Grid],
+    device: torch.device,
+) -> Halves:
+    """Return a float net with only its weights and with only its activations quantized.
+
+    Args:
+        net: not changed.
+        placement: where pairs go.
+        scales: tensor name -> step size, for every activation of the plan.
+        grids: of activations and of weights.
+        device: where to compute.
+    """
+    weights, activations = net.copy(), net.copy()
+    codes = quantize_weights(net, placement, grids[1])
+    insert_qdq(weights, replace(placement, activations=()), {}, codes, grids[0])
+    insert_qdq(activations, replace(placement, weights=()), scales, {}, grids[0])
+    return Halves(*(TorchGraph(graph, device) for graph in (net, weights, activations)))
+
+
+def layer_powers(
+    halves: Halves, probes: Sequence[Probe], dataset: Dataset, label: str
+) -> dict[str, Powers]:
+    """Return signal and noise powers at the output of each probed layer."""
+    sums: dict[str, Powers] = {}
+    graphs = (halves.exact, halves.weights, halves.activations)
+
+    def record(probes: Sequence[Probe], value: Tensor) -> None:
+        for probe in probes:
+            given, wanted = {probe.origin: value}, probe.output
+            exact, *noisy = (graph.run(given, [wanted])[wanted] for graph in graphs)
+            parts = (exact, *(output - exact for output in noisy))
+            powers = Powers(*(_power(part, probe.axis) for part in parts))
+            known = sums.get(probe.layer)
+            sums[probe.layer] = powers if known is None else known.plus(powers)
+
+    observers = {
+        origin: functools.partial(record, [probe for probe in probes if probe.origin == origin])
+        for origin in {probe.origin: None for probe in probes}
+    }
+    for batch in _batches(dataset, label):
+        halves.exact.run({halves.exact.input_names[0]: batch}, [], observe=observers)
+    return sums
+
+
+def closeness(
+    exact: TorchGraph, others: Sequence[TorchGraph], dataset: Dataset
+) -> tuple[Closeness, ...]:
+    """Compare the first output of several graphs with the float one's over all images."""
+    found = tuple(Closeness() for _ in others)
+    for batch in _batches(dataset, "corners"):
+        reference = exact(batch)
+        for graph, close in zip(others, found, strict=True):
+            close.add(reference, graph(batch))
+    return found
+
+
+def _probe(layer: str, nodes: Mapping[str, gs.Node], split: Split | None) -> Probe:
+    reader = nodes[layer if split is None else split.main]
+    origin = reader.inputs[0]
+    while (maker := producer(origin)) is not None and moves_values(maker):
+        origin = maker.inputs[0]
+    output = nodes[layer if split is None else split.sum].outputs[0]
+    return Probe(layer, origin.name, output.name, -1 if reader.op == "MatMul" else 1)
+
+
+def _power(values: Tensor, axis: int) -> Float64Array:
+    """Return the sum of squares per channel."""
+    squares = values.movedim(axis, 0).flatten(1).square().sum(1, dtype=torch.float64)
+    return np.asarray(squares.cpu().numpy())
+
+
+def _batches(dataset: Dataset, label: str) -> "map[Tensor]":
+    num_batches = math.ceil(dataset.length / COMPUTE_BATCH)
+    return map(torch.from_numpy, track(dataset.batches(COMPUTE_BATCH), num_batches, label))

@@ -1,0 +1,222 @@
+"""What a diagnosis says: as values, as JSON, as tables and as plain sentences.
+
+The JSON form:
+
+    {"images": 512, "layer_images": 128, "weight_bits": 8, "activation_bits": 8, "equalized": 22,
+     "corners": [{"name": "W8A32", "prepared": false, "sqnr_db": 17.7, "agreement": 0.97}, ...],
+     "layers": [{"layer": "stage1.0", "form": "coarse-fine", "source": "branches",
+                 "parts": [{"kind": "identity", "share": 1.0}, ...],
+                 "before": {"bits_left": 5.6, "weight_sqnr_db": 25.1, "activation_sqnr_db": 34.9},
+                 "after": {...}}, ...],
+     "reading": ["..."], "seconds": 4.2}
+
+JSON has no infinity: where nothing was lost ``sqnr_db`` is null.
+"""
+
+import math
+import statistics
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.table import Table
+
+from reptrt.diagnose.parts import Part, Source
+
+_ENOUGH_DB = 30.0  # noise is a thousandth of the signal: hardly any top-1 changes
+_EQUAL_DB = 1.0  # differences smaller than this are not worth a word
+_NAMES = {"diagonal": "the diagonal of the centre tap", "centre": "the centre tap"}
+
+
+@dataclass(frozen=True, slots=True)
+class Noise:
+    """What quantization does to one layer of one form of the net."""
+
+    bits_left: float | None  # for the values beside what sets the range; None: not known
+    weight_sqnr_db: float  # at the layer's output: quantized weights, float input
+    activation_sqnr_db: float  # quantized input, float weights
+
+
+@dataclass(frozen=True, slots=True)
+class LayerDiagnosis:
+    """One weighted layer of the fused float net."""
+
+    layer: str
+    form: str  # that was chosen for it: "none", "identity" or "coarse-fine"
+    source: Source | None  # of the parts; None: the weight has none
+    parts: tuple[Part, ...]  # what sets the weight range, the largest share first
+    before: Noise  # the net as it is
+    after: Noise  # equalized and split, in the units of the net as it is
+
+
+@dataclass(frozen=True, slots=True)
+class Corner:
+    """The whole net with some of it quantized, compared with the float net."""
+
+    name: str  # "W8A32": 8-bit weights, float activations
+    prepared: bool  # equalized, split and rounded as the options say; else nearest, as it is
+    sqnr_db: float  # of the first output
+    agreement: float | None  # fraction of images with the same arg max; None: not a classifier
+
+
+@dataclass(frozen=True, slots=True)
+class Diagnosis:
+    """Why a net loses accuracy in few bits, on the images it was calibrated on."""
+
+    images: int  # that the corners were measured on
+    layer_images: int  # that the layers were measured on
+    weight_bits: int
+    activation_bits: int
+    equalized: int  # tensors
+    corners: tuple[Corner, Corner, Corner, Corner]  # weights, activations, both, the method
+    layers: tuple[LayerDiagnosis, ...]
+    seconds: float
+
+    @property
+    def reading(self) -> tuple[str, ...]:
+        """What the tables say, in plain sentences."""
+        ranges = _range_sentence(self.layers, self.weight_bits)
+        return (*ranges, _limit_sentence(*self.corners[:3]), self._method_sentence())
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the diagnosis as JSON values."""
+        content = asdict(self) | {"reading": list(self.reading)}
+        return dict(_finite(content))
+
+    def to_tables(self) -> tuple[Table, Table]:
+        """Return the layers and the corners as tables for people."""
+        return self._layer_table(), self._corner_table()
+
+    def to_lines(self) -> list[str]:
+        """Return what the columns mean, then what the tables say."""
+        lines = [
+            f"Layers: as it is -> prepared, on {self.layer_images} of the calibration images. "
+            "Bits left: for the values beside",
+            "what sets the range. Weights, activations: SQNR of the layer's output with that alone "
+            "quantized.",
+        ]
+        if any(found.source == "kernel" for found in self.layers):
+            lines.append("* read off the kernel; the file does not say what it was fused from.")
+        return [*lines, "", *self.reading]
+
+    def _layer_table(self) -> Table:
+        table = Table(box=None, pad_edge=False)
+        table.add_column("layer", overflow="fold")
+        table.add_column("range set by", overflow="fold")
+        for title in (f"bits left of {self.weight_bits}", "weights dB", "activations dB"):
+            table.add_column(title, justify="right", no_wrap=True)
+        table.add_column("form", no_wrap=True)
+        for found in self.layers:
+            before, after = found.before, found.after
+            table.add_row(
+                found.layer,
+                _range_text(found),
+                _change(before.bits_left, after.bits_left),
+                _change(before.weight_sqnr_db, after.weight_sqnr_db),
+                _change(before.activation_sqnr_db, after.activation_sqnr_db),
+                found.form,
+            )
+        return table
+
+    def _corner_table(self) -> Table:
+        table = Table(box=None, pad_edge=False)
+        table.add_column(f"net, on the {self.images} calibration images")
+        for title in ("SQNR dB", "agreement"):
+            table.add_column(title, justify="right", no_wrap=True)
+        for corner in self.corners:
+            table.add_row(
+                f"{corner.name} {'with the options given' if corner.prepared else 'plain'}",
+                _db(corner.sqnr_db),
+                "-" if corner.agreement is None else f"{100 * corner.agreement:.2f} %",
+            )
+        return table
+
+    def _method_sentence(self) -> str:
+        plain, method = self.corners[2:]
+        forms = Counter(found.form for found in self.layers if found.form != "none")
+        done = [f"{self.equalized} tensors equalized"] if self.equalized else []
+        done += [f"{count} layers split by {form}" for form, count in forms.items()]
+        text = f"{', '.join(done) or 'No preparation'}: {plain.name} goes from {_db(plain.sqnr_db)}"
+        text += f" to {_db(method.sqnr_db)} dB"
+        if plain.agreement is not None and method.agreement is not None:
+            text += f", agreement from {100 * plain.agreement:.2f}"
+            text += f" to {100 * method.agreement:.2f} %"
+        if method.sqnr_db < plain.sqnr_db - _EQUAL_DB:
+            text += "; that is worse: try --no-equalize --split none"
+        return f"{text}."
+
+
+def _range_sentence(layers: Sequence[LayerDiagnosis], bits: int) -> tuple[str, ...]:
+    """Return what sets the range of most layers, if there is anything to say about it."""
+    recorded = [found for found in layers if found.source == "branches"]
+    if recorded:
+        kind, most = _most_frequent(recorded)
+        text = f"{len(most)} of {len(recorded)} rep layers: the {kind} branch sets the weight range"
+        return (f"{text}{_left_for_the_rest(most, bits)}.",)
+    read = [found for found in layers if found.source == "kernel"]
+    ill = [found for found in read if _stands_out(found, bits)]
+    if not ill:
+        return ("No part of the kernels stands out, as it would in a rep-net.",) if read else ()
+    kind, most = _most_frequent(ill)
+    text = f"{len(most)} of {len(read)} convolutions: {_NAMES[kind]} sets the weight range"
+    return (f"{text}{_left_for_the_rest(most, bits)} (read off the kernels).",)
+
+
+def _most_frequent(layers: Sequence[LayerDiagnosis]) -> tuple[str, list[LayerDiagnosis]]:
+    """Return what sets the range most often, and in which layers."""
+    kind = Counter(found.parts[0].kind for found in layers).most_common(1)[0][0]
+    return kind, [found for found in layers if found.parts[0].kind == kind]
+
+
+def _left_for_the_rest(layers: Sequence[LayerDiagnosis], bits: int) -> str:
+    known = [found.before.bits_left for found in layers if found.before.bits_left is not None]
+    if not known:
+        return ""
+    return f" and leaves {statistics.median(known):.1f} of {bits} bits to the rest"
+
+
+def _stands_out(found: LayerDiagnosis, bits: int) -> bool:
+    """Whether a kernel's centre is so large that the taps around it lose a bit or more."""
+    left = found.before.bits_left
+    return found.parts[0].kind in _NAMES and left is not None and left <= bits - 1
+
+
+def _limit_sentence(weights: Corner, activations: Corner, both: Corner) -> str:
+    if both.sqnr_db >= _ENOUGH_DB:
+        return f"Plain {both.name} is enough for this net: {_db(both.sqnr_db)} dB."
+    if abs(weights.sqnr_db - activations.sqnr_db) < _EQUAL_DB:
+        limit = "Weights and activations cost about the same"
+    else:
+        worse = "Weights" if weights.sqnr_db < activations.sqnr_db else "Activations"
+        limit = f"{worse} are the limit"
+    return (
+        f"{limit}: {weights.name} {_db(weights.sqnr_db)} dB, "
+        f"{activations.name} {_db(activations.sqnr_db)} dB."
+    )
+
+
+def _range_text(found: LayerDiagnosis) -> str:
+    if not found.parts:
+        return "-"
+    mark = "*" if found.source == "kernel" else ""
+    return f"{found.parts[0].kind}{mark} {100 * found.parts[0].share:.0f} %"
+
+
+def _change(before: float | None, after: float | None) -> str:
+    return f"{_db(before):>5} -> {_db(after):>5}"
+
+
+def _db(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.1f}" if math.isfinite(value) else "exact" if value > 0 else "lost"
+
+
+def _finite(value: Any) -> Any:
+    """Return JSON values with null in place of infinities."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
