@@ -124,9 +124,14 @@ def _emit(text: str, content: Any, json_path: str | None) -> None:
 def source_options(command: Command) -> Command:
     """Add the options that say what to export."""
     options = [
-        click.option("--weights", type=click.Path(path_type=Path), metavar="CKPT"),
+        click.option(
+            "--weights",
+            type=click.Path(path_type=Path),
+            metavar="CKPT",
+            help="State dict, read as data: .pt, .pth, .safetensors.",
+        ),
         click.option("--input-size", type=SIZE, help="Image size, e.g. 3x224x224."),
-        click.option("--num-classes", type=int),
+        click.option("--num-classes", type=int, help="Default: what the weights have, or 1000."),
         click.option("--widths", type=INTS, help="Channels per stage, stem first."),
         click.option("--blocks", type=INTS, help="Blocks per stage, without the stem."),
         click.option("--strides", type=INTS, help="Stride of each stage, stem first."),
@@ -135,7 +140,13 @@ def source_options(command: Command) -> Command:
         click.option("--mean", type=FLOATS, help="Per channel, of x / 255."),
         click.option("--std", type=FLOATS, help="Per channel, of x / 255."),
         click.option("--resize", type=_choice(choices.Resize), help="For images of other sizes."),
-        click.option("--opset", type=click.IntRange(13, 20), default=19, show_default=True),
+        click.option(
+            "--opset",
+            type=click.IntRange(13, 20),
+            default=19,
+            show_default=True,
+            help="Of the ONNX file; FP16 scales need 19.",
+        ),
         click.option(
             "--tolerance",
             type=float,
@@ -163,7 +174,7 @@ def _source_and_options(source: str, values: dict[str, Any]) -> tuple[Any, Any]:
 
 @main.command()
 @click.argument("source")
-@click.option("-o", "--output", type=_OUTPUT, required=True)
+@click.option("-o", "--output", type=_OUTPUT, required=True, help="Float ONNX file to write.")
 @source_options
 @_json_option
 def export(source: str, output: Path, json_path: str | None, **values: Any) -> None:
@@ -195,11 +206,34 @@ def calibrate_options(command: Command) -> Command:
     """Add the options that say how to quantize."""
     rules, devices = _choice(choices.Rule), _choice(choices.TorchDevice)
     options = [
-        click.option("-n", "--images", type=int, default=512, show_default=True),
-        click.option("--recipe", type=_choice(choices.Recipe), default="fast", show_default=True),
-        click.option("--threshold", type=rules, default="kl", show_default=True),
         click.option(
-            "--percentile", type=click.FloatRange(50, 100), default=99.99, show_default=True
+            "-n",
+            "--images",
+            type=int,
+            default=512,
+            show_default=True,
+            help="Sampled by --seed from the data.",
+        ),
+        click.option(
+            "--recipe",
+            type=_choice(choices.Recipe),
+            default="fast",
+            show_default=True,
+            help="How much is done for accuracy.",
+        ),
+        click.option(
+            "--threshold",
+            type=rules,
+            default="kl",
+            show_default=True,
+            help="Rule that clips activations.",
+        ),
+        click.option(
+            "--percentile",
+            type=click.FloatRange(50, 100),
+            default=99.99,
+            show_default=True,
+            help="Of |x|, for --threshold percentile.",
         ),
         click.option(
             "--equalize/--no-equalize",
@@ -207,7 +241,13 @@ def calibrate_options(command: Command) -> Command:
             show_default=True,
             help="Give all channels of an activation the same range; costs nothing.",
         ),
-        click.option("--split", type=_choice(choices.SplitMode), default="auto", show_default=True),
+        click.option(
+            "--split",
+            type=_choice(choices.SplitMode),
+            default="auto",
+            show_default=True,
+            help="Form of every layer that can be split; auto chooses layer by layer.",
+        ),
         click.option(
             "--split-precision",
             type=_choice(choices.SplitPrecision),
@@ -222,8 +262,20 @@ def calibrate_options(command: Command) -> Command:
             show_default=True,
             help="Extra work that --split auto may spend; 0: no extra node.",
         ),
-        click.option("--weight-bits", type=int, default=8, show_default=True),
-        click.option("--activation-bits", type=int, default=8, show_default=True),
+        click.option(
+            "--weight-bits",
+            type=int,
+            default=8,
+            show_default=True,
+            help="2 to 8; fewer than 8 are a simulation.",
+        ),
+        click.option(
+            "--activation-bits",
+            type=int,
+            default=8,
+            show_default=True,
+            help="2 to 8; fewer than 8 are a simulation.",
+        ),
         click.option("--exclude", multiple=True, metavar="REGEX", help="Layers left in float."),
         click.option(
             "--high-precision",
@@ -232,8 +284,12 @@ def calibrate_options(command: Command) -> Command:
             show_default=True,
             help="Type of what is not INT8 in the file; build-engine makes it fp16 by itself.",
         ),
-        click.option("--device", type=devices, default="cpu", show_default=True),
-        click.option("--seed", type=int, default=0, show_default=True),
+        click.option(
+            "--device", type=devices, default="cpu", show_default=True, help="Where images are run."
+        ),
+        click.option(
+            "--seed", type=int, default=0, show_default=True, help="Of the sample of images."
+        ),
     ]
     for option in reversed(options):
         command = option(command)
@@ -268,7 +324,7 @@ def _calibrate_options(values: dict[str, Any]) -> Any:
 @main.command()
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option("--data", type=click.Path(path_type=Path), required=True, help="Folder, .npz, .npy.")
-@click.option("-o", "--output", type=_OUTPUT, required=True)
+@click.option("-o", "--output", type=_OUTPUT, required=True, help="INT8 ONNX file to write.")
 @click.option("--diagnose", is_flag=True, help="Say where the net loses accuracy, and why.")
 @calibrate_options
 @_json_option
@@ -322,12 +378,13 @@ def lint(model: Path, json_path: str | None) -> None:
 
 @main.command("build-engine")
 @click.argument("model", type=click.Path(path_type=Path))
-@click.option("-o", "--output", type=_OUTPUT, required=True)
+@click.option("-o", "--output", type=_OUTPUT, required=True, help="Engine to write.")
 @click.option(
     "--backend",
     type=click.Choice(["auto", "tensorrt", "tensorrt-rtx"]),
     default="auto",
     show_default=True,
+    help="auto: tensorrt where there is a GPU, else tensorrt-rtx.",
 )
 @click.option("--target", default=None, help="Compute capabilities, e.g. sm80,sm89.")
 @click.option("--shapes", default=None, help="MIN:OPT:MAX batch sizes, or full shapes.")
@@ -339,18 +396,27 @@ def lint(model: Path, json_path: str | None) -> None:
     help="Type of what is not INT8; a file that is FP16 already keeps its types.",
 )
 @click.option("--workspace", "workspace_mib", type=int, help="Scratch memory in MiB.")
-@click.option("--timing-cache", type=click.Path(path_type=Path))
+@click.option("--timing-cache", type=click.Path(path_type=Path), help="Read, then extended.")
 @click.option("--pinned-tactics", is_flag=True, help="Only tactics from the timing cache.")
-@click.option("--version-compatible", is_flag=True)
+@click.option(
+    "--version-compatible", is_flag=True, help="Runs on later TensorRT of the same major version."
+)
 @click.option(
     "--hardware-compatible",
     type=click.Choice(["none", "ampere+", "same-compute-capability"]),
     default="none",
     show_default=True,
+    help="Other GPUs that the engine is to run on.",
 )
 @click.option("--refit", is_flag=True, help="Weights can be replaced later.")
 @click.option("--strip-plan", is_flag=True, help="Leave the weights out of the file.")
-@click.option("--optimization-level", type=int, default=3, show_default=True)
+@click.option(
+    "--optimization-level",
+    type=int,
+    default=3,
+    show_default=True,
+    help="0: fastest build, 5: fastest engine.",
+)
 @_json_option
 def build_engine(
     model: Path,
@@ -444,6 +510,7 @@ def _runner_options(command: Command) -> Command:
             type=click.Choice(["auto", "ort", "tensorrt"]),
             default="auto",
             show_default=True,
+            help="auto: by the suffix of the file.",
         ),
         click.option(
             "--device",
@@ -461,10 +528,15 @@ def _runner_options(command: Command) -> Command:
 
 @main.command("eval")
 @click.argument("files", type=click.Path(path_type=Path), nargs=-1, required=True)
-@click.option("--data", type=click.Path(path_type=Path), required=True)
+@click.option(
+    "--data",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="Images to judge on: folder, .npz, .npy.",
+)
 @click.option("--reference", type=click.Path(path_type=Path), help="Float file to compare with.")
 @click.option("--limit", type=int, help="Take a sample of this many images.")
-@click.option("--batch-size", type=int, default=64, show_default=True)
+@click.option("--batch-size", type=int, default=64, show_default=True, help="Images run at a time.")
 @_runner_options
 @_json_option
 def evaluate(
@@ -479,10 +551,24 @@ def evaluate(
 
 @main.command()
 @click.argument("files", type=click.Path(path_type=Path), nargs=-1, required=True)
-@click.option("--batch", "batches", type=INTS, default="1", show_default=True)
+@click.option(
+    "--batch", "batches", type=INTS, default="1", show_default=True, help="Batch sizes to time."
+)
 @click.option("--baseline", type=click.Path(path_type=Path), help="Print ratios to this file.")
-@click.option("--min-seconds", type=float, default=2.0, show_default=True)
-@click.option("--warmup-seconds", type=float, default=0.5, show_default=True)
+@click.option(
+    "--min-seconds",
+    type=float,
+    default=2.0,
+    show_default=True,
+    help="Of measuring, for each file and batch size.",
+)
+@click.option(
+    "--warmup-seconds",
+    type=float,
+    default=0.5,
+    show_default=True,
+    help="Before, for each file and batch size.",
+)
 @_runner_options
 @_json_option
 def bench(files: Sequence[Path], json_path: str | None, **values: Any) -> None:
@@ -499,7 +585,9 @@ def bench(files: Sequence[Path], json_path: str | None, **values: Any) -> None:
 @click.option("--eval-data", type=click.Path(path_type=Path), help="Images to judge on.")
 @click.option("-o", "--output", type=_OUTPUT, required=True, help="Folder of the run.")
 @click.option("--eval-limit", type=int, help="Judge on a sample of this many images.")
-@click.option("--batch", "batches", type=INTS, default="1,8", show_default=True)
+@click.option(
+    "--batch", "batches", type=INTS, default="1,8", show_default=True, help="Batch sizes to time."
+)
 @click.option("--threads", type=int, help="CPU threads of onnxruntime.")
 @click.option("--target", default=None, help="Compute capabilities, e.g. sm80,sm89.")
 @source_options
