@@ -35,8 +35,7 @@ class Probe:
 
     layer: str
     origin: str  # tensor; a Q/DQ pair of the layer's input goes right behind it
-    output: str  # tensor; of a split layer the sum
-    axis: int  # of the output channels, in the output
+    output: str  # tensor (N, O, ...); of a split layer the sum
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +153,7 @@ def layer_powers(
             given, wanted = {probe.origin: value}, probe.output
             exact, *noisy = (graph.run(given, [wanted])[wanted] for graph in graphs)
             parts = (exact, *(output - exact for output in noisy))
-            powers = Powers(*(_power(part, probe.axis) for part in parts))
+            powers = Powers(*(_power(part) for part in parts))
             known = sums.get(probe.layer)
             sums[probe.layer] = powers if known is None else known.plus(powers)
 
@@ -185,12 +184,12 @@ def _probe(layer: str, nodes: Mapping[str, gs.Node], split: Split | None) -> Pro
     while (maker := producer(origin)) is not None and moves_values(maker):
         origin = maker.inputs[0]
     output = nodes[layer if split is None else split.sum].outputs[0]
-    return Probe(layer, origin.name, output.name, -1 if reader.op == "MatMul" else 1)
+    return Probe(layer, origin.name, output.name)
 
 
-def _power(values: Tensor, axis: int) -> Float64Array:
-    """Return the sum of squares per channel."""
-    squares = values.movedim(axis, 0).flatten(1).square().sum(1, dtype=torch.float64)
+def _power(values: Tensor) -> Float64Array:
+    """Return the sum of squares per index of axis 1: the channels of all that is equalized."""
+    squares = values.movedim(1, 0).flatten(1).square().sum(1, dtype=torch.float64)
     return np.asarray(squares.cpu().numpy())
 
 
