@@ -1,6 +1,7 @@
 # make demo   install, then run the whole way on the embedded digits example
 # make test   install, then `make check` and every test
 # make check  lint, format, types, architecture
+# make docs   write the pages of docs/ that are made from the code
 # make clean  remove what these made
 #
 # Everything lives in $(VENV); a second call installs nothing. Without a word, torch is held at the
@@ -20,7 +21,7 @@ ASKED_FOR := pyproject.toml $(CONSTRAINTS)
 INSTALL := $(BIN)/python -m pip install $(PIP_FLAGS) --disable-pip-version-check \
 	$(addprefix -c ,$(CONSTRAINTS)) -e
 
-.PHONY: demo test check clean
+.PHONY: demo test check docs clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
@@ -37,6 +38,9 @@ check: $(VENV)/.dev
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
+
+docs: $(VENV)/.demo
+	$(BIN)/python tools/make_docs.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis \

@@ -80,6 +80,7 @@ class Gpu:
     name: str
     target: str  # its compute capability: "sm89"
     driver: tuple[int, int]  # the newest CUDA version that the driver takes
+    bus_id: str = ""  # "0000:01:00.0"; "" if the driver does not say
 
 
 class Messages:
@@ -341,4 +342,15 @@ def _first_gpu(cuda: Any) -> Gpu | str:
     if status:
         return f"the NVIDIA driver does not answer (error {int(status)})"
     version = (driver.value // 1000, driver.value % 1000 // 10)
-    return Gpu(name.value.decode(errors="replace"), f"sm{numbers[0]}{numbers[1]}", version)
+    return Gpu(
+        name.value.decode(errors="replace"),
+        f"sm{numbers[0]}{numbers[1]}",
+        version,
+        _bus_id(cuda, device),
+    )
+
+
+def _bus_id(cuda: Any, device: Any) -> str:
+    text = ctypes.create_string_buffer(32)
+    status = cuda.cuDeviceGetPCIBusId(text, len(text), device)
+    return "" if status else text.value.decode(errors="replace")

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType, TracebackType
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy.typing as npt
 import onnx
@@ -73,6 +73,14 @@ class Runner(Protocol):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None: ...
+
+
+@runtime_checkable
+class EventTimer(Protocol):
+    """A runner on a GPU that can time its runs there."""
+
+    def time_ms(self, batch: AnyArray, repeats: int, *, host_copies: bool = False) -> AnyArray:
+        """Return how long each of ``repeats`` runs took on the GPU, in ms, float64 (repeats,)."""
 
 
 class OrtRunner:

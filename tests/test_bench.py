@@ -10,16 +10,11 @@ import pytest
 from onnx import helper, numpy_helper
 
 from reptrt import bench as bench_module
-from reptrt.bench import (
-    MIN_ROUNDS,
-    RESAMPLES,
-    BenchReport,
-    bench,
-    cpu_name,
-    median_interval,
-    resampled_medians,
-)
+from reptrt.bench import MIN_ROUNDS, bench
+from reptrt.bench_report import BenchReport
+from reptrt.conditions import Conditions, GpuState, cpu_name
 from reptrt.errors import ConfigError, DataError
+from reptrt.intervals import RESAMPLES, percentile_interval, resampled_percentiles
 from tests.tiny_nets import classifier, make_model
 
 QUICK = {"min_seconds": 0.0, "warmup_seconds": 0.0, "threads": 1}
@@ -158,32 +153,102 @@ def test_results_come_by_batch_then_by_file(fake) -> None:  # type: ignore[no-un
 # --- the interval ------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("percent", [0, 10, 50, 90, 100])
 @pytest.mark.parametrize("samples", [(1.0, 2.0, 5.0), (1.0, 2.0, 5.0, 11.0)], ids=["odd", "even"])
-def test_resampled_medians_follow_the_exact_distribution(samples: tuple[float, ...]) -> None:
-    every = [np.median(draw) for draw in itertools.product(samples, repeat=len(samples))]
-    exact = {value: count / len(every) for value, count in Counter(every).items()}
-    drawn = Counter(resampled_medians(np.array(samples)[::-1], np.random.default_rng(0)).tolist())
+def test_resampled_percentiles_follow_the_exact_distribution(
+    samples: tuple[float, ...], percent: float
+) -> None:
+    every = np.array(list(itertools.product(samples, repeat=len(samples))))
+    values = np.percentile(every, percent, axis=1).round(9).tolist()
+    exact = {value: count / len(every) for value, count in Counter(values).items()}
+    rng = np.random.default_rng(0)
+    found = resampled_percentiles(np.array(samples)[::-1], percent, rng).round(9)
+    drawn = Counter(found.tolist())
     assert set(drawn) <= set(exact)
     for value, probability in exact.items():
         error = 5 * np.sqrt(probability * (1 - probability) / RESAMPLES)
         assert drawn[value] / RESAMPLES == pytest.approx(probability, abs=error)
 
 
-def test_the_interval_is_the_bootstrap_interval() -> None:
+@pytest.mark.parametrize("percent", [50, 90])
+def test_the_interval_is_the_bootstrap_interval(percent: float) -> None:
     rng = np.random.default_rng(1)
     samples = rng.lognormal(0, 0.5, 200)
-    found = median_interval(samples, rng)
-    medians = np.median(rng.choice(samples, (10_000, 200)), axis=1)
-    low, high = np.percentile(medians, (2.5, 97.5))
-    assert found.median == np.median(samples)
+    found = percentile_interval(samples, percent, rng)
+    values = np.percentile(rng.choice(samples, (10_000, 200)), percent, axis=1)
+    low, high = np.percentile(values, (2.5, 97.5))
+    assert found.value == np.percentile(samples, percent)
     # the error of a 2.5 % quantile of 10,000 draws is 0.7 % of the width; twice, and 5 of them
     assert found.low == pytest.approx(low, abs=0.05 * (high - low))
     assert found.high == pytest.approx(high, abs=0.05 * (high - low))
 
 
-def test_one_sample_has_no_width() -> None:
-    found = median_interval(np.array([3.0]), np.random.default_rng(0))
-    assert (found.median, found.low, found.high) == (3, 3, 3)
+@pytest.mark.parametrize("percent", [50, 99])
+def test_one_sample_has_no_width(percent: float) -> None:
+    found = percentile_interval(np.array([3.0]), percent, np.random.default_rng(0))
+    assert (found.value, found.low, found.high) == (3, 3, 3)
+
+
+# --- clocks, load, copies ------------------------------------------------------------------------
+
+
+def test_conditions_are_read_when_warm_and_at_the_end(fake, monkeypatch) -> None:  # type: ignore
+    log = fake({"a": [1.0]})
+    moments = []
+
+    def read(*, gpu: bool) -> Conditions:
+        moments.append((len(log), gpu))
+        return Conditions(3000.0 - 1000 * len(moments), None, GpuState(None, None, None, None, ()))
+
+    monkeypatch.setattr(bench_module, "read_conditions", read)
+    report = run_fake("a", batches=(1, 8), warmup_seconds=0.0025, min_seconds=0.0195)
+    assert moments == [(3, False), (46, False)]  # 3 to warm up and 20 rounds, for each batch size
+    remark = "the CPU clock changed from 2000 to 1000 MHz"
+    assert report.remarks == (remark,)
+    content = json.loads(json.dumps(report.to_json()))
+    assert content["before"]["cpu_mhz"] == 2000
+    assert content["after"]["gpu"]["held_back_by"] == []
+    assert content["remarks"] == [remark]
+    assert remark in str(report.to_table().caption)
+
+
+class GpuRunner(FakeRunner):
+    """Takes 1 ms, of which the copies take 0.6."""
+
+    device = "Fake GPU"
+
+    def time_ms(self, batch: np.ndarray, repeats: int, *, host_copies: bool = False) -> np.ndarray:
+        self.log.append(f"{self.path} by events")
+        self.clock.now_ns += 10**6
+        return np.full(repeats, 1.0 if host_copies else 0.4)
+
+
+@pytest.mark.parametrize("host_copies", [True, False])
+def test_copies_are_left_out_where_asked_for_and_possible(
+    fake, monkeypatch: pytest.MonkeyPatch, host_copies: bool
+) -> None:  # type: ignore[no-untyped-def]
+    log = fake({"gpu": [1.0], "cpu": [2.0]})
+    clock = bench_module.time
+    open_cpu = bench_module.open_runner
+    monkeypatch.setattr(
+        bench_module,
+        "open_runner",
+        lambda path, **_: (
+            GpuRunner("gpu", [1.0], clock, log) if path.name == "gpu" else open_cpu(path)
+        ),
+    )
+    report = bench(
+        [Path("cpu"), Path("gpu")],
+        host_copies=host_copies,
+        baseline=Path("cpu"),
+        warmup_seconds=0,
+        min_seconds=0.05,
+    )
+    cpu, gpu = report.results
+    assert (cpu.median_ms, cpu.host_copies) == (2.0, None)
+    assert (gpu.median_ms, gpu.host_copies) == ((1.0, True) if host_copies else (0.4, False))
+    assert gpu.ratio == pytest.approx(0.5 if host_copies else 0.2)
+    assert ("gpu by events" in log) != host_copies
 
 
 # --- real files --------------------------------------------------------------------------------
@@ -201,6 +266,11 @@ def test_real_files_give_the_whole_report(net: Path, tmp_path: Path) -> None:
         assert 0 < row["median_low_ms"] <= row["median_ms"] <= row["median_high_ms"]
         assert row["median_ms"] <= row["p90_ms"] <= row["p95_ms"] <= row["p99_ms"]
         assert row["throughput_ips"] == pytest.approx(1000 * row["batch"] / row["median_ms"])
+        for name in ("median", "p90", "p95", "p99", "ratio"):
+            unit = "" if name == "ratio" else "_ms"
+            bounds = [row[f"{name}{part}{unit}"] for part in ("_low", "", "_high")]
+            assert bounds == sorted(bounds)
+        assert row["host_copies"] is None
         assert row["rounds"] >= MIN_ROUNDS
         assert row["ratio_low"] <= row["ratio"] <= row["ratio_high"]
 

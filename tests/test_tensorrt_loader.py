@@ -170,6 +170,10 @@ class FakeCuda:
         name.value = b"NVIDIA GeForce RTX 4090"
         return 0
 
+    def cuDeviceGetPCIBusId(self, text, length, device):  # noqa: N802
+        text.value = b"0000:01:00.0"
+        return 0
+
     def cuDriverGetVersion(self, version):  # noqa: N802
         version._obj.value = 12080
         return 0
@@ -182,7 +186,10 @@ class FakeCuda:
 @pytest.mark.parametrize(
     ("init", "expected"),
     [
-        (0, r"Gpu\(name='NVIDIA GeForce RTX 4090', target='sm89', driver=\(12, 8\)\)"),
+        (
+            0,
+            r"Gpu\(name='NVIDIA GeForce RTX 4090', target='sm89', driver=\(12, 8\), bus_id='0000:01:00\.0'\)",
+        ),
         (100, "the NVIDIA driver shows no GPU .*"),
         (999, ".*cuInit gives error 999.*"),
     ],

@@ -7,6 +7,7 @@ import pytest
 
 from reptrt import _tensorrt
 from reptrt._tensorrt import Gpu
+from reptrt.bench import bench
 from reptrt.errors import ConfigError, DataError, EngineError, MissingDependencyError
 from reptrt.runner import open_runner
 from reptrt.trt_runner import TrtRunner
@@ -94,6 +95,13 @@ def test_timing_with_and_without_host_copies(fake, engine):
             runner.time_ms(images(2), 0)
     np.testing.assert_allclose(bare, [0.5] * 3)
     np.testing.assert_allclose(whole, [0.75] * 3)  # two copies of 0.125 each
+
+
+def test_bench_leaves_the_copies_out_if_asked(fake, engine):
+    (result,) = bench([engine], host_copies=False, min_seconds=0, warmup_seconds=0).results
+    assert (result.device, result.host_copies, result.median_ms) == ("Fake GPU", False, 0.5)
+    (result,) = bench([engine], min_seconds=0, warmup_seconds=0).results
+    assert result.host_copies is True
 
 
 def test_out_of_memory_is_one_line_and_the_runner_goes_on(fake, engine):

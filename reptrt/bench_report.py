@@ -1,0 +1,95 @@
+"""What timing files side by side gives.
+
+The JSON form of a report:
+
+    {"results": [{"file", "runner", "device", "threads", "host_copies", "batch", "rounds",
+                  "median_ms", "median_low_ms", "median_high_ms", "p90_ms", "p90_low_ms",
+                  "p90_high_ms", "p95_ms", ..., "p99_ms", ..., "throughput_ips", "ratio",
+                  "ratio_low", "ratio_high"}],
+     "baseline", "cpu", "onnxruntime", "seed", "warmup_seconds", "min_seconds",
+     "before": {"cpu_mhz", "load_average", "gpu": {"sm_mhz", "memory_mhz", "temperature_c",
+                "power_w", "held_back_by"}}, "after", "remarks"}
+
+``low`` and ``high`` bound a 95 % bootstrap interval. ``ratio`` is the median over rounds of (time
+of this file / time of the baseline in the same round); below 1 is faster than the baseline; null
+without one. ``before`` is when everything was warm, ``after`` right after the last run; what cannot
+be read is null (`reptrt.conditions`).
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.table import Table
+
+from reptrt.conditions import Conditions
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """One file at one batch size; times in ms."""
+
+    file: str
+    runner: str
+    device: str
+    threads: int | None
+    host_copies: bool | None  # whether a sample has the copies from and to the host; None on a CPU
+    batch: int
+    rounds: int  # samples
+    median_ms: float
+    median_low_ms: float
+    median_high_ms: float
+    p90_ms: float
+    p90_low_ms: float
+    p90_high_ms: float
+    p95_ms: float
+    p95_low_ms: float
+    p95_high_ms: float
+    p99_ms: float
+    p99_low_ms: float
+    p99_high_ms: float
+    throughput_ips: float  # images a second at the median
+    ratio: float | None = None  # time / time of the baseline
+    ratio_low: float | None = None
+    ratio_high: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class BenchReport:
+    """Timings by batch size, then by file in the order they were given; and the conditions."""
+
+    results: tuple[Timing, ...]
+    baseline: str | None
+    cpu: str
+    onnxruntime: str | None  # version; None if only engines ran
+    seed: int
+    warmup_seconds: float
+    min_seconds: float
+    before: Conditions
+    after: Conditions
+    remarks: tuple[str, ...]  # what may have disturbed the measurement
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the report as JSON values."""
+        return asdict(self)
+
+    def to_table(self) -> Table:
+        """Return the report as a table for people."""
+        caption = "\n".join((self.cpu, *self.remarks))
+        table = Table(box=None, pad_edge=False, caption=caption, caption_justify="left")
+        table.add_column("file", overflow="fold")
+        titles = ["device", "batch", "median ms", "95 %", "p90", "p95", "p99", "images/s"]
+        for title in [*titles, *(["ratio", "95 %"] if self.baseline is not None else [])]:
+            table.add_column(title, justify="right", no_wrap=True)
+        for row in self.results:
+            cells = [
+                row.device if row.threads is None else f"{row.device} x{row.threads}",
+                str(row.batch),
+                f"{row.median_ms:.3f}",
+                f"{row.median_low_ms:.3f}-{row.median_high_ms:.3f}",
+                *(f"{value:.3f}" for value in (row.p90_ms, row.p95_ms, row.p99_ms)),
+                f"{row.throughput_ips:.0f}",
+            ]
+            if row.ratio is not None:
+                cells += [f"{row.ratio:.3f}", f"{row.ratio_low:.3f}-{row.ratio_high:.3f}"]
+            table.add_row(row.file, *cells)
+        return table
