@@ -1,7 +1,7 @@
 """The documentation is true: its blocks run, its commands parse, its links lead somewhere.
 
 The blocks of a page run in order in one folder, which holds what the repository and `make demo`
-leave. `tests.pages` says how a block is marked.
+leave, and the files that the page shows. `tests.pages` says how a block is marked.
 """
 
 import contextlib
@@ -39,6 +39,7 @@ LEAVES = {  # page -> files that its blocks must have left, each with its sideca
     "README.md": ("digits.onnx", "my_net.onnx", "digits.int8.onnx", "digits.engine"),
     "tutorial.md": ("a0.onnx", "a0.int8.onnx", "a0.engine"),
 }
+SAYS = {"rep.ort.onnx || echo": "QDQ008"}  # command -> what its block must have said
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 by_hand = pytest.mark.parametrize("page", BY_HAND, ids=lambda page: page.name)
 
@@ -73,6 +74,7 @@ def folder(tmp_path: Path, demo: Path) -> Iterator[Path]:
     path = tmp_path / "clone"
     (path / "reptrt/demo").mkdir(parents=True)
     shutil.copy(digits.WEIGHTS, path / "reptrt/demo")
+    shutil.copytree(REPOSITORY / "tests/data/lint", path / "tests/data/lint")
     shutil.copytree(demo, path / "build/demo")
     yield path
     shutil.rmtree(path)
@@ -87,24 +89,32 @@ def folder(tmp_path: Path, demo: Path) -> Iterator[Path]:
     ids=lambda page: page.name,
 )
 def test_the_blocks_run_in_order(page: Page, folder: Path) -> None:
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     for block in page.blocks:
         if block.file:
             (folder / block.file).write_text(block.text)
-        elif is_run(block):
-            shell = ["bash", "-euo", "pipefail", "-c"]
-            done = subprocess.run(
-                [*(shell if block.language == "bash" else (sys.executable, "-c")), block.text],
-                cwd=folder,
-                env={**os.environ, "PATH": path},
-                capture_output=True,
-                text=True,
-                timeout=300,
-                stdin=subprocess.DEVNULL,
-            )
-            assert done.returncode == 0, f"{page.name}:\n{block.text}\n{done.stderr}"
+    for block in filter(is_run, page.blocks):
+        done = run(block, folder)
+        assert done.returncode == 0, f"{page.name}:\n{block.text}\n{done.stderr}"
+        for command, words in SAYS.items():
+            assert command not in block.text or words in done.stdout
     for name in LEAVES.get(page.name, ()):
         assert read_sidecar(folder / name) is not None, name
+
+
+def run(block: Block, folder: Path) -> subprocess.CompletedProcess[str]:
+    shell = ["bash", "-euo", "pipefail", "-c"] if block.language == "bash" else ["python", "-c"]
+    return subprocess.run(
+        [*shell, block.text],
+        cwd=folder,
+        env={
+            **os.environ,
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        },
+        capture_output=True,
+        text=True,
+        timeout=300,
+        stdin=subprocess.DEVNULL,
+    )
 
 
 @each_page

@@ -1,6 +1,7 @@
 """make installs once, and again when what is asked for has changed."""
 
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -87,3 +88,15 @@ def test_ci_runs_the_suite() -> None:
     script = REPOSITORY / ".ci/run"
     assert os.access(script, os.X_OK)
     assert script.read_text().splitlines()[-1].endswith("make --no-print-directory test")
+
+
+def test_hooks_are_the_tools_of_make_check() -> None:
+    config = (REPOSITORY / ".pre-commit-config.yaml").read_text()
+    makefile = (REPOSITORY / "Makefile").read_text()
+    entries = re.findall(r"entry: \.venv/bin/(.+)", config)
+    assert config.count("entry:") == len(entries) == 4
+    for entry in entries:
+        tool, *arguments = entry.split()
+        assert f"$(BIN)/{tool}" in makefile
+        for path in (word for word in arguments if word.endswith(".py")):
+            assert (REPOSITORY / path).is_file()
