@@ -146,14 +146,14 @@ def layer_powers(
 ) -> dict[str, Powers]:
     """Return signal and noise powers at the output of each probed layer."""
     sums: dict[str, Powers] = {}
-    graphs = (halves.exact, halves.weights, halves.activations)
+    noisy = (halves.weights, halves.activations)
 
     def record(probes: Sequence[Probe], value: Tensor) -> None:
         for probe in probes:
             given, wanted = {probe.origin: value}, probe.output
-            exact, *noisy = (graph.run(given, [wanted])[wanted] for graph in graphs)
-            parts = (exact, *(output - exact for output in noisy))
-            powers = Powers(*(_power(part) for part in parts))
+            exact = halves.exact.run(given, [wanted])[wanted]
+            noises = (_power(graph.run(given, [wanted])[wanted].sub_(exact)) for graph in noisy)
+            powers = Powers(_power(exact), *noises)
             known = sums.get(probe.layer)
             sums[probe.layer] = powers if known is None else known.plus(powers)
 
@@ -189,8 +189,8 @@ def _probe(layer: str, nodes: Mapping[str, gs.Node], split: Split | None) -> Pro
 
 def _power(values: Tensor) -> Float64Array:
     """Return the sum of squares per index of axis 1: the channels of all that is equalized."""
-    squares = values.movedim(1, 0).flatten(1).square().sum(1, dtype=torch.float64)
-    return np.asarray(squares.cpu().numpy())
+    norms = torch.linalg.vector_norm(values.reshape(*values.shape[:2], -1), dim=2)
+    return np.asarray(norms.double().square().sum(0).cpu().numpy())
 
 
 def _batches(dataset: Dataset, label: str) -> "map[Tensor]":
