@@ -10,10 +10,12 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 import click
+from click.core import ParameterSource
 
 from reptrt import __version__, choices
 from reptrt.errors import ConfigError, ReptrtError
@@ -588,6 +590,13 @@ def bench(files: Sequence[Path], json_path: str | None, **values: Any) -> None:
 @click.option(
     "--batch", "batches", type=INTS, default="1,8", show_default=True, help="Batch sizes to time."
 )
+@click.option(
+    "--bench-seconds",
+    type=float,
+    default=2.0,
+    show_default=True,
+    help="Time spent on each file and batch size.",
+)
 @click.option("--threads", type=int, help="CPU threads of onnxruntime.")
 @click.option("--target", default=None, help="Compute capabilities, e.g. sm80,sm89.")
 @source_options
@@ -602,20 +611,10 @@ def run(
     **values: Any,
 ) -> None:
     """Take SOURCE the whole way into one folder; a run that was stopped continues."""
-    from reptrt.engine_options import BuildOptions, parse_targets
-    from reptrt.run import RunOptions
     from reptrt.run import run as run_all
 
-    what, exporting = _source_and_options(source, values)
-    target = values["target"]
-    options = RunOptions(
-        export=exporting,
-        calibrate=_calibrate_options(values),
-        build=BuildOptions(targets=parse_targets(target) if target else ()),
-        eval_limit=values["eval_limit"],
-        batches=values["batches"],
-        threads=values["threads"],
-    )
+    what, options = _run_options(source, values)
+    options = replace(options, batches=values["batches"], bench_seconds=values["bench_seconds"])
     report = run_all(what, data, output, options, eval_data)
     lines = [f"{stage.name:12s}  {stage.file:14s}  {stage.state}" for stage in report.stages]
     for result in report.results["eval"]["results"]:
@@ -624,6 +623,109 @@ def run(
         fidelity = "the reference" if sqnr is None else f"SQNR {sqnr:.2f} dB"
         lines.append(f"{Path(result['file']).name:12s}  {accuracy}  {fidelity}")
     lines.append(f"run  {output / 'report.json'}")
+    _emit("\n".join(lines), report.to_json(), json_path)
+
+
+def _run_options(source: str, values: dict[str, Any]) -> tuple[Any, Any]:
+    """Return the source, and the options of all stages that several commands take."""
+    from reptrt.engine_options import BuildOptions, parse_targets
+    from reptrt.run import RunOptions
+
+    what, exporting = _source_and_options(source, values)
+    target = values["target"]
+    return what, RunOptions(
+        export=exporting,
+        calibrate=_calibrate_options(values),
+        build=BuildOptions(targets=parse_targets(target) if target else ()),
+        eval_limit=values["eval_limit"],
+        threads=values["threads"],
+    )
+
+
+@main.command()
+@click.argument("source", metavar="SOURCE|RUN_DIR")
+@click.option("--data", type=click.Path(path_type=Path), help="Images to judge on.")
+@click.option("--calib-data", type=click.Path(path_type=Path), help="Calibration images.")
+@click.option("--limit", "eval_limit", type=int, help="Judge on a sample of this many images.")
+@click.option("--threads", type=int, help="CPU threads of onnxruntime.")
+@click.option("--target", default=None, help="Compute capabilities, e.g. sm80,sm89.")
+@source_options
+@calibrate_options
+@_json_option
+def ladder(
+    source: str,
+    data: Path | None,
+    calib_data: Path | None,
+    json_path: str | None,
+    **values: Any,
+) -> None:
+    """Judge every form of a net between checkpoint and engine on the same images.
+
+    Each rung is compared with the first (what was lost so far) and with the rung before it (what
+    this step alone loses). SOURCE is what `export` takes, and needs --data and --calib-data.
+    RUN_DIR is the folder of a finished `run`, with its options, images and files; only --data and
+    --limit may be given.
+    """
+    from reptrt import ladder as rungs
+
+    if Path(source).is_dir():
+        _refuse_given(("source", "data", "eval_limit", "json_path"), f"{source} is a run")
+        found = rungs.ladder_of_run(Path(source), data, values["eval_limit"])
+    elif data is None or calib_data is None:
+        raise click.UsageError("SOURCE needs --data and --calib-data")
+    else:
+        what, options = _run_options(source, values)
+        found = rungs.ladder(what, data, calib_data, options)
+    _emit("\n".join([_text(found.to_table()), *found.to_lines()]), found.to_json(), json_path)
+
+
+def _refuse_given(allowed: Sequence[str], why: str) -> None:
+    """Refuse options that were given on the command line and would have no effect."""
+    ctx = click.get_current_context()
+    for parameter in ctx.command.params:
+        name = parameter.name or ""
+        given = ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE
+        if given and name not in allowed:
+            raise click.UsageError(f"{parameter.opts[0]}: {why}, its options are recorded")
+
+
+@main.command()
+@click.argument("folder", metavar="RUN_DIR", type=click.Path(path_type=Path))
+@click.option("-o", "--output", type=_OUTPUT, help="Folder of the replay; default: not kept.")
+@click.option("--data", type=click.Path(path_type=Path), help="Where the calibration images are.")
+@click.option("--eval-data", type=click.Path(path_type=Path), help="Where the other images are.")
+@click.option("--weights", type=click.Path(path_type=Path), help="Where the checkpoint is.")
+@click.option("--source", help="Where the ONNX file or the factory is.")
+@_json_option
+def replay(folder: Path, output: Path | None, json_path: str | None, **values: Any) -> None:
+    """Do the run in RUN_DIR again from its record and compare the files by sha256.
+
+    Inputs must be what they were; they may have moved. Exit 1 if a file that must be equal is not.
+    """
+    from reptrt.replay import Moved
+    from reptrt.replay import replay as repeat
+
+    report = repeat(folder, output, Moved(**values))
+    lines = [_text(report.to_table()), *report.to_lines()]
+    _emit("\n".join(lines), report.to_json(), json_path)
+    if not report.reproduced:
+        click.get_current_context().exit(1)
+
+
+@main.command()
+@click.argument("a", type=click.Path(path_type=Path))
+@click.argument("b", type=click.Path(path_type=Path))
+@_json_option
+def diff(a: Path, b: Path, json_path: str | None) -> None:
+    """Compare two folders of finished runs, or two ONNX files.
+
+    Options, inputs, versions and files that differ; scales and weight codes layer by layer; the
+    results of both.
+    """
+    from reptrt.diff import diff as compare
+
+    report = compare(a, b)
+    lines = [*(_text(table) for table in report.to_tables()), *report.to_lines()]
     _emit("\n".join(lines), report.to_json(), json_path)
 
 

@@ -2,35 +2,35 @@
 
     float.onnx -> int8.onnx -> model.engine,  then eval.json, bench.json, report.json
 
-``run.json`` records for every finished stage a key (sha256 of its options, the content of its
-inputs and the package versions) and the sha256 of its file. A stage whose key and file still agree
-is kept; any other is done again. Files are written whole or not at all, so a killed run continues.
+``run.json`` (`reptrt.manifest`) records what was asked for, from which inputs, and for every
+finished stage a key (sha256 of its options, the content of its inputs and the package versions) and
+the sha256 of its file. A stage whose key and file still agree is kept; any other is done again.
+Files are written whole or not at all, so a killed run continues.
 """
 
 import hashlib
 import json
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from reptrt.artifacts import package_versions, sha256_of, write_json
+from reptrt import manifest
+from reptrt.artifacts import sha256_of, write_json
 from reptrt.bench import bench
 from reptrt.engine import build_engine
 from reptrt.engine_options import BuildOptions
 from reptrt.errors import ArtifactError, MissingDependencyError
 from reptrt.evaluate import evaluate
-from reptrt.pipeline import (
-    CalibrateOptions,
-    ExportOptions,
-    Source,
-    calibrate,
-    export,
-    plain_options,
-)
+from reptrt.inputs import record_data, record_files, source_files
+from reptrt.manifest import FORMAT, Manifest, StageRecord
+from reptrt.options_json import json_from_options
+from reptrt.pipeline import CalibrateOptions, ExportOptions, Source, calibrate, export
 
 _LOG = logging.getLogger(__name__)
+
+FLOAT_FILE, INT8_FILE, ENGINE_FILE = "float.onnx", "int8.onnx", "model.engine"
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +43,7 @@ class RunOptions:
     eval_limit: int | None = None
     batches: tuple[int, ...] = (1, 8)
     threads: int | None = None
+    bench_seconds: float = 2.0  # for each file and batch size, after a quarter of it to warm up
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,57 +90,98 @@ def run(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as err:
         raise ArtifactError(f"{folder}: cannot be made ({err.strerror or err})") from err
-    stages = _Stages(folder)
-    fp, q = folder / "float.onnx", folder / "int8.onnx"
-    engine = folder / "model.engine"
     judged_on = eval_data or data
-    origins = [path for path in (source.weights, Path(source.name)) if path and path.is_file()]
-
+    stages = _Stages(folder, _plan(source, data, judged_on, options))
+    planned = stages.manifest
+    fp, q, engine = folder / FLOAT_FILE, folder / INT8_FILE, folder / ENGINE_FILE
     stages.file(
         "export",
         fp,
-        {"source": source.name, "architecture": asdict(source.architecture), "seed": source.seed}
-        | plain_options(options.export),
-        origins,
+        {"source": planned.source, **json_from_options(options.export)},
+        [record.path for record in planned.source_files],
         lambda: export(source, fp, options.export),
     )
     stages.file(
         "calibrate",
         q,
-        plain_options(options.calibrate) | {"data": _fingerprint(data)},
+        {**json_from_options(options.calibrate), "data": planned.data.sha256},
         [fp],
         lambda: calibrate(fp, data, q, options.calibrate),
     )
     stages.engine(
-        engine, plain_options(options.build), [q], lambda: build_engine(q, engine, options.build)
+        engine,
+        json_from_options(options.build),
+        [q],
+        lambda: build_engine(q, engine, options.build),
     )
+    _judge(stages, [fp, q], judged_on, options)
+    return stages.report()
+
+
+def _judge(stages: "_Stages", files: list[Path], data: Path, options: RunOptions) -> None:
+    """Judge and time the float and the INT8 file, the first of which is the reference."""
+    limit, threads, seconds = options.eval_limit, options.threads, options.bench_seconds
     stages.json(
         "eval",
-        {"data": _fingerprint(judged_on), "limit": options.eval_limit},
-        [fp, q],
-        lambda: evaluate(
-            [fp, q], judged_on, reference=fp, limit=options.eval_limit, threads=options.threads
-        ).to_json(),
+        {"data": stages.manifest.eval_data.sha256, "limit": limit},
+        files,
+        lambda: evaluate(files, data, reference=files[0], limit=limit, threads=threads).to_json(),
     )
     stages.json(
         "bench",
-        {"batches": options.batches, "threads": options.threads},
-        [fp, q],
+        {"batches": options.batches, "threads": threads, "seconds": seconds},
+        files,
         lambda: bench(
-            [fp, q], batches=options.batches, threads=options.threads, baseline=fp
+            files,
+            batches=options.batches,
+            threads=threads,
+            baseline=files[0],
+            min_seconds=seconds,
+            warmup_seconds=seconds / 4,
         ).to_json(),
     )
-    return stages.report()
+
+
+def _plan(source: Source, data: Path, judged_on: Path, options: RunOptions) -> Manifest:
+    """Return the record of a run before its first stage."""
+    calibrated_on = record_data(data)
+    return Manifest(
+        format=FORMAT,
+        finished=False,
+        source=json_from_options(_absolute(source)),
+        source_files=record_files([p for p in source_files(source) if p.is_file()]),
+        data=calibrated_on,
+        eval_data=calibrated_on if judged_on == data else record_data(judged_on),
+        options=json_from_options(options),
+        stages={},
+        versions=manifest.versions(),
+        machine=manifest.describe_machine(),
+    )
+
+
+def _absolute(source: Source) -> Source:
+    """Return a source that means the same from any folder."""
+    path, colon, factory = source.name.rpartition(":")
+    name = source.name
+    if path.endswith(".py"):
+        name = f"{Path(path).resolve()}{colon}{factory}"
+    elif source.is_onnx:
+        name = str(Path(source.name).resolve())
+    weights = None if source.weights is None else source.weights.resolve()
+    return replace(source, name=name, weights=weights)
 
 
 class _Stages:
     """The stages of one run, in order, and their record in ``run.json``."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, planned: Manifest) -> None:
         self._folder = folder
-        self._path = folder / "run.json"
         self._done: list[StageResult] = []
-        self._records: dict[str, Any] = _read_records(self._path)
+        earlier: Mapping[str, StageRecord] = {}
+        if (folder / manifest.FILE).exists():
+            earlier = manifest.read_manifest(folder).stages
+        self.manifest = planned
+        self._record(earlier)
 
     def file(
         self,
@@ -151,22 +193,30 @@ class _Stages:
     ) -> None:
         """Make one file, unless it is there from the same inputs and options."""
         key = _key(options, inputs)
-        record = self._records.get(name)
-        known = record is not None and record["key"] == key and output.is_file()
-        if record is not None and known and sha256_of(output) == record["sha256"]:
+        record = self.manifest.stages.get(name)
+        known = record is not None and record.key == key and output.is_file()
+        if record is not None and known and sha256_of(output) == record.sha256:
             self._finish(name, output, "kept")
             return
         work()
-        self._records[name] = {"key": key, "file": output.name, "sha256": sha256_of(output)}
-        write_json(self._path, {"stages": self._records, "versions": package_versions()})
+        written = StageRecord(key, output.name, sha256_of(output))
+        self._record({**self.manifest.stages, name: written})
         self._finish(name, output, "done")
 
     def json(
-        self, name: str, options: Mapping[str, Any], inputs: list[Path], work: Callable[[], Any]
+        self,
+        name: str,
+        options: Mapping[str, Any],
+        inputs: list[Path],
+        work: Callable[[], dict[str, Any]],
     ) -> None:
-        """Make one JSON file of results."""
+        """Make one JSON file of results; files go by their names in the folder."""
         output = self._folder / f"{name}.json"
-        self.file(name, output, options, inputs, lambda: write_json(output, work()))
+
+        def write() -> None:
+            write_json(output, _named_within(self._folder, work()))
+
+        self.file(name, output, options, inputs, write)
 
     def engine(
         self,
@@ -179,42 +229,42 @@ class _Stages:
         try:
             self.file("build-engine", output, options, inputs, work)
         except MissingDependencyError as err:
+            stages = {k: v for k, v in self.manifest.stages.items() if k != "build-engine"}
+            self._record(stages)
             self._finish("build-engine", output, f"skipped: {err}")
 
     def report(self) -> RunReport:
         """Write and return what the run found."""
         content: dict[str, Any] = {
             "stages": [asdict(stage) for stage in self._done],
-            "files": {name: record["sha256"] for name, record in self._records.items()},
-            "versions": package_versions(),
+            "files": {name: record.sha256 for name, record in self.manifest.stages.items()},
+            "versions": dict(self.manifest.versions),
         }
         for name in ("eval", "bench"):
-            content[name] = json.loads((self._folder / f"{name}.json").read_text())
+            content[name] = manifest.read_json(self._folder / f"{name}.json", "results")
         write_json(self._folder / "report.json", content)
+        self._record(self.manifest.stages, finished=True)
         return RunReport(self._folder, tuple(self._done), content)
+
+    def _record(self, stages: Mapping[str, StageRecord], finished: bool = False) -> None:
+        self.manifest = replace(self.manifest, stages=stages, finished=finished)
+        manifest.write_manifest(self._folder, self.manifest)
 
     def _finish(self, name: str, output: Path, state: str) -> None:
         _LOG.info("%-12s  %s  %s", name, output.name, state)
         self._done.append(StageResult(name, output.name, state))
 
 
-def _read_records(path: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(path.read_text())["stages"])
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, KeyError, TypeError) as err:
-        raise ArtifactError(
-            f"{path}: not the record of a run ({err}); delete it to start anew"
-        ) from err
+def _named_within(folder: Path, content: dict[str, Any]) -> dict[str, Any]:
+    """Name files by their place in the folder, so that results do not depend on where it is."""
 
+    def within(path: str) -> str:
+        return Path(path).relative_to(folder).as_posix()
 
-def _fingerprint(data: Path) -> str:
-    """Return a hash of what images there are: names and sizes of a folder, content of a file."""
-    if data.is_file():
-        return sha256_of(data)
-    found = sorted((str(p.relative_to(data)), p.stat().st_size) for p in data.rglob("*.*"))
-    return hashlib.sha256(json.dumps(found).encode()).hexdigest()
+    changed = {**content, "results": [{**r, "file": within(r["file"])} for r in content["results"]]}
+    if content.get("baseline") is not None:
+        changed["baseline"] = within(content["baseline"])
+    return changed
 
 
 def _key(options: Mapping[str, Any], inputs: list[Path]) -> str:
@@ -222,6 +272,6 @@ def _key(options: Mapping[str, Any], inputs: list[Path]) -> str:
     content = {
         "options": options,
         "inputs": {path.name: sha256_of(path) for path in inputs},
-        "versions": package_versions(),
+        "versions": manifest.versions(),
     }
-    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,185 @@
+"""What differs between two records, and between two networks layer by layer."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from reptrt.graph import Net
+from reptrt.quantized import LayerWeight, activation_scales, layer_weights
+from reptrt.splits import read_splits
+
+_NAMED = 5  # names in a line
+Float64Array = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One recorded value of A and of B; None: not there."""
+
+    name: str
+    a: Any
+    b: Any
+
+    def __str__(self) -> str:
+        return f"{self.name}: {_shown(self.a)} -> {_shown(self.b)}"
+
+
+@dataclass(frozen=True, slots=True)
+class ScaleChange:
+    """The scale of one activation; of several channels the one whose scales are furthest apart."""
+
+    tensor: str
+    a: float
+    b: float
+    ratio: float | None  # the larger by the smaller; None: other shapes, or no positive numbers
+
+
+@dataclass(frozen=True, slots=True)
+class WeightChange:
+    """The weight of one layer; numbers are None where the shapes or types are not the same."""
+
+    layer: str
+    form_a: str  # "int8 24x24x3x3"
+    form_b: str
+    differing: int | None  # codes, or floats, that are not equal
+    total: int  # of A
+    max_difference: float | None  # of what the layer computes with: codes times scale
+    scale_ratio: float | None  # of the channel whose scales are furthest apart, the larger on top
+    bias_difference: float | None  # largest; None: not in both
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """What differs between two networks; layers and tensors go by their names."""
+
+    file: str
+    num_tensors: int  # quantized activations in both
+    scales: tuple[ScaleChange, ...]  # those that differ, the furthest apart first
+    tensors_only_a: tuple[str, ...]
+    tensors_only_b: tuple[str, ...]
+    num_layers: int  # with a constant weight, in both
+    weights: tuple[WeightChange, ...]  # those that differ, in the order of A
+    layers_only_a: tuple[str, ...]
+    layers_only_b: tuple[str, ...]
+    splits: tuple[Change, ...]  # layer: form in A and B, where they differ
+
+    def to_lines(self) -> list[str]:
+        """Return the counts for people."""
+        lines = []
+        if self.num_tensors or self.tensors_only_a or self.tensors_only_b:
+            ratios = [change.ratio for change in self.scales if change.ratio is not None]
+            worst = f", by a factor of up to {max(ratios):.4g}" if ratios else ""
+            lines.append(f"{len(self.scales)} of {self.num_tensors} scales differ{worst}")
+        codes = [change for change in self.weights if change.differing is not None]
+        number = sum(change.differing or 0 for change in codes)
+        of = sum(change.total for change in codes)
+        share = f", in {number} of {of} values" if codes else ""
+        lines.append(f"{len(self.weights)} of {self.num_layers} layers differ{share}")
+        for what, names in (
+            ("tensors only in A", self.tensors_only_a),
+            ("tensors only in B", self.tensors_only_b),
+            ("layers only in A", self.layers_only_a),
+            ("layers only in B", self.layers_only_b),
+        ):
+            if names:
+                more = ", ..." if len(names) > _NAMED else ""
+                lines.append(f"{len(names)} {what}: {', '.join(names[:_NAMED])}{more}")
+        return [f"{self.file}  {line}" for line in lines]
+
+
+def changes(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[Change, ...]:
+    """Return what differs between two nested mappings, by dotted name.
+
+    >>> changes({"x": {"y": 1, "z": 2}}, {"x": {"y": 1, "z": 3}})
+    (Change(name='x.z', a=2, b=3),)
+    """
+    flat_a, flat_b = dict(_flat(a)), dict(_flat(b))
+    names = [*flat_a, *(name for name in flat_b if name not in flat_a)]
+    found = (Change(name, flat_a.get(name), flat_b.get(name)) for name in names)
+    return tuple(change for change in found if change.a != change.b)
+
+
+def compare_nets(a: Net, b: Net, file: str) -> Comparison:
+    """Compare the scales, codes and splits of two networks."""
+    scales_a, scales_b = activation_scales(a), activation_scales(b)
+    weights_a, weights_b = layer_weights(a), layer_weights(b)
+    tensors = [name for name in scales_a if name in scales_b]
+    layers = [name for name in weights_a if name in weights_b]
+    scales = [
+        _scale_change(name, scales_a[name], scales_b[name])
+        for name in tensors
+        if not np.array_equal(scales_a[name], scales_b[name])
+    ]
+    found = (_weight_change(name, weights_a[name], weights_b[name]) for name in layers)
+    forms_a, forms_b = ({s.layer: s.form for s in read_splits(net)} for net in (a, b))
+    return Comparison(
+        file=file,
+        num_tensors=len(tensors),
+        scales=tuple(sorted(scales, key=lambda s: s.ratio or float("inf"), reverse=True)),
+        tensors_only_a=tuple(name for name in scales_a if name not in scales_b),
+        tensors_only_b=tuple(name for name in scales_b if name not in scales_a),
+        num_layers=len(layers),
+        weights=tuple(change for change in found if change is not None),
+        layers_only_a=tuple(name for name in weights_a if name not in weights_b),
+        layers_only_b=tuple(name for name in weights_b if name not in weights_a),
+        splits=changes(forms_a, forms_b),
+    )
+
+
+def _flat(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in content.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _shown(value: Any) -> str:
+    return "none" if value is None else str(value)
+
+
+def _scale_change(tensor: str, a: Float64Array, b: Float64Array) -> ScaleChange:
+    ratios = _ratios(a, b)
+    index = 0 if ratios is None else int(ratios.argmax())
+    ratio = None if ratios is None else float(ratios[index])
+    return ScaleChange(tensor, float(a.flat[index]), float(b.flat[index]), ratio)
+
+
+def _ratios(a: Float64Array | None, b: Float64Array | None) -> Float64Array | None:
+    """Return the larger scale by the smaller, for each channel; None if there is no such number."""
+    if a is None or b is None or a.size != b.size or not ((a > 0).all() and (b > 0).all()):
+        return None
+    ratios = a.ravel() / b.ravel()
+    return np.maximum(ratios, 1 / ratios)
+
+
+def _weight_change(layer: str, a: LayerWeight, b: LayerWeight) -> WeightChange | None:
+    """Return what differs between two weights, or None if nothing does."""
+    comparable = a.form == b.form
+    differing = int((a.values != b.values).sum()) if comparable else None
+    ratios, bias = _ratios(a.scale, b.scale), _bias_difference(a.bias, b.bias)
+    ratio = None if ratios is None else float(ratios.max())
+    if comparable and differing == 0 and ratio in (None, 1.0) and not bias:
+        return None
+    difference = None
+    if comparable:
+        difference = float(np.abs(a.dequantized() - b.dequantized()).max(initial=0.0))
+    return WeightChange(
+        layer=layer,
+        form_a=a.form,
+        form_b=b.form,
+        differing=differing,
+        total=a.values.size,
+        max_difference=difference,
+        scale_ratio=ratio,
+        bias_difference=bias,
+    )
+
+
+def _bias_difference(a: Float64Array | None, b: Float64Array | None) -> float | None:
+    if a is None or b is None or a.shape != b.shape:
+        return None
+    return float(np.abs(a - b).max(initial=0.0))

@@ -1,0 +1,144 @@
+"""The record of a run, ``run.json``: everything that is needed to do it again, and what came out.
+
+    {"format": 1, "finished": true,
+     "source": {"name", "weights", "architecture", "seed"},   reptrt.sources.Source
+     "source_files": [{"path", "sha256"}],                    what the source consists of
+     "data": {"path", "sha256", "files"}, "eval_data": ...,   calibration images; those judged on
+     "options": {"export": {...}, "calibrate": {...}, ...},   reptrt.run.RunOptions, every field
+     "stages": {"export": {"key", "file", "sha256"}, ...},    what each stage wrote
+     "versions": {package: version}, "machine": {"python", "system", "cpu", "cores"}}
+
+Paths are absolute. It is written before the first stage and after each, whole or not at all.
+"""
+
+import json
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from reptrt.artifacts import package_versions, sha256_of, write_json
+from reptrt.conditions import cpu_name
+from reptrt.errors import ArtifactError
+from reptrt.inputs import DataRecord, FileRecord
+from reptrt.options_json import json_from_options, options_from_json
+from reptrt.runner import usable_cores
+
+FILE = "run.json"
+FORMAT = 1
+STAGES = ("export", "calibrate", "build-engine", "eval", "bench")  # in the order of a run
+
+
+@dataclass(frozen=True, slots=True)
+class StageRecord:
+    """What one stage wrote."""
+
+    key: str  # what it depends on, as one hash
+    file: str  # its name in the run's folder
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """The content of ``run.json``."""
+
+    format: int
+    finished: bool
+    source: Mapping[str, Any]
+    source_files: tuple[FileRecord, ...]
+    data: DataRecord
+    eval_data: DataRecord
+    options: Mapping[str, Any]
+    stages: Mapping[str, StageRecord]
+    versions: Mapping[str, str]
+    machine: Mapping[str, str]
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write ``run.json`` into the run's folder."""
+    write_json(folder / FILE, json_from_options(manifest))
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Return the record of a run, finished or not.
+
+    Raises:
+        ArtifactError: there is none, or it is not one that this version can read.
+    """
+    path = folder / FILE
+    content = read_json(path, "the record of a run")
+    found = content.get("format") if isinstance(content, dict) else None
+    if found != FORMAT:
+        raise ArtifactError(
+            f"{path}: not the record of a run in format {FORMAT} (its format is {found}); run it "
+            "anew, or use the version of reptrt that wrote it"
+        )
+    return options_from_json(Manifest, content, str(path))
+
+
+def read_finished(folder: Path) -> Manifest:
+    """Return the record of a run that was finished.
+
+    Raises:
+        ArtifactError: there is none, it cannot be read, or the run was stopped half way.
+    """
+    if not (folder / FILE).is_file():
+        raise ArtifactError(f"{folder}: not the folder of a run, it has no {FILE}")
+    manifest = read_manifest(folder)
+    if not manifest.finished:
+        done = ", ".join(stage for stage in STAGES if stage in manifest.stages) or "nothing"
+        raise ArtifactError(
+            f"{folder}: the run was stopped ({done} done); finish it with the same reptrt run "
+            "command, which keeps what is done"
+        )
+    return manifest
+
+
+def check_made(folder: Path, manifest: Manifest) -> None:
+    """Refuse the folder of a run whose files are not those that the run wrote.
+
+    Raises:
+        ArtifactError: a file is gone, or has another sha256; names it.
+    """
+    for record in manifest.stages.values():
+        path = folder / record.file
+        if not path.is_file():
+            raise ArtifactError(f"{path}: is gone; make it again with reptrt run")
+        found = sha256_of(path)
+        if found != record.sha256:
+            raise ArtifactError(
+                f"{path}: was changed after the run: sha256 is {found}, expected {record.sha256}; "
+                "make it again with reptrt run"
+            )
+
+
+def read_json(path: Path, what: str) -> Any:
+    """Return the content of a JSON file.
+
+    Raises:
+        ArtifactError: it cannot be read; ``what`` says what was expected.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as err:
+        reason = err.strerror if isinstance(err, OSError) else err
+        raise ArtifactError(
+            f"{path}: cannot be read ({reason}), expected {what}; delete it and run anew"
+        ) from err
+
+
+def versions() -> dict[str, str]:
+    """Return the packages that can change a result; Pillow decodes and resizes the images."""
+    return {**package_versions(), "pillow": metadata.version("pillow")}
+
+
+def describe_machine() -> dict[str, str]:
+    """Return what may change the last bits of a result beside the packages."""
+    return {
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "cpu": cpu_name(),
+        "cores": str(usable_cores()),
+    }

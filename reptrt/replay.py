@@ -1,0 +1,203 @@
+"""Do a run again from its record, and say file by file whether the same bytes came out.
+
+    float.onnx, int8.onnx, eval.json    must be equal
+    model.engine                        TensorRT may choose other kernels in every build
+    bench.json                          latencies
+
+The inputs must be what they were, by sha256; packages and machine may differ, and are then named as
+the reasons why a file may.
+"""
+
+import tempfile
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.table import Table
+
+from reptrt.artifacts import sha256_of
+from reptrt.compare import Change, changes
+from reptrt.errors import ConfigError
+from reptrt.inputs import check_data, check_source, source_files
+from reptrt.manifest import FILE, STAGES, Manifest, read_finished
+from reptrt.options_json import options_from_json
+from reptrt.run import RunOptions, run
+from reptrt.sources import Source
+
+State = Literal["equal", "differs", "not made"]
+
+_MAY_DIFFER = {
+    "build-engine": "engines differ between builds",
+    "bench": "latencies differ between runs",
+}
+_MADE_FROM = {"calibrate": ("export",), "eval": ("export", "calibrate")}
+_FACTORY = "nothing that is recorded differs: does the factory draw its weights anew at each call?"
+_UNEXPLAINED = "nothing that is recorded differs"
+
+
+@dataclass(frozen=True, slots=True)
+class ReplayedFile:
+    """One file of a run and of its replay."""
+
+    stage: str
+    file: str
+    expected_sha256: str  # what the run recorded
+    sha256: str | None  # of the replay
+    state: State
+    must_be_equal: bool
+    reasons: tuple[str, ...]  # why it may differ
+    kept: str | None  # what happened to the run's own file since; None: nothing
+
+
+@dataclass(frozen=True, slots=True)
+class ReplayReport:
+    """What a replay found."""
+
+    folder: Path
+    output: Path | None  # None: the replay was not kept
+    files: tuple[ReplayedFile, ...]
+    changes: tuple[Change, ...]  # of packages and machine
+
+    @property
+    def reproduced(self) -> bool:
+        """Whether every file that must be equal is."""
+        return all(file.state == "equal" for file in self.files if file.must_be_equal)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the report as JSON values."""
+        return {
+            "folder": str(self.folder),
+            "output": None if self.output is None else str(self.output),
+            "reproduced": self.reproduced,
+            "files": [asdict(file) for file in self.files],
+            "changes": [asdict(change) for change in self.changes],
+        }
+
+    def to_table(self) -> Table:
+        """Return the files as a table for people."""
+        table = Table(box=None, pad_edge=False)
+        for title in ("file", "sha256 of the run", "of the replay", "", "why"):
+            table.add_column(title, overflow="fold")
+        for file in self.files:
+            why = list(file.reasons) + ([file.kept] if file.kept is not None else [])
+            now = "-" if file.sha256 is None else file.sha256[:12]
+            table.add_row(file.file, file.expected_sha256[:12], now, file.state, "; ".join(why))
+        return table
+
+    def to_lines(self) -> list[str]:
+        """Return what changed around the run, and the verdict."""
+        verdict = "reproduced" if self.reproduced else "not reproduced"
+        where = "" if self.output is None else f"  {self.output}"
+        return [*(f"changed: {change}" for change in self.changes), f"replay  {verdict}{where}"]
+
+
+@dataclass(frozen=True, slots=True)
+class Moved:
+    """Where inputs of a run are now, if not where they were; None: still there."""
+
+    source: str | None = None
+    weights: Path | None = None
+    data: Path | None = None
+    eval_data: Path | None = None
+
+
+def replay(folder: Path, output: Path | None = None, moved: Moved | None = None) -> ReplayReport:
+    """Do a run again from its record and compare.
+
+    Args:
+        folder: of the run.
+        output: folder of the replay, new or empty; None: a temporary one.
+        moved: inputs that have moved; their content must be the same.
+
+    Raises:
+        ArtifactError: there is no record of a finished run, or an input is gone or has changed;
+            names it, with both hashes.
+        ReptrtError: a stage failed.
+    """
+    before = read_finished(folder)
+    moved = moved or Moved()
+    source = _moved_source(before, moved, f"{folder / FILE}: source")
+    options = options_from_json(RunOptions, before.options, f"{folder / FILE}: options")
+    data, eval_data = moved.data or before.data.path, moved.eval_data or before.eval_data.path
+    if moved.data is not None and before.eval_data == before.data:
+        eval_data = moved.eval_data or moved.data
+    check_source(before.source_files, source_files(source))
+    check_data("--data", before.data, data)
+    if eval_data != data:
+        check_data("--eval-data", before.eval_data, eval_data)
+    _check_output(output)
+    with tempfile.TemporaryDirectory() as temporary:
+        where = output or Path(temporary) / "replay"
+        run(source, data, where, options, eval_data)
+        after = read_finished(where)
+        changed = changes(
+            {**before.versions, **before.machine}, {**after.versions, **after.machine}
+        )
+        files = _compare(folder, before, after, changed)
+    return ReplayReport(folder, output, files, changed)
+
+
+def _moved_source(before: Manifest, moved: Moved, where: str) -> Source:
+    source = options_from_json(Source, before.source, where)
+    if moved.source is not None:
+        source = replace(source, name=moved.source)
+    if moved.weights is not None:
+        source = replace(source, weights=moved.weights)
+    return source
+
+
+def _check_output(output: Path | None) -> None:
+    """Refuse a folder from which a stage could be kept: nothing would be done again."""
+    if output is not None and output.is_dir() and any(output.iterdir()):
+        raise ConfigError(f"-o {output}: is not empty; name a new folder for the replay")
+
+
+def _compare(
+    folder: Path, before: Manifest, after: Manifest, changed: tuple[Change, ...]
+) -> tuple[ReplayedFile, ...]:
+    found: dict[str, ReplayedFile] = {}
+    for stage in (stage for stage in STAGES if stage in before.stages):
+        record, now = before.stages[stage], after.stages.get(stage)
+        state: State = "not made"
+        if now is not None:
+            state = "equal" if now.sha256 == record.sha256 else "differs"
+        origins = [found[origin] for origin in _MADE_FROM.get(stage, ()) if origin in found]
+        reasons = () if state == "equal" else _reasons(stage, state, origins, before, changed)
+        found[stage] = ReplayedFile(
+            stage=stage,
+            file=record.file,
+            expected_sha256=record.sha256,
+            sha256=None if now is None else now.sha256,
+            state=state,
+            must_be_equal=stage not in _MAY_DIFFER,
+            reasons=reasons,
+            kept=_since(folder / record.file, record.sha256),
+        )
+    return tuple(found.values())
+
+
+def _reasons(
+    stage: str,
+    state: State,
+    origins: list[ReplayedFile],
+    before: Manifest,
+    changed: tuple[Change, ...],
+) -> tuple[str, ...]:
+    """Return why a file may differ, the nearest cause first."""
+    if state == "not made":
+        return ("no TensorRT is installed here",)
+    if stage in _MAY_DIFFER:
+        return (_MAY_DIFFER[stage],)
+    reasons = [f"{file.file} differs, it is made from it" for file in origins if file.reasons]
+    if not reasons:
+        reasons = [str(change) for change in changed]
+    if not reasons:
+        is_factory = ":" in before.source["name"] and before.source["weights"] is None
+        reasons = [_FACTORY if stage == "export" and is_factory else _UNEXPLAINED]
+    return tuple(reasons)
+
+
+def _since(path: Path, expected: str) -> str | None:
+    if not path.is_file():
+        return "the run's own file is gone"
+    return None if sha256_of(path) == expected else "the run's own file was changed since"

@@ -1,0 +1,192 @@
+"""Forms of one net on the same images, each compared with the first and with the one before it.
+
+Outputs of three forms are kept at a time.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from rich.table import Table
+
+from reptrt.data import Dataset
+from reptrt.errors import ArtifactError, DataError, EngineError, MissingDependencyError
+from reptrt.evaluate import run_dataset
+from reptrt.metrics import agreement, sqnr_db, top_k_accuracy
+from reptrt.runner import Runner
+
+Float32Array = npt.NDArray[np.float32]
+
+_BATCH = 64
+_NOT_COMPARED = ("-",) * 4
+
+
+@dataclass(frozen=True, slots=True)
+class Distance:
+    """How far the outputs of a rung are from those of another."""
+
+    max_difference: float  # in units of the output
+    sqnr_db: float | None  # None: all outputs are equal
+    agreement: float | None  # fraction of images with the same arg max; None: no classifier
+    top1_change: float | None  # of the fraction; None: no labels, or no classifier
+
+
+@dataclass(frozen=True, slots=True)
+class Rung:
+    """One form of the net in one executor."""
+
+    name: str
+    runs_in: str
+    top1: float | None = None  # fraction; None: no labels, no classifier, or not run
+    from_first: Distance | None = None  # None: it is the first, or not run
+    from_before: Distance | None = None
+    not_run: str | None = None  # the reason
+
+
+@dataclass(frozen=True, slots=True)
+class Ladder:
+    """All rungs, from the first to the last."""
+
+    rungs: tuple[Rung, ...]
+    images: int
+    largest_output: float  # of the first rung: the measure of differences
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the ladder as JSON values."""
+        return asdict(self)
+
+    def to_table(self) -> Table:
+        """Return the rungs as a table for people."""
+        unit = f"{self.images} images; outputs up to {self.largest_output:.3g}"
+        table = Table(box=None, pad_edge=False, caption=unit, caption_justify="left")
+        table.add_column("rung", overflow="fold")
+        table.add_column("runs in", no_wrap=True)
+        titles = ("agreement", "SQNR dB", "max diff.")
+        for title in ("top-1", *titles, "step: top-1", *titles):
+            table.add_column(title, justify="right", no_wrap=True)
+        for rung in self.rungs:
+            so_far, step = _cells(rung.from_first), _cells(rung.from_before)
+            top1 = "-" if rung.top1 is None else f"{100 * rung.top1:.2f} %"
+            table.add_row(rung.name, rung.runs_in, top1, *so_far[1:], *step)
+        return table
+
+    def to_lines(self) -> list[str]:
+        """Return a line for each rung that was not run."""
+        return [f"{r.name}: not run: {r.not_run}" for r in self.rungs if r.not_run is not None]
+
+
+class Step(NamedTuple):
+    """How to run one form."""
+
+    name: str
+    runs_in: str
+    open: Callable[[], Runner]
+    may_fail: bool = False  # for want of a TensorRT or a GPU
+
+
+def measure(steps: Iterable[Step], dataset: Dataset) -> Ladder:
+    """Run every form on all images, one after the other.
+
+    Raises:
+        ArtifactError: a form gives NaN or infinity, or outputs of another shape than the first.
+        DataError: a label is beyond the net's classes.
+        ReptrtError: a form that may not fail cannot be run.
+    """
+    rungs: list[Rung] = []
+    first: Float32Array | None = None
+    before: Float32Array | None = None
+    for step in steps:
+        try:
+            with step.open() as runner:
+                outputs = run_dataset([runner], dataset, _BATCH)[0]
+        except (EngineError, MissingDependencyError) as err:
+            if not step.may_fail:
+                raise
+            rungs.append(Rung(step.name, step.runs_in, not_run=str(err)))
+            continue
+        first = outputs if first is None else first
+        _check(step, outputs, first)
+        rungs.append(_rung(step, outputs, first, before, dataset))
+        before = outputs
+    if first is None:
+        raise ArtifactError("no form of the net could be run")
+    return Ladder(tuple(rungs), dataset.length, float(np.abs(first).max(initial=0.0)))
+
+
+def _check(step: Step, outputs: Float32Array, first: Float32Array) -> None:
+    bad = int((~np.isfinite(outputs).reshape(len(outputs), -1).all(axis=1)).sum())
+    where = f"{step.name} in {step.runs_in}"
+    if bad:
+        raise ArtifactError(
+            f"{where}: NaN or infinite outputs on {bad} of {len(outputs)} images; the net is "
+            "broken, or its inputs are on another scale than it expects"
+        )
+    if outputs.shape != first.shape:
+        raise ArtifactError(
+            f"{where}: outputs have shape {outputs.shape}, those of the first rung {first.shape}"
+        )
+
+
+def _rung(
+    step: Step,
+    outputs: Float32Array,
+    first: Float32Array,
+    before: Float32Array | None,
+    dataset: Dataset,
+) -> Rung:
+    if before is None:
+        return Rung(step.name, step.runs_in, _top1(outputs, dataset))
+    return Rung(
+        name=step.name,
+        runs_in=step.runs_in,
+        top1=_top1(outputs, dataset),
+        from_first=_distance(first, outputs, dataset),
+        from_before=_distance(before, outputs, dataset),
+    )
+
+
+def _distance(reference: Float32Array, outputs: Float32Array, dataset: Dataset) -> Distance:
+    ratio = sqnr_db(reference, outputs)
+    one, other = _top1(reference, dataset), _top1(outputs, dataset)
+    rows, expected = _rows(outputs), _rows(reference)
+    return Distance(
+        max_difference=float(np.abs(outputs.astype(np.float64) - reference).max(initial=0.0)),
+        sqnr_db=ratio if math.isfinite(ratio) else None,
+        agreement=None if rows is None or expected is None else agreement(expected, rows),
+        top1_change=None if one is None or other is None else other - one,
+    )
+
+
+def _top1(outputs: Float32Array, dataset: Dataset) -> float | None:
+    rows, labels = _rows(outputs), dataset.labels
+    if rows is None or labels is None:
+        return None
+    if labels.max() >= rows.shape[1]:
+        raise DataError(
+            f"{dataset.path}: label {labels.max()} in the data, but the net has {rows.shape[1]} "
+            "classes; check the number of class folders"
+        )
+    return top_k_accuracy(rows, labels, 1)
+
+
+def _rows(outputs: Float32Array) -> Float32Array | None:
+    """Return the outputs (N, classes, 1, ...) as (N, classes); None: they are something else."""
+    rows = outputs.reshape(len(outputs), -1)
+    return rows if outputs.ndim > 1 and rows.shape[1] == outputs.shape[1] else None
+
+
+def _cells(distance: Distance | None) -> tuple[str, ...]:
+    """Return top-1 change, agreement, SQNR and largest difference for people."""
+    if distance is None:
+        return _NOT_COMPARED
+    top1, same, ratio = distance.top1_change, distance.agreement, distance.sqnr_db
+    equal = "equal" if distance.max_difference == 0 else "-"
+    return (
+        "-" if top1 is None else f"{100 * top1:+.2f}",
+        "-" if same is None else f"{100 * same:.2f} %",
+        equal if ratio is None else f"{ratio:.2f}",
+        f"{distance.max_difference:.2g}",
+    )

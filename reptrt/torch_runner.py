@@ -1,0 +1,112 @@
+"""Run a torch module, or an ONNX graph in torch, with the contract of `reptrt.runner.Runner`."""
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType, TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from reptrt.graph import Net
+from reptrt.lint.tensors import is_dequantize, is_quantize, value_of
+from reptrt.quantized import is_simulation
+from reptrt.torchgraph import TorchGraph
+
+AnyArray = npt.NDArray[Any]
+Replacements = Mapping[str, Callable[..., Any]]
+
+_NOTHING: Replacements = MappingProxyType({})
+
+
+class TorchRunner:
+    """A function of an image batch, a torch module above all, as a runner.
+
+    Args:
+        name: the runtime, for reports.
+        forward: float32 (n, C, H, W) -> a tensor, or a tuple or list whose first entry counts.
+        device: where ``forward`` computes.
+        batch: the number of images it takes; None is any.
+    """
+
+    threads = None
+    input_name = "input"
+    output_names = ("output",)
+
+    def __init__(
+        self,
+        name: str,
+        forward: Callable[[Tensor], Any],
+        device: torch.device,
+        batch: int | None = None,
+    ) -> None:
+        self.name = name
+        self.device = str(device)
+        self.input_shape = (batch, None, None, None)
+        self._forward = forward
+        self._device = device
+
+    def run(self, batch: AnyArray) -> dict[str, AnyArray]:
+        """Return the first output for a float32 batch (n, C, H, W)."""
+        with torch.inference_mode():
+            result = self._forward(torch.from_numpy(np.ascontiguousarray(batch)).to(self._device))
+        while isinstance(result, tuple | list):
+            result = result[0]
+        return {self.output_names[0]: np.asarray(result.float().cpu().numpy())}
+
+    def __enter__(self) -> "TorchRunner":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._forward = _closed
+
+
+def module_runner(module: nn.Module, device: torch.device) -> TorchRunner:
+    """Return a runner of a torch module."""
+    return TorchRunner("torch", module.to(device), device)
+
+
+def graph_runner(net: Net, device: torch.device, replace: Replacements = _NOTHING) -> TorchRunner:
+    """Return a runner of an ONNX graph in torch.
+
+    Args:
+        net: the graph.
+        device: where to compute.
+        replace: node name -> function of its inputs, in place of the node.
+    """
+    graph = TorchGraph(net, device)
+    (name,), output = graph.input_names, graph.output_names[0]
+    batch = (net.graph.inputs[0].shape or [None])[0]
+
+    def forward(x: Tensor) -> Tensor:
+        return graph.run({name: x}, [output], replace=replace)[output]
+
+    return TorchRunner("torch graph", forward, device, batch if isinstance(batch, int) else None)
+
+
+def float_activations(net: Net) -> Replacements:
+    """Return replacements that leave every activation of a Q/DQ graph in float.
+
+    Weights keep their codes. The pair is skipped, and the Clip of a simulation before it.
+    """
+    skipped = set()
+    for node in net.graph.nodes:
+        if is_quantize(node) and value_of(node.inputs[0]) is None:
+            skipped |= {node.name, *(r.name for r in node.outputs[0].outputs if is_dequantize(r))}
+        elif is_simulation(node):
+            skipped.add(node.name)
+    return dict.fromkeys(skipped, _first)
+
+
+def _first(x: Tensor, *parameters: Tensor | None) -> Tensor:
+    return x
+
+
+def _closed(x: Tensor) -> Tensor:
+    raise ValueError("the runner is closed")
