@@ -33,6 +33,15 @@ class Grid:
         """Codes of an activation: [-2^(b-1), 2^(b-1) - 1]."""
         return Grid(-(2 ** (num_bits - 1)), 2 ** (num_bits - 1) - 1)
 
+    @property
+    def full_range(self) -> "Grid":
+        """The same number of codes from 0 on, for values that are never negative.
+
+        >>> Grid.activation(8).full_range
+        Grid(qmin=0, qmax=255)
+        """
+        return Grid(0, self.qmax - self.qmin)
+
     @staticmethod
     def weight(num_bits: int) -> "Grid":
         """Codes of a weight: [-(2^(b-1) - 1), 2^(b-1) - 1]."""

@@ -7,7 +7,7 @@
 Zero points are 0 and INT8 everywhere. Placement is `reptrt.placement`, arithmetic `reptrt.affine`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +20,7 @@ from reptrt.graph import Net, constant_value
 from reptrt.placement import Placement, Weight
 
 _INT8 = Grid.activation(8)
+_WHOLE = (_INT8, _INT8.full_range)  # grids that saturation alone enforces
 _ROLES = ("scale", "zero_point", "q", "dq", "quantize", "dequantize", "clip", "clipped")
 
 
@@ -62,6 +63,7 @@ def insert_qdq(
     scales: Mapping[str, float],
     weights: Mapping[str, QuantizedWeight],
     grid: Grid,
+    full_range: Collection[str] = (),
 ) -> None:
     """Insert all Q/DQ pairs of a plan into a net, in place.
 
@@ -73,13 +75,16 @@ def insert_qdq(
         scales: tensor name -> step size, for every activation of the plan.
         weights: node name -> codes, for every weight of the plan.
         grid: the codes of activations.
+        full_range: activations that are never negative and take the UINT8 codes of
+            ``grid.full_range``; `reptrt.rewrite.recentre` brings them to zero point 0.
     """
     nodes = {node.name: node for node in net.graph.nodes}
     tensors = net.graph.tensors()
     taken = {*tensors, *nodes}
     for activation in placement.activations:
         scale = scales[activation.tensor]
-        result = _append_pair(net.graph, tensors[activation.tensor], scale, grid, taken)
+        codes = grid.full_range if activation.tensor in full_range else grid
+        result = _append_pair(net.graph, tensors[activation.tensor], scale, codes, taken)
         for node_name, index in activation.readers:
             nodes[node_name].inputs[index] = result
     for weight in placement.weights:
@@ -99,13 +104,14 @@ def _append_pair(
 ) -> gs.Variable:
     """Append the Q/DQ pair of a tensor; return its result."""
     name = _free_prefix(tensor.name, taken)
+    dtype = np.uint8 if grid.qmin == 0 else np.int8
     parameters = [
         gs.Constant(f"{name}.scale", np.array(scale, dtype=np.float32)),
-        gs.Constant(f"{name}.zero_point", np.array(0, dtype=np.int8)),
+        gs.Constant(f"{name}.zero_point", np.array(0, dtype=dtype)),
     ]
-    codes = gs.Variable(f"{name}.q", dtype=np.int8, shape=tensor.shape)
+    codes = gs.Variable(f"{name}.q", dtype=dtype, shape=tensor.shape)
     result = gs.Variable(f"{name}.dq", dtype=np.float32, shape=tensor.shape)
-    if grid != _INT8:
+    if grid not in _WHOLE:
         tensor = _clip(graph, name, tensor, scale, grid)
     graph.nodes += [
         gs.Node("QuantizeLinear", f"{name}.quantize", {}, [tensor, *parameters], [codes]),
