@@ -8,12 +8,14 @@ The JSON form of a report:
                   "ratio_low", "ratio_high"}],
      "baseline", "cpu", "onnxruntime", "seed", "warmup_seconds", "min_seconds",
      "before": {"cpu_mhz", "load_average", "gpu": {"sm_mhz", "memory_mhz", "temperature_c",
-                "power_w", "held_back_by"}}, "after", "remarks"}
+                "power_w", "held_back_by"}}, "after", "remarks",
+     "explanations": [{"file", "batch", "lines"}]}
 
 ``low`` and ``high`` bound a 95 % bootstrap interval. ``ratio`` is the median over rounds of (time
 of this file / time of the baseline in the same round); below 1 is faster than the baseline; null
 without one. ``before`` is when everything was warm, ``after`` right after the last run; what cannot
-be read is null (`reptrt.conditions`).
+be read is null (`reptrt.conditions`). ``explanations`` say why a file is not clearly faster than
+the baseline (`reptrt.explain`).
 """
 
 from dataclasses import asdict, dataclass

@@ -571,14 +571,27 @@ def evaluate(
     show_default=True,
     help="Before, for each file and batch size.",
 )
+@click.option(
+    "--host-copies/--no-host-copies",
+    default=True,
+    show_default=True,
+    help="Count the copies from and to the host; without, those of engines are left out.",
+)
 @_runner_options
 @_json_option
 def bench(files: Sequence[Path], json_path: str | None, **values: Any) -> None:
-    """Time FILES side by side: interleaved rounds, median and percentiles."""
+    """Time FILES side by side: interleaved rounds, median and percentiles.
+
+    With a baseline it says of every file that is not clearly faster why not.
+    """
     from reptrt.bench import bench as measure
+    from reptrt.explain import explain_all
 
     report = measure(list(files), **values)
-    _emit(_text(report.to_table()), report.to_json(), json_path)
+    explanations = explain_all(report)
+    lines = [line for explanation in explanations for line in explanation.to_lines()]
+    content = report.to_json() | {"explanations": [found.to_json() for found in explanations]}
+    _emit("\n".join([_text(report.to_table()), *lines]), content, json_path)
 
 
 @main.command()

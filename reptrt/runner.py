@@ -187,6 +187,16 @@ def optimized_op_counts(model: bytes | Path) -> Counter[str]:
         ArtifactError: not an ONNX file, or one that onnxruntime refuses.
         MissingDependencyError: onnxruntime is not installed.
     """
+    return Counter(op for _, op in optimized_nodes(model))
+
+
+def optimized_nodes(model: bytes | Path) -> list[tuple[str, str]]:
+    """Return name and operator of every node that onnxruntime runs on the CPU, in order.
+
+    Raises:
+        ArtifactError: not an ONNX file, or one that onnxruntime refuses.
+        MissingDependencyError: onnxruntime is not installed.
+    """
     where = str(model) if isinstance(model, Path) else "model"
     with tempfile.TemporaryDirectory() as folder:
         optimized = Path(folder) / "optimized.onnx"
@@ -194,7 +204,7 @@ def optimized_op_counts(model: bytes | Path) -> Counter[str]:
         options.optimized_model_filepath = str(optimized)
         _session(where, _runnable_bytes(model), options, "cpu")
         graph = onnx.load(str(optimized)).graph
-    return Counter(node.op_type for node in graph.node)
+    return [(node.name, node.op_type) for node in graph.node]
 
 
 def ort_version() -> str:

@@ -1,0 +1,256 @@
+"""Why INT8 is no faster: what a file is made of, beside what was timed.
+
+Three questions, in this order: is there a difference at all (an interval that includes 1 says no)?
+Does what was planned INT8 run in INT8, and what stands between? And would faster arithmetic help:
+layers with few multiply-accumulates per byte wait for memory, small ones for being called.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from reptrt.artifacts import read_sidecar, sha256_of
+from reptrt.audit import Audit, audit
+from reptrt.bench_report import BenchReport, Timing
+from reptrt.cost import LayerCost, layer_costs
+from reptrt.engine_input import is_half
+from reptrt.errors import ReptrtError
+from reptrt.graph import net_from_model, read_model
+from reptrt.inspect import inspect_engine
+from reptrt.intent import planned_int8
+from reptrt.lint import lint_net
+from reptrt.runner import optimized_nodes
+from reptrt.splits import read_splits
+
+_HELPS = 0.9  # ratio below which INT8 is worth no explanation
+_NAMED = 3
+_FLOAT_OPS = re.compile(r"(Fused)?(Conv|ConvTranspose|Gemm|MatMul)")
+_ISLAND_RULES = ("QDQ201", "QDQ202", "QDQ203")  # float between INT8 layers
+
+# Orders of magnitude, not measured here. INT8 multiply-accumulates in the time to move a byte:
+# data sheets of GPUs with tensor cores give 200 to 350 (A100, H100, RTX 4090), a CPU core with VNNI
+# has a few from its cache and 20 or so from memory. A call: a kernel launch; an operator.
+_MACS_PER_BYTE = {"gpu": 200.0, "cpu": 10.0}
+_CALL_US = {"gpu": 10.0, "cpu": 5.0}
+_WAITING = 0.2  # share of time above which waiting for memory is worth a line
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """What can be said of a file that was timed."""
+
+    planned: int = 0  # layers planned INT8
+    misses: tuple[str, ...] = ()  # of these, those that run in float: name, and why if known
+    split_layers: int = 0  # layers that were split in two summands
+    islands: tuple[str, ...] = ()  # what is in float between INT8 layers
+    passes: tuple[str, ...] = ()  # launches of an engine that only move or convert: "12 reformats"
+    fp32_rest: bool = False
+    calls: int = 0  # operators or launches of one run; 0: not known
+    costs: tuple[LayerCost, ...] = ()
+    unknown: tuple[str, ...] = ()  # what could not be looked at, and why
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """What is said of one file at one batch size."""
+
+    file: str
+    batch: int
+    lines: tuple[str, ...]  # the verdict first
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the explanation as JSON values."""
+        return asdict(self)
+
+    def to_lines(self) -> list[str]:
+        """Return the explanation for people."""
+        first, *others = self.lines
+        return [f"{self.file}, batch {self.batch}: {first}", *(f"  {line}" for line in others)]
+
+
+def explain_all(report: BenchReport) -> tuple[Explanation, ...]:
+    """Explain every file of a report that INT8, or whatever it is, does not make faster."""
+    explanations = []
+    for base in (row for row in report.results if row.file == report.baseline):
+        for row in report.results:
+            if row.batch != base.batch or row.file == base.file or _helps(row):
+                continue
+            lines = explain(base, row, evidence(Path(row.file), row.batch, on_gpu=_on_gpu(row)))
+            if lines:
+                explanations.append(Explanation(row.file, row.batch, lines))
+    return tuple(explanations)
+
+
+def explain(baseline: Timing, result: Timing, found: Evidence) -> tuple[str, ...]:
+    """Return why a file is not clearly faster than the baseline, the verdict first; () if it is.
+
+    Args:
+        baseline: the timing that ratios refer to.
+        result: the timing of the file, with its ratio.
+        found: what the file is made of.
+    """
+    if result.file == baseline.file or _helps(result):
+        return ()
+    verdict = _verdict(baseline, result)
+    if not found.planned:
+        return (verdict,) if _no_difference(result) else ()
+    reasons = [*_float_reasons(found, result), *_waiting_reasons(found, result)]
+    reasons = reasons or ["the file shows no reason: the INT8 kernels are no faster here"]
+    return (verdict, *reasons, *found.unknown)
+
+
+def evidence(path: Path, batch: int, *, on_gpu: bool) -> Evidence:
+    """Look into a file; what cannot be looked at is said in ``unknown``."""
+    if path.suffix.lower() == ".engine":
+        return _engine_evidence(path, batch)
+    model = read_model(path)
+    found = _graph_evidence(model, batch)
+    if not found.planned or on_gpu:
+        return found
+    try:
+        nodes = optimized_nodes(path)
+    except ReptrtError as err:
+        return replace(found, unknown=(f"what onnxruntime makes of it is not known: {err}",))
+    planned = planned_int8(model)
+    floats = [name for name, op in nodes if _FLOAT_OPS.fullmatch(op)]
+    misses = tuple(name for name in floats if name in planned)
+    return replace(found, misses=misses, fp32_rest=False, calls=len(nodes))
+
+
+def _graph_evidence(model: onnx.ModelProto, batch: int) -> Evidence:
+    planned = planned_int8(model)
+    if not planned:
+        return Evidence()
+    net = net_from_model(model)
+    islands = [f for f in lint_net(net).findings if f.rule in _ISLAND_RULES]
+    return Evidence(
+        planned=len(planned),
+        split_layers=len(read_splits(net)),
+        islands=tuple(dict.fromkeys(f"{f.node} ({f.rule} {f.name})" for f in islands)),
+        fp32_rest=not is_half(model),
+        costs=layer_costs(model, batch),
+    )
+
+
+def _engine_evidence(path: Path, batch: int) -> Evidence:
+    """Return what the audit says, and what the ONNX file says if it lies beside the engine."""
+    sidecar = read_sidecar(path)
+    if sidecar is None:
+        return Evidence(unknown=("the engine has no sidecar that says what was planned INT8",))
+    found = Evidence(planned=len(sidecar.details.get("int8_layers", ())))
+    if not found.planned:
+        return found
+    unknown = []
+    sources = [path.parent / name for name in sidecar.parents]
+    sources = [s for s in sources if s.is_file() and sha256_of(s) == sidecar.parents[s.name]]
+    if sources:
+        found = replace(_graph_evidence(read_model(sources[0]), batch), planned=found.planned)
+    else:
+        unknown.append("the ONNX file that the engine was built from is not beside it")
+    rest = sidecar.details.get("rest", {}).get("state")
+    found = replace(found, fp32_rest=rest == "fp32")
+    try:
+        checked, layers = audit(path), inspect_engine(path).layers
+    except ReptrtError as err:
+        unknown.append(f"no audit: {err}")
+        return replace(found, unknown=tuple(unknown))
+    return replace(
+        found,
+        misses=tuple(f"{miss.layer}: {miss.precision}, {miss.reason}" for miss in checked.misses),
+        passes=_passes(checked),
+        calls=len(layers),
+        unknown=tuple(unknown),
+    )
+
+
+def _passes(checked: Audit) -> tuple[str, ...]:
+    counts = {
+        "reformats": len(checked.reformats),
+        "Q/DQ passes": len(checked.quantization_passes),
+        "float outputs that another launch quantizes": len(checked.float_outputs),
+    }
+    return tuple(f"{count} {what}" for what, count in counts.items() if count)
+
+
+def _helps(result: Timing) -> bool:
+    if result.ratio is None or result.ratio_high is None:
+        return True
+    return result.ratio_high < 1.0 and result.ratio < _HELPS
+
+
+def _no_difference(result: Timing) -> bool:
+    low, high = result.ratio_low, result.ratio_high
+    return low is not None and high is not None and low <= 1.0 <= high
+
+
+def _verdict(baseline: Timing, result: Timing) -> str:
+    numbers = (
+        f"ratio {result.ratio:.3f} to {baseline.file}, 95 % interval {result.ratio_low:.3f} to "
+        f"{result.ratio_high:.3f}"
+    )
+    if _no_difference(result):
+        return f"no difference measurable ({numbers})"
+    slower = result.ratio is not None and result.ratio > 1.0
+    return f"{'slower' if slower else 'hardly faster'} ({numbers})"
+
+
+def _float_reasons(found: Evidence, result: Timing) -> list[str]:
+    """What does not run in INT8, or stands between what does."""
+    lines = []
+    if found.misses:
+        lines.append(
+            f"{len(found.misses)} of {found.planned} layers planned INT8 run in float: "
+            f"{_some(found.misses)}"
+        )
+    if found.split_layers and (found.misses or found.passes):
+        where = "onnxruntime" if result.runner == "onnxruntime" else "the engine"
+        lines.append(
+            f"{found.split_layers} layers are split in two summands, which {where} adds in float: "
+            "compare with calibrate --split none"
+        )
+    if found.islands:
+        lines.append(f"in float between INT8 layers: {_some(found.islands)}")
+    if found.passes:
+        lines.append(f"only moving or converting data: {', '.join(found.passes)}")
+    if found.fp32_rest and _on_gpu(result):
+        lines.append("what is not INT8 runs in FP32: make it FP16 (--high-precision fp16)")
+    return lines
+
+
+def _waiting_reasons(found: Evidence, result: Timing) -> list[str]:
+    """Why faster arithmetic would not help."""
+    kind = "gpu" if _on_gpu(result) else "cpu"
+    lines = []
+    rate = _MACS_PER_BYTE[kind]
+    total = sum(cost.time(rate) for cost in found.costs)
+    waiting = [cost for cost in found.costs if cost.intensity < rate]
+    share = sum(cost.time(rate) for cost in waiting) / total if total else 0.0
+    if share >= _WAITING:
+        waiting.sort(key=lambda cost: cost.bytes_moved, reverse=True)
+        lines.append(
+            f"{len(waiting)} of {len(found.costs)} layers wait for memory (fewer than {rate:.0f} "
+            f"multiply-accumulates per byte; {100 * share:.0f} % of the time by this estimate): "
+            f"{_some([f'{cost.layer} {cost.intensity:.1f}' for cost in waiting])}; faster "
+            "arithmetic does not help them, moving fewer bytes does"
+        )
+    each = 1e3 * result.median_ms / found.calls if found.calls else float("inf")
+    if each < _CALL_US[kind]:
+        what = "launches" if kind == "gpu" else "operators"
+        lines.append(
+            f"{found.calls} {what} take {each:.1f} us each, not much more than calling them costs: "
+            "larger batches help, INT8 does not"
+        )
+    return lines
+
+
+def _on_gpu(result: Timing) -> bool:
+    return result.device != "cpu"
+
+
+def _some(texts: Sequence[str]) -> str:
+    more = f"; {len(texts) - _NAMED} more" if len(texts) > _NAMED else ""
+    return "; ".join(texts[:_NAMED]) + more
