@@ -186,16 +186,14 @@ def _weight_row(change: WeightChange) -> tuple[str, ...]:
 def _table(
     title: str, columns: Sequence[str], rows: Sequence[tuple[str, ...]], shown: int = _SHOWN
 ) -> Table:
-    more = f"{len(rows) - shown} more, see --json" if len(rows) > shown else None
-    table = Table(
-        box=None, pad_edge=False, title=title, title_justify="left", caption=more,
-        caption_justify="left",
-    )  # fmt: skip
-    table.add_column("", overflow="fold")
+    table = Table(box=None, pad_edge=False)
+    table.add_column(title, overflow="fold")
     for column in columns:
         table.add_column(column, justify="right", overflow="fold")
     for row in rows[:shown]:
         table.add_row(*row)
+    if len(rows) > shown:
+        table.add_row(f"{len(rows) - shown} more, see --json")
     return table
 
 
