@@ -63,7 +63,11 @@ class Runner(Protocol):
         """Names of the outputs, in the model's order."""
 
     def run(self, batch: AnyArray) -> dict[str, AnyArray]:
-        """Return every output for a batch, by name."""
+        """Return every output for a batch of images (N, C, H, W), by name.
+
+        Raises:
+            DataError: the runtime refuses the batch, or fails on it.
+        """
 
     def __enter__(self) -> "Runner": ...
 

@@ -40,11 +40,11 @@ _COMMANDS = """\
 
 Results go to stdout, progress and logs to stderr (`reptrt -v COMMAND` logs more). Exit status 0:
 done; 1: a stated failure, one line on stderr with where, what was got, what was expected and what
-to do; 2: a command line that cannot be read; 130: stopped by Ctrl-C. Every command takes `--json F`;
-`-` writes the JSON to stdout instead of the text. Files are written whole or not at all, and each has a sidecar
-`FILE.json` that says what it was made from ([architecture](architecture.md)). `--data` is a folder
-of images (flat, or a sub-folder for each class), an `.npz` with an array `x` (N, C, H, W) and
-optionally classes `y`, or an `.npy`.
+to do; 2: a command line that cannot be read; 130: stopped by Ctrl-C. Every command takes
+`--json F`; `-` writes the JSON to stdout instead of the text. Files are written whole or not at
+all, and each has a sidecar `FILE.json` that says what it was made from
+([architecture](architecture.md)). `--data` is a folder of images (flat, or a sub-folder for each
+class), an `.npz` with an array `x` (N, C, H, W) and optionally classes `y`, or an `.npy`.
 """
 
 _LINT = """\
