@@ -121,9 +121,11 @@ def _steps(
     for name, net in _rewritten(fp, calib_data, options.calibrate):
         yield _in_onnxruntime(name, model_from_net(net), options)
     weights_only = float_activations(q)
-    yield Step("INT8 weights", "torch graph", lambda: graph_runner(q, device, weights_only))
-    yield Step("INT8", "torch graph", lambda: graph_runner(q, device))
-    yield Step("INT8", "onnxruntime", lambda: _open(files.int8_onnx, options))
+    bits = options.calibrate.weight_bits, options.calibrate.activation_bits
+    label = "INT8" if bits == (8, 8) else f"W{bits[0]}A{bits[1]}"
+    yield Step(f"{label} weights", "torch graph", lambda: graph_runner(q, device, weights_only))
+    yield Step(label, "torch graph", lambda: graph_runner(q, device))
+    yield Step(label, "onnxruntime", lambda: _open(files.int8_onnx, options))
     yield Step("engine", "tensorrt", lambda: _open_engine(files, options, folder), may_fail=True)
 
 
