@@ -172,16 +172,20 @@ def _rewritten(
     prepared = prepare(whole, dataset, options, excluded)
     if options.equalize:
         prepare(net, dataset, replace(options, split="none"), excluded)
-        yield f"equalized ({prepared.equalized} tensors)", net
+        yield f"equalized ({_count(prepared.equalized, 'tensor')})", net
     coarse = [split.layer for split in prepared.splits if split.form == "coarse-fine"]
     identity = [split.layer for split in prepared.splits if split.form != "coarse-fine"]
     if identity and coarse:
         net = net.copy()
         split_identity(net, identity, grid=options.grids[1], precision=options.split_precision)
     if identity:
-        yield f"identity split ({len(identity)} layers)", net if coarse else whole
+        yield f"identity split ({_count(len(identity), 'layer')})", net if coarse else whole
     if coarse:
-        yield f"coarse-fine split ({len(coarse)} layers)", whole
+        yield f"coarse-fine split ({_count(len(coarse), 'layer')})", whole
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def _in_onnxruntime(name: str, model: onnx.ModelProto, options: RunOptions) -> Step:

@@ -15,7 +15,7 @@ import torch
 from click.testing import CliRunner
 
 from reptrt.artifacts import read_sidecar, sha256_of
-from reptrt.demo import digits, ladder
+from reptrt.demo import comparison, digits
 from reptrt.demo.__main__ import main
 from reptrt.errors import MissingDependencyError
 from reptrt.pipeline import ExportOptions, Source, export
@@ -30,7 +30,7 @@ class Run(NamedTuple):
     content: dict[str, Any]
 
     def rung(self, name: str) -> dict[str, Any]:
-        return next(rung for rung in self.content["rungs"] if rung["name"] == name)
+        return next(rung for rung in self.content["rows"] if rung["name"] == name)
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def test_the_table_has_every_rung_and_column(run: Run) -> None:
 
 
 def test_the_net_is_accurate_and_int8_keeps_it_so(run: Run) -> None:
-    assert tuple(rung["name"] for rung in run.content["rungs"]) == NAMES
+    assert tuple(rung["name"] for rung in run.content["rows"]) == NAMES
     assert run.rung("float")["top1"] > 0.98
     assert run.rung("float")["sqnr_db"] is None
     assert run.rung("reptrt INT8")["top1"] >= run.rung("float")["top1"] - 0.01
@@ -74,11 +74,22 @@ def test_plain_int8_shows_the_disease_and_the_recipe_is_better(run: Run) -> None
 
 
 def test_int8_files_are_small_and_timed(run: Run) -> None:
-    for rung in run.content["rungs"]:
+    for rung in run.content["rows"]:
         assert rung["median_ms"] > 0
         assert rung["size_bytes"] == (run.folder / Path(rung["file"]).name).stat().st_size
     assert run.rung("float")["ratio"] == 1
     assert run.rung("reptrt INT8")["size_bytes"] < run.rung("float")["size_bytes"] / 2
+
+
+def test_the_ladder_of_the_last_file_follows(run: Run) -> None:
+    rungs = run.content["ladder"]["rungs"]
+    assert rungs[0]["name"] == "train-form"
+    (int8,) = (r for r in rungs if (r["name"], r["runs_in"]) == ("INT8", "onnxruntime"))
+    assert int8["top1"] == run.rung("reptrt INT8")["top1"]
+    sqnr = run.rung("reptrt INT8")["sqnr_db"]
+    assert int8["from_first"]["sqnr_db"] == pytest.approx(sqnr, abs=1e-3)
+    assert re.search(r"^INT8 +onnxruntime +\d+\.\d\d % ", run.stdout, re.MULTILINE)
+    assert re.search(r"^engine +tensorrt ", run.stdout, re.MULTILINE)
 
 
 def test_calibration_sees_training_images_only(run: Run) -> None:
@@ -104,7 +115,7 @@ def test_without_tensorrt_rtx_one_line_says_what_to_install(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
-    engine, reason = ladder.try_engine(run.folder / "digits.int8.onnx", tmp_path / "d.engine")
+    engine, reason = comparison.try_engine(run.folder / "digits.int8.onnx", tmp_path / "d.engine")
     assert engine is None
     assert re.search(r"pip install 'reptrt\[rtx\]'", reason or "")
     assert not list(tmp_path.iterdir())

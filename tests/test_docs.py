@@ -20,7 +20,7 @@ import pytest
 
 from reptrt.artifacts import read_sidecar
 from reptrt.cli import main
-from reptrt.demo import digits, ladder
+from reptrt.demo import comparison, digits
 from reptrt.errors import ReptrtError
 from reptrt.lint.rules import RULES
 from tests.pages import GENERATED, REPOSITORY, Block, Page, commands, pages
@@ -65,7 +65,7 @@ make_docs = tool("make_docs")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What `make demo` leaves."""
     path = tmp_path_factory.mktemp("demo")
-    ladder.write_files(path, digits.write_arrays(path)["train"])
+    comparison.write_files(path, digits.write_arrays(path)["train"])
     return path
 
 

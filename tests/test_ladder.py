@@ -259,7 +259,8 @@ def test_the_rungs_of_a_checkpoint(rungs: list[dict[str, Any]], made: Path) -> N
     forms = [split["form"].partition("-")[0] for split in splits]
     for name, form in (("identity split", "identity"), ("coarse-fine split", "coarse")):
         (rung,) = (rung for rung in rungs if rung["name"].startswith(name))
-        assert rung["name"] == f"{name} ({forms.count(form)} layers)"
+        number = forms.count(form)
+        assert rung["name"] == f"{name} ({number} layer{'s' * (number > 1)})"
 
 
 def test_float_rungs_lose_nothing_and_int8_is_what_eval_says(

@@ -1,4 +1,4 @@
-"""python -m reptrt.demo: the whole way on the digits, and the table that comes out."""
+"""python -m reptrt.demo: the whole way on the digits, and the tables that come out."""
 
 import sys
 from pathlib import Path
@@ -18,7 +18,7 @@ from reptrt.errors import ArtifactError, ReptrtError
     help="Folder for all files; made if it does not exist.",
 )
 @click.option(
-    "--json", "json_path", type=click.Path(path_type=Path), help="Write the table as JSON."
+    "--json", "json_path", type=click.Path(path_type=Path), help="Write the tables as JSON."
 )
 def main(output: Path, json_path: Path | None) -> None:
     """Take a small trained RepVGG from its checkpoint to INT8 and an engine; print what it costs.
@@ -27,19 +27,23 @@ def main(output: Path, json_path: Path | None) -> None:
     table is about images held out from both.
     """
     from reptrt.artifacts import write_json
-    from reptrt.demo.ladder import climb
+    from reptrt.demo.comparison import compare
 
     try:
         _make_folder(output)
-        ladder = climb(output)
+        comparison = compare(output)
         if json_path is not None:
-            write_json(json_path, ladder.to_json())
+            write_json(json_path, comparison.to_json())
     except ReptrtError as err:
         click.echo(f"error: {' '.join(str(err).split())}", err=True)
         sys.exit(1)
     console = Console(width=None if sys.stdout.isatty() else 160)
-    console.print(ladder.to_table())
-    console.print(ladder.engine_line(), soft_wrap=True, highlight=False)
+    console.print(comparison.to_table())
+    console.print(comparison.engine_line(), soft_wrap=True, highlight=False)
+    console.print("\nWhere accuracy goes on the way to the last file:")
+    console.print(comparison.ladder.to_table())
+    for line in comparison.ladder.to_lines():
+        console.print(line, soft_wrap=True, highlight=False)
 
 
 def _make_folder(path: Path) -> None:

@@ -1,7 +1,7 @@
-"""The rungs from float to engine on the same held-out images, as one table."""
+"""Three ways to INT8 side by side, an engine, and where accuracy goes on the way to it."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,13 @@ from reptrt.engine import EngineSummary, build_engine
 from reptrt.engine_options import BuildOptions
 from reptrt.errors import MissingDependencyError
 from reptrt.evaluate import evaluate
+from reptrt.ladder import Files, climb
+from reptrt.run import RunOptions
+from reptrt.rungs import Ladder
 
 FLOAT, OURS = "float", "reptrt INT8"
+SOURCE = pipeline.Source("repvgg", digits.WEIGHTS, digits.ARCHITECTURE)
+EXPORT = pipeline.ExportOptions(digits.INPUT_SIZE, digits.MEAN, digits.STD)
 CALIBRATIONS = {
     # What a quantizer does that knows nothing of branches: each tensor's maximum, nearest codes.
     "plain INT8": pipeline.CalibrateOptions(
@@ -36,7 +41,7 @@ _KIB = 1 << 10
 
 
 @dataclass(frozen=True, slots=True)
-class Rung:
+class Row:
     """One file, judged."""
 
     name: str
@@ -50,45 +55,44 @@ class Rung:
 
 
 @dataclass(frozen=True, slots=True)
-class Ladder:
-    """All rungs, and the engine or the reason why there is none."""
+class Comparison:
+    """All files, the engine or the reason why there is none, and the ladder of the last file."""
 
-    rungs: tuple[Rung, ...]
+    rows: tuple[Row, ...]
     images: int
     cpu: str
     engine: EngineSummary | None
     no_engine: str | None
+    ladder: Ladder
 
     def to_json(self) -> dict[str, Any]:
-        """Return the ladder as JSON values."""
-        rungs = [
-            {name: getattr(rung, name) for name in Rung.__slots__} | {"file": str(rung.file)}
-            for rung in self.rungs
-        ]
+        """Return the comparison as JSON values."""
+        rows = [asdict(row) | {"file": str(row.file)} for row in self.rows]
         engine = None if self.engine is None else self.engine.to_json()
         return {
-            "rungs": rungs,
+            "rows": rows,
             "images": self.images,
             "cpu": self.cpu,
             "engine": engine,
             "no_engine": self.no_engine,
+            "ladder": self.ladder.to_json(),
         }
 
     def to_table(self) -> Table:
-        """Return the rungs as a table for people."""
+        """Return the files as a table for people."""
         table = Table(box=None, pad_edge=False, caption=self._caption(), caption_justify="left")
         table.add_column("")
         for title in ("top-1", "agreement", "SQNR dB", "median ms", "ratio", "KiB"):
             table.add_column(title, justify="right", no_wrap=True)
-        for rung in self.rungs:
+        for row in self.rows:
             table.add_row(
-                rung.name,
-                f"{100 * rung.top1:.2f} %",
-                f"{100 * rung.agreement:.2f} %",
-                "-" if rung.sqnr_db is None else f"{rung.sqnr_db:.2f}",
-                f"{rung.median_ms:.3f}",
-                f"{rung.ratio:.2f}",
-                f"{rung.size_bytes / _KIB:.0f}",
+                row.name,
+                f"{100 * row.top1:.2f} %",
+                f"{100 * row.agreement:.2f} %",
+                "-" if row.sqnr_db is None else f"{row.sqnr_db:.2f}",
+                f"{row.median_ms:.3f}",
+                f"{row.ratio:.2f}",
+                f"{row.size_bytes / _KIB:.0f}",
             )
         return table
 
@@ -105,8 +109,8 @@ class Ladder:
         return f"{self.images} held-out images; onnxruntime, batch 1, 1 thread, {self.cpu}"
 
 
-def climb(folder: Path) -> Ladder:
-    """Export, calibrate thrice, judge, time and build an engine; every file goes into ``folder``.
+def compare(folder: Path) -> Comparison:
+    """Export, calibrate thrice, judge, time, build an engine; every file goes into ``folder``.
 
     Raises:
         ReptrtError: a stage failed; what it was to write is not there.
@@ -116,8 +120,8 @@ def climb(folder: Path) -> Ladder:
     reference = files[FLOAT]
     judged = evaluate(list(files.values()), data["held_out"], reference=reference)
     timed = bench(list(files.values()), baseline=reference, threads=1, min_seconds=_BENCH_SECONDS)
-    rungs = tuple(
-        Rung(
+    rows = tuple(
+        Row(
             name=name,
             file=path,
             top1=result.top1 or 0.0,
@@ -132,15 +136,20 @@ def climb(folder: Path) -> Ladder:
         )
     )
     engine, no_engine = try_engine(files[OURS], folder / "digits.engine")
-    return Ladder(rungs, judged.results[0].images, timed.cpu, engine, no_engine)
+    ladder = climb(
+        SOURCE,
+        Files(reference, files[OURS], None if engine is None else engine.path),
+        data["held_out"],
+        data["train"],
+        RunOptions(export=EXPORT, calibrate=CALIBRATIONS[OURS]),
+    )
+    return Comparison(rows, judged.results[0].images, timed.cpu, engine, no_engine, ladder)
 
 
 def write_files(folder: Path, images: Path) -> Mapping[str, Path]:
-    """Export the net and quantize it in each way; return the files by the name of their rung."""
+    """Export the net and quantize it in each way; return the files by the name of their row."""
     files = {name: folder / file for name, file in _FILES.items()}
-    source = pipeline.Source("repvgg", digits.WEIGHTS, digits.ARCHITECTURE)
-    options = pipeline.ExportOptions(digits.INPUT_SIZE, digits.MEAN, digits.STD)
-    pipeline.export(source, files[FLOAT], options)
+    pipeline.export(SOURCE, files[FLOAT], EXPORT)
     for name, calibration in CALIBRATIONS.items():
         pipeline.calibrate(files[FLOAT], images, files[name], calibration)
     return files
