@@ -1,0 +1,159 @@
+"""Engines for every net, way of quantizing, and type of the rest: built without a GPU.
+
+Four nets (two published architectures at 3x224x224 with random weights, two trained ones), INT8
+plain, split, and with weights rounded otherwise, rest in FP32 and FP16, batch 1 to 64, for SM80,
+SM86, SM89 and SM120 in one file each; and what the linter says of every graph.
+"""
+
+import functools
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+
+from reptrt.artifacts import read_sidecar
+from reptrt.audit import compare
+from reptrt.choices import HighPrecision
+from reptrt.engine import build_engine
+from reptrt.engine_input import read_buildable, with_rest
+from reptrt.engine_options import BuildOptions, parse_shapes
+from reptrt.graph import net_from_model
+from reptrt.inspect import Inspection
+from reptrt.intent import planned_int8
+from reptrt.lint import LintReport, lint_net
+from reptrt.models.options import ArchitectureOptions
+from reptrt.pipeline import CalibrateOptions, ExportOptions, Source, calibrate, export
+from reptrt.rtx_plan import layers_of_plan
+from reptrt.splits import read_splits
+from tests.helpers import SHARED, needs_shared
+
+pytestmark = [
+    needs_shared,
+    pytest.mark.skipif(
+        importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt-rtx is not installed"
+    ),
+]
+TARGETS = ("sm80", "sm86", "sm89", "sm120")
+RESTS: tuple[HighPrecision, ...] = ("fp32", "fp16")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A net and the share of it that is INT8."""
+
+    source: Source
+    export: ExportOptions
+    layers: int  # convolutions and the classifier, fused
+
+
+def trained(name: str, **architecture: object) -> Source:
+    options = ArchitectureOptions(num_classes=10, **architecture)  # type: ignore[arg-type]
+    return Source(name, SHARED / "zoo" / f"{name}_cifar10.pt", options)
+
+
+REPVGG = trained(
+    "repvgg", widths=(32, 32, 64, 128, 256), blocks=(2, 4, 14, 1), strides=(2, 1, 2, 2, 1)
+)
+MOBILEONE = trained(
+    "mobileone", widths=(32, 64, 128, 256), blocks=(2, 4, 6, 1), strides=(1, 2, 2, 1), branches=2
+)
+LARGE = ExportOptions(input_size=(3, 224, 224), resize="stretch")
+SMALL = ExportOptions(input_size=(3, 32, 32))
+NETS = {
+    "repvgg_a0": Case(Source("repvgg_a0"), LARGE, 23),
+    "mobileone_s0": Case(Source("mobileone_s0"), LARGE, 44),
+    "repvgg_cifar10": Case(REPVGG, SMALL, 23),
+    "mobileone_cifar10": Case(MOBILEONE, SMALL, 28),
+}
+
+PLAIN = CalibrateOptions(images=4, split="none", equalize=False)
+WAYS: dict[str, CalibrateOptions] = {  # how the weights get their codes
+    "plain": PLAIN,
+    "coarse-fine": replace(PLAIN, split="coarse-fine", equalize=True),
+    "identity": replace(PLAIN, split="identity", equalize=True),
+    "rounded otherwise": PLAIN,
+}
+
+
+def round_otherwise(path: Path) -> None:
+    """Move a third of the weights' codes by one, as learned rounding would."""
+    model, rng = onnx.load(str(path)), np.random.default_rng(0)
+    for tensor in model.graph.initializer:
+        codes = numpy_helper.to_array(tensor)
+        if codes.dtype == np.int8 and codes.ndim > 1:
+            step = rng.choice([-1, 0, 0, 0, 0, 1], codes.shape)
+            moved = np.clip(codes + step, -127, 127).astype(np.int8)
+            tensor.CopyFrom(numpy_helper.from_array(moved, tensor.name))
+    path.with_name(f"{path.name}.json").unlink()  # of the file as it was
+    onnx.save(model, str(path))
+
+
+CHANGES: dict[str, Callable[[Path], None]] = {"rounded otherwise": round_otherwise}
+
+
+@pytest.fixture(scope="session")
+def floats(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Return a function: name of a net -> its float ONNX file, exported once."""
+    folder = tmp_path_factory.mktemp("matrix")
+
+    @functools.cache
+    def make(name: str) -> Path:
+        path = folder / f"{name}.onnx"
+        export(NETS[name].source, path, NETS[name].export)
+        return path
+
+    return make
+
+
+def lint_of(model: onnx.ModelProto) -> LintReport:
+    return lint_net(net_from_model(model))
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", NETS)
+def test_every_engine_builds_and_every_graph_is_clean(
+    name: str, way: str, floats: Callable[[str], Path], tmp_path: Path
+) -> None:
+    path = tmp_path / "net.int8.onnx"
+    calibrate(floats(name), SHARED / "cifar10" / "calib", path, WAYS[way])
+    CHANGES.get(way, lambda _: None)(path)
+    file = read_buildable(path)
+    splits = read_splits(net_from_model(file))
+    assert bool(splits) == (WAYS[way].split != "none")
+    int8 = NETS[name].layers + sum(split.form == "coarse-fine" for split in splits)
+    for rest in RESTS:
+        model, done = with_rest(file, rest)
+        assert done.state == {"fp32": "fp32", "fp16": "converted"}[rest]
+
+        report = lint_of(model)
+        # No warning is accepted. Infos: the ends of the net are narrow; split layers are added in
+        # float; an FP32 rest; and what stays FP32 in an FP16 rest because FP16 cannot hold it.
+        assert [f for f in report.findings if f.severity != "info"] == []
+        allowed = {"QDQ204"} | ({"QDQ112"} if splits else set())
+        allowed |= {"QDQ205"} if rest == "fp32" or done.left_fp32 else set()
+        assert {f.rule for f in report.findings} <= allowed
+        assert report.int8_layers == report.layers == int8
+
+        engine = tmp_path / f"{rest}.engine"
+        options = BuildOptions(
+            "tensorrt-rtx", targets=TARGETS, shapes=parse_shapes("1:8:64"), high_precision=rest
+        )
+        summary = build_engine(path, engine, options)
+        assert summary.targets == TARGETS
+        assert summary.rest == done
+        assert summary.int8_layers == planned_int8(file)
+        assert len(summary.int8_layers) == int8
+        (profile,) = summary.to_json()["profile"].values()
+        assert [part.partition("x")[0] for part in profile.split(":")] == ["1", "8", "64"]
+        assert {t.dtype for t in (*summary.inputs, *summary.outputs)} == {"FLOAT"}
+        launches = layers_of_plan(engine.read_bytes(), str(engine))
+        found = Inspection(engine, "engine", "", (), (), launches, None)
+        assert compare(found, summary.int8_layers).misses == ()
+        sidecar = read_sidecar(engine)
+        assert sidecar is not None
+        assert sidecar.details["targets"] == list(TARGETS)
