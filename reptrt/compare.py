@@ -12,6 +12,7 @@ from reptrt.quantized import LayerWeight, activation_scales, layer_weights
 from reptrt.splits import read_splits
 
 _NAMED = 5  # names in a line
+_NEAR = 1.0005  # below, four digits do not show a ratio's distance from 1
 Float64Array = npt.NDArray[np.float64]
 
 
@@ -71,7 +72,7 @@ class Comparison:
         lines = []
         if self.num_tensors or self.tensors_only_a or self.tensors_only_b:
             ratios = [change.ratio for change in self.scales if change.ratio is not None]
-            worst = f", by a factor of up to {max(ratios):.4g}" if ratios else ""
+            worst = f", by a factor of up to {ratio_text(max(ratios))}" if ratios else ""
             lines.append(f"{len(self.scales)} of {self.num_tensors} scales differ{worst}")
         codes = [change for change in self.weights if change.differing is not None]
         number = sum(change.differing or 0 for change in codes)
@@ -100,6 +101,17 @@ def changes(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[Change, ...]:
     names = [*flat_a, *(name for name in flat_b if name not in flat_a)]
     found = (Change(name, flat_a.get(name), flat_b.get(name)) for name in names)
     return tuple(change for change in found if change.a != change.b)
+
+
+def ratio_text(ratio: float | None) -> str:
+    """Return a ratio for people.
+
+    >>> ratio_text(1.23456), ratio_text(1.0000003)
+    ('1.235', '1 + 3.0e-07')
+    """
+    if ratio is None:
+        return "-"
+    return f"{ratio:.4g}" if ratio == 1 or ratio >= _NEAR else f"1 + {ratio - 1:.1e}"
 
 
 def compare_nets(a: Net, b: Net, file: str) -> Comparison:

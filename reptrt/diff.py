@@ -8,7 +8,7 @@ from typing import Any
 from rich.table import Table
 
 from reptrt.artifacts import Sidecar, read_sidecar, sha256_of
-from reptrt.compare import Change, Comparison, WeightChange, changes, compare_nets
+from reptrt.compare import Change, Comparison, WeightChange, changes, compare_nets, ratio_text
 from reptrt.errors import ArtifactError, ConfigError
 from reptrt.graph import Net, net_from_model, read_model
 from reptrt.manifest import STAGES, Manifest, check_made, read_finished, read_json
@@ -161,7 +161,7 @@ def _by_file(path: Path, keys: tuple[str, ...]) -> dict[tuple[Any, ...], dict[st
 
 
 def _model_tables(model: Comparison) -> list[Table]:
-    scales = [(s.tensor, f"{s.a:.4g}", f"{s.b:.4g}", _text(s.ratio)) for s in model.scales]
+    scales = [(s.tensor, f"{s.a:.4g}", f"{s.b:.4g}", ratio_text(s.ratio)) for s in model.scales]
     weights = [_weight_row(change) for change in model.weights]
     splits = [(change.name, _text(change.a), _text(change.b)) for change in model.splits]
     return [
@@ -173,13 +173,19 @@ def _model_tables(model: Comparison) -> list[Table]:
 
 def _weight_row(change: WeightChange) -> tuple[str, ...]:
     if change.differing is None:
-        return change.layer, f"{change.form_a} | {change.form_b}", "", "", _text(change.scale_ratio)
+        return (
+            change.layer,
+            f"{change.form_a} | {change.form_b}",
+            "",
+            "",
+            ratio_text(change.scale_ratio),
+        )
     return (
         change.layer,
         f"{change.differing} of {change.total}",
         _text(change.max_difference),
         _text(change.bias_difference),
-        _text(change.scale_ratio),
+        ratio_text(change.scale_ratio),
     )
 
 
