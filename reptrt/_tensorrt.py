@@ -31,6 +31,7 @@ from typing import Any, Literal, get_args
 from reptrt.errors import ConfigError, EngineError, MissingDependencyError
 
 BackendName = Literal["auto", "tensorrt", "tensorrt-rtx"]
+CURRENT = "current"  # a target: whatever GPU this machine has
 
 _MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 _OLDEST = {"tensorrt": (10, 12), "tensorrt-rtx": (1, 4)}

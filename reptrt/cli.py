@@ -388,7 +388,7 @@ def lint(model: Path, json_path: str | None) -> None:
     show_default=True,
     help="auto: tensorrt where there is a GPU, else tensorrt-rtx.",
 )
-@click.option("--target", default=None, help="Compute capabilities, e.g. sm80,sm89.")
+@click.option("--target", default=None, help="Compute capabilities, e.g. sm80,sm89; or current.")
 @click.option("--shapes", default=None, help="MIN:OPT:MAX batch sizes, or full shapes.")
 @click.option(
     "--high-precision",

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import onnx
 
 from reptrt import _tensorrt, timing_cache
-from reptrt._tensorrt import Backend, Gpu, Messages
+from reptrt._tensorrt import CURRENT, Backend, Gpu, Messages
 from reptrt.artifacts import require_folder, sha256_of, write_artifact
 from reptrt.engine_input import Rest, metadata_of, read_buildable, with_rest
 from reptrt.engine_options import (
@@ -118,14 +118,12 @@ def build_engine(onnx_path: Path, output: Path, options: BuildOptions) -> Engine
     started = time.perf_counter()
     built = _run_cancellable(lambda stop: _build(backend, onnx_path, model, options, stop))
     seconds = time.perf_counter() - started
-    gpu = None if backend.features.builds_without_gpu else _tensorrt.find_gpu()
-    targets = (gpu.target,) if isinstance(gpu, Gpu) else options.targets
     summary = EngineSummary(
         path=output,
         sha256=hashlib.sha256(built.plan).hexdigest(),
         backend=backend.name,
         backend_version=".".join(map(str, backend.version)),
-        targets=targets,
+        targets=_targets(backend, options),
         inputs=built.inputs,
         outputs=built.outputs,
         profile=built.profile,
@@ -140,6 +138,14 @@ def build_engine(onnx_path: Path, output: Path, options: BuildOptions) -> Engine
     _write(summary, built.plan, parents, model, options)
     _log(summary)
     return summary
+
+
+def _targets(backend: Backend, options: BuildOptions) -> tuple[str, ...]:
+    """Return the compute capabilities that an engine was built for, () for the default of rtx."""
+    if backend.features.builds_without_gpu and options.targets != (CURRENT,):
+        return options.targets
+    gpu = _tensorrt.find_gpu()
+    return (gpu.target,) if isinstance(gpu, Gpu) else options.targets
 
 
 def _check_paths(onnx_path: Path, output: Path, options: BuildOptions) -> None:

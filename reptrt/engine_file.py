@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from reptrt import _tensorrt
-from reptrt._tensorrt import Backend, Gpu, Messages, capability
+from reptrt._tensorrt import CURRENT, Backend, Gpu, Messages, capability
 from reptrt.artifacts import Sidecar, read_sidecar
 from reptrt.errors import ArtifactError, EngineError
 
@@ -153,9 +153,10 @@ def _check_validity(path: Path, backend: Backend, answer: tuple[Any, int], gpu: 
     if validity != backend.trt.EngineValidity.INVALID:
         return
     reasons = [reason for bit, reason in _INVALID.items() if int(bits) & bit]
+    target = gpu.target if gpu.target in backend.features.targets else CURRENT
     raise EngineError(
         f"{path}: {backend.label} on {gpu.name} ({gpu.target}) refuses this engine: "
-        f"{', '.join(reasons) or 'it gave no reason'}; build it again with --target {gpu.target}"
+        f"{', '.join(reasons) or 'it gave no reason'}; build it again with --target {target}"
     )
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from reptrt import _tensorrt
-from reptrt._tensorrt import Backend, BackendName, Gpu, capability
+from reptrt._tensorrt import CURRENT, Backend, BackendName, Gpu, capability
 from reptrt.choices import HighPrecision
 from reptrt.errors import ConfigError
 
@@ -50,7 +50,8 @@ class BuildOptions:
     """Options of an engine build; the defaults build for the local GPU, or portably without one."""
 
     backend: BackendName = "auto"
-    targets: tuple[str, ...] = ()  # compute capabilities ("sm89"); (): the backend's default
+    targets: tuple[str, ...] = ()  # compute capabilities ("sm89"), or "current" alone, the GPU
+    # of this machine; (): the backend's default
     shapes: ShapeRange | None = None  # None: batch 1:8:64 where the graph's batch is dynamic
     workspace_mib: int | None = None  # scratch memory of one layer; None: TensorRT's default
     timing_cache: Path | None = None  # read, then extended; shared by any number of builds
@@ -94,21 +95,25 @@ def parse_shapes(text: str) -> ShapeRange:
 
 
 def parse_targets(text: str) -> tuple[str, ...]:
-    """Return compute capabilities, sorted and once each: ``sm89, sm_80, 8.6``.
+    """Return compute capabilities, sorted and once each: ``sm89, sm_80, 8.6``; or ``current``.
 
     >>> parse_targets("sm89,8.0")
     ('sm80', 'sm89')
+    >>> parse_targets("current")
+    ('current',)
 
     Raises:
         ConfigError: something that is no compute capability.
     """
+    if text.strip().lower() == CURRENT:
+        return (CURRENT,)
     targets = set()
     for part in text.split(","):
         found = re.fullmatch(r"(?:sm_?)?([0-9]{1,2})\.?([0-9])", part.strip().lower())
         if found is None:
             raise ConfigError(
                 f"--target: got {part.strip()!r}, expected compute capabilities such as "
-                "sm80,sm86,sm89,sm120"
+                "sm80,sm86,sm89,sm120, or current alone"
             )
         targets.add(f"sm{int(found[1])}{found[2]}")
     return tuple(sorted(targets, key=capability))
@@ -175,8 +180,10 @@ def profile_shapes(name: str, dims: Sequence[int], shapes: ShapeRange | None) ->
 def _check_portable(backend: Backend, options: BuildOptions, gpu: Gpu | str) -> None:
     """Check against a backend that builds for any GPU (tensorrt-rtx)."""
     known = ", ".join(backend.features.targets)
+    if CURRENT in options.targets and not isinstance(gpu, Gpu):
+        raise ConfigError(f"--target current: there is no GPU to build for ({gpu})")
     for target in options.targets:
-        if target not in backend.features.targets:
+        if target not in (CURRENT, *backend.features.targets):
             raise ConfigError(f"--target {target}: {backend.label} builds for {known} only")
     if options.hardware_compatible != "none":
         raise ConfigError(
@@ -201,7 +208,7 @@ def _check_local(backend: Backend, options: BuildOptions, gpu: Gpu) -> None:
     if ampere and capability(gpu.target) < _AMPERE:
         raise ConfigError(f"--hardware-compatible ampere+: {gpu.name} is {gpu.target}, before sm80")
     for target in options.targets:
-        if target == gpu.target or (ampere and capability(target) >= _AMPERE):
+        if target in (CURRENT, gpu.target) or (ampere and capability(target) >= _AMPERE):
             continue
         raise ConfigError(
             f"--target {target}: {backend.label} builds for the GPU of this machine ({gpu.name}, "

@@ -127,9 +127,13 @@ class FakeTensorrt(types.ModuleType):
             caches[:] = [cache]
             return ignore_mismatch or cache.gpu == self.gpu
 
+        targets: dict[str, Any] = {}
+        if "set_compute_capability" in self.names("IBuilderConfig"):
+            targets["set_compute_capability"] = lambda capability, index: True
         return Strict(
             self,
             "IBuilderConfig",
+            **targets,
             add_optimization_profile=lambda profile: 0,
             create_timing_cache=lambda content: FakeTimingCache.parse(content, self.gpu),
             set_timing_cache=set_timing_cache,

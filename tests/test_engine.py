@@ -21,7 +21,7 @@ from reptrt.engine import TensorInfo, build_engine
 from reptrt.engine_options import BuildOptions, parse_shapes
 from reptrt.errors import ArtifactError, ConfigError, EngineError
 from reptrt.rtx_plan import layers_of_plan
-from tests.fake_tensorrt import FULL_RELEASES, FakeTensorrt
+from tests.fake_tensorrt import API, FULL_RELEASES, FakeTensorrt
 from tests.qdq_graphs import model_of, qdq_model, save
 
 needs_rtx = pytest.mark.skipif(
@@ -367,6 +367,29 @@ def test_ctrl_c_on_the_command_line_is_one_line_and_exit_130(source, output):
     assert files(output.parent) == before
 
 
+@needs_rtx
+@no_gpu
+def test_rtx_builds_for_the_current_gpu_only_where_there_is_one(source, output):
+    options = BuildOptions("tensorrt-rtx", targets=("current",))
+    expected = "--target current: there is no GPU to build for "
+    assert_refused(source, output, options, ConfigError, expected)
+
+
+@pytest.mark.parametrize("release", [r for r in API if "rtx" in r])
+def test_the_current_gpu_is_named_in_the_sidecar(release, source, output, monkeypatch):
+    fake = FakeTensorrt(release)
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", fake)
+    monkeypatch.setattr(_tensorrt, "find_gpu", lambda: Gpu("NVIDIA H100", "sm90", (13, 0)))
+    options = BuildOptions("tensorrt-rtx", targets=("current",))
+    summary = build_engine(source, output, options)
+    assert fake.called("IBuilderConfig.num_compute_capabilities") == [(1,)]
+    current = fake.ComputeCapability.CURRENT
+    assert fake.called("IBuilderConfig.set_compute_capability") == [(current, 0)]
+    assert summary.targets == ("sm90",)
+    with pytest.raises(ConfigError, match=r"--target sm90: .* builds for sm75, sm80, "):
+        build_engine(source, output, BuildOptions("tensorrt-rtx", targets=("sm90",)))
+
+
 # --- tensorrt 10.12+, 11.x: calls by the names that their bindings have -------------------------
 
 
@@ -425,6 +448,10 @@ def test_tensorrt_builds_for_its_own_gpu_only(fake, source, output):
     turing = BuildOptions(targets=("sm75",), hardware_compatible="ampere+")
     with pytest.raises(ConfigError, match="--target sm75"):
         build_engine(source, output, turing)
+
+
+def test_the_current_gpu_is_that_of_tensorrt_anyway(fake, source, output):
+    assert build_engine(source, output, BuildOptions(targets=("current",))).targets == ("sm89",)
 
 
 def test_ampere_engines_need_an_ampere_gpu(fake, source, output, monkeypatch):

@@ -194,11 +194,13 @@ def test_an_engine_of_another_gpu(monkeypatch, tmp_path, target, options, runs):
             pass
 
 
-def test_what_tensorrt_rtx_calls_invalid_is_said_in_words(monkeypatch, tmp_path):
-    fake = install(monkeypatch, "tensorrt-rtx-1.7.1.116")
+@pytest.mark.parametrize(("target", "advice"), [("sm89", "sm89"), ("sm90", "current")])
+def test_what_tensorrt_rtx_calls_invalid_is_said_in_words(monkeypatch, tmp_path, target, advice):
+    gpu = Gpu("This GPU", target, (12, 8))
+    fake = install(monkeypatch, "tensorrt-rtx-1.7.1.116", gpu)
     fake.validity = ("INVALID", 2 | 4)
     path = engine_of(fake, tmp_path / "m.engine")
-    expected = "not built for this GPU, the NVIDIA driver is too old; .* --target sm89"
+    expected = "not built for this GPU, the NVIDIA driver is too old; .* --target " + advice
     with pytest.raises(EngineError, match=expected), open_engine(path):
         pass
     assert not fake.called("Runtime.deserialize_cuda_engine")

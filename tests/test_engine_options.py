@@ -51,14 +51,17 @@ def test_parse_shapes_refuses_mixed_ranks():
         ("sm89", ("sm89",)),
         ("sm120,sm80", ("sm80", "sm120")),
         (" SM_86 , 8.9 ,sm89, 120 ", ("sm86", "sm89", "sm120")),
+        (" Current", ("current",)),
     ],
-    ids=["one", "numeric order", "spellings"],
+    ids=["one", "numeric order", "spellings", "current"],
 )
 def test_parse_targets(text, expected):
     assert parse_targets(text) == expected
 
 
-@pytest.mark.parametrize("text", ["", "sm", "rtx4090", "sm80,,sm89", "sm8", "sm8000", "ampere"])
+@pytest.mark.parametrize(
+    "text", ["", "sm", "rtx4090", "sm80,,sm89", "sm8", "sm8000", "ampere", "current,sm89"]
+)
 def test_parse_targets_refuses_nonsense(text):
     with pytest.raises(
         ConfigError, match=r"--target: got '.*', expected compute capabilities such"
