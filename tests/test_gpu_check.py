@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, get_args
 
 import click
 import numpy as np
@@ -14,7 +14,8 @@ import onnx
 import pytest
 from click.testing import CliRunner
 
-from reptrt import _tensorrt
+from reptrt import _tensorrt, choices
+from reptrt._tensorrt import Gpu
 from reptrt.cli import main as reptrt_main
 from tests.onnx_nets import plain_chain
 
@@ -60,23 +61,66 @@ def states(steps: Sequence[Any]) -> dict[str, str]:
     return {step.name: step.state for step in steps}
 
 
+NETS, RECIPES = ["fp32", "int8-nosplit-fp16"], ["fast"]
+
+
 def test_without_a_gpu_all_that_can_run_runs(check: Any) -> None:
     pytest.importorskip("tensorrt_rtx")
-    steps = gpu_check.check_all(check, ["fp32", "int8-fp16"], [1, 4], 16)
+    steps = gpu_check.check_all(check, NETS, RECIPES, [1, 4], 16)
     found = states(steps)
-    done = ["environment", "fp16 net", "calibrate cpu", "calibrate, fp16 rest"]
-    done += [f"tensorrt-rtx build {net}" for net in ("fp32", "int8-fp16")]
-    done += ["tensorrt-rtx audit int8-fp16"]
-    assert {found[name] for name in done} == {"done"}
+    done = ["environment", "calibrate fast cpu", "calibrate without splits"]
+    done += [f"fp16 rest {net}" for net in ("fp16", "int8-fp16", "int8-nosplit-fp16")]
+    done += [f"tensorrt-rtx build {net}" for net in NETS]
+    done += ["tensorrt-rtx audit int8-nosplit-fp16"]
+    assert {name: found[name] for name in done} == dict.fromkeys(done, "done")
+    result = {step.name: step.result for step in steps}
+    rests = {net: result[f"tensorrt-rtx build {net}"]["rest"]["state"] for net in NETS}
+    assert rests == {"fp32": "fp32", "int8-nosplit-fp16": "was fp16"}
     why = {step.name: step.why for step in steps}
-    assert "using an engine needs an NVIDIA GPU" in why["tensorrt-rtx parity int8-fp16"]
+    assert "using an engine needs an NVIDIA GPU" in why["tensorrt-rtx parity int8-nosplit-fp16"]
     assert "using an engine needs an NVIDIA GPU" in why["tensorrt-rtx bench"]
+    assert "using an engine needs an NVIDIA GPU" in why["tensorrt-rtx bench, no host copies"]
     written = json.loads((check.out / "gpu_check.json").read_text())
     assert [step["name"] for step in written["steps"]] == list(found)
     assert written["steps"][0]["result"]["no_gpu"] == "no NVIDIA driver on this machine"
     text = "\n".join(gpu_check.table(steps))
     assert "tensorrt-rtx bench: failed: " in text
     assert not (check.out / "answer.json").exists()
+    assert {path for path in check.out.iterdir()} <= {*check.made(), check.out / "gpu_check.json"}
+
+
+def test_every_recipe_is_calibrated_on_both_devices(check: Any) -> None:
+    commands: list[list[str]] = []
+
+    def refusing(command: Sequence[str]) -> tuple[int, str]:
+        commands.append([Path(word).name for word in command])
+        return 1, "error: no"
+
+    recorded = gpu_check.Check(check.model, check.data, check.out, refusing)
+    gpu_check.calibrations(recorded, ["fast", "balanced"], 16)
+    asked = [c for c in commands if "--recipe" in c]
+    assert [(c[c.index("--recipe") + 1], c[c.index("--device") + 1]) for c in asked] == [
+        ("fast", "cpu"),
+        ("fast", "cuda"),
+        ("balanced", "cpu"),
+        ("balanced", "cuda"),
+    ]
+    outputs = [c[c.index("-o") + 1] for c in asked]
+    assert outputs == [
+        "int8.onnx",
+        "int8-cuda.onnx",
+        "int8-balanced.onnx",
+        "int8-balanced-cuda.onnx",
+    ]
+    found = {step.name: (step.state, step.why) for step in recorded.steps}
+    assert found["calibrate balanced cuda"] == ("failed", "no")
+    both = ("skipped", "needs calibration on the CPU and with CUDA")
+    assert found["calibrate balanced cpu against cuda"] == both
+    assert found["fp16 rest int8-fp16"] == ("skipped", "int8.onnx was not made")
+
+
+def test_recipes_are_those_of_the_library() -> None:
+    assert get_args(choices.Recipe) == gpu_check.RECIPES
 
 
 def test_a_crash_is_named_and_what_needs_its_file_is_skipped(check: Any) -> None:
@@ -87,12 +131,50 @@ def test_a_crash_is_named_and_what_needs_its_file_is_skipped(check: Any) -> None
 
     broken = gpu_check.Check(check.model, check.data, check.out, crashing)
     (check.out / "fp32.tensorrt-rtx.engine").write_bytes(b"of an earlier check")
-    steps = gpu_check.check_all(broken, ["fp32"], [1], 16)
+    steps = gpu_check.check_all(broken, ["fp32"], RECIPES, [1], 16)
     why = {step.name: (step.state, step.why) for step in steps}
     assert why["tensorrt-rtx build fp32"] == ("failed", "crashed: SIGSEGV")
     missing = ("skipped", "fp32.tensorrt-rtx.engine was not made")
     assert why["tensorrt-rtx parity fp32"] == missing
     assert why["tensorrt-rtx bench"] == ("skipped", "no engine was built")
+
+
+@pytest.mark.parametrize("current", [True, False])
+def test_rtx_builds_for_the_gpu_that_is_there_or_portably(
+    check: Any, monkeypatch: pytest.MonkeyPatch, current: bool
+) -> None:
+    monkeypatch.setattr(_tensorrt, "find_gpu", lambda: Gpu("NVIDIA H100", "sm90", (13, 0)))
+    monkeypatch.setattr(gpu_check, "_load", lambda name: None)
+    commands: list[Sequence[str]] = []
+
+    def building(command: Sequence[str]) -> tuple[int, str]:
+        commands.append(command)
+        if "build-engine" not in command or ("current" in command and not current):
+            return 1, "error: sm90 is not known"
+        Path(command[command.index("--json") + 1]).write_text('{"targets": []}')
+        return 0, ""
+
+    built = gpu_check.Check(check.model, check.data, check.out, building)
+    gpu_check.engines(built, "tensorrt-rtx", ["fp32"], [1], 16)
+    step = built.steps[0]
+    assert (step.name, step.state) == ("tensorrt-rtx build fp32", "done")
+    portable = {} if current else {"not_for_the_current_gpu": "sm90 is not known"}
+    assert step.result == {"targets": [], **portable}
+    builds = [c for c in commands if "build-engine" in c]
+    assert ["current" in c for c in builds] == ([True] if current else [True, False])
+    line = "tensorrt-rtx build fp32: portable engine: sm90 is not known"
+    assert (line in gpu_check.table(built.steps)) != current
+
+
+def test_what_is_lacking_is_said_before_anything_is_imported(tmp_path: Path) -> None:
+    assert gpu_check.lacking(["json", "no_such_thing", "no_such.thing", "json.nothing"]) == [
+        "no_such_thing",
+        "no_such.thing",
+        "json.nothing",
+    ]
+    hidden = "import sys, runpy; sys.modules['click'] = None; runpy.run_path(sys.argv[1])"
+    done = gpu_check.run_process([sys.executable, "-c", hidden, str(TOOL)])
+    assert done == (1, "error: cannot be imported: click; install them first\n")
 
 
 def test_no_tensorrt_at_all(check: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,7 +187,7 @@ def test_no_tensorrt_at_all(check: Any, monkeypatch: pytest.MonkeyPatch) -> None
 def test_the_model_is_not_replaced(check: Any) -> None:
     own = gpu_check.Check(check.out / "fp16.onnx", check.data, check.out, in_this_process)
     with pytest.raises(click.UsageError, match=r"fp16\.onnx in .* would be replaced"):
-        gpu_check.check_all(own, ["fp16"], [1], 16)
+        gpu_check.check_all(own, ["fp16"], RECIPES, [1], 16)
 
 
 @pytest.mark.parametrize(
@@ -173,12 +255,33 @@ def test_the_table_has_a_row_per_engine_and_batch() -> None:
 
     file = "/out/int8-fp16.tensorrt.engine"
     parity = {"logits": {"sqnr_db": 40.04}, "features": {"sqnr_db": 55.0}}
+    said = {"file": file, "batch": 8, "lines": ["hardly faster", "because"]}
     steps = [
-        done("tensorrt bench", results=[BENCH_ROW | {"file": file}]),
+        done(
+            "tensorrt bench",
+            results=[BENCH_ROW | {"file": file}],
+            remarks=["the GPU was held back: power cap"],
+            explanations=[said],
+        ),
+        done(
+            "tensorrt bench, no host copies", results=[BENCH_ROW | {"file": file, "median_ms": 0.3}]
+        ),
         done("tensorrt parity int8-fp16", outputs=parity),
         done("tensorrt audit int8-fp16", built=22, planned=["a"] * 23),
+        done(
+            "calibrate fast cpu against cuda",
+            cpu_seconds=10.0,
+            cuda_seconds=3.0,
+            max_relative_difference=1e-6,
+        ),
         gpu_check.Step("calibrate cuda", "failed", "no CUDA"),
     ]
     lines = gpu_check.table(steps)
-    assert lines[2] == "| tensorrt int8-fp16 | 8 | 0.500 | 16000 | 0.40 | 40.0 | 22 of 23 |"
-    assert lines[-1] == "calibrate cuda: failed: no CUDA"
+    assert lines[2] == "| tensorrt int8-fp16 | 8 | 0.500 | 0.300 | 16000 | 0.40 | 40.0 | 22 of 23 |"
+    assert lines[3:] == [
+        "tensorrt bench: the GPU was held back: power cap",
+        "int8-fp16.tensorrt.engine, batch 8: hardly faster",
+        "int8-fp16.tensorrt.engine, batch 8: because",
+        "calibrate fast cpu against cuda: CPU 10.0 s, CUDA 3.0 s, scales differ by 1.0e-06 at most",
+        "calibrate cuda: failed: no CUDA",
+    ]

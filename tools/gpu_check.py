@@ -1,16 +1,30 @@
-"""What only a machine with a GPU can show, in one go.
+r"""What only a machine with a GPU can show, in one go.
 
-    python tools/gpu_check.py run M.onnx --data IMAGES -o OUT
+    PYTHONPATH=. python tools/gpu_check.py run M.onnx --data IMAGES -o OUT
 
-M.onnx is a float net as `reptrt export` writes it. The check calibrates it on the CPU and with CUDA
-(seconds, largest difference of a scale), builds FP32, FP16 and INT8 engines (INT8 with an FP32 and
-an FP16 rest) with every TensorRT that can be imported, compares each engine with onnxruntime output
-by output, audits it, and times all engines of one TensorRT side by side, ratios to its FP16 one.
+M.onnx is a float net as `reptrt export` writes it, IMAGES a few hundred images of its kind. The
+check calibrates the net on the CPU and with CUDA, each recipe (seconds, largest difference of a
+scale); builds engines with every TensorRT that can be imported: FP32, FP16, INT8 with an FP32 and
+an FP16 rest, INT8 without splits; compares each with onnxruntime output by output; audits it; and
+times all engines of one TensorRT side by side, ratios to its FP16 one, host copies in and out.
 
 Every step is a process of its own: what fails, or crashes, says why, and the rest goes on.
 OUT/gpu_check.json holds everything; a table goes to stdout. Exit 1 with --strict if a step failed.
+
+It needs what `pip install 'reptrt[gpu,rtx]'` brings; without some of it, the steps that need it say
+so. Where there is no package index, take packages along, fetched for that machine's Python:
+
+    pip download -d wheels --no-deps --only-binary=:all: --python-version 3.12 \
+        --platform manylinux_2_28_x86_64 --platform manylinux2014_x86_64 onnx-graphsurgeon \
+        tensorrt-rtx-cu13-libs tensorrt-rtx-cu13-bindings pytools mako platformdirs siphash24
+    pip download -d wheels --no-deps pycuda tensorrt-rtx tensorrt-rtx-cu13
+
+and there, where CUDA's compiler builds pycuda in a few minutes:
+
+    pip install --no-index --no-deps --no-build-isolation wheels/*
 """
 
+import importlib.util
 import json
 import platform
 import signal
@@ -20,23 +34,55 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-import click
-import numpy as np
+_NEEDED = ("click", "google.protobuf", "numpy", "onnx", "onnx_graphsurgeon", "PIL")
 
-from reptrt import _tensorrt
-from reptrt._tensorrt import Backend, Gpu
-from reptrt.artifacts import package_versions, sidecar_path, write_artifact, write_json
-from reptrt.data import open_dataset
-from reptrt.errors import MissingDependencyError, ReptrtError
-from reptrt.graph import bytes_from_model, model_from_net, net_from_model, read_model
-from reptrt.metrics import agreement, sqnr_db
-from reptrt.preprocess import read_preprocess
-from reptrt.rewrite.to_fp16 import to_fp16
-from reptrt.runner import open_runner
 
-NETS = ("fp32", "fp16", "int8", "int8-fp16")
+def lacking(names: Sequence[str]) -> list[str]:
+    """Return the packages that cannot be found."""
+    found = []
+    for name in names:
+        try:
+            there = importlib.util.find_spec(name) is not None
+        except ModuleNotFoundError:  # of the package around it
+            there = False
+        found += [] if there else [name]
+    return found
+
+
+if lacking(_NEEDED):  # before anything imports them
+    sys.exit(f"error: cannot be imported: {', '.join(lacking(_NEEDED))}; install them first")
+
+import click  # noqa: E402
+import numpy as np  # noqa: E402
+
+from reptrt import _tensorrt, choices  # noqa: E402
+from reptrt._tensorrt import Backend, Gpu  # noqa: E402
+from reptrt.artifacts import (  # noqa: E402
+    package_versions,
+    sha256_of,
+    sidecar_path,
+    write_artifact,
+    write_json,
+)
+from reptrt.data import open_dataset  # noqa: E402
+from reptrt.engine_input import with_rest  # noqa: E402
+from reptrt.errors import MissingDependencyError, ReptrtError  # noqa: E402
+from reptrt.graph import bytes_from_model, net_from_model, read_model  # noqa: E402
+from reptrt.metrics import agreement, sqnr_db  # noqa: E402
+from reptrt.preprocess import read_preprocess  # noqa: E402
+from reptrt.runner import open_runner  # noqa: E402
+
+# Each net with what its FP16 rest is made from, None: its rest is FP32.
+NETS = {
+    "fp32": None,
+    "fp16": "fp32",
+    "int8": None,
+    "int8-fp16": "int8",
+    "int8-nosplit-fp16": "int8-nosplit",
+}
+RECIPES: tuple[str, ...] = get_args(choices.Recipe)
 BACKENDS: tuple[Literal["tensorrt", "tensorrt-rtx"], ...] = ("tensorrt", "tensorrt-rtx")
 _TIMEOUT_S = 1800.0
 
@@ -113,7 +159,9 @@ class Check:
         Raises:
             UsageError: the model is one of them.
         """
-        files = [self.net(name) for name in (*NETS[1:], "int8-cuda")]
+        names = [*list(NETS)[1:], "int8-nosplit", *(f"int8-{recipe}" for recipe in RECIPES)]
+        names += [f"int8-{recipe}-cuda" for recipe in RECIPES]
+        files = [self.net(name) for name in names]
         files += [self.engine(backend, net) for backend in BACKENDS for net in NETS]
         if self.model in files:
             raise click.UsageError(f"{self.model.name} in {self.out} would be replaced; other -o")
@@ -166,13 +214,13 @@ def _load(name: Literal["tensorrt", "tensorrt-rtx"]) -> Backend | str:
         return str(err).partition("): ")[0].removeprefix("no TensorRT (")
 
 
-def write_fp16(model: Path, output: Path) -> dict[str, Any]:
-    """Write the FP16 form of a float net, the baseline of all ratios."""
-    net = net_from_model(read_model(model))
-    report = to_fp16(net)
-    content = bytes_from_model(model_from_net(net))
-    write_artifact(output, content, artifact="fp16-onnx", parents={}, options={})
-    return {"left_fp32": [asdict(skip) for skip in report.skipped]}
+def write_half(source: Path, output: Path) -> dict[str, Any]:
+    """Write a net with the FP16 rest that build-engine would give it."""
+    model, rest = with_rest(read_model(source), "fp16")
+    parents = {source.name: sha256_of(source)}
+    content = bytes_from_model(model)
+    write_artifact(output, content, artifact="fp16-onnx", parents=parents, options={})
+    return asdict(rest)
 
 
 def compare_calibrations(cpu: Mapping[str, Any], cuda: Mapping[str, Any]) -> dict[str, Any]:
@@ -190,32 +238,44 @@ def compare_calibrations(cpu: Mapping[str, Any], cuda: Mapping[str, Any]) -> dic
     }
 
 
-def calibrations(check: Check, images: int) -> None:
-    """Calibrate with an FP32 and an FP16 rest, and on both devices."""
-    reports: dict[str, dict[str, Any]] = {}
+def calibrations(check: Check, recipes: Sequence[str], images: int) -> None:
+    """Calibrate by each recipe on both devices, and once without splits; make the FP16 rests.
 
-    def calibrate(output: Path, device: str, rest: str) -> dict[str, Any]:
-        what = ("--data", check.data, "-n", str(images), "--device", device)
-        return check.reptrt("calibrate", check.model, *what, "--high-precision", rest, "-o", output)
+    The first recipe makes the net "int8" that engines are built from.
+    """
+    reports: dict[tuple[str, str], dict[str, Any]] = {}
 
-    def on(device: str) -> dict[str, Any]:
-        name = "int8" if device == "cpu" else "int8-cuda"
-        reports[device] = calibrate(check.out / f"{name}.onnx", device, "fp32")
-        return {"seconds": reports[device]["seconds"], "images": reports[device]["images"]}
+    def calibrate(name: str, *options: str) -> dict[str, Any]:
+        what = ("--data", check.data, "-n", str(images), *options)
+        return check.reptrt("calibrate", check.model, *what, "-o", check.net(name))
 
-    def both() -> dict[str, Any]:
-        if len(reports) < 2:
+    def on(recipe: str, device: str) -> dict[str, Any]:
+        name = "int8" if recipe == recipes[0] else f"int8-{recipe}"
+        name += "-cuda" if device == "cuda" else ""
+        found = calibrate(name, "--recipe", recipe, "--device", device)
+        reports[recipe, device] = found
+        return {"seconds": found["seconds"], "images": found["images"]}
+
+    def both(recipe: str) -> dict[str, Any]:
+        pair = [reports.get((recipe, device)) for device in ("cpu", "cuda")]
+        if pair[0] is None or pair[1] is None:
             raise SkipStep("needs calibration on the CPU and with CUDA")
-        return compare_calibrations(reports["cpu"], reports["cuda"])
+        return compare_calibrations(pair[0], pair[1])
 
-    check.step("fp16 net", lambda: write_fp16(check.model, check.net("fp16")))
-    check.step("calibrate cpu", lambda: on("cpu"))
-    check.step("calibrate cuda", lambda: on("cuda"))
-    check.step("calibrate cpu against cuda", both)
+    for recipe in recipes:
+        for device in ("cpu", "cuda"):
+            check.step(f"calibrate {recipe} {device}", lambda r=recipe, d=device: on(r, d))  # type: ignore[misc]
+        check.step(f"calibrate {recipe} cpu against cuda", lambda r=recipe: both(r))  # type: ignore[misc]
     check.step(
-        "calibrate, fp16 rest",
-        lambda: {"seconds": calibrate(check.net("int8-fp16"), "cpu", "fp16")["seconds"]},
+        "calibrate without splits",
+        lambda: {"seconds": calibrate("int8-nosplit", "--split", "none")["seconds"]},
     )
+    for net, source in NETS.items():
+        if source is not None:
+            check.step(
+                f"fp16 rest {net}",
+                lambda n=net, s=source: write_half(needed(check.net(s)), check.net(n)),  # type: ignore[misc]
+            )
 
 
 def engines(
@@ -235,7 +295,16 @@ def engines(
 
     def build(net: str) -> dict[str, Any]:
         source, target = needed(check.net(net)), check.engine(backend, net)
-        options = ["--backend", backend, "--shapes", shapes]
+        options = ["--backend", backend, "--shapes", shapes, "--high-precision"]
+        options.append("fp32" if NETS[net] is None else "fp16")
+        if backend == "tensorrt-rtx" and isinstance(_tensorrt.find_gpu(), Gpu):
+            try:
+                return check.reptrt(
+                    "build-engine", source, "-o", target, *options, "--target", "current"
+                )
+            except StepError as err:
+                portable = check.reptrt("build-engine", source, "-o", target, *options)
+                return portable | {"not_for_the_current_gpu": str(err)}
         return check.reptrt("build-engine", source, "-o", target, *options)
 
     def parity(net: str) -> dict[str, Any]:
@@ -247,13 +316,14 @@ def engines(
         found = check.reptrt("inspect", needed(check.engine(backend, net)), "--audit")
         return {"precisions": found["precisions"], **found["audit"]}
 
-    def bench() -> dict[str, Any]:
+    def bench(*copies: str) -> dict[str, Any]:
         made = [check.engine(backend, net) for net in nets if check.engine(backend, net).exists()]
         if not made:
             raise SkipStep("no engine was built")
         baseline = check.engine(backend, "fp16")
         options = ["--baseline", str(baseline)] if baseline in made else []
-        return check.reptrt("bench", *made, "--batch", ",".join(map(str, batches)), *options)
+        sizes = ",".join(map(str, batches))
+        return check.reptrt("bench", *made, "--batch", sizes, *options, *copies)
 
     for net in nets:
         check.step(f"{backend} build {net}", lambda net=net: build(net))  # type: ignore[misc]
@@ -262,37 +332,56 @@ def engines(
     for net in (net for net in nets if "int8" in net):
         check.step(f"{backend} audit {net}", lambda net=net: audit(net))  # type: ignore[misc]
     check.step(f"{backend} bench", bench)
+    check.step(f"{backend} bench, no host copies", lambda: bench("--no-host-copies"))
 
 
 def table(steps: Sequence[Step]) -> list[str]:
-    """Return the results in short: one row an engine and batch size, then what was not done."""
+    """Return the results in short: a row an engine and batch size, what it means, what failed."""
     done = {step.name: step.result for step in steps if step.state == "done"}
-    lines = ["| engine | batch | median ms | images/s | of FP16 | SQNR dB | INT8 layers |"]
-    lines.append("|---|--:|--:|--:|--:|--:|--:|")
+    lines = [
+        "| engine | batch | median ms | on the GPU | images/s | of FP16 | SQNR dB | INT8 layers |"
+    ]
+    lines.append("|---|--:|--:|--:|--:|--:|--:|--:|")
     for backend in BACKENDS:
+        on_gpu = {
+            (row["file"], row["batch"]): row["median_ms"]
+            for row in done.get(f"{backend} bench, no host copies", {}).get("results", ())
+        }
         for row in done.get(f"{backend} bench", {}).get("results", ()):
             net = Path(row["file"]).name.removesuffix(f".{backend}.engine")
             outputs = done.get(f"{backend} parity {net}", {}).get("outputs", {})
             sqnr = min((out["sqnr_db"] for out in outputs.values()), default=None)
             audit = done.get(f"{backend} audit {net}")
+            alone = on_gpu.get((row["file"], row["batch"]))
             cells = [
                 f"{backend} {net}",
                 str(row["batch"]),
                 f"{row['median_ms']:.3f}",
+                "" if alone is None else f"{alone:.3f}",
                 f"{row['throughput_ips']:.0f}",
                 "" if row.get("ratio") is None else f"{row['ratio']:.2f}",
                 "" if sqnr is None else f"{sqnr:.1f}",
                 "" if audit is None else f"{audit['built']} of {len(audit['planned'])}",
             ]
             lines.append(f"| {' | '.join(cells)} |")
-    calibration = done.get("calibrate cpu against cuda")
-    if calibration is not None:
-        lines.append(
-            f"calibration: CPU {calibration['cpu_seconds']:.1f} s, CUDA "
-            f"{calibration['cuda_seconds']:.1f} s, scales differ by "
-            f"{calibration['max_relative_difference']:.1e} at most"
-        )
+    lines += [line for name, result in done.items() for line in _remarks(name, result)]
     lines += [f"{step.name}: {step.state}: {step.why}" for step in steps if step.state != "done"]
+    return lines
+
+
+def _remarks(name: str, result: Mapping[str, Any]) -> list[str]:
+    """Return what is worth a line of a step that was done."""
+    lines = [f"{name}: {remark}" for remark in result.get("remarks", ())]
+    for found in result.get("explanations", ()):
+        where = f"{Path(found['file']).name}, batch {found['batch']}"
+        lines += [f"{where}: {line}" for line in found["lines"]]
+    if "max_relative_difference" in result:
+        lines.append(
+            f"{name}: CPU {result['cpu_seconds']:.1f} s, CUDA {result['cuda_seconds']:.1f} s, "
+            f"scales differ by {result['max_relative_difference']:.1e} at most"
+        )
+    if "not_for_the_current_gpu" in result:
+        lines.append(f"{name}: portable engine: {result['not_for_the_current_gpu']}")
     return lines
 
 
@@ -338,13 +427,17 @@ def compare_outputs(
 
 
 def check_all(
-    check: Check, nets: Sequence[str], batches: Sequence[int], images: int
+    check: Check,
+    nets: Sequence[str],
+    recipes: Sequence[str],
+    batches: Sequence[int],
+    images: int,
 ) -> Sequence[Step]:
     """Run every step and write the report."""
     for old in check.made():
         old.unlink(missing_ok=True)  # a file of an earlier check must not pass for one of this
     check.step("environment", environment)
-    calibrations(check, images)
+    calibrations(check, recipes, images)
     for backend in BACKENDS:
         engines(check, backend, nets, batches, images)
     report = {"model": check.model.name, "steps": [asdict(step) for step in check.steps]}
@@ -364,17 +457,28 @@ def main() -> None:
 @click.option("-n", "--images", type=click.IntRange(1), default=512, show_default=True)
 @click.option("--batch", default="1,8,32", show_default=True)
 @click.option("--nets", default=",".join(NETS), show_default=True)
+@click.option("--recipes", default=",".join(RECIPES), show_default=True)
 @click.option("--strict", is_flag=True, help="Exit 1 if a step failed.")
 def run(
-    model: Path, data: Path, output: Path, images: int, batch: str, nets: str, strict: bool
+    model: Path,
+    data: Path,
+    output: Path,
+    images: int,
+    batch: str,
+    nets: str,
+    recipes: str,
+    strict: bool,
 ) -> None:
     """Run every step on the float net MODEL."""
-    wanted, batches = nets.split(","), [int(size) for size in batch.split(",")]
-    if not set(wanted) <= set(NETS) or min(batches) < 1:
-        raise click.UsageError(f"--nets: any of {','.join(NETS)}; --batch: positive sizes")
+    batches = [int(size) for size in batch.split(",")]
+    for name, text, known in (("nets", nets, NETS), ("recipes", recipes, RECIPES)):
+        if not set(text.split(",")) <= set(known):
+            raise click.UsageError(f"--{name}: any of {','.join(known)}")
+    if min(batches) < 1:
+        raise click.UsageError("--batch: positive sizes")
     output.mkdir(parents=True, exist_ok=True)
     check = Check(model.resolve(), data.resolve(), output.resolve(), run_process)
-    steps = check_all(check, wanted, batches, images)
+    steps = check_all(check, nets.split(","), recipes.split(","), batches, images)
     click.echo("\n".join(table(steps)))
     if strict and any(step.state == "failed" for step in steps):
         click.get_current_context().exit(1)
