@@ -139,6 +139,27 @@ def test_a_crash_is_named_and_what_needs_its_file_is_skipped(check: Any) -> None
     assert why["tensorrt-rtx bench"] == ("skipped", "no engine was built")
 
 
+def test_an_engine_that_does_not_run_is_not_timed(check: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(gpu_check, "_load", lambda name: None)
+    timed: list[list[str]] = []
+
+    def process(command: Sequence[str]) -> tuple[int, str]:
+        if "bench" in command:
+            timed.append([Path(word).name for word in command if word.endswith(".engine")])
+        if "build-engine" in command:
+            Path(command[command.index("-o") + 1]).touch()
+        if "parity" in command and "/fp32." in command[3]:
+            return 1, "error: refused"
+        Path(command[command.index("--json") + 1]).write_text('{"outputs": {}}')
+        return 0, ""
+
+    (check.out / "fp16.onnx").touch()
+    running = gpu_check.Check(check.model, check.data, check.out, process)
+    gpu_check.engines(running, "tensorrt", ["fp32", "fp16"], [1], 16)
+    fp16 = "fp16.tensorrt.engine"
+    assert timed == [[fp16, fp16]] * 2  # twice: it is the baseline too
+
+
 @pytest.mark.parametrize("current", [True, False])
 def test_rtx_builds_for_the_gpu_that_is_there_or_portably(
     check: Any, monkeypatch: pytest.MonkeyPatch, current: bool

@@ -128,7 +128,7 @@ class Check:
             result, state, why = {}, "failed", " ".join(f"{err}".split()) or repr(err)
         seconds = time.perf_counter() - started
         self.steps.append(Step(name, state, why, seconds, result))  # type: ignore[arg-type]
-        print(f"{name:32s} {state:8s} {seconds:7.1f} s  {why}", file=sys.stderr)
+        print(f"{name:38s} {state:8s} {seconds:7.1f} s  {why}", file=sys.stderr)
 
     def reptrt(self, *args: str | Path) -> dict[str, Any]:
         """Run a command of reptrt in a process of its own; return its JSON."""
@@ -317,13 +317,16 @@ def engines(
         return {"precisions": found["precisions"], **found["audit"]}
 
     def bench(*copies: str) -> dict[str, Any]:
-        made = [check.engine(backend, net) for net in nets if check.engine(backend, net).exists()]
+        ran = {step.name for step in check.steps if step.state == "done"}
+        made = [net for net in nets if check.engine(backend, net).exists()]
         if not made:
             raise SkipStep("no engine was built")
+        running = [net for net in made if f"{backend} parity {net}" in ran] or made
+        files = [check.engine(backend, net) for net in running]
         baseline = check.engine(backend, "fp16")
-        options = ["--baseline", str(baseline)] if baseline in made else []
+        options = ["--baseline", str(baseline)] if baseline in files else []
         sizes = ",".join(map(str, batches))
-        return check.reptrt("bench", *made, "--batch", sizes, *options, *copies)
+        return check.reptrt("bench", *files, "--batch", sizes, *options, *copies)
 
     for net in nets:
         check.step(f"{backend} build {net}", lambda net=net: build(net))  # type: ignore[misc]
