@@ -102,15 +102,15 @@ def test_files_of_a_factory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         tmp_path / "net.py",
         weights,
     )
-    package = tmp_path / "package_of_a_test"
+    package = tmp_path / "package_nobody_imports"
     package.mkdir()
     (package / "__init__.py").write_text("raise RuntimeError('it was imported')")
     (package / "net.py").write_text("")
     monkeypatch.chdir(tmp_path)
-    (found,) = source_files(Source("package_of_a_test.net:make"))
+    (found,) = source_files(Source("package_nobody_imports.net:make"))
     assert found.resolve() == package / "net.py"
-    assert source_files(Source("package_of_a_test.nothing:make")) == ()
-    assert "package_of_a_test" not in sys.modules
+    assert source_files(Source("package_nobody_imports.nothing:make")) == ()
+    assert "package_nobody_imports" not in sys.modules
 
 
 def test_files_of_an_onnx_file_with_its_weights_outside(tmp_path: Path) -> None:
