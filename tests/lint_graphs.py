@@ -173,8 +173,10 @@ def with_bias(codes: object, scale: object, zero_point: object) -> onnx.ModelPro
 
 def integer_op(op: str) -> onnx.ModelProto:
     """Return a graph with an operator that computes on codes."""
-    g = QdqGraph((4, C))
-    weight, scale, zero = g.constant(np.ones((C, C), np.int8)), g.constant(np.float32(0.05)), ""
+    is_conv = op == "QLinearConv"
+    g = QdqGraph(IMAGE if is_conv else (4, C))
+    shape = (C, C, 1, 1) if is_conv else (C, C)
+    weight, scale, zero = g.constant(np.ones(shape, np.int8)), g.constant(np.float32(0.05)), ""
     if op == "DynamicQuantizeLinear":
         g.nodes.append(helper.make_node(op, ["x"], ["q", "s", "z"], "dynamic"))
         return g.model(g.node("Relu", g.node("Neg", g.dq("q", "s", "z"))))
@@ -193,6 +195,13 @@ def scalar_constant() -> onnx.ModelProto:
     g = QdqGraph()
     factor = g.dq(g.constant(np.int8(5)))
     return g.model(g.node("Mul", g.conv(g.qdq("x")), factor))
+
+
+def scalar_input() -> onnx.ModelProto:
+    """Return a convolution whose result is multiplied by a quantized scalar input."""
+    g = QdqGraph()
+    g.inputs.append(helper.make_tensor_value_info("s", FLOAT, ()))
+    return g.model(g.node("Mul", g.conv(g.qdq("x")), g.qdq("s")))
 
 
 def reshaped_codes() -> onnx.ModelProto:

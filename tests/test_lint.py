@@ -81,6 +81,7 @@ CASES = {
     "int32 bias": Case(
         "QDQ008", "INT32", True, lambda: graphs.with_bias(np.ones(C, np.int32), F32(1e-4), None)
     ),
+    "QLinearConv": Case("QDQ009", "QLinearConv", True, lambda: graphs.integer_op("QLinearConv")),
     "QLinearMatMul": Case(
         "QDQ009", "QLinearMatMul", True, lambda: graphs.integer_op("QLinearMatMul")
     ),
@@ -94,7 +95,8 @@ CASES = {
     "scalar constant": Case("QDQ010", "scalar INT8", True, graphs.scalar_constant),
     "reshaped codes": Case("QDQ010", "Reshape reads INT8", True, graphs.reshaped_codes),
     "mixed types": Case("QDQ011", "input float16, weight float32", True, graphs.half_and_float),
-    "old opset": Case("QDQ012", "opset 21", False, lambda: one_conv(opset=21)),
+    "new opset": Case("QDQ012", "opset 21", False, lambda: one_conv(opset=21)),
+    "old opset": Case("QDQ012", "opset 12", False, lambda: one_conv(opset=12)),
     "codes as output": Case("QDQ013", "read by the graph's output", False, graphs.dangling_q),
     "codes as numbers": Case("QDQ013", "read by Cast", False, graphs.arithmetic_on_codes),
     "simulation": Case("QDQ015", "6-bit weights", False, graphs.simulated),
@@ -217,6 +219,7 @@ RIGHT = {
     "concat without a pair behind it": lambda: graphs.concatenated(0.05, 0.05, None),
     "equal scales around a pool": lambda: graphs.requantized(0.05, 0.05, "MaxPool"),
     "scaled skip": graphs.scaled_skip,
+    "scalar input": graphs.scalar_input,
     "float head": lambda: graphs.float_conv(last=True),
     "coarse-fine split in float": lambda: graphs.split("conv"),
     "identity split in float": lambda: graphs.split("mul"),
