@@ -6,6 +6,9 @@ follows it directly. Run as it is, the graph would compute every convolution in 
 
 0. An FP16 rest becomes an FP32 rest with the same numbers: casts go, and scales, biases and float
    weights are widened, which is exact. Only what FP16 arithmetic would round is not rounded.
+   Tensors that `reptrt.rewrite.recentre` gave all 256 codes get UINT8 codes with zero point 0
+   again, 128 more than before: then padding with zeros is right as it is, and what made up for
+   the offset goes from biases and sums, to float rounding.
 1. ``Relu -> Q(int8)`` becomes ``Q(uint8, zero point 0) -> Clip(0, 127)``: saturation at 0 is the
    ReLU, and the clip restores the saturation at 127 that INT8 has. ``Clip(0, c)`` likewise.
 2. ``DQ -> Flatten, Reshape, MaxPool...`` gets a Q/DQ pair of the same scale behind it, which
@@ -28,6 +31,7 @@ import onnx_graphsurgeon as gs
 from reptrt.affine import along_axis
 from reptrt.graph import constant_value, model_from_net, net_from_model, producer
 from reptrt.placement import moves_values
+from reptrt.recentred import restore
 
 _MAX_BIAS_CODE = 1 << 30  # leaves room for the sum in an INT32 accumulator
 _MIN_WEIGHT_SCALE = 1e-20  # times the activation's scale it is still a float32
@@ -40,6 +44,7 @@ def lower(model: onnx.ModelProto) -> onnx.ModelProto:
     net = net_from_model(model)
     graph = net.graph
     _widen(graph)
+    restore(net)
     for node in list(graph.toposort().nodes):
         if node.op in ("Relu", "Clip"):
             _saturate_instead(graph, node)

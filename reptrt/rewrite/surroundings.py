@@ -1,0 +1,187 @@
+"""What lies around a tensor and can make up for a constant taken from it.
+
+The constant c is the same in all channels and places. Then whoever made the tensor can give it up
+in a bias, value-moving nodes and averages hand it on, and layers make up for it in their biases.
+"""
+
+from dataclasses import dataclass, field
+
+import onnx_graphsurgeon as gs
+
+from reptrt.graph import Net, constant_value, is_private, producer
+from reptrt.placement import moves_values
+from reptrt.recentred import dequantized_weight, has_bias
+from reptrt.rewrite.borders import pads_of
+from reptrt.splits import Split, read_splits
+
+_AVERAGES = ("AveragePool", "GlobalAveragePool", "ReduceMean")
+
+
+@dataclass(frozen=True, slots=True)
+class Readers:
+    """Who reads x', and what has to make up for c."""
+
+    layers: list[gs.Node] = field(default_factory=list)
+    factors: list[tuple[gs.Node, gs.Node]] = field(default_factory=list)  # Mul, holder of a bias
+    skips: list[gs.Node] = field(default_factory=list)  # holders of a bias
+    averages: list[gs.Node] = field(default_factory=list)
+
+    def extend(self, other: "Readers") -> None:
+        """Take in what somebody else found."""
+        self.layers.extend(other.layers)
+        self.factors.extend(other.factors)
+        self.skips.extend(other.skips)
+        self.averages.extend(other.averages)
+
+
+class Surroundings:
+    """What lies around a tensor that can make up for c.
+
+    Args:
+        net: a float net or a Q/DQ net.
+        quantized: inputs (node name, index) that are going to get a pair; none in a Q/DQ net.
+    """
+
+    def __init__(self, net: Net, quantized: set[tuple[str, int]]) -> None:
+        self.graph = net.graph
+        self._quantized = quantized
+        self._by_part: dict[str, Split] = {}
+        for split in read_splits(net):
+            self._by_part |= dict.fromkeys((split.sum, split.side, split.main), split)
+
+    def holder(self, tensor: gs.Tensor) -> gs.Node | str:
+        """Return the node whose bias adds to a tensor alone, or why there is none."""
+        node = producer(tensor)
+        if node is None:
+            return f"{tensor.name} is made by the caller"
+        if not is_private(self.graph, tensor):
+            return f"{tensor.name}, before it, is read by others too"
+        if node.op in ("Conv", "ConvTranspose", "Gemm"):
+            return node if _takes_bias(node) else f"the bias of {node.name} is not a constant"
+        if node.op != "Add":
+            return f"{node.op} {node.name} takes no constant"
+        if any(constant_value(operand) is not None for operand in node.inputs):
+            return node
+        inputs = [(i, t) for i, t in enumerate(node.inputs) if not self._is_quantized(node, i)]
+        split = self._by_part.get(node.name)
+        if split is not None:
+            inputs.sort(key=lambda item: _made_by(item[1]) != split.main)
+        found = [self.holder(operand) for _, operand in inputs]
+        holders = [one for one in found if not isinstance(one, str)]
+        return holders[0] if holders else f"no summand of {node.name} has a bias of its own"
+
+    def readers(self, tensor: gs.Tensor, *, fixed: bool = True) -> Readers | str:
+        """Return who reads a tensor, past what moves values, or why one of them cannot do it.
+
+        Args:
+            tensor: the output of the ReLU, or of the DQ.
+            fixed: shapes that borders depend on have to be known.
+        """
+        if any(tensor is output for output in self.graph.outputs):
+            return f"{tensor.name} is an output of the graph"
+        found = Readers()
+        for node in dict.fromkeys(ByIdentity(node) for node in tensor.outputs):
+            one = self._reader(node.node, tensor, fixed)
+            if isinstance(one, str):
+                return one
+            found.extend(one)
+        return found
+
+    def sum_behind(self, layer: gs.Node) -> gs.Node:
+        """Return the float sum that a part of a split layer goes into, else the layer."""
+        split = self._by_part.get(layer.name)
+        if split is None or layer.name == split.sum:
+            return layer
+        after = layer.outputs[0].outputs
+        direct = is_private(self.graph, layer.outputs[0]) and after[0].name == split.sum
+        return after[0] if direct else layer
+
+    def _is_quantized(self, node: gs.Node, index: int) -> bool:
+        return (node.name, index) in self._quantized
+
+    def _reader(self, node: gs.Node, tensor: gs.Tensor, fixed: bool) -> Readers | str:
+        at = [index for index, operand in enumerate(node.inputs) if operand is tensor]
+        if len(at) > 1:
+            return f"{node.op} {node.name} reads it twice"
+        if node.op == "Pad" and moves_values(node):
+            return f"Pad {node.name} puts zeros beside it"
+        if moves_values(node) and at == [0] and not any(t.outputs for t in node.outputs[1:]):
+            return self.readers(node.outputs[0], fixed=fixed)
+        if node.op in ("Conv", "Gemm") and at == [0]:
+            reason = _layer_obstacle(node, fixed)
+            return reason if reason is not None else Readers(layers=[node])
+        if node.op in _AVERAGES and at == [0]:
+            reason = _average_obstacle(node)
+            return reason if reason is not None else Readers(averages=[node])
+        split = self._by_part.get(node.name)
+        if node.op == "Mul" and split is not None and split.side == node.name:
+            holder = self._beside(node.outputs[0], split.sum)
+            return holder if isinstance(holder, str) else Readers(factors=[(node, holder)])
+        if node.op == "Add" and not any(constant_value(t) is not None for t in node.inputs):
+            holder = self._other(node, at[0])
+            return holder if isinstance(holder, str) else Readers(skips=[holder])
+        return f"{node.op} {node.name} reads it"
+
+    def _beside(self, tensor: gs.Tensor, sum_name: str) -> gs.Node | str:
+        """Return who can take what a summand of a split layer lacks."""
+        after = tensor.outputs[0] if is_private(self.graph, tensor) else None
+        if after is None or after.name != sum_name:
+            return f"{tensor.name} is not added right away"
+        index = next(i for i, operand in enumerate(after.inputs) if operand is tensor)
+        if self._is_quantized(after, index):
+            return f"the summands of {sum_name} are INT8"
+        return self._other(after, index)
+
+    def _other(self, node: gs.Node, index: int) -> gs.Node | str:
+        """Return who holds the bias of the other summand of an Add."""
+        if self._is_quantized(node, 1 - index):
+            return f"the other summand of {node.name} is INT8"
+        return self.holder(node.inputs[1 - index])
+
+
+@dataclass(frozen=True, slots=True)
+class ByIdentity:
+    """A node that is compared by identity: graph-surgeon's own comparison is by content."""
+
+    node: gs.Node
+
+    def __hash__(self) -> int:
+        return id(self.node)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ByIdentity) and other.node is self.node
+
+
+def _takes_bias(node: gs.Node) -> bool:
+    """Whether a layer has a constant bias with one value per output channel, or none."""
+    if not has_bias(node):
+        return True
+    bias = constant_value(node.inputs[2])
+    if bias is None or float(node.attrs.get("beta", 1.0)) == 0.0:
+        return False
+    return bias.ndim < 2 or bias.shape[0] == 1
+
+
+def _made_by(tensor: gs.Tensor) -> str | None:
+    node = producer(tensor)
+    return None if node is None else str(node.name)
+
+
+def _layer_obstacle(node: gs.Node, fixed: bool) -> str | None:
+    weight = dequantized_weight(node)
+    if weight is None:
+        return f"the weight of {node.name} is not a constant"
+    if not _takes_bias(node):
+        return f"the bias of {node.name} is not a constant"
+    if node.op == "Gemm":
+        return f"{node.name} transposes it" if node.attrs.get("transA", 0) else None
+    if fixed and (pads_of(node) is None or (weight.ndim != 4 and any(pads_of(node) or ()))):
+        return f"{node.name} pads it with zeros, and its height and width are not fixed"
+    return None
+
+
+def _average_obstacle(node: gs.Node) -> str | None:
+    padded = any(node.attrs.get("pads") or ()) or node.attrs.get("ceil_mode", 0)
+    if padded or node.attrs.get("auto_pad", "NOTSET") not in ("NOTSET", "VALID"):
+        return f"{node.op} {node.name} pads it"
+    return None
