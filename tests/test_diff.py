@@ -166,6 +166,18 @@ def test_codes_are_read_along_their_axis() -> None:
         np.testing.assert_allclose(weight.dequantized(), expected)
 
 
+def test_codes_of_a_matrix_have_their_channels_last() -> None:
+    codes = np.arange(15, dtype=np.int8).reshape(3, 5)
+    scale = np.arange(1, 6, dtype=np.float32)
+    constants = {"q": codes, "s": scale, "z": np.zeros(5, np.int8)}
+    nodes = [
+        helper.make_node("DequantizeLinear", ["q", "s", "z"], ["w"], axis=1),
+        helper.make_node("MatMul", ["input", "w"], ["y"], name="matrix"),
+    ]
+    net = net_from_model(model_of(nodes, ["N", 3], ["N", 5], constants))
+    np.testing.assert_array_equal(layer_weights(net)["matrix"].dequantized(), codes * scale)
+
+
 def test_sidecars_are_compared(tmp_path: Path) -> None:
     source = write_factory(tmp_path)
     for name, opset in (("a", 19), ("b", 17)):

@@ -63,6 +63,15 @@ def test_a_run_is_reproduced(made: Path, tmp_path: Path, monkeypatch: pytest.Mon
         assert again[name] == before[name]
 
 
+def test_paths_that_were_relative_are_found_from_anywhere(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(made)
+    make_run("net_of_a_small_run.py:make", Path("data.npz"), tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+    assert replayed(Path("run"))["reproduced"] is True
+
+
 def test_without_a_folder_nothing_is_left(made: Path, tmp_path: Path) -> None:
     before = sorted(path.name for path in made.rglob("*"))
     result = reptrt("replay", made / "run")

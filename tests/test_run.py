@@ -127,6 +127,7 @@ def test_the_record_has_what_it_takes(data: Path, finished: Path) -> None:
     record = json.loads((finished / "run.json").read_text())
     assert record["finished"] is True
     assert record["source"]["name"] == "repvgg"
+    assert record["source"]["weights"] == str(WEIGHTS)
     assert record["source"]["architecture"]["widths"] == [24, 24, 40, 48]
     assert record["source_files"] == [{"path": str(WEIGHTS), "sha256": sha256_of(WEIGHTS)}]
     expected = {"path": str(data), "sha256": sha256_of(data), "files": 1}
