@@ -13,6 +13,7 @@ import onnx_graphsurgeon as gs
 
 from reptrt.graph import WEIGHTED_OPS, Net, constant_value, producer
 from reptrt.lint.tensors import base, dequantize_before, given, is_quantize, value_of
+from reptrt.recentred import read_recentred
 
 AnyArray = npt.NDArray[Any]
 Float64Array = npt.NDArray[np.float64]
@@ -46,12 +47,14 @@ class LayerWeight:
 def activation_scales(net: Net) -> dict[str, Float64Array]:
     """Return tensor name -> scale, for every quantized activation whose scale is a constant."""
     found = {}
+    recentred = {one.quantize: one.tensor for one in read_recentred(net)}  # their ReLU is gone
     for node in net.graph.nodes:
         if not is_quantize(node) or value_of(node.inputs[0]) is not None:
             continue
         scale = value_of(node.inputs[1])
         if scale is not None:
-            found[quantized_tensor(node).name] = np.asarray(scale, dtype=np.float64)
+            name = recentred.get(node.name) or quantized_tensor(node).name
+            found[name] = np.asarray(scale, dtype=np.float64)
     return found
 
 

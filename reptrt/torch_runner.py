@@ -1,5 +1,6 @@
 """Run a torch module, or an ONNX graph in torch, with the contract of `reptrt.runner.Runner`."""
 
+import functools
 from collections.abc import Callable, Mapping
 from types import MappingProxyType, TracebackType
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from reptrt.graph import Net
 from reptrt.lint.tensors import is_dequantize, is_quantize, value_of
 from reptrt.quantized import is_simulation
+from reptrt.recentred import read_recentred
 from reptrt.torchgraph import TorchGraph
 
 AnyArray = npt.NDArray[Any]
@@ -93,15 +95,25 @@ def graph_runner(net: Net, device: torch.device, replace: Replacements = _NOTHIN
 def float_activations(net: Net) -> Replacements:
     """Return replacements that leave every activation of a Q/DQ graph in float.
 
-    Weights keep their codes. The pair is skipped, and the Clip of a simulation before it.
+    Weights keep their codes. The pair is skipped, and the Clip of a simulation before it. Where the
+    saturation of a Q stands in for a ReLU (`reptrt.recentred`), that is all that is left of it.
     """
-    skipped = set()
+    codes = {one.quantize: one.code for one in read_recentred(net)}
+    replacements: dict[str, Callable[..., Tensor]] = {}
     for node in net.graph.nodes:
         if is_quantize(node) and value_of(node.inputs[0]) is None:
-            skipped |= {node.name, *(r.name for r in node.outputs[0].outputs if is_dequantize(r))}
+            code = codes.get(node.name)
+            replacements[node.name] = _first if code is None else functools.partial(_from, code)
+            readers = (reader for reader in node.outputs[0].outputs if is_dequantize(reader))
+            replacements |= {reader.name: _first for reader in readers}
         elif is_simulation(node):
-            skipped.add(node.name)
-    return dict.fromkeys(skipped, _first)
+            replacements[node.name] = _first
+    return replacements
+
+
+def _from(code: int, x: Tensor, scale: Tensor, *rest: Tensor | None) -> Tensor:
+    """Return max(x, -code scale)."""
+    return torch.maximum(x, -code * scale)
 
 
 def _first(x: Tensor, *parameters: Tensor | None) -> Tensor:

@@ -20,12 +20,15 @@ from reptrt.data import Dataset, open_dataset
 from reptrt.demo import digits
 from reptrt.errors import ArtifactError, DataError, EngineError, MissingDependencyError
 from reptrt.export import ExportSettings, onnx_from_module
-from reptrt.graph import net_from_model
+from reptrt.graph import Net, model_from_net, net_from_model
 from reptrt.preprocess import Preprocess
+from reptrt.quantized import activation_scales
+from reptrt.rewrite.recentre import recentre
 from reptrt.rungs import Step, measure
 from reptrt.runner import OrtRunner, Runner
 from reptrt.sources import Source, module_from_source
 from reptrt.torch_runner import TorchRunner, float_activations, graph_runner
+from tests.full_range_nets import unsigned
 from tests.helpers import ort_run
 from tests.qdq_nets import images, quantized, residual_net
 from tests.small_run import SIZE, make_run, refused, reptrt, write_data, write_factory
@@ -203,6 +206,26 @@ def test_weights_alone_are_those_of_a_graph_without_pairs(bits: int) -> None:
     with graph_runner(net, CPU) as runner:
         (whole,) = runner.run(x).values()
     assert np.abs(whole - output).max() > 1e-2 * np.abs(output).max()  # pairs do something
+
+
+def num_relus(net: Net) -> int:
+    return sum(node.op == "Relu" for node in net.graph.nodes)
+
+
+@pytest.mark.parametrize("bits", [8, 5])
+def test_weights_alone_keep_the_relu_that_a_pair_stands_in_for(bits: int) -> None:
+    x = images(6)
+    net, wanted = unsigned(net_from_model(residual_net()), x, bits=bits, exact=False)
+    (expected,) = ort_run(
+        without_activation_pairs(model_from_net(net.copy())), {"x": x}, optimize=False
+    ).values()
+    pairs, relus = set(activation_scales(net)), num_relus(net)
+    recentre(net, fp16_scales=False)
+    assert num_relus(net) == relus - len(wanted) < relus - 5
+    assert set(activation_scales(net)) == pairs
+    with graph_runner(net, CPU, float_activations(net)) as runner:
+        (found,) = runner.run(x).values()
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_module_may_return_a_list() -> None:
