@@ -47,7 +47,7 @@ def write_data(path: Path, number: int = 40) -> Path:
 
 def make_run(source: str, data: Path, folder: Path, *more: object) -> Path:
     """Make a run; return its folder."""
-    fast = ("-n", 32, "--batch", 1, "--bench-seconds", 0.01)
+    fast = ("--recipe", "fast", "-n", 32, "--batch", 1, "--bench-seconds", 0.01)
     result = reptrt("run", source, *SIZE, "--data", data, *fast, "-o", folder, *more)
     assert result.exit_code == 0, result.output
     return folder

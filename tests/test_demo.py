@@ -84,11 +84,13 @@ def test_int8_files_are_small_and_timed(run: Run) -> None:
 def test_the_ladder_of_the_last_file_follows(run: Run) -> None:
     rungs = run.content["ladder"]["rungs"]
     assert rungs[0]["name"] == "train-form"
-    (int8,) = (r for r in rungs if (r["name"], r["runs_in"]) == ("INT8", "onnxruntime"))
+    int8 = rungs[-2]
+    assert int8["name"].startswith("INT8")
+    assert int8["runs_in"] == "onnxruntime"
     assert int8["top1"] == run.rung("reptrt INT8")["top1"]
     sqnr = run.rung("reptrt INT8")["sqnr_db"]
     assert int8["from_first"]["sqnr_db"] == pytest.approx(sqnr, abs=1e-3)
-    assert re.search(r"^INT8 +onnxruntime +\d+\.\d\d % ", run.stdout, re.MULTILINE)
+    assert re.search(r"^INT8\S*.* onnxruntime +\d+\.\d\d % ", run.stdout, re.MULTILINE)
     assert re.search(r"^engine +tensorrt ", run.stdout, re.MULTILINE)
 
 

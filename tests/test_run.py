@@ -42,6 +42,7 @@ def command(data: Path, folder: Path) -> list[str]:
     return [
         "run",
         *NET,
+        *("--recipe", "fast"),
         "--data",
         str(data),
         "-n",
@@ -152,7 +153,7 @@ def test_results_name_files_by_their_place_in_the_folder(finished: Path) -> None
 def small_run(source: str, data: Path, folder: Path) -> dict[str, str]:
     """Run a net of 1 x 8 x 8 images; return what became of each stage."""
     arguments = [source, "--input-size", "1x8x8", "--data", str(data), "-n", "8", "-o", str(folder)]
-    arguments += ["--batch", "1", "--bench-seconds", "0.01"]
+    arguments += ["--recipe", "fast", "--batch", "1", "--bench-seconds", "0.01"]
     result = CliRunner().invoke(main, ["run", *arguments])
     assert result.exit_code == 0, result.output
     return states(folder)
