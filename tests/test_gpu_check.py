@@ -89,16 +89,17 @@ def test_without_a_gpu_all_that_can_run_runs(check: Any) -> None:
     assert {path for path in check.out.iterdir()} <= {*check.made(), check.out / "gpu_check.json"}
 
 
-def test_every_recipe_is_calibrated_on_both_devices(check: Any) -> None:
+def test_every_recipe_is_calibrated_on_both_devices(check: Any, monkeypatch: Any) -> None:
     commands: list[list[str]] = []
 
     def refusing(command: Sequence[str]) -> tuple[int, str]:
         commands.append([Path(word).name for word in command])
         return 1, "error: no"
 
+    monkeypatch.setattr(gpu_check, "DEFAULT_RECIPE", "balanced")
     recorded = gpu_check.Check(check.model, check.data, check.out, refusing)
     gpu_check.calibrations(recorded, ["fast", "balanced"], 16)
-    asked = [c for c in commands if "--recipe" in c]
+    asked = [c for c in commands if "--device" in c]
     assert [(c[c.index("--recipe") + 1], c[c.index("--device") + 1]) for c in asked] == [
         ("fast", "cpu"),
         ("fast", "cuda"),
@@ -106,12 +107,7 @@ def test_every_recipe_is_calibrated_on_both_devices(check: Any) -> None:
         ("balanced", "cuda"),
     ]
     outputs = [c[c.index("-o") + 1] for c in asked]
-    assert outputs == [
-        "int8.onnx",
-        "int8-cuda.onnx",
-        "int8-balanced.onnx",
-        "int8-balanced-cuda.onnx",
-    ]
+    assert outputs == ["int8-fast.onnx", "int8-fast-cuda.onnx", "int8.onnx", "int8-cuda.onnx"]
     found = {step.name: (step.state, step.why) for step in recorded.steps}
     assert found["calibrate balanced cuda"] == ("failed", "no")
     both = ("skipped", "needs calibration on the CPU and with CUDA")
@@ -121,6 +117,7 @@ def test_every_recipe_is_calibrated_on_both_devices(check: Any) -> None:
 
 def test_recipes_are_those_of_the_library() -> None:
     assert get_args(choices.Recipe) == gpu_check.RECIPES
+    assert gpu_check.DEFAULT_RECIPE in gpu_check.RECIPES
 
 
 def test_a_crash_is_named_and_what_needs_its_file_is_skipped(check: Any) -> None:

@@ -216,7 +216,7 @@ def test_a_float_layer_of_a_real_engine_is_a_miss(no_gpu, tmp_path):
     path = build_rtx(model, tmp_path)
     assert audit(path).misses == ()  # its own plan is kept
     misses = audit(path, wanted).misses
-    assert [(miss.layer, miss.precision) for miss in misses] == [("conv1", "FP32")]
+    assert [(miss.layer, miss.precision) for miss in misses] == [("conv1", "FP16")]
 
 
 @needs_rtx
