@@ -6,7 +6,8 @@
     identity         onnxruntime               ... splits
     coarse-fine      onnxruntime               ... splits
     INT8 weights     torch graph               codes in the weights, float activations
-    INT8             torch graph, onnxruntime  the Q/DQ file, simulated and run
+    INT8             torch graph, onnxruntime  the Q/DQ file, simulated and run; where it was
+                                               learned, the nearest codes come before
     engine           tensorrt                  where there is a GPU
 
 All rungs see the same images. Each is compared with the first (what all steps have cost so far) and
@@ -14,10 +15,10 @@ with the rung before it (what this step alone costs). Outputs of three rungs are
 """
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import onnx
 import torch
@@ -41,6 +42,13 @@ from reptrt.rungs import Ladder, Step, measure
 from reptrt.runner import OrtRunner, Runner, open_runner
 from reptrt.sources import Source, module_from_source
 from reptrt.torch_runner import float_activations, graph_runner, module_runner
+
+_NEAREST: Mapping[str, Any] = {  # options of calibrate that learn nothing
+    "recipe": "fast",
+    "rounding": "nearest",
+    "qprep": False,
+    "keep_affine": False,
+}
 
 
 class Files(NamedTuple):
@@ -114,19 +122,34 @@ def _steps(
 ) -> Iterator[Step]:
     """Yield the rungs in order; each net is made when its turn comes."""
     device = torch_device(options.calibrate.device)
-    fp, q = (net_from_model(read_model(path)) for path in files[:2])
+    fp = net_from_model(read_model(files.float_onnx))
     yield _first(source, read_preprocess(fp), options, device)
     yield Step("fused", "torch graph", lambda: graph_runner(fp, device))
     yield Step("fused", "onnxruntime", lambda: _open(files.float_onnx, options))
     for name, net in _rewritten(fp, calib_data, options.calibrate):
         yield _in_onnxruntime(name, model_from_net(net), options)
-    weights_only = float_activations(q)
-    bits = options.calibrate.weight_bits, options.calibrate.activation_bits
-    label = "INT8" if bits == (8, 8) else f"W{bits[0]}A{bits[1]}"
-    yield Step(f"{label} weights", "torch graph", lambda: graph_runner(q, device, weights_only))
-    yield Step(label, "torch graph", lambda: graph_runner(q, device))
-    yield Step(label, "onnxruntime", lambda: _open(files.int8_onnx, options))
+    yield from _quantized(files, calib_data, options, folder)
     yield Step("engine", "tensorrt", lambda: _open_engine(files, options, folder), may_fail=True)
+
+
+def _quantized(files: Files, calib_data: Path, options: RunOptions, folder: Path) -> Iterator[Step]:
+    """Yield the INT8 file; where it was learned, its nearest codes and scales before that."""
+    device, calibrating = torch_device(options.calibrate.device), options.calibrate
+    bits = calibrating.weight_bits, calibrating.activation_bits
+    label = "INT8" if bits == (8, 8) else f"W{bits[0]}A{bits[1]}"
+    nearest, end = files.int8_onnx, ""
+    learns = getattr(calibrating, "learning", None) is not None
+    if learns:
+        nearest, end = folder / "nearest.onnx", ", nearest"
+        calibrate(files.float_onnx, calib_data, nearest, replace(calibrating, **_NEAREST))
+    net = net_from_model(read_model(nearest))
+    skipped = float_activations(net)
+    yield Step(f"{label} weights{end}", "torch graph", lambda: graph_runner(net, device, skipped))
+    yield Step(f"{label}{end}", "torch graph", lambda: graph_runner(net, device))
+    if learns:
+        learned, end = net_from_model(read_model(files.int8_onnx)), ", learned"
+        yield Step(f"{label}{end}", "torch graph", lambda: graph_runner(learned, device))
+    yield Step(f"{label}{end}", "onnxruntime", lambda: _open(files.int8_onnx, options))
 
 
 def _first(

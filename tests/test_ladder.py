@@ -21,9 +21,11 @@ from reptrt.demo import digits
 from reptrt.errors import ArtifactError, DataError, EngineError, MissingDependencyError
 from reptrt.export import ExportSettings, onnx_from_module
 from reptrt.graph import Net, model_from_net, net_from_model
+from reptrt.pipeline import CalibrateOptions, ExportOptions
 from reptrt.preprocess import Preprocess
 from reptrt.quantized import activation_scales
 from reptrt.rewrite.recentre import recentre
+from reptrt.run import RunOptions
 from reptrt.rungs import Step, measure
 from reptrt.runner import OrtRunner, Runner
 from reptrt.sources import Source, module_from_source
@@ -249,7 +251,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     digits.write_arrays(folder)
     result = reptrt(
         "run", *NET, "--data", folder / "train.npz", "--eval-data", folder / "held_out.npz",
-        "-n", 64, "--eval-limit", 300, "--batch", 1, "--bench-seconds", 0.01, "-o", folder / "run",
+        "--recipe", "fast", "-n", 64, "--eval-limit", 300, "--batch", 1, "--bench-seconds", 0.01,
+        "-o", folder / "run",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     return folder
@@ -322,15 +325,42 @@ def test_the_first_rung_is_the_checkpoint_in_torch(rungs: list[dict[str, Any]], 
 def test_a_source_gives_what_its_run_gives(rungs: list[dict[str, Any]], made: Path) -> None:
     found = rows_of(
         *NET, "--data", made / "held_out.npz", "--calib-data", made / "train.npz", "-n", 64,
-        "--limit", 300,
+        "--recipe", "fast", "--limit", 300,
     )  # fmt: skip
     assert found == rungs
+
+
+@pytest.mark.skipif(not hasattr(CalibrateOptions, "learning"), reason="nothing is learned yet")
+def test_learning_is_a_step_of_its_own(made: Path) -> None:
+    source = Source("repvgg", digits.WEIGHTS, digits.ARCHITECTURE)
+    exporting = ExportOptions(digits.INPUT_SIZE, digits.MEAN, digits.STD)
+    learned, nearest = (
+        ladder_module.ladder(
+            source,
+            made / "held_out.npz",
+            made / "train.npz",
+            RunOptions(exporting, CalibrateOptions(images=32, **recipe), eval_limit=100),
+        ).rungs
+        for recipe in ({"recipe": "balanced", "iterations": 2}, {"recipe": "fast"})
+    )
+    assert [(rung.name, rung.runs_in) for rung in learned[-5:-1]] == [
+        ("INT8 weights, nearest", "torch graph"),
+        ("INT8, nearest", "torch graph"),
+        ("INT8, learned", "torch graph"),
+        ("INT8, learned", "onnxruntime"),
+    ]
+    assert [rung.from_first for rung in learned[-5:-3]] == [
+        rung.from_first for rung in nearest[-4:-2]
+    ]
+    assert learned[-3].from_before != learned[-3].from_first
+    assert learned[-3].from_first != nearest[-3].from_first
 
 
 def test_no_rewrite_no_rung(made: Path) -> None:
     found = rows_of(
         *NET, "--data", made / "held_out.npz", "--calib-data", made / "train.npz", "-n", 16,
-        "--limit", 50, "--split", "none", "--no-equalize", "--activation-bits", 6,
+        "--recipe", "fast", "--limit", 50, "--split", "none", "--no-equalize",
+        "--activation-bits", 6,
     )  # fmt: skip
     assert [rung["name"] for rung in found[2:]] == [
         "fused",
