@@ -3,7 +3,8 @@
 from typing import Literal
 
 HighPrecision = Literal["fp32", "fp16"]  # reptrt.rewrite.to_fp16
-Recipe = Literal["fast"]
+Recipe = Literal["fast", "balanced", "accurate"]
+Rounding = Literal["nearest", "learned"]  # reptrt.reconstruct
 Rule = Literal["max", "percentile", "mse", "mae", "entropy", "kl"]  # reptrt.calib.thresholds
 Resize = Literal["none", "stretch", "crop"]  # reptrt.preprocess
 SplitMode = Literal["auto", "none", "identity", "coarse-fine"]  # reptrt.choose

@@ -1,8 +1,8 @@
-"""Choose, layer by layer, the weight split that pays: none, identity or coarse-fine.
+"""Choose what pays: a weight split for each layer, the full range of codes for each activation.
 
 Both noises are powers at the layer's output, per position, summed over output channels:
 
-    weight noise      N_w = sum (W - Q(W))[o,i,t]^2  E[x_i^2]
+    weight noise      N_w = sum (W - Q(W))[o,i,t]^2  Var[x_i]      (bias correction takes the mean)
     activation noise  N_a = sum W[o,i,t]^2  step_x^2 / 12
 
 N_a is there whatever the weights do. A layer whose N_w is at most N_a is healthy and stays whole:
@@ -11,7 +11,9 @@ the cheapest form whose N_w is at most a quarter of N_a (then the weights cost l
 no form gets there, the one with the least N_w. Under the budget the layers that gain most per cost
 go first. A net whose weight noise is in all no larger than its activation noise, each taken
 relative to the signal of its layer, is left whole: taking all of it away would gain 3 dB at most.
-Rule and cost model: ours.
+An activation with full range has half the step, so a quarter of N_a; N_a above is counted with it
+where it is possible. It takes an elementwise pass for each padded convolution that reads it (the
+border's map) and is free elsewhere. Rules and cost model: ours.
 
 Cost is counted in multiply-accumulates. One elementwise pass over an output element (the Add, the
 Mul) counts as ``_ELEMENTWISE_MACS``: it moves a byte or two and computes next to nothing.
@@ -31,6 +33,8 @@ from reptrt.graph import Net, constant_value, weighted_nodes
 from reptrt.qdq import quantize_weight
 from reptrt.rewrite import split_coarse_fine as coarse_fine
 from reptrt.rewrite import split_identity as identity
+from reptrt.rewrite.recentre import padded_readers
+from reptrt.rewrite.surroundings import Surroundings
 
 Form = Literal["none", "identity", "coarse-fine"]
 FloatArray = npt.NDArray[np.floating]
@@ -65,30 +69,136 @@ class Decision:
         return next(option for option in self.options if option.form == form)
 
 
-def choose_splits(
-    net: Net, stats: Mapping[str, ChannelStats], grids: tuple[Grid, Grid], max_overhead: float
-) -> tuple[Decision, ...]:
-    """Return a decision for every convolution.
+@dataclass(frozen=True, slots=True)
+class RangeDecision:
+    """Whether one activation gets all codes."""
+
+    tensor: str
+    full: bool
+    gain: float  # activation noise that it removes, over the signal, summed over its layers
+    extra_macs: int  # per image
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """All decisions for one net."""
+
+    splits: tuple[Decision, ...]
+    ranges: tuple[RangeDecision, ...]
+
+    @property
+    def extra_macs(self) -> int:
+        """What was spent, in multiply-accumulates per image."""
+        splits = sum(decision.option(decision.form).extra_macs for decision in self.splits)
+        return splits + sum(decision.extra_macs for decision in self.ranges if decision.full)
+
+
+def choose(
+    net: Net,
+    stats: Mapping[str, ChannelStats],
+    grids: tuple[Grid, Grid],
+    max_overhead: float,
+    *,
+    splits: bool = True,
+    ranges: Collection[str] = (),
+) -> Choice:
+    """Return a decision for every convolution and for every activation that can have full range.
+
+    What removes most noise per cost goes first, as long as the budget lasts.
 
     Args:
         net: a float net with known shapes; not changed.
         stats: layer name -> statistics of its input.
         grids: of activations and of weights.
         max_overhead: extra multiply-accumulates allowed, as a fraction of the net's own.
+        splits: whether layers may be split.
+        ranges: activations that can have full range.
     """
-    layers = [node for node in weighted_nodes(net.graph) if node.op == "Conv"]
+    layers = [
+        node for node in weighted_nodes(net.graph) if node.name in stats and node.op == "Conv"
+    ]
     wanted = {
-        node.name: _decide(node, stats[node.name], grids) for node in layers if node.name in stats
+        node.name: _decide(node, stats[node.name], grids, node.inputs[0].name in ranges)
+        for node in layers
     }
-    if _is_healthy(wanted.values()):
-        return tuple(_left_whole(decision) for decision in wanted.values())
-    budget = max_overhead * num_macs(net)
-    final: dict[str, Decision] = {}
-    for decision in sorted(wanted.values(), key=_gain_per_cost, reverse=True):
-        kept = _within(decision, budget)
-        budget -= kept.option(kept.form).extra_macs
-        final[kept.layer] = kept
-    return tuple(final[name] for name in wanted)
+    if not splits or _is_healthy(wanted.values()):
+        wanted = {name: _left_whole(decision) for name, decision in wanted.items()}
+    given = {tensor: _range_decision(net, tensor, layers, stats, grids[0]) for tensor in ranges}
+    moves = [move for decision in wanted.values() for move in _upgrades(decision)]
+    moves += [_Move(d.tensor, None, d.gain, d.extra_macs) for d in given.values()]
+    taken = _taken(moves, max_overhead * num_macs(net))
+    return Choice(
+        tuple(_settled(decision, taken) for decision in wanted.values()),
+        tuple(replace(d, full=(d.tensor, None) in taken) for d in given.values()),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Move:
+    """One step that costs something: another form of a layer, or full range of a tensor."""
+
+    name: str  # of the layer or tensor
+    form: Form | None  # None: full range
+    gain: float  # noise that it removes, over the signal
+    extra_macs: int  # beyond those of the step before it
+
+    @property
+    def rate(self) -> float:
+        """Gain per cost."""
+        return self.gain / self.extra_macs if self.extra_macs else float("inf")
+
+
+def _upgrades(decision: Decision) -> list[_Move]:
+    """Return the steps from the whole layer to its wanted form, each with a lower rate.
+
+    They are the lower convex hull of noise over cost: what the budget cuts off is worth least.
+    """
+    now, moves = decision.option("none"), []
+    target = decision.option(decision.form)
+    while now.form != target.form:
+        ahead = [
+            option
+            for option in decision.options
+            if now.extra_macs < option.extra_macs < target.extra_macs or option is target
+        ]
+        steps = [
+            _Move(
+                decision.layer,
+                option.form,
+                (now.weight_noise - option.weight_noise) / (decision.signal or 1.0),
+                option.extra_macs - now.extra_macs,
+            )
+            for option in ahead
+        ]
+        best = max(steps, key=lambda move: move.rate)
+        moves.append(best)
+        now = decision.option(best.form or "none")
+    return moves
+
+
+def _taken(moves: Collection[_Move], budget: float) -> set[tuple[str, Form | None]]:
+    """Return the steps that the budget allows, the best rate first; none after one left out."""
+    taken: set[tuple[str, Form | None]] = set()
+    closed: set[str] = set()
+    for move in sorted(moves, key=lambda move: move.rate, reverse=True):
+        if move.extra_macs > budget or move.name in closed:
+            closed.add(move.name)
+            continue
+        budget -= move.extra_macs
+        taken.add((move.name, move.form))
+    return taken
+
+
+def _settled(decision: Decision, taken: Collection[tuple[str, Form | None]]) -> Decision:
+    """Return the decision with the last form that was taken on the way to the wanted one."""
+    final: Form = "none"
+    for move in _upgrades(decision):
+        if (move.name, move.form) in taken and move.form is not None:
+            final = move.form
+    if final == decision.form:
+        return decision
+    reason = f"{decision.reason}; {decision.form} is beyond the budget"
+    return replace(decision, form=final, reason=reason)
 
 
 def num_macs(net: Net) -> int:
@@ -108,12 +218,50 @@ def _left_whole(decision: Decision) -> Decision:
     return replace(decision, form="none", reason=reason)
 
 
-def _decide(node: gs.Node, stats: ChannelStats, grids: tuple[Grid, Grid]) -> Decision:
+def _range_decision(
+    net: Net,
+    tensor: str,
+    layers: Collection[gs.Node],
+    stats: Mapping[str, ChannelStats],
+    grid: Grid,
+) -> RangeDecision:
+    """Return what full range of one tensor gains and costs; it is not granted yet."""
+    gain = 0.0
+    for node in layers:
+        if node.inputs[0].name == tensor:
+            weight = np.square(np.asarray(constant_value(node.inputs[1]), dtype=np.float64))
+            known = stats[node.name]
+            removed = _activation_noise(weight, known, grid) - _activation_noise(
+                weight, known, grid.full_range
+            )
+            groups = int(node.attrs.get("group", 1))
+            signal = float((weight * _per_input(weight, known.mean_square, groups)).sum())
+            gain += removed / (signal or 1.0)
+    return RangeDecision(tensor, False, gain, _ELEMENTWISE_MACS * _full_range_elements(net, tensor))
+
+
+def _full_range_elements(net: Net, tensor: str) -> int:
+    """Return the elements that full range of a tensor adds to: borders and averages."""
+    maps = [reader.map_shape or () for reader in padded_readers(net, tensor)]
+    readers = Surroundings(net, set()).readers(net.graph.tensors()[tensor], fixed=False)
+    averages = [] if isinstance(readers, str) else readers.averages
+    channels = [int((node.outputs[0].shape or (0, 1))[1]) for node in averages]
+    return int(sum(np.prod(shape) for shape in maps)) + sum(channels)
+
+
+def _activation_noise(weight_squared: FloatArray, stats: ChannelStats, grid: Grid) -> float:
+    step = float(stats.maximum.max()) / grid.qmax
+    return float(weight_squared.sum()) * step**2 / 12.0
+
+
+def _decide(
+    node: gs.Node, stats: ChannelStats, grids: tuple[Grid, Grid], full_range: bool
+) -> Decision:
     weight = np.asarray(constant_value(node.inputs[1]), dtype=np.float64)
-    per_input = _per_input(weight, stats.mean_square, int(node.attrs.get("group", 1)))
-    step = float(stats.maximum.max()) / grids[0].qmax
-    floor = float(np.square(weight).sum()) * step**2 / 12.0
-    options = tuple(_options(node, weight, per_input, grids[1]))
+    groups = int(node.attrs.get("group", 1))
+    grid = grids[0].full_range if full_range else grids[0]
+    floor = _activation_noise(np.square(weight), stats, grid)
+    options = tuple(_options(node, weight, _per_input(weight, stats.variance, groups), grids[1]))
     limits = {"none": _HEALTHY, "identity": _ENOUGH, "coarse-fine": _ENOUGH}
     enough = [option for option in options if option.weight_noise <= limits[option.form] * floor]
     best = min(enough, key=lambda o: o.extra_macs) if enough else min(options, key=_noise)
@@ -121,7 +269,7 @@ def _decide(node: gs.Node, stats: ChannelStats, grids: tuple[Grid, Grid]) -> Dec
     reason = f"weight noise is {ratio:.2g} of the activation noise"
     if best.form != "none" and not enough:
         reason += "; no form gets below a quarter"
-    signal = float((np.square(weight) * per_input).sum())
+    signal = float((np.square(weight) * _per_input(weight, stats.mean_square, groups)).sum())
     return Decision(node.name, best.form, signal, floor, options, reason)
 
 
@@ -138,23 +286,6 @@ def _options(node: gs.Node, weight: FloatArray, per_input: FloatArray, grid: Gri
         extra = (channels * weight.shape[1] + channels * _ELEMENTWISE_MACS) * area
         found.append(Option("coarse-fine", _weight_noise(fine, per_input, grid), extra))
     return found
-
-
-def _within(decision: Decision, budget: float) -> Decision:
-    """Return the decision, or the best one that the rest of the budget allows."""
-    if decision.option(decision.form).extra_macs <= budget:
-        return decision
-    affordable = [option for option in decision.options if option.extra_macs <= budget]
-    best = min(affordable, key=_noise)
-    reason = f"{decision.reason}; {decision.form} is beyond the budget"
-    return replace(decision, form=best.form, reason=reason)
-
-
-def _gain_per_cost(decision: Decision) -> float:
-    """Return the share of noise in the signal that a decision removes, per extra MAC."""
-    before, after = decision.option("none"), decision.option(decision.form)
-    gain = (before.weight_noise - after.weight_noise) / (decision.signal or 1.0)
-    return gain / max(after.extra_macs, 1)
 
 
 def _noise(option: Option) -> float:

@@ -305,6 +305,13 @@ _CALIBRATE_NAMES = (
     "split",
     "split_precision",
     "max_overhead",
+    "full_range",
+    "correct_bias",
+    "rounding",
+    "qprep",
+    "keep_affine",
+    "iterations",
+    "memory_budget",
     "weight_bits",
     "activation_bits",
     "exclude",
@@ -346,8 +353,13 @@ def calibrate(
     forms = Counter(split.form for split in report.splits)
     split = ", ".join(f"{count} {form}" for form, count in forms.items()) or "none"
     text += f"\n           {report.equalized} tensors equalized, splits: {split}"
-    if report.decisions:
+    text += f", full range: {len(report.full_range)} of {len(report.tensors)} tensors"
+    if report.decisions or report.full_range:
         text += f", overhead {100 * report.overhead:.1f} %"
+    if report.learned is not None:
+        units = report.learned.units
+        better = sum(unit.kept == "learned" for unit in units)
+        text += f"\n           learned: {better} of {len(units)} units better on held-out images"
     if report.simulation:
         text += f"\nsimulation only, no engine can run it: {report.simulation}"
     content = report.to_json()

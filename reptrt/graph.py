@@ -129,6 +129,29 @@ def producer(tensor: gs.Tensor) -> gs.Node | None:
     return tensor.inputs[0] if tensor.inputs else None
 
 
+def maker_of(tensor: gs.Tensor) -> gs.Node:
+    """Return the node that makes a tensor.
+
+    Raises:
+        RewriteError: it is a graph input or a constant.
+    """
+    if not tensor.inputs:
+        raise RewriteError(f"tensor {tensor.name}: no node makes it, expected a computed tensor")
+    return tensor.inputs[0]
+
+
+def constant_of(tensor: gs.Tensor) -> npt.NDArray[Any]:
+    """Return the value of a constant.
+
+    Raises:
+        RewriteError: it is computed.
+    """
+    value = constant_value(tensor)
+    if value is None:
+        raise RewriteError(f"tensor {tensor.name}: it is computed, expected a constant")
+    return value
+
+
 def weighted_nodes(graph: gs.Graph) -> list[gs.Node]:
     """Return the nodes with a constant weight as second input, in execution order.
 

@@ -15,7 +15,7 @@
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -84,6 +84,10 @@ def place(net: Net, exclude: Iterable[str] = ()) -> Placement:
     readers = _Readers()
     names = {node.name for node in chosen}
     splits = {split.sum: split for split in read_splits(net)}
+    by_name = {node.name: node for node in chosen}
+    fusable = by_name | {
+        split.sum: by_name[split.main] for split in splits.values() if split.main in by_name
+    }
     muls = {split.side for split in splits.values() if split.form.startswith("identity")}
     for node in graph.nodes:
         if node.name in splits:
@@ -91,7 +95,7 @@ def place(net: Net, exclude: Iterable[str] = ()) -> Placement:
         elif node.name in muls:
             inputs = [0]
         else:
-            inputs = _quantized_inputs(graph, node, names)
+            inputs = _quantized_inputs(graph, node, names, fusable)
         for index in inputs:
             readers.want(node, index)
     return Placement(
@@ -155,29 +159,38 @@ def _origin(node: gs.Node, index: int) -> tuple[gs.Tensor, tuple[str, int]]:
     return tensor, (node.name, index)
 
 
-def _quantized_inputs(graph: gs.Graph, node: gs.Node, chosen: set[str]) -> list[int]:
+def _quantized_inputs(
+    graph: gs.Graph, node: gs.Node, chosen: set[str], fusable: Mapping[str, gs.Node]
+) -> list[int]:
     """Return the inputs of a node that get Q/DQ."""
     if node.name in chosen:
         return [0]
     if node.op in ("AveragePool", "GlobalAveragePool") or _is_spatial_mean(node):
         return [0] if _follows_layer(node.inputs[0], chosen) else []
     if node.op == "Add" and all(constant_value(tensor) is None for tensor in node.inputs):
-        return _skip_inputs(graph, node, chosen)
+        return _skip_inputs(graph, node, chosen, fusable)
     if node.op == "Concat" and any(_feeds_layer(t, chosen) for t in node.outputs):
         return list(range(len(node.inputs)))
     return []
 
 
-def _skip_inputs(graph: gs.Graph, node: gs.Node, chosen: set[str]) -> list[int]:
-    """Rule 3: every input but the one whose convolution TensorRT fuses with the Add."""
+def _skip_inputs(
+    graph: gs.Graph, node: gs.Node, chosen: set[str], fusable: Mapping[str, gs.Node]
+) -> list[int]:
+    """Rule 3: every input but the one whose convolution TensorRT fuses with the Add.
+
+    ``fusable`` names those makers, each with the layer that holds its weight: of a split layer the
+    sum, since one pass adds the summands and the skip.
+    """
     if not _feeds_layer(node.outputs[0], chosen):
         return []
-    fusable = []
+    found = []
     for index, tensor in enumerate(node.inputs):
         maker = producer(tensor)
-        if maker is not None and maker.name in chosen and is_private(graph, tensor):
-            fusable.append((np.asarray(constant_value(maker.inputs[1])).size, -index))
-    main = -max(fusable)[1] if fusable else None  # of two convolutions, the larger
+        if maker is not None and maker.name in fusable and is_private(graph, tensor):
+            weight = constant_value(fusable[maker.name].inputs[1])
+            found.append((np.asarray(weight).size, -index))
+    main = -max(found)[1] if found else None  # of two convolutions, the larger
     return [index for index in range(len(node.inputs)) if index != main]
 
 

@@ -29,7 +29,12 @@ COUNT = 45
 PIXELS = np.random.default_rng(11).integers(0, 256, (COUNT, 3, 8, 8), dtype=np.uint8)
 # Scales on the net as it is; what is done to its weights first has tests of its own.
 PLAIN = CalibrateOptions(
-    images=COUNT, threshold=ThresholdOptions("max"), equalize=False, split="none"
+    images=COUNT,
+    threshold=ThresholdOptions("max"),
+    equalize=False,
+    split="none",
+    full_range=False,
+    correct_bias=False,
 )
 MEAN, STD = (0.5, 0.4, 0.3), (0.25, 0.2, 0.3)
 
@@ -350,7 +355,9 @@ def test_the_trained_nets_run_in_int8_at_the_rivals_level(
     weights = SHARED / "zoo" / f"{name}_cifar10.pt"
     model, output = tmp_path / "m.onnx", tmp_path / "o.onnx"
     export(Source(name, weights, ZOO[name]), model, CIFAR)
-    options = CalibrateOptions(images=256, equalize=False, split="none")
+    options = CalibrateOptions(
+        images=256, equalize=False, split="none", full_range=False, correct_bias=False
+    )
     calibrate(model, SHARED / "cifar10" / "calib", output, options)
     counts = optimized_op_counts(output)
     assert counts["QLinearConv"] == layers

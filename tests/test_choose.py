@@ -6,7 +6,7 @@ import pytest
 
 from reptrt.affine import Grid
 from reptrt.calib.channels import ChannelStats
-from reptrt.choose import Decision, choose_splits, num_macs
+from reptrt.choose import Decision, choose, num_macs
 from reptrt.graph import Net, model_from_net, net_from_model
 from tests.test_splits import conv_net, rep_weight
 
@@ -16,7 +16,7 @@ RNG = np.random.default_rng(0)
 
 def stats_of(channels: int) -> ChannelStats:
     """Inputs as after a ReLU: largest value 4, mean square 0.5."""
-    return ChannelStats(np.full(channels, 4.0), np.full(channels, 0.5))
+    return ChannelStats(np.full(channels, 4.0), np.full(channels, 0.5), np.zeros(channels))
 
 
 def decide(
@@ -24,7 +24,7 @@ def decide(
 ) -> Decision:
     net = known(conv_net(weight, groups=groups, stride=stride, pad=weight.shape[2] // 2, height=8))
     stats = {"conv": stats_of(weight.shape[1] * groups)}
-    return next(d for d in choose_splits(net, stats, GRIDS, budget) if d.layer == "conv")
+    return next(d for d in choose(net, stats, GRIDS, budget).splits if d.layer == "conv")
 
 
 def known(net: Net) -> Net:
@@ -67,7 +67,7 @@ def test_one_ill_layer_among_many_healthy_ones_is_left_whole() -> None:
         nodes[-1].outputs = [after]
         tensor = after
     net = known(Net(gs.Graph(nodes, [x], [tensor], opset=19, ir_version=9)))
-    decisions = choose_splits(net, {f"n{i}": stats_of(16) for i in range(30)}, GRIDS, 1.0)
+    decisions = choose(net, {f"n{i}": stats_of(16) for i in range(30)}, GRIDS, 1.0).splits
     assert {decision.form for decision in decisions} == {"none"}
     assert all("as a whole" in decision.reason for decision in decisions)
 
@@ -95,11 +95,11 @@ def test_no_budget_no_node_and_a_small_one_goes_where_it_gains_most() -> None:
     ]
     net = known(Net(gs.Graph(nodes, [x], [y], opset=19, ir_version=9)))
     stats = {"ill": stats_of(16), "fair": stats_of(16)}
-    assert all(d.form == "none" for d in choose_splits(net, stats, GRIDS, 0.0))
-    free = choose_splits(net, stats, GRIDS, 10.0)
+    assert all(d.form == "none" for d in choose(net, stats, GRIDS, 0.0).splits)
+    free = choose(net, stats, GRIDS, 10.0).splits
     ill = next(d for d in free if d.layer == "ill")
     least = ill.option(ill.form).extra_macs / num_macs(net)
-    tight = {d.layer: d for d in choose_splits(net, stats, GRIDS, least * 1.01)}
+    tight = {d.layer: d for d in choose(net, stats, GRIDS, least * 1.01).splits}
     assert tight["ill"].form == ill.form
     spent = sum(d.option(d.form).extra_macs for d in tight.values())
     assert spent <= least * 1.01 * num_macs(net)

@@ -31,7 +31,9 @@ from tests.test_splits import conv_net, rep_weight
 
 COUNT = 40  # a whole batch and a part of one
 MAX = ThresholdOptions("max")  # amax is then plain to see
-PLAIN = CalibrateOptions(images=COUNT, threshold=MAX, equalize=False, split="none")
+PLAIN = CalibrateOptions(
+    images=COUNT, threshold=MAX, equalize=False, split="none", full_range=False, correct_bias=False
+)
 
 
 def save(model: onnx.ModelProto, folder: Path) -> tuple[Path, Path, np.ndarray]:
@@ -334,7 +336,12 @@ def test_corners_of_a_rep_net(demo: tuple[Path, Path], tmp_path: Path) -> None:
     file, data = demo
     options = CalibrateOptions(images=160)
     report = calibrate(file, data, tmp_path / "q.onnx", options)
-    calibrate(file, data, tmp_path / "p.onnx", replace(options, equalize=False, split="none"))
+    calibrate(
+        file,
+        data,
+        tmp_path / "p.onnx",
+        replace(options, equalize=False, split="none", full_range=False, correct_bias=False),
+    )
     found = diagnose(file, data, options, report, layer_images=32)
     weights, activations, both, method = found.corners
     assert [corner.name for corner in found.corners] == ["W8A32", "W32A8", "W8A8", "W8A8"]

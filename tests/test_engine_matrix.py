@@ -71,7 +71,9 @@ NETS = {
     "mobileone_cifar10": Case(MOBILEONE, SMALL, 28),
 }
 
-PLAIN = CalibrateOptions(images=4, recipe="fast", split="none", equalize=False)
+PLAIN = CalibrateOptions(
+    images=4, recipe="fast", split="none", equalize=False, full_range=False, correct_bias=False
+)
 WAYS: dict[str, CalibrateOptions] = {  # how the weights get their codes
     "plain": PLAIN,
     "coarse-fine": replace(PLAIN, split="coarse-fine", equalize=True),

@@ -317,7 +317,14 @@ def test_a_trained_net_loses_nothing(tmp_path: Path) -> None:
     outputs = {}
     for kind in ("fp32", "fp16"):
         path = tmp_path / f"{kind}.onnx"
-        options = CalibrateOptions(images=128, high_precision=kind, split="none", equalize=False)
+        options = CalibrateOptions(
+            images=128,
+            high_precision=kind,
+            split="none",
+            equalize=False,
+            full_range=False,
+            correct_bias=False,
+        )
         calibrate(model, folder, path, options)
         outputs[kind] = onnx.load(str(path))
     net = net_from_model(onnx.load(str(model)))

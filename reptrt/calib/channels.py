@@ -20,14 +20,22 @@ Float64Array = npt.NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ChannelStats:
-    """Largest |x| and mean x^2 of each channel over all images and positions, both (C,)."""
+    """Largest |x|, mean x^2 and mean x of each channel over all images and positions, all (C,)."""
 
     maximum: Float64Array
     mean_square: Float64Array
+    mean: Float64Array
+
+    @property
+    def variance(self) -> Float64Array:
+        """E[x^2] - E[x]^2 of each channel."""
+        return np.maximum(self.mean_square - np.square(self.mean), 0.0)
 
     def scaled(self, factors: npt.NDArray[np.floating]) -> "ChannelStats":
         """Return the statistics after each channel is multiplied by its factor."""
-        return ChannelStats(self.maximum * factors, self.mean_square * np.square(factors))
+        return ChannelStats(
+            self.maximum * factors, self.mean_square * np.square(factors), self.mean * factors
+        )
 
 
 def collect_channels(
@@ -35,7 +43,7 @@ def collect_channels(
 ) -> dict[str, ChannelStats]:
     """Return the statistics of each named tensor (N, C, ...) over all images.
 
-    The maxima are the same bits in any image order; the mean squares, float32 within an image and
+    The maxima are the same bits in any image order; the means, float32 within an image and
     float64 over images, to one part in 1e12.
 
     Raises:
@@ -43,6 +51,7 @@ def collect_channels(
     """
     maxima: dict[str, torch.Tensor] = {}
     squares: dict[str, torch.Tensor] = {}
+    sums: dict[str, torch.Tensor] = {}
 
     def record(name: str, count: int, value: torch.Tensor) -> None:
         value = value[:count].flatten(2) if value.dim() > 2 else value[:count].unsqueeze(2)
@@ -51,8 +60,9 @@ def collect_channels(
             raise not_finite(name)
         known = maxima.get(name)
         maxima[name] = largest if known is None else torch.maximum(known, largest)
-        square = value.square().mean(2).double().sum(0)
-        squares[name] = square if name not in squares else squares[name] + square
+        for totals, moment in ((squares, value.square()), (sums, value)):
+            total = moment.mean(2).double().sum(0)
+            totals[name] = total if name not in totals else totals[name] + total
 
     num_batches = math.ceil(dataset.length / COMPUTE_BATCH)
     for batch in track(dataset.batches(COMPUTE_BATCH), num_batches, "ranges"):
@@ -62,7 +72,9 @@ def collect_channels(
         graph.run({graph.input_names[0]: x}, [], observe=observers)
     return {
         name: ChannelStats(
-            maxima[name].double().cpu().numpy(), squares[name].cpu().numpy() / dataset.length
+            maxima[name].double().cpu().numpy(),
+            squares[name].cpu().numpy() / dataset.length,
+            sums[name].cpu().numpy() / dataset.length,
         )
         for name in tensors
     }

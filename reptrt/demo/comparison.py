@@ -25,7 +25,12 @@ EXPORT = pipeline.ExportOptions(digits.INPUT_SIZE, digits.MEAN, digits.STD)
 CALIBRATIONS = {
     # What a quantizer does that knows nothing of branches: each tensor's maximum, nearest codes.
     "plain INT8": pipeline.CalibrateOptions(
-        recipe="fast", threshold=ThresholdOptions("max"), equalize=False, split="none"
+        recipe="fast",
+        threshold=ThresholdOptions("max"),
+        equalize=False,
+        split="none",
+        full_range=False,
+        correct_bias=False,
     ),
     "reptrt INT8, no split": pipeline.CalibrateOptions(split="none"),  # no node more than plain
     OURS: pipeline.CalibrateOptions(),

@@ -83,7 +83,18 @@ def diagnose(
 
 def _plain(options: CalibrateOptions) -> CalibrateOptions:
     """Return the options of a quantizer that knows nothing of branches, same bits and rule."""
-    return replace(options, equalize=False, split="none", high_precision="fp32")
+    return replace(
+        options,
+        equalize=False,
+        split="none",
+        full_range=False,
+        correct_bias=False,
+        high_precision="fp32",
+        recipe="fast",
+        rounding=None,
+        qprep=None,
+        keep_affine=False,
+    )
 
 
 def _sample(net: Net, data: Path, options: CalibrateOptions, limit: int) -> Dataset:

@@ -143,7 +143,9 @@ class Diagnosis:
             text += f", agreement from {100 * plain.agreement:.2f}"
             text += f" to {100 * method.agreement:.2f} %"
         if method.sqnr_db < plain.sqnr_db - _EQUAL_DB:
-            text += "; that is worse: try --no-equalize --split none"
+            text += (
+                "; that is worse: try --no-equalize --split none --no-full-range --no-correct-bias"
+            )
         return f"{text}."
 
 

@@ -1,0 +1,25 @@
+"""The Python API: one function per command. Only here and in the command line do stages meet.
+
+export -> calibrate -> build_engine -> evaluate, bench; run does it all
+"""
+
+from reptrt.pipeline.calibrating import CalibrateReport, TensorScale, calibrate
+from reptrt.pipeline.exporting import ExportReport, export
+from reptrt.pipeline.options import CalibrateOptions, ExportOptions, plain_options
+from reptrt.pipeline.preparing import Prepared, prepare, torch_device
+from reptrt.sources import Source
+
+__all__ = [
+    "CalibrateOptions",
+    "CalibrateReport",
+    "ExportOptions",
+    "ExportReport",
+    "Prepared",
+    "Source",
+    "TensorScale",
+    "calibrate",
+    "export",
+    "plain_options",
+    "prepare",
+    "torch_device",
+]

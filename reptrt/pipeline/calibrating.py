@@ -1,0 +1,254 @@
+"""calibrate: a float ONNX file and images to an INT8 one."""
+
+import logging
+import time
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from reptrt.affine import Grid, scale_from_amax
+from reptrt.artifacts import (
+    package_versions,
+    read_sidecar,
+    refuse_overwriting,
+    require_folder,
+    sha256_of,
+    write_artifact,
+)
+from reptrt.calib.bias import bias_errors, mean_maps
+from reptrt.calib.collect import collect, merge_groups
+from reptrt.calib.histogram import Histogram
+from reptrt.calib.thresholds import ThresholdOptions, amax_from_histogram
+from reptrt.choose import Decision
+from reptrt.data import Dataset, open_dataset
+from reptrt.graph import (
+    Net,
+    bytes_from_model,
+    model_from_net,
+    net_from_model,
+    read_model,
+    refuse_not_finite,
+)
+from reptrt.pipeline.options import CalibrateOptions, plain_options
+from reptrt.pipeline.preparing import prepare, torch_device
+from reptrt.placement import Placement, place
+from reptrt.preprocess import read_preprocess
+from reptrt.qdq import QuantizedWeight, insert_qdq, quantize_weights
+from reptrt.recentred import add_to_bias
+from reptrt.reconstruct import LearnOptions, ReconstructReport, reconstruct
+from reptrt.reconstruct.resume import Finished
+from reptrt.rewrite.fold_affine import fold_affine
+from reptrt.rewrite.insert_affine import insert_affine
+from reptrt.rewrite.recentre import recentre
+from reptrt.rewrite.to_fp16 import to_fp16
+from reptrt.splits import Split, read_splits
+from reptrt.torchgraph import TorchGraph
+
+_LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class TensorScale:
+    """What calibration found for one activation."""
+
+    tensor: str
+    maximum: float  # largest |x| seen
+    amax: float  # largest |x| kept
+    scale: float
+    zeros: float  # fraction of exact zeros
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrateReport:
+    """What `calibrate` wrote."""
+
+    path: Path
+    sha256: str
+    images: int
+    layers: int
+    tensors: tuple[TensorScale, ...]
+    equalized: int  # tensors whose channels were given equal ranges
+    splits: tuple[Split, ...]
+    decisions: tuple[Decision, ...]  # of --split auto
+    full_range: tuple[str, ...]  # activations that take all codes
+    overhead: float  # extra multiply-accumulates that were chosen, of the net's own
+    learned: ReconstructReport | None  # None: nothing was learned
+    simulation: str | None
+    seconds: Mapping[str, float]  # per stage
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the report as JSON values."""
+        return asdict(self) | {"path": str(self.path), "seconds": dict(self.seconds)}
+
+
+def calibrate(model: Path, data: Path, output: Path, options: CalibrateOptions) -> CalibrateReport:
+    """Quantize a float ONNX file to INT8 with scales found on images; write the Q/DQ ONNX file.
+
+    Raises:
+        ReptrtError: the model or the images cannot be used; nothing is written.
+    """
+    require_folder(output)
+    refuse_overwriting(output, [model])
+    read_sidecar(model)
+    clock = _Clock()
+    net = net_from_model(read_model(model))
+    refuse_not_finite(net)
+    excluded = place(net, options.exclude).excluded
+    dataset = open_dataset(data, read_preprocess(net), limit=options.images, seed=options.seed)
+    clock.lap("load")
+    prepared = prepare(net, dataset, options, excluded)
+    clock.lap("prepare")
+    placement = place(net, options.exclude)
+    histograms = _collect(net, placement, dataset, options.device)
+    clock.lap("collect")
+    grid, weight_grid = options.grids
+    full_range = set(prepared.full_range)
+    tensors = _tensor_scales(placement, histograms, options.threshold, grid, full_range)
+    clock.lap("thresholds")
+    reference = net.copy()
+    weights = quantize_weights(net, placement, weight_grid)
+    if options.correct_bias:
+        _correct_biases(net, dataset, weights, options.device)
+        clock.lap("biases")
+    insert_qdq(net, placement, {t.tensor: t.scale for t in tensors}, weights, grid, full_range)
+    parents = {model.name: sha256_of(model), str(data.name): dataset.digest()}
+    learned, finished = None, None
+    if options.learning is not None:
+        finished = _finished_units(output, options, parents)
+        learned = _learn(net, reference, placement, dataset, options, finished)
+        clock.lap("learn")
+    recentre(net)
+    left_fp32 = to_fp16(net).skipped if options.high_precision == "fp16" else ()
+    for skip in left_fp32:
+        _LOG.warning("%s stays in FP32: %s", skip.node, skip.reason)
+    if options.simulation is not None:
+        net.metadata["reptrt.simulation"] = options.simulation
+    content = bytes_from_model(model_from_net(net))
+    sidecar = write_artifact(
+        output,
+        content,
+        artifact="int8-onnx",
+        parents=parents,
+        options=plain_options(options),
+        details={
+            "splits": [asdict(split) for split in prepared.splits],
+            "left_fp32": [asdict(skip) for skip in left_fp32],
+            **({"simulation": options.simulation} if options.simulation else {}),
+        },
+    )
+    if finished is not None:
+        finished.remove()
+    clock.lap("write")
+    return CalibrateReport(
+        path=output,
+        sha256=sidecar.sha256,
+        images=dataset.length,
+        layers=len(placement.weights),
+        tensors=tensors,
+        equalized=prepared.equalized,
+        splits=prepared.splits,
+        decisions=prepared.decisions,
+        full_range=prepared.full_range,
+        overhead=prepared.overhead,
+        learned=learned,
+        simulation=options.simulation,
+        seconds=clock.laps,
+    )
+
+
+def _collect(net: Net, placement: Placement, dataset: Dataset, device: str) -> dict[str, Histogram]:
+    with torch.inference_mode():
+        graph = TorchGraph(net, torch_device(device))
+        return collect(graph, dataset, [a.tensor for a in placement.activations])
+
+
+def _tensor_scales(
+    placement: Placement,
+    histograms: dict[str, Histogram],
+    threshold: ThresholdOptions,
+    grid: Grid,
+    full_range: Collection[str],
+) -> tuple[TensorScale, ...]:
+    groups = merge_groups(placement.activations, histograms)
+    found = []
+    for activation in placement.activations:
+        histogram = histograms[activation.tensor]
+        total = int(histogram.counts.sum()) + histogram.zeros
+        codes = grid.full_range if activation.tensor in full_range else grid
+        kept = amax_from_histogram(groups[activation.group], threshold, codes)
+        found.append(
+            TensorScale(
+                tensor=activation.tensor,
+                maximum=histogram.maximum,
+                amax=kept,
+                scale=float(scale_from_amax(kept, codes)),
+                zeros=histogram.zeros / total,
+            )
+        )
+    return tuple(found)
+
+
+def _correct_biases(
+    net: Net, dataset: Dataset, weights: Mapping[str, QuantizedWeight], device: str
+) -> None:
+    """Take the mean error of every quantized weight out of its layer's bias."""
+    nodes = {node.name: node for node in net.graph.nodes}
+    with torch.inference_mode():
+        graph = TorchGraph(net, torch_device(device))
+        means = mean_maps(graph, dataset, [nodes[name].inputs[0].name for name in weights])
+        errors = bias_errors(graph, means, weights)
+    holders = {split.side: split.main for split in read_splits(net)}
+    taken = {*net.graph.tensors(), *nodes}
+    for name, error in errors.items():
+        add_to_bias(nodes[holders.get(name, name)], -error, taken)
+
+
+def _finished_units(
+    output: Path, options: CalibrateOptions, parents: Mapping[str, str]
+) -> Finished:
+    """Open what an interrupted calibration of the same file, images and options left behind."""
+    key = {"options": plain_options(options), "parents": dict(parents)}
+    return Finished(output, key | {"versions": package_versions()})
+
+
+def _learn(
+    net: Net,
+    reference: Net,
+    placement: Placement,
+    dataset: Dataset,
+    options: CalibrateOptions,
+    finished: Finished,
+) -> ReconstructReport:
+    """Learn the constants of a Q/DQ graph; affines come and, unless kept, go."""
+    learning = options.learning or LearnOptions()
+    if learning.affine:
+        insert_affine(net)
+    report = reconstruct(
+        net,
+        reference,
+        placement,
+        dataset,
+        learning,
+        grid=options.grids[1],
+        device=torch_device(options.device),
+        finished=finished,
+    )
+    if learning.affine and not options.keep_affine:
+        fold_affine(net)
+    return report
+
+
+class _Clock:
+    """Seconds per stage."""
+
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.laps[name] = now - self._last
+        self._last = now

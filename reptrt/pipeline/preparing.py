@@ -1,0 +1,117 @@
+"""What is done to a float graph before it is quantized: equalize, split, choose code ranges."""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from reptrt.calib.channels import ChannelStats, collect_channels
+from reptrt.choose import Decision, Form, choose, num_macs
+from reptrt.data import Dataset
+from reptrt.errors import ConfigError
+from reptrt.graph import Net, weighted_nodes
+from reptrt.pipeline.options import CalibrateOptions
+from reptrt.placement import place
+from reptrt.rewrite.equalize import equalize, find_links
+from reptrt.rewrite.recentre import full_range_obstacle
+from reptrt.rewrite.split_coarse_fine import split_coarse_fine
+from reptrt.rewrite.split_identity import split_identity
+from reptrt.splits import Split, read_splits
+from reptrt.torchgraph import TorchGraph
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """What was done to a float graph before it was quantized."""
+
+    equalized: int  # tensors whose channels were given equal ranges
+    splits: tuple[Split, ...]
+    decisions: tuple[Decision, ...]  # of --split auto
+    full_range: tuple[str, ...]  # activations that take all codes
+    overhead: float  # extra multiply-accumulates that were chosen, of the net's own
+
+
+def prepare(
+    net: Net, dataset: Dataset, options: CalibrateOptions, excluded: Collection[str] = ()
+) -> Prepared:
+    """Equalize and split a float net in place, as the options say; its output stays the same."""
+    layers = {
+        node.name: node.inputs[0].name
+        for node in weighted_nodes(net.graph)
+        if node.name not in excluded
+    }
+    stats: dict[str, ChannelStats] = {}
+    if options.equalize or options.split == "auto" or options.full_range:
+        linked = [link.tensor.name for link in find_links(net)[0]]
+        wanted = sorted({*layers.values(), *linked})
+        with torch.inference_mode():
+            graph = TorchGraph(net, torch_device(options.device))
+            stats = collect_channels(graph, dataset, wanted)
+    inputs = {layer: stats[name] for layer, name in layers.items() if name in stats}
+    equalized = 0
+    if options.equalize:
+        report, grown = equalize(net, {name: found.maximum for name, found in stats.items()})
+        equalized = len(report.changed)
+        inputs = {
+            layer: found.scaled(grown[layer]) if layer in grown else found
+            for layer, found in inputs.items()
+        }
+    choice = choose(
+        net,
+        inputs,
+        options.grids,
+        options.max_overhead,
+        splits=options.split == "auto",
+        ranges=_can_have_full_range(net, options) if options.full_range else (),
+    )
+    decisions = choice.splits if options.split == "auto" else ()
+    forms: dict[str, Form] = {decision.layer: decision.form for decision in decisions}
+    if options.split != "auto":
+        forms = dict.fromkeys(layers, options.split)
+    total = num_macs(net)
+    _split(net, forms, options)
+    possible = set(_can_have_full_range(net, options)) if choice.ranges else set()
+    return Prepared(
+        equalized,
+        read_splits(net),
+        decisions,
+        tuple(
+            decision.tensor
+            for decision in choice.ranges
+            if decision.full and decision.tensor in possible
+        ),
+        choice.extra_macs / total if total else 0.0,
+    )
+
+
+def _can_have_full_range(net: Net, options: CalibrateOptions) -> list[str]:
+    placement = place(net, options.exclude)
+    return [
+        activation.tensor
+        for activation in placement.activations
+        if full_range_obstacle(net, placement, activation.tensor) is None
+    ]
+
+
+def _split(net: Net, chosen: Mapping[str, Form], options: CalibrateOptions) -> None:
+    layers = {
+        form: [layer for layer, wanted in chosen.items() if wanted == form]
+        for form in ("identity", "coarse-fine")
+    }
+    grid, precision = options.grids[1], options.split_precision
+    split_identity(net, layers["identity"], grid=grid, precision=precision)
+    split_coarse_fine(net, layers["coarse-fine"], grid=grid, precision=precision)
+
+
+def torch_device(name: str) -> torch.device:
+    """Return the device of a name, cpu or cuda.
+
+    Raises:
+        ConfigError: torch finds no CUDA device.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(
+            "--device cuda: torch finds no CUDA device; use --device cpu, or install a CUDA build "
+            "of torch and a driver"
+        )
+    return torch.device(name)

@@ -1,0 +1,74 @@
+"""Activations of all calibration images at the boundaries between units, in bounded memory.
+
+What fits the budget is kept in float32; else in half the bytes, float16; else float16 on disk.
+"""
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from reptrt.reconstruct.units import Layout
+
+Storage = Literal["float32", "float16", "disk"]
+_LARGEST = 65504.0  # of float16
+
+
+class Store:
+    """One tensor for all images, (N, *shape)."""
+
+    def __init__(
+        self, count: int, shape: Sequence[int], storage: Storage, device: torch.device, folder: Path
+    ) -> None:
+        self._device = device
+        self._half = storage != "float32"
+        dtype = torch.float16 if self._half else torch.float32
+        if storage == "disk":
+            with tempfile.TemporaryFile(dir=folder) as file:  # goes with its last mapping
+                array = np.memmap(file, np.float16, "w+", shape=(count, *shape))
+            self._values = torch.from_numpy(array)
+        else:
+            self._values = torch.empty((count, *shape), dtype=dtype, device=device)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def write(self, start: int, values: Tensor) -> None:
+        """Store images ``start`` and following."""
+        if self._half:
+            values = values.clamp(-_LARGEST, _LARGEST)
+        self._values[start : start + len(values)] = values.detach()
+
+    def read(self, index: Tensor | slice) -> Tensor:
+        """Return the images of an index, float32 on the device of the computation."""
+        if isinstance(index, Tensor):
+            index = index.to(self._values.device)
+        return self._values[index].to(self._device, torch.float32)
+
+
+def batches(count: int, size: int) -> Iterator[slice]:
+    """Yield slices that cover ``count`` images."""
+    for start in range(0, count, size):
+        yield slice(start, min(start + size, count))
+
+
+def peak_bytes(layout: Layout, inputs: Sequence[str], count: int) -> int:
+    """Return the most bytes that the boundaries hold at once in float32, both nets together."""
+    peak, before = 0, tuple(inputs)
+    for unit, after in zip(layout.units, layout.alive, strict=True):
+        held = {*before, *after, *unit.outputs}
+        values = sum(int(np.prod(layout.shapes[name])) for name in held)
+        peak = max(peak, 2 * 4 * count * values)
+        before = after
+    return peak
+
+
+def choose_storage(peak: int, budget: int) -> Storage:
+    """Return where activations of ``peak`` bytes in float32 are kept under a budget in bytes."""
+    if peak <= budget:
+        return "float32"
+    return "float16" if peak // 2 <= budget else "disk"

@@ -1,0 +1,165 @@
+"""Learn one unit: rounding, gains and shifts, steps, by gradient descent on its output error.
+
+    loss = |B(x^) - Y| / |Y|  +  stage_weight |R(B(x^)) - Y_S| / |Y_S|  +  regularizer
+
+B is the quantized unit, x^ its input as the quantized units before it make it, Y the float net's
+output of the unit; R is the float rest of the stage and Y_S its output. |.| is the mean absolute
+value (MAE, after RepAPQ arXiv 2402.16121: outliers dominate MSE) or the mean square.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from reptrt.errors import CalibrationError
+from reptrt.reconstruct.options import LearnOptions
+from reptrt.reconstruct.rounding import SoftCodes, beta_at
+from reptrt.reconstruct.state import Sites, State, deployed_weights, simulation
+from reptrt.torchgraph import TorchGraph, exact_math
+
+Batch = Callable[[Tensor], Mapping[str, Tensor]]  # image indices -> tensors by name
+
+_CHECK_EVERY = 25  # steps between looks at whether the loss is finite
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Task:
+    """What is to be learned from what."""
+
+    name: str
+    graph: TorchGraph  # of the Q/DQ graph
+    sites: Sites
+    nodes: frozenset[str]  # that run
+    frozen: frozenset[int]  # groups whose steps were learned before
+    outputs: tuple[str, ...]
+    inputs: Batch
+    targets: Batch
+    stage: Callable[[Mapping[str, Tensor], Tensor], Tensor] | None = None
+
+
+def relative_error(got: Tensor, wanted: Tensor, loss: str) -> Tensor:
+    """Return the mean |got - wanted| over the mean |wanted| ("mae"), or of squares ("mse")."""
+    if loss == "mae":
+        return (got - wanted).abs().mean() / wanted.abs().mean().clamp_min(1e-30)
+    return (got - wanted).square().mean() / wanted.square().mean().clamp_min(1e-30)
+
+
+def learn(
+    task: Task, start: State, images: Tensor, options: LearnOptions, generator: torch.Generator
+) -> State:
+    """Return the learned values of a task, hardened; only what changed.
+
+    Args:
+        task: the unit.
+        start: the values to start from.
+        images: indices of the images to learn from.
+        options: what is learned, and for how long.
+        generator: of the batches, on the CPU.
+
+    Raises:
+        CalibrationError: the loss became NaN or infinite.
+    """
+    trial = _Trial(task, start, options)
+    optimizer = torch.optim.Adam(trial.parameters)
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for step in range(options.iterations):
+        picked = images[torch.randint(len(images), (options.batch,), generator=generator)]
+        falling = 0.5 * (1.0 + math.cos(math.pi * step / options.iterations))
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate * (1.0 if group["rounding"] else falling)
+        with exact_math(task.graph.placement.device):
+            loss = trial.loss(picked, beta_at(step, options.iterations))
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        if step % _CHECK_EVERY == 0 or step == options.iterations - 1:
+            _refuse_not_finite(task.name, step, loss)
+    return trial.learned()
+
+
+class _Trial:
+    """The trainable values of a task."""
+
+    def __init__(self, task: Task, start: State, options: LearnOptions) -> None:
+        self._task, self._start, self._options = task, start, options
+        sites = task.sites
+        here = [site for node, site in sites.weights.items() if node in task.nodes]
+        self._weights = deployed_weights(sites, start, [site.node for site in here])
+        self._soft: dict[str, SoftCodes] = {}
+        if options.rounding:
+            self._soft = {site.node: SoftCodes(site, sites.grid) for site in here if not site.exact}
+        layers = {site.layer for site in here} & sites.affines.keys() if options.affine else set()
+        self._gain = {layer: _trainable(start.gain[layer]) for layer in sorted(layers)}
+        self._shift = {layer: _trainable(start.shift[layer]) for layer in sorted(layers)}
+        groups = {
+            pair.group for pair in sites.pairs.values() if pair.readers & task.nodes
+        } - task.frozen
+        self._log_step = {
+            group: _trainable(start.step[group].log()) for group in sorted(groups) if options.steps
+        }
+        self._num_weights = sum(codes.v.numel() for codes in self._soft.values())
+
+    @property
+    def parameters(self) -> list[dict[str, object]]:
+        """The groups that the optimizer takes."""
+        options = self._options
+        affine = [*self._gain.values(), *self._shift.values()]
+        groups: list[tuple[Sequence[Tensor], float, bool]] = [
+            ([codes.v for codes in self._soft.values()], options.rounding_rate, True),
+            (affine, options.affine_rate, False),
+            ([*self._log_step.values()], options.step_rate, False),
+        ]
+        return [
+            {"params": tensors, "lr": rate, "rounding": rounding}
+            for tensors, rate, rounding in groups
+            if tensors
+        ]
+
+    def loss(self, picked: Tensor, beta: float | None) -> Tensor:
+        """Return the loss on some images."""
+        task, kind = self._task, self._options.loss
+        outputs = self._run(task.inputs(picked))
+        targets = task.targets(picked)
+        parts = [relative_error(outputs[name], targets[name], kind) for name in task.outputs]
+        loss = torch.stack(parts).mean()
+        if task.stage is not None:
+            loss = loss + self._options.stage_weight * task.stage(outputs, picked)
+        if beta is not None and self._soft:
+            extra = [codes.regularizer(beta) for codes in self._soft.values()]
+            loss = loss + self._options.regularizer * torch.stack(extra).sum() / self._num_weights
+        return loss
+
+    def learned(self) -> State:
+        """Return the values as they are now, hardened."""
+        return State(
+            {node: codes.harden() for node, codes in self._soft.items()},
+            {layer: value.detach() for layer, value in self._gain.items()},
+            {layer: value.detach() for layer, value in self._shift.items()},
+            {group: value.detach().exp() for group, value in self._log_step.items()},
+        )
+
+    def _run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        sites = self._task.sites
+        soft = {
+            node: codes.soft() * sites.weights[node].scale for node, codes in self._soft.items()
+        }
+        now = State(
+            {}, self._gain, self._shift, {g: value.exp() for g, value in self._log_step.items()}
+        )
+        constants, hooks = simulation(sites, {**self._weights, **soft}, self._start.updated(now))
+        return self._task.graph.run({**inputs, **constants}, self._task.outputs, replace=hooks)
+
+
+def _trainable(value: Tensor) -> Tensor:
+    return value.detach().clone().requires_grad_(True)
+
+
+def _refuse_not_finite(name: str, step: int, loss: Tensor) -> None:
+    if not bool(torch.isfinite(loss)):
+        raise CalibrationError(
+            f"unit {name}: the loss is {float(loss)} at step {step}; lower the learning rates, or "
+            "use --rounding nearest --no-qprep"
+        )

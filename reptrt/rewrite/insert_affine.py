@@ -1,0 +1,96 @@
+"""Put a per-channel affine after every layer, before its activation function: QPRep.
+
+    y = gain[c] * conv(x, W) + shift[c]        at first gain = 1, shift = the layer's bias
+
+After RepAPQ (arXiv 2402.16121): one convolution with an affine that calibration learns. The layer
+itself loses its bias; a split layer gets one affine for the sum of its parts. `fold_affine` puts
+the affine back into the layer, so it costs nothing in the deployed graph.
+
+Requires: layers with constant or dequantized constant weights. Ensures: the output tensor of each
+layer keeps its name and, to float rounding, its value.
+"""
+
+import numpy as np
+import numpy.typing as npt
+import onnx_graphsurgeon as gs
+
+from reptrt.affines import Affine, read_affines, record_affines
+from reptrt.graph import Net, constant_value, producer
+from reptrt.rewrite.contract import RewriteReport, Skipped
+from reptrt.splits import Split, read_splits
+
+
+def insert_affine(net: Net) -> RewriteReport:
+    """Insert an affine after every Conv and Gemm, or after the sum of a split one."""
+    nodes = {node.name: node for node in net.graph.nodes}
+    splits = {split.main: split for split in read_splits(net)}
+    sides = {split.side for split in splits.values()}
+    known = read_affines(net)
+    taken = {affine.layer for affine in known}
+    affines, skipped = list(known), []
+    for node in list(net.graph.toposort().nodes):
+        split = splits.get(node.name)
+        layer = split.layer if split else node.name
+        if node.op not in ("Conv", "Gemm") or node.name in sides or layer in taken:
+            continue
+        reason = _reason_against(node)
+        if reason is not None:
+            skipped.append(Skipped(node.name, reason))
+            continue
+        affines.append(_insert(net.graph, node, nodes[split.sum] if split else node, layer))
+    net.graph.toposort()
+    record_affines(net, affines)
+    changed = tuple(affine.layer for affine in affines[len(known) :])
+    return RewriteReport("insert_affine", changed, tuple(skipped))
+
+
+def weight_of(node: gs.Node) -> npt.NDArray[np.generic] | None:
+    """Return the codes or floats of a layer's weight; None if they are computed."""
+    values = constant_value(node.inputs[1])
+    if values is not None:
+        return values
+    maker = producer(node.inputs[1])
+    if maker is None or maker.op != "DequantizeLinear":
+        return None
+    return constant_value(maker.inputs[0])
+
+
+def split_of(net: Net, layer: str) -> Split | None:
+    """Return the split of a layer by the name it had before, or None."""
+    return next((split for split in read_splits(net) if split.layer == layer), None)
+
+
+def _reason_against(node: gs.Node) -> str | None:
+    if weight_of(node) is None:
+        return "its weight is not a constant"
+    if len(node.inputs) > 2 and constant_value(node.inputs[2]) is None:
+        return "its bias is not a constant"
+    if any(node.attrs.get(name, 1.0) != 1.0 for name in ("alpha", "beta")):
+        return "alpha or beta is not 1"
+    return None
+
+
+def _insert(graph: gs.Graph, conv: gs.Node, last: gs.Node, layer: str) -> Affine:
+    weight = np.asarray(weight_of(conv))
+    transposed = conv.op == "Gemm" and not conv.attrs.get("transB", 0)
+    channels = weight.shape[1 if transposed else 0]
+    shape = (1, channels, *[1] * (weight.ndim - 2)) if conv.op == "Conv" else (1, channels)
+    bias = np.zeros(channels, dtype=np.float32)
+    if len(conv.inputs) > 2:
+        bias = bias + np.asarray(constant_value(conv.inputs[2]), dtype=np.float32).reshape(-1)
+        del conv.inputs[2]
+    affine = Affine(
+        layer, f"{layer}.affine.mul", f"{layer}.affine.add", f"{layer}.gain", f"{layer}.shift"
+    )
+    output = last.outputs[0]
+    bare, scaled = (
+        gs.Variable(f"{layer}.{part}", np.float32, output.shape) for part in ("bare", "scaled")
+    )
+    last.outputs = [bare]
+    gain = gs.Constant(affine.gain, np.ones(shape, dtype=np.float32))
+    shift = gs.Constant(affine.shift, bias.reshape(shape))
+    graph.nodes += [
+        gs.Node("Mul", affine.mul, {}, [bare, gain], [scaled]),
+        gs.Node("Add", affine.add, {}, [scaled, shift], [output]),
+    ]
+    return affine
