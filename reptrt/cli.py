@@ -265,6 +265,45 @@ def calibrate_options(command: Command) -> Command:
             help="Extra work that --split auto may spend; 0: no extra node.",
         ),
         click.option(
+            "--full-range/--no-full-range",
+            default=True,
+            show_default=True,
+            help="Let activations after a ReLU take all 256 codes, where that pays.",
+        ),
+        click.option(
+            "--correct-bias/--no-correct-bias",
+            default=True,
+            show_default=True,
+            help="Take the mean error of quantized weights out of the biases.",
+        ),
+        click.option(
+            "--rounding",
+            type=_choice(choices.Rounding),
+            help="Of weights; default: what the recipe says.",
+        ),
+        click.option(
+            "--qprep/--no-qprep",
+            default=None,
+            help="Learn a gain and a shift of each channel; default: what the recipe says.",
+        ),
+        click.option(
+            "--keep-affine",
+            is_flag=True,
+            help="Leave the learned gains and shifts in the graph, to look at.",
+        ),
+        click.option(
+            "--iterations",
+            type=click.IntRange(min=1),
+            help="Learning steps of each unit; default: what the recipe says.",
+        ),
+        click.option(
+            "--memory-budget",
+            type=float,
+            default=4.0,
+            show_default=True,
+            help="GiB, for activations between units that are learned.",
+        ),
+        click.option(
             "--weight-bits",
             type=int,
             default=8,
