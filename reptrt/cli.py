@@ -82,6 +82,8 @@ def main(verbose: bool) -> None:
     logger = logging.getLogger("reptrt")
     logger.handlers[:] = [handler]
     logger.setLevel(logging.INFO if verbose else logging.WARNING)
+    # What learning will cost is said before it starts; what became of each unit, with -v.
+    logging.getLogger("reptrt.reconstruct").setLevel(logging.DEBUG if verbose else logging.INFO)
 
 
 def _choice(literal: Any) -> click.Choice[str]:
