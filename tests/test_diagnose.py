@@ -100,6 +100,20 @@ def noises(
     )
 
 
+def test_full_range_takes_six_decibels_off_the_activation_noise(tmp_path: Path) -> None:
+    file, data, _ = save(residual_net(), tmp_path)
+    options = replace(PLAIN, full_range=True, max_overhead=10.0)
+    report = calibrate(file, data, tmp_path / "q.onnx", options)
+    found = by_layer(diagnose(file, data, options, report))
+    net = net_from_model(onnx.load(file))
+    readers = {node.name: node.inputs[0].name for node in net.graph.nodes if node.inputs}
+    full = [name for name in found if readers[name] in report.full_range]
+    assert full
+    for name in full:
+        gain = found[name].after.activation_sqnr_db - found[name].before.activation_sqnr_db
+        assert gain == pytest.approx(20 * np.log10(255 / 127), abs=1.5), name  # few values
+
+
 def test_noise_of_each_layer_against_onnxruntime(tmp_path: Path) -> None:
     model = residual_net()
     file, data, x = save(model, tmp_path)

@@ -111,7 +111,8 @@ def _halves(net: Net, report: CalibrateReport, options: CalibrateOptions) -> Hal
             f"{report.path}: was calibrated from another file or with other options; pass what "
             "calibrate returned for the same arguments, or nothing"
         )
-    return halves_of(net, placement, scales, options.grids, torch_device(options.device))
+    device = torch_device(options.device)
+    return halves_of(net, placement, scales, options.grids, device, report.full_range)
 
 
 def _corners(

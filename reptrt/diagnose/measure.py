@@ -6,7 +6,7 @@ deployed file. Only sums of squares are kept: memory is one batch of activations
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -124,6 +124,7 @@ def halves_of(
     scales: Mapping[str, float],
     grids: tuple[Grid, Grid],
     device: torch.device,
+    full_range: Collection[str] = (),
 ) -> Halves:
     """Return a float net with only its weights and with only its activations quantized.
 
@@ -133,11 +134,12 @@ def halves_of(
         scales: tensor name -> step size, for every activation of the plan.
         grids: of activations and of weights.
         device: where to compute.
+        full_range: activations that take all codes.
     """
     weights, activations = net.copy(), net.copy()
     codes = quantize_weights(net, placement, grids[1])
     insert_qdq(weights, replace(placement, activations=()), {}, codes, grids[0])
-    insert_qdq(activations, replace(placement, weights=()), scales, {}, grids[0])
+    insert_qdq(activations, replace(placement, weights=()), scales, {}, grids[0], full_range)
     return Halves(*(TorchGraph(graph, device) for graph in (net, weights, activations)))
 
 
