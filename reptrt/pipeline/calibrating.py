@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from reptrt.affine import Grid, scale_from_amax
@@ -20,7 +21,7 @@ from reptrt.artifacts import (
 )
 from reptrt.calib.bias import bias_errors, mean_maps
 from reptrt.calib.collect import collect, merge_groups
-from reptrt.calib.histogram import Histogram
+from reptrt.calib.histogram import NUM_BINS, Histogram
 from reptrt.calib.thresholds import ThresholdOptions, amax_from_histogram
 from reptrt.choose import Decision
 from reptrt.data import Dataset, open_dataset
@@ -49,6 +50,9 @@ from reptrt.torchgraph import TorchGraph
 
 _LOG = logging.getLogger(__name__)
 
+_REPORTED_BINS = 64  # more than half of them are used
+_MERGED = NUM_BINS // _REPORTED_BINS
+
 
 @dataclass(frozen=True, slots=True)
 class TensorScale:
@@ -59,6 +63,8 @@ class TensorScale:
     amax: float  # largest |x| kept
     scale: float
     zeros: float  # fraction of exact zeros
+    bins: tuple[int, ...]  # how often |x| fell into [i * width, (i + 1) * width), without the zeros
+    bin_width: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,9 +192,18 @@ def _tensor_scales(
                 amax=kept,
                 scale=float(scale_from_amax(kept, codes)),
                 zeros=histogram.zeros / total,
+                bins=_bins(histogram),
+                bin_width=histogram.width * _MERGED,
             )
         )
     return tuple(found)
+
+
+def _bins(histogram: Histogram) -> tuple[int, ...]:
+    """Return the counts of neighbouring bins together, up to the largest value."""
+    counts = histogram.counts.reshape(-1, _MERGED).sum(axis=1)
+    last = np.flatnonzero(counts)
+    return tuple(counts[: last[-1] + 1].tolist()) if len(last) else ()
 
 
 def _correct_biases(
