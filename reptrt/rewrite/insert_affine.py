@@ -6,16 +6,19 @@ After RepAPQ (arXiv 2402.16121): one convolution with an affine that calibration
 itself loses its bias; a split layer gets one affine for the sum of its parts. `fold_affine` puts
 the affine back into the layer, so it costs nothing in the deployed graph.
 
-Requires: layers with constant or dequantized constant weights. Ensures: the output tensor of each
-layer keeps its name and, to float rounding, its value.
+Requires: layers with constant or dequantized constant weights, and a bias of one value per channel;
+a split layer whose summands are quantized has none, since their steps are per tensor. Ensures: the
+output tensor of each layer keeps its name and, to float rounding, its value.
 """
+
+import math
 
 import numpy as np
 import numpy.typing as npt
 import onnx_graphsurgeon as gs
 
 from reptrt.affines import Affine, read_affines, record_affines
-from reptrt.graph import Net, constant_value, producer
+from reptrt.graph import Net, constant_value, first_free, producer
 from reptrt.rewrite.contract import RewriteReport, Skipped
 from reptrt.splits import Split, read_splits
 
@@ -28,16 +31,18 @@ def insert_affine(net: Net) -> RewriteReport:
     known = read_affines(net)
     taken = {affine.layer for affine in known}
     affines, skipped = list(known), []
+    names = {*net.graph.tensors(), *nodes}
     for node in list(net.graph.toposort().nodes):
         split = splits.get(node.name)
         layer = split.layer if split else node.name
         if node.op not in ("Conv", "Gemm") or node.name in sides or layer in taken:
             continue
-        reason = _reason_against(node)
+        reason = _reason_against(node, split)
         if reason is not None:
-            skipped.append(Skipped(node.name, reason))
+            skipped.append(Skipped(layer, reason))
             continue
-        affines.append(_insert(net.graph, node, nodes[split.sum] if split else node, layer))
+        last = nodes[split.sum] if split else node
+        affines.append(_insert(net.graph, node, last, layer, names))
     net.graph.toposort()
     record_affines(net, affines)
     changed = tuple(affine.layer for affine in affines[len(known) :])
@@ -60,7 +65,7 @@ def split_of(net: Net, layer: str) -> Split | None:
     return next((split for split in read_splits(net) if split.layer == layer), None)
 
 
-def _reason_against(node: gs.Node) -> str | None:
+def _reason_against(node: gs.Node, split: Split | None) -> str | None:
     if weight_of(node) is None:
         return "its weight is not a constant"
     if len(node.inputs) > 2 and constant_value(node.inputs[2]) is None:
@@ -70,22 +75,27 @@ def _reason_against(node: gs.Node) -> str | None:
     return None
 
 
-def _insert(graph: gs.Graph, conv: gs.Node, last: gs.Node, layer: str) -> Affine:
-    weight = np.asarray(weight_of(conv))
-    transposed = conv.op == "Gemm" and not conv.attrs.get("transB", 0)
-    channels = weight.shape[1 if transposed else 0]
-    shape = (1, channels, *[1] * (weight.ndim - 2)) if conv.op == "Conv" else (1, channels)
+def _shape(node: gs.Node) -> tuple[int, ...]:
+    """Return the shape of one value per channel that broadcasts to a layer's output."""
+    weight = np.asarray(weight_of(node))
+    if node.op == "Conv":
+        return (1, weight.shape[0], *[1] * (weight.ndim - 2))
+    return (1, weight.shape[0 if node.attrs.get("transB", 0) else 1])
+
+
+def _insert(graph: gs.Graph, conv: gs.Node, last: gs.Node, layer: str, taken: set[str]) -> Affine:
+    shape = _shape(conv)
+    channels = shape[1]
     bias = np.zeros(channels, dtype=np.float32)
     if len(conv.inputs) > 2:
         bias = bias + np.asarray(constant_value(conv.inputs[2]), dtype=np.float32).reshape(-1)
         del conv.inputs[2]
-    affine = Affine(
-        layer, f"{layer}.affine.mul", f"{layer}.affine.add", f"{layer}.gain", f"{layer}.shift"
-    )
+    roles = ("affine.mul", "affine.add", "gain", "shift", "bare", "scaled")
+    names = [first_free(f"{layer}.{role}", taken) for role in roles]
+    taken.update(names)
+    affine = Affine(layer, *names[:4])
     output = last.outputs[0]
-    bare, scaled = (
-        gs.Variable(f"{layer}.{part}", np.float32, output.shape) for part in ("bare", "scaled")
-    )
+    bare, scaled = (gs.Variable(name, np.float32, output.shape) for name in names[4:])
     last.outputs = [bare]
     gain = gs.Constant(affine.gain, np.ones(shape, dtype=np.float32))
     shift = gs.Constant(affine.shift, bias.reshape(shape))
