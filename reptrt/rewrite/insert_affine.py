@@ -72,6 +72,10 @@ def _reason_against(node: gs.Node, split: Split | None) -> str | None:
         return "its bias is not a constant"
     if any(node.attrs.get(name, 1.0) != 1.0 for name in ("alpha", "beta")):
         return "alpha or beta is not 1"
+    if len(node.inputs) > 2:
+        shape = np.asarray(constant_value(node.inputs[2])).shape
+        if math.prod(shape) != 1 and not math.prod(shape) == shape[-1] == _shape(node)[1]:
+            return "its bias is not one value per channel"
     return None
 
 
