@@ -66,6 +66,8 @@ def split_of(net: Net, layer: str) -> Split | None:
 
 
 def _reason_against(node: gs.Node, split: Split | None) -> str | None:
+    if split is not None and split.precision == "int8":
+        return "the summands of its split are quantized"
     if weight_of(node) is None:
         return "its weight is not a constant"
     if len(node.inputs) > 2 and constant_value(node.inputs[2]) is None:
