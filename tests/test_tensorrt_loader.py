@@ -188,7 +188,8 @@ class FakeCuda:
     [
         (
             0,
-            r"Gpu\(name='NVIDIA GeForce RTX 4090', target='sm89', driver=\(12, 8\), bus_id='0000:01:00\.0'\)",
+            r"Gpu\(name='NVIDIA GeForce RTX 4090', target='sm89', driver=\(12, 8\), "
+            r"bus_id='0000:01:00\.0'\)",
         ),
         (100, "the NVIDIA driver shows no GPU .*"),
         (999, ".*cuInit gives error 999.*"),
