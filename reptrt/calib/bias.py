@@ -33,6 +33,8 @@ def mean_maps(graph: TorchGraph, dataset: Dataset, tensors: Iterable[str]) -> di
     sums: dict[str, Tensor] = {}
 
     def add(name: str, count: int, value: Tensor) -> None:
+        if len(value) == 1:  # of a net for one image: a Reshape to [1, -1] folds the batch
+            value = value.reshape(COMPUTE_BATCH, -1)
         total = value[:count].double().sum(0, keepdim=True)
         sums[name] = sums[name] + total if name in sums else total
 
