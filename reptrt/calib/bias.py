@@ -52,21 +52,31 @@ def bias_errors(
 ) -> dict[str, Float64Array]:
     """Return node name -> mean error of each output channel, (O,), due to its quantized weight.
 
+    A layer that cannot take a correction is left out: a MatMul, a bias that is computed or not one
+    value per channel.
+
     Args:
         graph: the float graph, without quantized weights.
         means: E[x] of the input of every node in ``weights``.
         weights: node name -> codes and scales.
     """
     steps = {step.name: step for step in graph.steps}
+    biases = graph.constants
     errors = {}
     for name, weight in weights.items():
         inputs, output = steps[name].inputs, steps[name].outputs[0]
+        held = [biases.get(bias) for bias in inputs[2:] if bias]
+        if steps[name].op == "MatMul" or not all(map(_is_per_channel, held)):
+            continue
         deployed = torch.from_numpy(dequantize(weight.codes, weight.scale, weight.axis))
         given = {inputs[0]: means[inputs[0]]}
         exact = graph.run(given, [output])[output]
         found = graph.run({**given, inputs[1]: deployed}, [output])[output]
         difference = (found.double() - exact.double()).cpu()
-        channels = difference.dim() - 1 if steps[name].op == "MatMul" else 1
-        axes = [axis for axis in range(difference.dim()) if axis != channels]
+        axes = [axis for axis in range(difference.dim()) if axis != 1]
         errors[name] = difference.mean(axes).numpy()
     return errors
+
+
+def _is_per_channel(bias: Tensor | None) -> bool:
+    return bias is not None and (bias.numel() == 1 or bias.numel() == bias.shape[-1])
