@@ -57,12 +57,16 @@ def batches(count: int, size: int) -> Iterator[slice]:
 
 
 def peak_bytes(layout: Layout, inputs: Sequence[str], count: int) -> int:
-    """Return the most bytes that the boundaries hold at once in float32, both nets together."""
+    """Return the most bytes that are held at once in float32.
+
+    Both nets' activations at the two boundaries of a unit, and the images, which stay to the end.
+    """
     peak, before = 0, tuple(inputs)
+    images = sum(int(np.prod(layout.shapes[name])) for name in inputs)
     for unit, after in zip(layout.units, layout.alive, strict=True):
-        held = {*before, *after, *unit.outputs}
-        values = sum(int(np.prod(layout.shapes[name])) for name in held)
-        peak = max(peak, 2 * 4 * count * values)
+        held = {*before, *after, *unit.outputs} - set(inputs)
+        values = images + 2 * sum(int(np.prod(layout.shapes[name])) for name in held)
+        peak = max(peak, 4 * count * values)
         before = after
     return peak
 
