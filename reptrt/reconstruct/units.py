@@ -96,7 +96,7 @@ def stage_end(units: Sequence[Unit], index: int) -> int:
     """
     last = max(i for i, unit in enumerate(units) if unit.stage == units[index].stage)
     if last == index and last + 1 < len(units):
-        return stage_end(units, last + 1) if last + 2 < len(units) else last + 1
+        return max(i for i, unit in enumerate(units) if unit.stage == units[last + 1].stage)
     return last
 
 
