@@ -663,6 +663,12 @@ def bench(files: Sequence[Path], json_path: str | None, **values: Any) -> None:
     show_default=True,
     help="Time spent on each file and batch size.",
 )
+@click.option(
+    "--diagnose/--no-diagnose",
+    default=True,
+    show_default=True,
+    help="Measure what quantization does to every layer, for the report.",
+)
 @click.option("--threads", type=int, help="CPU threads of onnxruntime.")
 @click.option("--target", default=None, help="Compute capabilities, e.g. sm80,sm89.")
 @source_options
@@ -680,7 +686,8 @@ def run(
     from reptrt.run import run as run_all
 
     what, options = _run_options(source, values)
-    options = replace(options, batches=values["batches"], bench_seconds=values["bench_seconds"])
+    kept = {name: values[name] for name in ("batches", "bench_seconds", "diagnose")}
+    options = replace(options, **kept)
     report = run_all(what, data, output, options, eval_data)
     lines = [f"{stage.name:12s}  {stage.file:14s}  {stage.state}" for stage in report.stages]
     for result in report.results["eval"]["results"]:
@@ -688,7 +695,7 @@ def run(
         accuracy = "no labels" if top1 is None else f"top-1 {100 * top1:.2f} %"
         fidelity = "the reference" if sqnr is None else f"SQNR {sqnr:.2f} dB"
         lines.append(f"{Path(result['file']).name:12s}  {accuracy}  {fidelity}")
-    lines.append(f"run  {output / 'report.json'}")
+    lines.append(f"run  {output / 'report.json'}  {output / 'report.html'}")
     _emit("\n".join(lines), report.to_json(), json_path)
 
 
@@ -706,6 +713,23 @@ def _run_options(source: str, values: dict[str, Any]) -> tuple[Any, Any]:
         eval_limit=values["eval_limit"],
         threads=values["threads"],
     )
+
+
+@main.command()
+@click.argument("folder", metavar="RUN_DIR", type=click.Path(path_type=Path))
+@click.option("-o", "--output", type=_OUTPUT, help="Default: report.html in RUN_DIR.")
+@_json_option
+def report(folder: Path, output: Path | None, json_path: str | None) -> None:
+    """Write what the run in RUN_DIR found as one HTML file that loads nothing.
+
+    Only files in RUN_DIR are read. A part that is not there is named, with the reason.
+    """
+    from reptrt.report import write_report
+
+    written = write_report(folder, output)
+    lines = [f"{s.title}: not here: {s.absent}" for s in written.sections if s.absent is not None]
+    lines.append(f"report  {written.path}  {written.size_bytes / 2**10:.0f} KiB")
+    _emit("\n".join(lines), written.to_json(), json_path)
 
 
 @main.command()

@@ -14,6 +14,7 @@ All rungs see the same images. Each is compared with the first (what all steps h
 with the rung before it (what this step alone costs). Outputs of three rungs are kept at a time.
 """
 
+import logging
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -25,13 +26,14 @@ import torch
 from torch import nn
 
 from reptrt import _tensorrt
+from reptrt.artifacts import write_json
 from reptrt.data import open_dataset
 from reptrt.engine import build_engine
-from reptrt.errors import ConfigError, EngineError
+from reptrt.errors import ArtifactError, ConfigError, EngineError
 from reptrt.export import model_from_file
 from reptrt.graph import Net, bytes_from_model, model_from_net, net_from_model, read_model
 from reptrt.inputs import check_data, check_source, source_files
-from reptrt.manifest import FILE, check_made, read_finished
+from reptrt.manifest import FILE, LADDER_FILE, Manifest, check_made, read_finished
 from reptrt.options_json import options_from_json
 from reptrt.pipeline import CalibrateOptions, calibrate, export, prepare, torch_device
 from reptrt.placement import place
@@ -43,6 +45,9 @@ from reptrt.runner import OrtRunner, Runner, open_runner
 from reptrt.sources import Source, module_from_source
 from reptrt.torch_runner import float_activations, graph_runner, module_runner
 
+_LOG = logging.getLogger(__name__)
+
+_JUDGED = ("export", "calibrate", "build-engine")  # stages whose files are rungs
 _NEAREST: Mapping[str, Any] = {  # options of calibrate that learn nothing
     "recipe": "fast",
     "rounding": "nearest",
@@ -81,6 +86,8 @@ def ladder(source: Source, data: Path, calib_data: Path, options: RunOptions) ->
 def ladder_of_run(folder: Path, data: Path | None = None, limit: int | None = None) -> Ladder:
     """Judge every rung of a finished run, with its options and the files that it made.
 
+    On the run's own images the result is kept in the folder as ``ladder.json``, for the report.
+
     Args:
         folder: of the run.
         data: images to judge on; None: those of the run.
@@ -103,7 +110,20 @@ def ladder_of_run(folder: Path, data: Path | None = None, limit: int | None = No
     engine = folder / ENGINE_FILE if "build-engine" in found.stages else None
     files = Files(folder / FLOAT_FILE, folder / INT8_FILE, engine)
     options = replace(options, eval_limit=limit or options.eval_limit)
-    return climb(source, files, data, found.data.path, options)
+    measured = climb(source, files, data, found.data.path, options)
+    if data == found.eval_data.path:
+        _keep(folder, found, measured)
+    return measured
+
+
+def _keep(folder: Path, found: Manifest, measured: Ladder) -> None:
+    """Write the ladder of a run, with what it is about, for the run's report."""
+    files = {r.file: r.sha256 for name, r in found.stages.items() if name in _JUDGED}
+    content = {"files": files, "data": found.eval_data.sha256, **measured.to_json()}
+    try:
+        write_json(folder / LADDER_FILE, content)
+    except ArtifactError as err:
+        _LOG.warning("the report of this run will have no ladder: %s", err)
 
 
 def climb(

@@ -27,8 +27,17 @@ from reptrt.options_json import json_from_options, options_from_json
 from reptrt.runner import usable_cores
 
 FILE = "run.json"
+CALIBRATE_FILE = "calibrate.json"  # what calibration found, for the report
+LADDER_FILE = "ladder.json"  # written by `reptrt ladder`
 FORMAT = 1
-STAGES = ("export", "calibrate", "build-engine", "eval", "bench")  # in the order of a run
+STAGES = (
+    "export",
+    "calibrate",
+    "build-engine",
+    "eval",
+    "diagnose",
+    "bench",
+)  # in the order of a run
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,8 @@
 """Do a run again from its record, and say file by file whether the same bytes came out.
 
-    float.onnx, int8.onnx, eval.json    must be equal
-    model.engine                        TensorRT may choose other kernels in every build
-    bench.json                          latencies
+    float.onnx, int8.onnx, eval.json, diagnosis.json    must be equal
+    model.engine    TensorRT may choose other kernels in every build
+    bench.json      latencies
 
 The inputs must be what they were, by sha256; packages and machine may differ, and are then named as
 the reasons why a file may.
@@ -30,7 +30,11 @@ _MAY_DIFFER = {
     "build-engine": "engines differ between builds",
     "bench": "latencies differ between runs",
 }
-_MADE_FROM = {"calibrate": ("export",), "eval": ("export", "calibrate")}
+_MADE_FROM = {
+    "calibrate": ("export",),
+    "eval": ("export", "calibrate"),
+    "diagnose": ("export", "calibrate"),
+}
 _FACTORY = "nothing that is recorded differs: does the factory draw its weights anew at each call?"
 _UNEXPLAINED = "nothing that is recorded differs"
 

@@ -1,6 +1,7 @@
 """The whole way into one folder, resumable.
 
-    float.onnx -> int8.onnx -> model.engine,  then eval.json, bench.json, report.json
+    float.onnx -> int8.onnx -> model.engine
+    then eval.json, diagnosis.json, bench.json, report.json, report.html
 
 ``run.json`` (`reptrt.manifest`) records what was asked for, from which inputs, and for every
 finished stage a key (sha256 of its options, the content of its inputs and the package versions) and
@@ -11,7 +12,7 @@ Files are written whole or not at all, so a killed run continues.
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,18 +20,28 @@ from typing import Any
 from reptrt import manifest
 from reptrt.artifacts import sha256_of, write_json
 from reptrt.bench import bench
+from reptrt.diagnose import diagnose
 from reptrt.engine import build_engine
 from reptrt.engine_options import BuildOptions
-from reptrt.errors import ArtifactError, MissingDependencyError
+from reptrt.errors import ArtifactError, MissingDependencyError, ReptrtError
 from reptrt.evaluate import evaluate
 from reptrt.inputs import record_data, record_files, source_files
-from reptrt.manifest import FORMAT, Manifest, StageRecord
-from reptrt.options_json import json_from_options
-from reptrt.pipeline import CalibrateOptions, ExportOptions, Source, calibrate, export
+from reptrt.manifest import CALIBRATE_FILE, FORMAT, Manifest, StageRecord
+from reptrt.options_json import json_from_options, options_from_json
+from reptrt.pipeline import (
+    CalibrateOptions,
+    CalibrateReport,
+    ExportOptions,
+    Source,
+    calibrate,
+    export,
+)
+from reptrt.report import write_report
 
 _LOG = logging.getLogger(__name__)
 
 FLOAT_FILE, INT8_FILE, ENGINE_FILE = "float.onnx", "int8.onnx", "model.engine"
+DIAGNOSIS_FILE = "diagnosis.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +54,7 @@ class RunOptions:
     eval_limit: int | None = None
     batches: tuple[int, ...] = (1, 8)
     threads: int | None = None
+    diagnose: bool = True  # measure every layer, for the report
     bench_seconds: float = 2.0  # for each file and batch size, after a quarter of it to warm up
 
 
@@ -106,7 +118,8 @@ def run(
         q,
         {**json_from_options(options.calibrate), "data": planned.data.sha256},
         [fp],
-        lambda: calibrate(fp, data, q, options.calibrate),
+        lambda: _calibrate(fp, data, q, options.calibrate),
+        beside=[folder / CALIBRATE_FILE],
     )
     stages.engine(
         engine,
@@ -114,19 +127,46 @@ def run(
         [q],
         lambda: build_engine(q, engine, options.build),
     )
-    _judge(stages, [fp, q], judged_on, options)
+    _judge(stages, [fp, q], (data, judged_on), options)
     return stages.report()
 
 
-def _judge(stages: "_Stages", files: list[Path], data: Path, options: RunOptions) -> None:
-    """Judge and time the float and the INT8 file, the first of which is the reference."""
+def _calibrate(fp: Path, data: Path, q: Path, options: CalibrateOptions) -> None:
+    """Calibrate, and keep what was found beside the file; it names it by sha256."""
+    content = calibrate(fp, data, q, options).to_json() | {"path": q.name}
+    write_json(q.with_name(CALIBRATE_FILE), content)
+
+
+def _diagnose(files: list[Path], data: Path, options: CalibrateOptions) -> dict[str, Any]:
+    fp, q = files
+    path = q.with_name(CALIBRATE_FILE)
+    content = manifest.read_json(path, "what calibration found")
+    found = options_from_json(CalibrateReport, content, str(path))
+    content = diagnose(fp, data, options, replace(found, path=q)).to_json()
+    del content["seconds"]  # the only thing that another run finds otherwise
+    return content
+
+
+def _judge(
+    stages: "_Stages", files: list[Path], images: tuple[Path, Path], options: RunOptions
+) -> None:
+    """Judge, diagnose and time the float and the INT8 file, the first is the reference."""
     limit, threads, seconds = options.eval_limit, options.threads, options.bench_seconds
+    calibrating, (calib_data, data) = options.calibrate, images
     stages.json(
         "eval",
         {"data": stages.manifest.eval_data.sha256, "limit": limit},
         files,
         lambda: evaluate(files, data, reference=files[0], limit=limit, threads=threads).to_json(),
     )
+    if options.diagnose:
+        stages.diagnosis(
+            {**json_from_options(calibrating), "data": stages.manifest.data.sha256},
+            files,
+            lambda: _diagnose(files, calib_data, calibrating),
+        )
+    else:
+        stages.forget("diagnose")
     stages.json(
         "bench",
         {"batches": options.batches, "threads": threads, "seconds": seconds},
@@ -190,11 +230,13 @@ class _Stages:
         options: Mapping[str, Any],
         inputs: list[Path],
         work: Callable[[], Any],
+        beside: Sequence[Path] = (),
     ) -> None:
-        """Make one file, unless it is there from the same inputs and options."""
+        """Make one file, and what belongs beside it, unless it is there from the same inputs."""
         key = _key(options, inputs)
         record = self.manifest.stages.get(name)
-        known = record is not None and record.key == key and output.is_file()
+        known = record is not None and record.key == key
+        known = known and all(path.is_file() for path in (output, *beside))
         if record is not None and known and sha256_of(output) == record.sha256:
             self._finish(name, output, "kept")
             return
@@ -229,9 +271,25 @@ class _Stages:
         try:
             self.file("build-engine", output, options, inputs, work)
         except MissingDependencyError as err:
-            stages = {k: v for k, v in self.manifest.stages.items() if k != "build-engine"}
-            self._record(stages)
-            self._finish("build-engine", output, f"skipped: {err}")
+            self._skip("build-engine", output, err)
+
+    def diagnosis(
+        self, options: Mapping[str, Any], inputs: list[Path], work: Callable[[], dict[str, Any]]
+    ) -> None:
+        """Diagnose the net if it can be; the run does not depend on it."""
+        output = self._folder / DIAGNOSIS_FILE
+        try:
+            self.file("diagnose", output, options, inputs, lambda: write_json(output, work()))
+        except ReptrtError as err:
+            self._skip("diagnose", output, err)
+
+    def forget(self, name: str) -> None:
+        """Take out the record of a stage that an earlier run did and this one does not."""
+        self._record({k: v for k, v in self.manifest.stages.items() if k != name})
+
+    def _skip(self, name: str, output: Path, why: ReptrtError) -> None:
+        self.forget(name)
+        self._finish(name, output, f"skipped: {why}")
 
     def report(self) -> RunReport:
         """Write and return what the run found."""
@@ -244,6 +302,7 @@ class _Stages:
             content[name] = manifest.read_json(self._folder / f"{name}.json", "results")
         write_json(self._folder / "report.json", content)
         self._record(self.manifest.stages, finished=True)
+        write_report(self._folder)
         return RunReport(self._folder, tuple(self._done), content)
 
     def _record(self, stages: Mapping[str, StageRecord], finished: bool = False) -> None:

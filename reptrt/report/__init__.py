@@ -1,0 +1,141 @@
+"""One HTML file about a run: readable anywhere, printed, sent by mail; it loads nothing.
+
+    run folder --content--> parts, or why they are not there --results, layers, environment-->
+    page --report.html.j2--> report.html
+
+Only files of the folder are read, and nothing heavy is computed. The same folder gives the same
+bytes.
+"""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jinja2
+
+from reptrt.artifacts import refuse_overwriting, require_folder, write_bytes
+from reptrt.report import environment, layers, results
+from reptrt.report.content import AS_RECORDED, RunContent, read_run
+from reptrt.report.page import Page, Section
+
+Made = TypeVar("Made")
+
+REPORT_FILE = "report.html"
+
+_STOPPED = (
+    "The run was stopped. What is in the folder is shown; results may be those of an earlier run "
+    "with other options."
+)
+
+_SECTIONS: tuple[tuple[str, str, Callable[[RunContent], Section]], ...] = (
+    ("accuracy", "Accuracy", results.accuracy),
+    ("latency", "Latency", results.latency),
+    ("weights", "Weight ranges", layers.ranges),
+    ("noise", "Signal to noise of each layer", layers.noise),
+    ("activations", "Activations and their thresholds", environment.activations),
+    ("decisions", "Decisions and their costs", layers.decisions),
+    ("learned", "Learned units", layers.learned),
+    ("environment", "Environment and hashes", environment.environment),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class SectionState:
+    """One section of a report."""
+
+    id: str
+    title: str
+    absent: str | None  # why it is not there
+
+
+@dataclass(frozen=True, slots=True)
+class ReportFile:
+    """What `write_report` wrote."""
+
+    path: Path
+    sha256: str
+    size_bytes: int
+    sections: tuple[SectionState, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the result as JSON values."""
+        return asdict(self) | {"path": str(self.path)}
+
+
+def write_report(folder: Path, output: Path | None = None) -> ReportFile:
+    """Write the report of a run, finished or stopped.
+
+    Args:
+        folder: of the run.
+        output: the file; None: ``report.html`` in the folder.
+
+    Raises:
+        ArtifactError: there is no record of a run, or the file cannot be written.
+    """
+    path = folder / REPORT_FILE if output is None else output
+    require_folder(path)
+    refuse_overwriting(path, [entry for entry in _inputs(folder) if entry.name != REPORT_FILE])
+    page = page_of(read_run(folder))
+    content = render(page).encode()
+    write_bytes(path, content)
+    states = tuple(SectionState(s.id, s.title, s.absent) for s in page.sections)
+    return ReportFile(path, hashlib.sha256(content).hexdigest(), len(content), states)
+
+
+def page_of(run: RunContent) -> Page:
+    """Return everything that the report of a run says."""
+    notes = [] if run.manifest.finished else [_STOPPED]
+    notes += [f"{f.path.name}: {f.state}." for f in run.files if f.state != AS_RECORDED]
+    tiles = _guarded(lambda: results.tiles(run))
+    return Page(
+        title=environment.name_of(run.manifest.source["name"]),
+        subtitle=_subtitle(run),
+        notes=tuple(notes),
+        tiles=() if isinstance(tiles, str) else tiles,
+        sections=tuple(_section(run, *entry) for entry in _SECTIONS),
+    )
+
+
+def render(page: Page) -> str:
+    """Return a page as HTML; every text in it is escaped."""
+    loader = jinja2.PackageLoader("reptrt.report", "")
+    templates = jinja2.Environment(
+        loader=loader,
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return templates.get_template("report.html.j2").render(page=page)
+
+
+def _section(
+    run: RunContent, id: str, title: str, make: Callable[[RunContent], Section]
+) -> Section:
+    found = _guarded(lambda: make(run))
+    return Section(id, title, absent=found) if isinstance(found, str) else found
+
+
+def _guarded(make: Callable[[], Made]) -> Made | str:
+    """Return what was made, or why a file that reptrt did not write cannot be shown."""
+    try:
+        return make()
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as err:
+        return f"a file is not what reptrt writes ({type(err).__name__}: {err})"
+
+
+def _subtitle(run: RunContent) -> str:
+    """Return what was done, in a line."""
+    options, machine = run.manifest.options["calibrate"], run.manifest.machine
+    bits = f"W{options['weight_bits']}A{options['activation_bits']}"
+    version = run.manifest.versions.get("reptrt", "?")
+    return (
+        f"{bits}, recipe {options['recipe']}, up to {options['images']} calibration images, "
+        f"seed {options['seed']}; reptrt {version} on {machine['cpu']}"
+    )
+
+
+def _inputs(folder: Path) -> list[Path]:
+    return [path for path in folder.iterdir() if path.is_file()] if folder.is_dir() else []

@@ -1,0 +1,148 @@
+"""Small charts as inline SVG.
+
+Marks lie at percentages of the width, so a chart takes the width that it is given, and its text and
+lines keep their size, on a phone as on paper. Colours are those of the style sheet, by class.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from markupsafe import Markup, escape
+
+_HEIGHT = 18
+_STRIP = 7  # of a mark among several
+_DOT = 4.5
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """Where a value lies between the ends of a chart."""
+
+    low: float
+    high: float
+    is_log: bool = False
+
+    def percent(self, value: float) -> float:
+        """Return the place of a value, 0 to 100; what is beyond an end lies at it."""
+        low, high, at = self.low, self.high, min(max(value, self.low), self.high)
+        if self.is_log:
+            low, high, at = math.log(low), math.log(high), math.log(at)
+        return 100.0 * (at - low) / (high - low) if high > low else 0.0
+
+
+def scale_of(values: Iterable[float | None], *, is_log: bool = False) -> Scale:
+    """Return a scale that holds all values: from 0, or from a power of ten."""
+    known = [v for v in values if v is not None and math.isfinite(v) and (v > 0 or not is_log)]
+    if not known:
+        return Scale(1.0 if is_log else 0.0, 10.0, is_log)
+    if not is_log:
+        return Scale(min(0.0, *known), max(*known, 0.0) * 1.05 or 1.0)
+    ends = math.floor(math.log10(min(known))), math.ceil(math.log10(max(known)))
+    return Scale(10.0 ** ends[0], 10.0 ** max(ends[1], ends[0] + 1), is_log=True)
+
+
+def axis(scale: Scale, ticks: Sequence[float]) -> Markup:
+    """Return the ticks of a scale, for the head of a column."""
+    marks = []
+    for tick in ticks:
+        at = scale.percent(tick)
+        anchor = "start" if at < 10 else "end" if at > 90 else "middle"
+        text = f'<text class="tick" x="{at:.2f}%" y="10" text-anchor="{anchor}">{tick:g}</text>'
+        marks.append(text + _line(at, at, 13, _HEIGHT, "axis"))
+    return _svg(marks, _HEIGHT, "scale of the column: " + ", ".join(f"{tick:g}" for tick in ticks))
+
+
+def bar(scale: Scale, value: float, kind: str, label: str) -> Markup:
+    """Return one bar from the low end of a scale."""
+    at = scale.percent(value)
+    return _svg([f'<rect class="{kind}" x="0" y="4" width="{at:.2f}%" height="10"/>'], 18, label)
+
+
+def change(scale: Scale, before: float | None, after: float | None, label: str) -> Markup:
+    """Return a ring where a value was, a dot where it is, and a line between them."""
+    marks, middle = [], _HEIGHT / 2
+    if before is not None and after is not None:
+        first, last = sorted((scale.percent(before), scale.percent(after)))
+        marks.append(_line(first, last, middle, middle, "link"))
+    for value, kind in ((before, "before"), (after, "after")):
+        if value is not None:
+            marks.append(_dot(scale.percent(value), middle, kind))
+    return _svg(marks, _HEIGHT, label)
+
+
+def interval(scale: Scale, low: float, value: float, high: float, kind: str, label: str) -> Markup:
+    """Return a dot and how sure it is."""
+    middle = _HEIGHT / 2
+    ends = scale.percent(low), scale.percent(high)
+    whisker = _line(*ends, middle, middle, f"whisker {kind}-line")
+    sides = [_line(end, end, middle - 4, middle + 4, f"whisker {kind}-line") for end in ends]
+    return _svg([whisker, *sides, _dot(scale.percent(value), middle, kind)], _HEIGHT, label)
+
+
+def strips(
+    scale: Scale, rows: Sequence[tuple[str, tuple[float, float, float] | None]], label: str
+) -> Markup:
+    """Return one thin bar a row, from its low to its high end, with a gap at its middle."""
+    marks = []
+    for index, (kind, values) in enumerate(rows):
+        if values is None:
+            continue
+        low, middle, high = (scale.percent(value) for value in values)
+        top = 2 + index * (_STRIP + 2)
+        width = max(high - low, 0.8)
+        marks.append(
+            f'<rect class="{kind}" x="{low:.2f}%" y="{top}" width="{width:.2f}%" '
+            f'height="{_STRIP}"/>' + _line(middle, middle, top, top + _STRIP, "gap")
+        )
+    return _svg(marks, 2 + len(rows) * (_STRIP + 2), label)
+
+
+@dataclass(frozen=True, slots=True)
+class HistogramView:
+    """What a histogram shows: counts of |x| and the largest |x| kept."""
+
+    bins: Sequence[int]
+    bin_width: float
+    amax: float
+    end: float  # of the x axis
+
+
+def histogram(view: HistogramView, label: str) -> Markup:
+    """Return a histogram with the logarithm of counts upwards and a line at amax."""
+    top = math.log1p(max(view.bins, default=0)) or 1.0
+    steps = []
+    for index, count in enumerate(view.bins):
+        left = 100.0 * min(index * view.bin_width / view.end, 1.0)
+        right = 100.0 * min((index + 1) * view.bin_width / view.end, 1.0)
+        height = 64.0 * math.log1p(count) / top
+        if count and right > left:
+            kind = "clipped" if index * view.bin_width >= view.amax else "after"
+            steps.append(
+                f'<rect class="{kind}" x="{left:.2f}%" y="{70 - height:.1f}" '
+                f'width="{right - left:.2f}%" height="{height:.1f}"/>'
+            )
+    at = 100.0 * min(view.amax / view.end, 1.0)
+    line = _line(at, at, 2, 70, "threshold")
+    base = _line(0, 100, 70, 70, "axis")
+    ends = (
+        '<text class="tick" x="0" y="83">0</text>'
+        f'<text class="tick" x="100%" y="83" text-anchor="end">{view.end:.4g}</text>'
+    )
+    return _svg([*steps, base, line, ends], 86, label)
+
+
+def _line(left: float, right: float, top: float, bottom: float, kind: str) -> str:
+    return f'<line class="{kind}" x1="{left:.2f}%" x2="{right:.2f}%" y1="{top:g}" y2="{bottom:g}"/>'
+
+
+def _dot(at: float, middle: float, kind: str) -> str:
+    return f'<circle class="{kind}" cx="{at:.2f}%" cy="{middle:g}" r="{_DOT}"/>'
+
+
+def _svg(marks: Iterable[str], height: int, label: str) -> Markup:
+    """Return a chart; a mark at an end of the scale may reach into the cell's padding."""
+    return Markup(
+        f'<svg class="chart" width="100%" height="{height}" role="img" '
+        f'aria-label="{escape(label)}">{"".join(marks)}</svg>'
+    )

@@ -1,0 +1,129 @@
+"""Weight ranges of each convolution, in INT8 codes, before and after the splits; by its parts.
+
+The parts of a kernel are those that the branches of a rep block set: the diagonal of the centre tap
+(identity), the rest of the centre tap (1x1), the taps around it (k x k). For each output channel
+
+    codes[o] = max |W[o, part]| / scale[o]
+
+with scale = amax / qmax of the fused float kernel before, and the INT8 file's own codes after: of a
+split layer those of the kernel that holds the rest. What equalization did to the channels is in it.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from reptrt.affine import Grid, channel_amax, scale_from_amax
+from reptrt.graph import Net, net_from_model, read_model
+from reptrt.provenance import Branch, read_provenance
+from reptrt.quantized import LayerWeight, layer_weights
+from reptrt.splits import Split, read_splits
+
+FloatArray = npt.NDArray[np.floating]
+Mask = npt.NDArray[np.bool_]
+
+PARTS = ("identity", "1x1", "around")  # of a kernel, each where that branch lies
+_PERCENTILES = (5, 50, 95)
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """Of one value for each output channel: 5th percentile, median, 95th percentile."""
+
+    low: float
+    median: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True)
+class LayerRanges:
+    """One convolution."""
+
+    layer: str
+    form: str  # "none", "identity", "identity-scalar" or "coarse-fine"
+    before: Mapping[str, Range]  # part -> codes of the fused kernel
+    after: Mapping[str, Range]  # part -> codes of the kernel in the INT8 file; {}: left in float
+    branches: Mapping[str, Range]  # kind of branch -> its largest weights; {}: not recorded
+
+
+def weight_ranges(float_onnx: Path, int8_onnx: Path, weight_bits: int) -> tuple[LayerRanges, ...]:
+    """Return the ranges of every convolution with a kernel that has a centre.
+
+    Raises:
+        ArtifactError: a file cannot be read.
+    """
+    fused, quantized = (net_from_model(read_model(path)) for path in (float_onnx, int8_onnx))
+    splits = {split.layer: split for split in read_splits(quantized)}
+    after, branches = layer_weights(quantized), read_provenance(fused)
+    grid = Grid.weight(weight_bits)
+    return tuple(
+        _layer(name, weight.values, after, splits.get(name), branches.get(name, ()), grid)
+        for name, weight in layer_weights(fused).items()
+        if _has_centre(fused, name, weight)
+    )
+
+
+def _has_centre(net: Net, name: str, weight: LayerWeight) -> bool:
+    op = next(node.op for node in net.graph.nodes if node.name == name)
+    shape = weight.values.shape
+    return op == "Conv" and len(shape) == 4 and shape[2] % 2 == 1 and shape[3] % 2 == 1
+
+
+def _layer(
+    name: str,
+    weight: FloatArray,
+    quantized: Mapping[str, LayerWeight],
+    split: Split | None,
+    branches: tuple[Branch, ...],
+    grid: Grid,
+) -> LayerRanges:
+    amax = channel_amax(weight, 0)
+    scale = np.asarray(scale_from_amax(amax, grid)).reshape(-1, 1, 1, 1)
+    kernel = quantized.get(name if split is None else split.main)
+    has_codes = kernel is not None and kernel.values.dtype.kind in "iu"
+    return LayerRanges(
+        layer=name,
+        form="none" if split is None else split.form,
+        before=_parts(np.asarray(weight) / scale),
+        after=_parts(kernel.values) if kernel is not None and has_codes else {},
+        branches=_branches(branches),
+    )
+
+
+def _parts(codes: FloatArray) -> dict[str, Range]:
+    """Return the range of each part, over the output channels that hold anything at all."""
+    magnitude = np.abs(codes.astype(np.float64))
+    alive = magnitude.reshape(len(magnitude), -1).any(axis=1)
+    found = {}
+    for part, mask in _masks(codes.shape).items():
+        if mask.any() and alive.any():
+            largest = (magnitude * mask).reshape(len(magnitude), -1).max(axis=1)
+            found[part] = _range(largest[alive])
+    return found
+
+
+def _masks(shape: tuple[int, ...]) -> dict[str, Mask]:
+    """Return where the parts of a kernel (O, I / groups, kH, kW) lie."""
+    centre = np.zeros(shape, dtype=bool)
+    row, column = shape[2] // 2, shape[3] // 2
+    centre[:, :, row, column] = True
+    identity = np.zeros(shape, dtype=bool)
+    channels = np.arange(shape[0])
+    identity[channels, channels % shape[1], row, column] = True
+    return {"identity": identity, "1x1": centre & ~identity, "around": ~centre}
+
+
+def _branches(branches: tuple[Branch, ...]) -> dict[str, Range]:
+    """Return the largest weights of each kind; branches of one kind add up."""
+    sums: dict[str, FloatArray] = {}
+    for branch in branches:
+        values = branch.amax if branch.diagonal is None else branch.diagonal
+        sums[branch.kind] = sums.get(branch.kind, np.float64(0.0)) + values.astype(np.float64)
+    return {kind: _range(np.abs(values)) for kind, values in sums.items()}
+
+
+def _range(values: FloatArray) -> Range:
+    return Range(*(float(value) for value in np.percentile(values, _PERCENTILES)))

@@ -1,0 +1,202 @@
+"""Sections about the net as a whole: the summary, accuracy, latency."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from reptrt.report.charts import Scale, bar, interval, scale_of
+from reptrt.report.content import JsonObject, RunContent
+from reptrt.report.page import (
+    Block,
+    Cell,
+    Column,
+    Legend,
+    Section,
+    Table,
+    Text,
+    Tile,
+    decibels,
+    number,
+    percent,
+    size,
+)
+
+
+def tiles(run: RunContent) -> tuple[Tile, ...]:
+    """Return the numbers that come first: accuracy, closeness, latency, size."""
+    found: list[Tile] = []
+    if run.eval.value is not None:
+        results = run.eval.value["results"]
+        found += _accuracy_tiles(results[0], results[-1])
+    if run.bench.value is not None:
+        found += [_latency_tile(row) for row in run.bench.value["results"] if _is_int8(row)]
+    sizes = {file.stage: file.size_bytes for file in run.files}
+    before, after = sizes.get("export"), sizes.get("calibrate")
+    if before and after:
+        detail = f"{size(before)} float, {size(after)} INT8"
+        found.append(Tile("Size of the ONNX file", f"{after / before:.2f} x", detail))
+    return tuple(found)
+
+
+def accuracy(run: RunContent) -> Section:
+    """Return the ladder, or what was judged at the end if there is none."""
+    if run.ladder.value is not None:
+        return Section("accuracy", "Accuracy, step by step", _ladder(run.ladder.value))
+    if run.eval.value is None:
+        return Section("accuracy", "Accuracy", absent=run.eval.reason)
+    why = Text(f"The ladder, which shows what each step loses, is not here: {run.ladder.reason}.")
+    return Section("accuracy", "Accuracy", (_judged(run.eval.value), why))
+
+
+def latency(run: RunContent) -> Section:
+    """Return the timings, a table for each batch size."""
+    bench = run.bench.value
+    if bench is None:
+        return Section("latency", "Latency", absent=run.bench.reason)
+    blocks: list[Block] = [
+        Text(
+            f"{bench['cpu']}. Runs of all files are interleaved. The dot is the median, the line "
+            "its 95 % interval; the ratio is to the first file's time in the same round."
+        )
+    ]
+    for batch in sorted({row["batch"] for row in bench["results"]}):
+        rows = [row for row in bench["results"] if row["batch"] == batch]
+        blocks.append(_timings(batch, rows))
+    blocks += [Text(f"Disturbed: {remark}.") for remark in bench["remarks"]]
+    return Section("latency", "Latency", tuple(blocks))
+
+
+def _accuracy_tiles(reference: JsonObject, judged: JsonObject) -> list[Tile]:
+    found = []
+    if judged["top1"] is not None:
+        points = 100 * (judged["top1"] - reference["top1"])
+        detail = f"float {percent(reference['top1'])}, {points:+.2f} points"
+        found.append(Tile("Top-1", percent(judged["top1"]), detail))
+    if judged["sqnr_db"] is not None:
+        detail = f"of the outputs, on {judged['images']} images"
+        found.append(Tile("SQNR", f"{judged['sqnr_db']:.2f} dB", detail))
+    if judged["agreement"] is not None:
+        found.append(Tile("Agreement", percent(judged["agreement"]), "same class as the float net"))
+    return found
+
+
+def _is_int8(row: JsonObject) -> bool:
+    return row["ratio"] is not None and row["file"] != "float.onnx"
+
+
+def _latency_tile(row: JsonObject) -> Tile:
+    sure = f"{row['ratio_low']:.3f} to {row['ratio_high']:.3f}, of float in {row['runner']}"
+    return Tile(f"Latency, batch {row['batch']}", f"{row['ratio']:.3f} x", sure)
+
+
+def _ladder(ladder: JsonObject) -> tuple[Block, ...]:
+    rungs = ladder["rungs"]
+    ratios = [_value(rung["from_first"], "sqnr_db") for rung in rungs]
+    scale = scale_of(ratios)
+    columns = (
+        Column("form of the net", "name"),
+        Column("runs in", "text"),
+        Column("top-1"),
+        Column("SQNR so far", "chart"),
+        Column("dB"),
+        Column("agreement"),
+        Column("largest difference"),
+        Column("this step: top-1"),
+        Column("dB"),
+        Column("agreement"),
+        Column("largest difference"),
+    )
+    rows = tuple(_rung(rung, scale) for rung in rungs)
+    text = (
+        f"{ladder['images']} images; outputs up to {number(ladder['largest_output'], 3)}. The "
+        "first columns compare a form with the first one, those of this step with the one above."
+    )
+    reasons = [Text(f"{r['name']}: not run: {r['not_run']}") for r in rungs if r["not_run"]]
+    return (Text(text), Table("What each step loses", columns, rows), *reasons)
+
+
+def _rung(rung: JsonObject, scale: Scale) -> tuple[Cell, ...]:
+    first, step = rung["from_first"], rung["from_before"]
+    ratio = _value(first, "sqnr_db")
+    chart: Cell = "" if ratio is None else bar(scale, ratio, "after", f"{ratio:.2f} dB")
+    change = _value(step, "top1_change")
+    return (
+        rung["name"],
+        rung["runs_in"],
+        percent(rung["top1"]),
+        chart,
+        *_distance(first),
+        "-" if change is None else f"{100 * change:+.2f}",
+        *_distance(step),
+    )
+
+
+def _distance(distance: Mapping[str, Any] | None) -> tuple[str, str, str]:
+    """Return SQNR, agreement and largest difference for people."""
+    if distance is None:
+        return "-", "-", "-"
+    equal = distance["max_difference"] == 0
+    return (
+        "equal" if equal else decibels(distance["sqnr_db"]),
+        percent(distance["agreement"]),
+        number(distance["max_difference"], 2),
+    )
+
+
+def _value(distance: Mapping[str, Any] | None, name: str) -> float | None:
+    return None if distance is None else distance[name]
+
+
+def _judged(content: JsonObject) -> Table:
+    titles = ("images", "top-1", "top-5", "agreement", "SQNR dB")
+    rows = tuple(
+        (
+            row["file"],
+            str(row["images"]),
+            percent(row["top1"]),
+            percent(row["top5"]),
+            percent(row["agreement"]),
+            decibels(row["sqnr_db"]),
+        )
+        for row in content["results"]
+    )
+    columns = (Column("file", "name"), *(Column(title) for title in titles))
+    return Table("Judged on the same images", columns, rows)
+
+
+def _timings(batch: int, rows: list[JsonObject]) -> Table:
+    scale = scale_of([0.0, *(row["median_high_ms"] for row in rows)])
+    columns = (
+        Column("file", "name"),
+        Column("runs in", "text"),
+        Column("median", "chart"),
+        Column("median ms"),
+        Column("95 % interval"),
+        Column("p90"),
+        Column("p99"),
+        Column("images/s"),
+        Column("ratio"),
+        Column("95 % interval"),
+    )
+    return Table(f"Batch {batch}", columns, tuple(_timing(row, scale) for row in rows))
+
+
+def _timing(row: JsonObject, scale: Scale) -> tuple[Cell, ...]:
+    low, median, high = (row[f"median_{end}ms"] for end in ("low_", "", "high_"))
+    threads = "" if row["threads"] is None else f" x{row['threads']}"
+    label = f"{row['file']}: median {median:.3f} ms, {low:.3f} to {high:.3f}"
+    has_ratio = row["ratio"] is not None
+    return (
+        row["file"],
+        f"{row['runner']}, {row['device']}{threads}",
+        interval(scale, low, median, high, "after" if _is_int8(row) else "before", label),
+        f"{median:.3f}",
+        f"{low:.3f} - {high:.3f}",
+        f"{row['p90_ms']:.3f}",
+        f"{row['p99_ms']:.3f}",
+        f"{row['throughput_ips']:.0f}",
+        f"{row['ratio']:.3f}" if has_ratio else "-",
+        f"{row['ratio_low']:.3f} - {row['ratio_high']:.3f}" if has_ratio else "-",
+    )
+
+
+BEFORE_AFTER = Legend((("before", "as it is"), ("after", "as calibrated")))
