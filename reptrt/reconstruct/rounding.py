@@ -1,9 +1,11 @@
 """Learned rounding of weights (AdaRound, arXiv 2004.10568): each code is a floor or a ceiling.
 
-    q = clip(floor(W / s) + h(v), qmin, qmax)      h(v) = clip(1.2 sigmoid(v) - 0.1, 0, 1)
+    q = clip(floor(W / s) + h(v), floor(W / s), ceil(W / s)), and into the grid
+    h(v) = clip(1.2 sigmoid(v) - 0.1, 0, 1)
     regularizer = sum 1 - |2 h - 1|^beta           beta falls from 20 to 2: h is driven to 0 or 1
 
-At first h = frac(W / s), so that q is W / s itself; `harden` rounds h to 0 or 1.
+At first h = frac(W / s), so that q is W / s itself; `harden` rounds h to 0 or 1. A weight that is a
+code already, a zero above all, stays.
 """
 
 import math
@@ -25,19 +27,20 @@ class SoftCodes:
     def __init__(self, site: WeightSite, grid: Grid) -> None:
         exact = site.weight / site.scale
         self._floor = torch.floor(exact)
-        self._grid = grid
+        self._low = self._floor.clamp(grid.qmin, grid.qmax)
+        self._high = torch.ceil(exact).clamp(grid.qmin, grid.qmax)
         fraction = exact - self._floor
         self.v = -torch.log(_STRETCH / (fraction + _SHIFT) - 1.0)
         self.v.requires_grad_(True)
 
     def soft(self) -> Tensor:
         """Return the codes, not yet integers."""
-        return (self._floor + self._h()).clamp(self._grid.qmin, self._grid.qmax)
+        return (self._floor + self._h()).clamp(self._low, self._high)
 
     def harden(self) -> Tensor:
         """Return the codes as integers: the floor where h < 1/2, else the ceiling."""
         codes = self._floor + (self.v.detach() >= 0)
-        return codes.clamp(self._grid.qmin, self._grid.qmax)
+        return codes.clamp(self._low, self._high)
 
     def regularizer(self, beta: float) -> Tensor:
         """Return sum 1 - |2 h - 1|^beta, 0 if all codes are integers."""
