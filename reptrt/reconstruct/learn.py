@@ -63,6 +63,8 @@ def learn(
         CalibrationError: the loss became NaN or infinite.
     """
     trial = _Trial(task, start, options)
+    if not trial.parameters:
+        return State()
     optimizer = torch.optim.Adam(trial.parameters)
     rates = [group["lr"] for group in optimizer.param_groups]
     for step in range(options.iterations):
