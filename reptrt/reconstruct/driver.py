@@ -328,7 +328,7 @@ class _Work:
         return store
 
     def _store(self, name: str) -> Store:
-        folder = self._finished.root
+        folder = self._finished.root.parent
         return Store(self._count, self._layout.shapes[name], self._storage, self._device, folder)
 
 

@@ -29,25 +29,32 @@ class Finished:
     """The finished units of one calibration."""
 
     def __init__(self, output: Path, key: Mapping[str, Any]) -> None:
-        """Open or make the folder; leftovers of other calibrations of this output go.
+        """Leftovers of other calibrations of this output go; `save` makes the folder.
 
         Args:
             output: the file that the calibration is to write.
             key: everything that the result depends on, as JSON values.
 
         Raises:
-            ArtifactError: the folder cannot be made.
+            ArtifactError: they cannot be removed, or a file has the folder's name.
         """
         digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
         self.root = output.with_name(f"{output.name}.partial")
         self._folder = self.root / digest[:16]
+        if not self.root.exists():
+            return
         try:
-            for other in self.root.glob("*"):
-                if other != self._folder:
-                    shutil.rmtree(other)
-            self._folder.mkdir(parents=True, exist_ok=True)
+            others = [path for path in self.root.iterdir() if path != self._folder]
+            for other in others:
+                shutil.rmtree(other) if other.is_dir() else other.unlink()
+            if not self._folder.exists():
+                self.root.rmdir()
         except OSError as err:
-            raise ArtifactError(f"{self.root}: cannot be made ({err.strerror or err})") from err
+            reason = err.strerror or err
+            raise ArtifactError(
+                f"{self.root}: leftovers of an earlier calibration cannot be removed ({reason}); "
+                "remove it"
+            ) from err
 
     def load(self, index: int, device: torch.device) -> tuple[State, UnitReport] | None:
         """Return what unit ``index`` learned; None if it is not finished or the file is broken."""
@@ -68,7 +75,11 @@ class Finished:
             return None
 
     def save(self, index: int, state: State, report: UnitReport) -> None:
-        """Write what unit ``index`` learned, whole or not at all."""
+        """Write what unit ``index`` learned, whole or not at all.
+
+        Raises:
+            ArtifactError: the folder cannot be made, or the disk is full.
+        """
         arrays = {
             f"{kind}:{name}": value.cpu().numpy()
             for kind in _FIELDS
@@ -77,6 +88,10 @@ class Finished:
         text = json.dumps({name: getattr(report, name) for name in UnitReport.__slots__})
         stream = io.BytesIO()
         np.savez(stream, report=np.array(text), **arrays)
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+        except OSError as err:
+            raise ArtifactError(f"{self.root}: cannot be made ({err.strerror or err})") from err
         write_bytes(self._path(index), stream.getvalue())
 
     def remove(self) -> None:
