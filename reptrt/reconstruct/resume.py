@@ -9,6 +9,7 @@ import io
 import json
 import shutil
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,16 @@ from reptrt.reconstruct.options import UnitReport
 from reptrt.reconstruct.state import State
 
 _FIELDS = ("codes", "gain", "shift", "step")
-_BROKEN = (OSError, ValueError, EOFError, KeyError, TypeError, zipfile.BadZipFile)
+_BROKEN = (  # what reading a damaged .npz raises; RuntimeError: it seems to be encrypted
+    OSError,
+    ValueError,
+    EOFError,
+    KeyError,
+    TypeError,
+    RuntimeError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
 
 
 class Finished:
@@ -59,7 +69,8 @@ class Finished:
     def load(self, index: int, device: torch.device) -> tuple[State, UnitReport] | None:
         """Return what unit ``index`` learned; None if it is not finished or the file is broken."""
         try:
-            with np.load(self._path(index), allow_pickle=False) as arrays:
+            content = io.BytesIO(self._path(index).read_bytes())
+            with np.load(content, allow_pickle=False) as arrays:
                 report = json.loads(str(arrays["report"]))
                 values: dict[str, dict[Any, torch.Tensor]] = {name: {} for name in _FIELDS}
                 for key in arrays.files:
