@@ -13,6 +13,7 @@ from markupsafe import Markup, escape
 _HEIGHT = 18
 _STRIP = 7  # of a mark among several
 _DOT = 4.5
+_WITH_GAP = 2.5  # percent; a gap would hide a bar that is narrower
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,11 +91,11 @@ def strips(
             continue
         low, middle, high = (scale.percent(value) for value in values)
         top = 2 + index * (_STRIP + 2)
-        width = max(high - low, 0.8)
-        marks.append(
-            f'<rect class="{kind}" x="{low:.2f}%" y="{top}" width="{width:.2f}%" '
-            f'height="{_STRIP}"/>' + _line(middle, middle, top, top + _STRIP, "gap")
-        )
+        width = max(high - low, 1.2)
+        place = f'x="{min(low, 100 - width):.2f}%" y="{top}" width="{width:.2f}%"'
+        marks.append(f'<rect class="{kind}" {place} height="{_STRIP}"/>')
+        if width > _WITH_GAP:
+            marks.append(_line(middle, middle, top, top + _STRIP, "gap"))
     return _svg(marks, 2 + len(rows) * (_STRIP + 2), label)
 
 

@@ -33,8 +33,8 @@ def activations(run: RunContent) -> Section:
     rule = run.manifest.options["calibrate"]["threshold"]["rule"]
     text = (
         f"Histograms of |x| over {found['images']} images, without exact zeros; upwards the "
-        f"logarithm of counts. The line is the largest |x| kept (rule {rule}); values beyond it "
-        "are clipped. Tensors that share a scale share the threshold."
+        f"logarithm of counts. The line is the largest |x| kept (rule {rule}); values more "
+        "than half a step beyond it are clipped. Tensors that share a scale share the threshold."
     )
     full = set(found["full_range"])
     figures = tuple(_figure(tensor, tensor["tensor"] in full) for tensor in found["tensors"])
@@ -72,8 +72,9 @@ def _figure(tensor: JsonObject, full_range: bool) -> Figure:
 
 
 def clipped(tensor: JsonObject) -> float:
-    """Return the share of values beyond amax, interpolated within a bin."""
-    width, amax, bins = tensor["bin_width"], tensor["amax"], tensor["bins"]
+    """Return the share of values further than half a step beyond amax, interpolated in a bin."""
+    width, bins = tensor["bin_width"], tensor["bins"]
+    amax = tensor["amax"] + tensor["scale"] / 2  # what is nearer is rounded, not clipped
     beyond = 0.0
     for index, count in enumerate(bins):
         inside = min(max(amax / width - index, 0.0), 1.0)

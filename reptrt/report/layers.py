@@ -49,7 +49,7 @@ def ranges(run: RunContent) -> Section:
         (
             ("around", "taps around the centre (k x k branches)"),
             ("centre", "centre tap (1x1 branches)"),
-            ("identity", "diagonal of the centre tap (identity branch)"),
+            ("identity", "diagonal of the centre tap (identity branch, if any)"),
         )
     )
     ticks = axis(_CODES, _CODE_TICKS)
@@ -58,7 +58,7 @@ def ranges(run: RunContent) -> Section:
         Column("codes of the fused kernel", "chart", ticks),
         Column("split", "text"),
         Column("codes in the INT8 file", "chart", ticks),
-        Column("largest weight of each branch", "text"),
+        Column("largest weight of each branch", "words"),
     )
     rows = tuple(_range_row(layer) for layer in found)
     return Section("weights", title, (Text(text), legend, Table("Convolutions", columns, rows)))
@@ -210,7 +210,7 @@ def _decisions(found: list[JsonObject]) -> Table:
         Column("chosen", "text"),
         Column("costs, MACs"),
         *(Column(f"noise, {'whole' if form == 'none' else form}") for form in forms),
-        Column("why", "text"),
+        Column("why", "words"),
     )
     rows = []
     for decision in found:

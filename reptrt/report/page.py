@@ -6,7 +6,7 @@ from typing import ClassVar, Literal, TypeAlias
 from markupsafe import Markup
 
 Cell: TypeAlias = str | Markup  # Markup is a chart of `reptrt.report.charts`, nothing else
-Kind = Literal["name", "text", "number", "chart", "code"]
+Kind = Literal["name", "text", "words", "number", "chart", "code"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,9 +120,11 @@ def percent(value: float | None) -> str:
 def size(num_bytes: int | None) -> str:
     """Return a number of bytes for people.
 
-    >>> size(120_000), size(None)
-    ('117 KiB', '-')
+    >>> size(120_000), size(423), size(None)
+    ('117 KiB', '423 B', '-')
     """
     if num_bytes is None:
         return "-"
+    if num_bytes < 2**10:
+        return f"{num_bytes} B"
     return f"{num_bytes / 2**20:.1f} MiB" if num_bytes >= 2**20 else f"{num_bytes / 2**10:.0f} KiB"
