@@ -1,0 +1,168 @@
+"""Reptrt beside other quantizers: the same float ONNX file, images and judge.
+
+    python tools/compare_rivals.py NET.onnx [NET.onnx ...] --calib IMAGES --test LABELLED -o OUT
+
+Every rival gets a virtual environment of its own, made with pip under --environments and found
+there the next time, and is set up as its documentation advises for TensorRT: tools/rivals/ has one
+small script for each, which says how. All get the same --images prepared images as an .npy file.
+What they write is judged by `reptrt eval`, `lint` and `bench` (onnxruntime on a CPU; latency in one
+thread, all files of a net in turns, as ratio to the float net).
+
+OUT/rivals.json and OUT/rivals.md hold the tables. What has been done for the same bytes, options
+and versions is not done again. A rival that fails is a row that says why. Without --test (nets
+without trained weights) accuracy is left out.
+"""
+
+import os
+import platform
+import re
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+from rivals import environments, measure
+from rivals.measure import Bench, Result
+from rivals.rows import ADAROUND_ITERATIONS, Row, rows
+from rivals.table import firsts, table
+
+from reptrt.artifacts import package_versions, sha256_of, write_bytes, write_json
+from reptrt.conditions import cpu_name
+from reptrt.errors import ReptrtError
+from reptrt.evaluate import evaluate
+
+Batches = tuple[int, ...]
+
+
+def one_row(at: Bench, row: Row, test: Path | None, limit: int | None) -> Result:
+    """Return what a row came to; its failure is a result too."""
+    try:
+        result = measure.quantize(at, row)
+        if test is not None:
+            result = measure.judge(at, result, test, limit)
+    except ReptrtError as err:
+        result = Result(row.name, row.title, row.is_rival, row.mark, why=_short(str(err)))
+    said = f"failed: {result.why}" if result.why else f"{result.seconds:.1f} s"
+    click.echo(f"{at.net.stem:14s} {row.name:18s} {said}", err=True)
+    return result
+
+
+def float_row(at: Bench, test: Path | None, limit: int | None) -> dict[str, Any]:
+    """Return what the float net has: top-1 and size."""
+    found: dict[str, Any] = {"kib": at.net.stat().st_size / 1024, "sha256": sha256_of(at.net)}
+    if test is not None:
+        key = [found["sha256"], str(test.resolve()), limit]
+        found["top1"] = measure.cached(
+            at.folder / "float.eval.json",
+            key,
+            lambda: evaluate([at.net], test, limit=limit).results[0].top1,
+        )
+    return found
+
+
+def compare(
+    at: Bench, chosen: tuple[Row, ...], test: Path | None, limit: int | None, batches: Batches
+) -> dict[str, Any]:
+    """Return everything about one net, JSON values."""
+    results = [one_row(at, row, test, limit) for row in chosen]
+    timed, report = measure.time_all(at, results, batches, 2.0)
+    return {
+        "net": at.net.name,
+        "float": float_row(at, test, limit),
+        "rows": [asdict(result) for result in timed],
+        "firsts": firsts(timed, batches),
+        "bench": {name: report[name] for name in ("cpu", "onnxruntime", "before", "remarks")},
+        "table": table(timed, batches),
+    }
+
+
+def markdown(found: dict[str, Any]) -> list[str]:
+    """Return the section of one net."""
+    top1 = found["float"].get("top1")
+    said = "" if top1 is None else f", top-1 {100 * top1:.2f} %"
+    behind = [
+        f"{first['column']}: {' '.join(first['rival'])} (reptrt: {' '.join(first['ours'])})"
+        for first in found["firsts"]
+        if first["rival_is_first"]
+    ]
+    lines = [f"## {found['net']}", "", f"Float: {found['float']['kib']:.0f} KiB{said}.", ""]
+    lines += [*found["table"], "", "Columns that a rival leads, among files that TensorRT takes:"]
+    return [*lines, "", *(f"- {line}" for line in behind or ["none"]), ""]
+
+
+def _short(text: str, length: int = 300) -> str:
+    line = " ".join(text.split()).replace("|", "/")
+    return line if len(line) <= length else line[:length] + " ..."
+
+
+def _numbers(_: click.Context, __: click.Parameter, text: str) -> Batches:
+    try:
+        return tuple(int(number) for number in text.split(","))
+    except ValueError as err:
+        raise click.BadParameter(f"got {text!r}, expected numbers such as 1,32") from err
+
+
+_FOLDER = click.Path(path_type=Path, exists=True)
+
+
+@click.command()
+@click.argument("nets", nargs=-1, required=True, type=_FOLDER)
+@click.option("--calib", required=True, type=_FOLDER, help="Images that calibrate.")
+@click.option("--test", type=_FOLDER, help="Labelled images that judge.")
+@click.option("-n", "--images", default=512, show_default=True, help="Images of --calib.")
+@click.option("--limit", type=int, help="Images of --test; all by default.")
+@click.option("-o", "--output", default=Path("build/rivals"), type=click.Path(path_type=Path))
+@click.option("--environments", "home", type=click.Path(path_type=Path), help="OUT/environments.")
+@click.option("--rows", "pattern", default=".*", help="Regular expression over row names.")
+@click.option("--batch", "batches", default="1,32", show_default=True, callback=_numbers)
+@click.option("--adaround-iterations", default=ADAROUND_ITERATIONS, show_default=True)
+@click.option("--timeout", default=7200.0, show_default=True, help="Seconds for one file.")
+def main(
+    nets: tuple[Path, ...],
+    calib: Path,
+    test: Path | None,
+    images: int,
+    limit: int | None,
+    output: Path,
+    home: Path | None,
+    pattern: str,
+    batches: Batches,
+    adaround_iterations: int,
+    timeout: float,
+) -> None:
+    """Compare reptrt with other quantizers on float NETS."""
+    chosen = tuple(row for row in rows(adaround_iterations) if re.fullmatch(pattern, row.name))
+    if not chosen:
+        raise click.BadParameter(f"--rows {pattern}: no row has such a name")
+    home = home or output / "environments"
+    found = []
+    for net in nets:
+        at = Bench(net, output / net.stem, home, timeout)
+        at.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            measure.write_images(at, calib, images)
+            found.append(compare(at, chosen, test, limit, batches))
+        except ReptrtError as err:
+            click.echo(f"error: {err}", err=True)
+            sys.exit(1)
+        used = {row.environment.name: row.environment for row in chosen if row.environment}
+        write_json(
+            output / "rivals.json",
+            {
+                "nets": found,
+                "images": images,
+                "limit": limit,
+                "threads": os.environ.get("OMP_NUM_THREADS"),
+                "machine": {"cpu": cpu_name(), "cores": os.cpu_count(), "os": platform.platform()},
+                "reptrt": package_versions(),
+                "environments": {n: environments.versions(e, home) for n, e in used.items()},
+            },
+        )
+        text = "\n".join(line for one in found for line in markdown(one))
+        write_bytes(output / "rivals.md", text.encode())
+    click.echo((output / "rivals.md").read_text())
+
+
+if __name__ == "__main__":
+    main()

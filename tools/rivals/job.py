@@ -1,0 +1,70 @@
+"""What the runners of `tools/compare_rivals.py` share; runs in every rival's own environment.
+
+    python ort.py MODEL IMAGES OUTPUT [OPTIONS]
+
+MODEL is the float ONNX file, IMAGES an .npy with its prepared inputs (N, C, H, W), OUTPUT the INT8
+ONNX file to write, OPTIONS a JSON object. The last line on stdout is a JSON object:
+
+    {"seconds": 12.3, "peak_rss_mib": 456.7}
+
+``seconds`` is from the call until the file is written, without starting Python and without imports.
+``peak_rss_mib`` is the largest resident memory of the whole process, imports and images included.
+"""
+
+import json
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+BATCH = 32  # images at a time, where a tool leaves it free; the same for all
+
+
+@dataclass(frozen=True)
+class Job:
+    """One quantization."""
+
+    model: Path
+    images: Path
+    output: Path
+    options: Mapping[str, Any]
+
+    def array(self) -> "np.ndarray[Any, Any]":
+        """Return all images, float32 (N, C, H, W), mapped: read from disk where they are used."""
+        return np.load(self.images, mmap_mode="r")
+
+    def batches(self, size: int = BATCH) -> Iterator["np.ndarray[Any, Any]"]:
+        """Yield the images in order, ``size`` at a time, the last fewer."""
+        images = self.array()
+        for start in range(0, len(images), size):
+            yield np.ascontiguousarray(images[start : start + size])
+
+
+def peak_rss_mib() -> float:
+    """Return the largest resident memory of this process in MiB.
+
+    Linux counts `ru_maxrss` from before exec, so the starting process could show through.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) / 1024
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+
+def run(quantize: Callable[[Job], None]) -> None:
+    """Do the job on the command line and print what it took."""
+    model, images, output, *options = sys.argv[1:]
+    job = Job(Path(model), Path(images), Path(output), json.loads(options[0]) if options else {})
+    started = time.perf_counter()
+    quantize(job)
+    seconds = time.perf_counter() - started
+    print()  # tools may leave a line open
+    print(json.dumps({"seconds": seconds, "peak_rss_mib": peak_rss_mib()}))

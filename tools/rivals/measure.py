@@ -1,0 +1,231 @@
+"""Run one row on one net and judge what it wrote."""
+
+import hashlib
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from rivals import environments
+from rivals.rows import Row
+
+import reptrt
+from reptrt.artifacts import package_versions, replacing, sha256_of, write_json
+from reptrt.bench import bench
+from reptrt.data import open_dataset
+from reptrt.errors import ReptrtError
+from reptrt.evaluate import evaluate
+from reptrt.graph import net_from_model, read_model
+from reptrt.lint import lint
+from reptrt.preprocess import read_preprocess
+
+HERE = Path(__file__).resolve().parent
+_PREPROCESS = "reptrt.preprocess"
+
+
+class RowError(ReptrtError):
+    """A rival that failed; the message says how."""
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What one row came to; None: not known, or ``why`` says that it failed."""
+
+    name: str
+    title: str
+    is_rival: bool
+    mark: str
+    why: str | None = None
+    seconds: float | None = None  # from float file and images to INT8 file, without imports
+    peak_rss_mib: float | None = None  # of the process that did it
+    kib: float | None = None
+    nodes: int | None = None
+    layers: int | None = None  # convolutions and matrix products
+    int8_layers: int | None = None
+    lint_errors: int | None = None  # what TensorRT refuses
+    lint_rules: tuple[str, ...] = ()  # broken by these
+    top1: float | None = None  # fraction 0..1
+    agreement: float | None = None  # fraction 0..1
+    sqnr_db: float | None = None
+    ratios: Mapping[str, tuple[float, float, float]] | None = None  # batch -> ratio, low, high
+
+
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """Where and on what the rows of one net run."""
+
+    net: Path  # float ONNX
+    folder: Path  # of what is written for this net
+    environments: Path
+    timeout: float  # seconds for one quantization
+    sources: Path = HERE  # of the runners
+
+    @property
+    def images(self) -> Path:
+        """Where the prepared images are."""
+        return self.folder / "images.npy"
+
+
+def cached(path: Path, key: Sequence[Any], compute: Callable[[], Any]) -> Any:
+    """Return what is stored under the same key, or compute and store it."""
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+    if path.exists():
+        stored = json.loads(path.read_text())
+        if stored["key"] == digest:
+            return stored["value"]
+    value = compute()
+    write_json(path, {"key": digest, "value": value})
+    return value
+
+
+def write_images(at: Bench, data: Path, number: int) -> None:
+    """Write the images that all rows get, float32 (N, C, H, W), as the net takes them."""
+    preprocess = read_preprocess(net_from_model(read_model(at.net)))
+    dataset = open_dataset(data, preprocess, limit=number)
+
+    def write() -> str:
+        with replacing(at.images) as part, open(part, "wb") as stream:
+            np.save(stream, np.concatenate(list(dataset.batches(64))))
+        return sha256_of(at.images)
+
+    key = [sha256_of(at.net), dataset.digest()]
+    if not at.images.exists():
+        (at.folder / "images.json").unlink(missing_ok=True)
+    cached(at.folder / "images.json", key, write)
+
+
+def quantize(at: Bench, row: Row) -> Result:
+    """Let a row's tool write its INT8 file, or find it written; return time, memory and graph.
+
+    Raises:
+        RowError: the tool failed or took too long.
+        ReptrtError: its environment could not be made, or its file cannot be read.
+    """
+    output = at.folder / f"{row.name}.onnx"
+    python, installed = Path(sys.executable), package_versions() | {"reptrt": _own_digest()}
+    if row.environment is not None:
+        python = environments.make(row.environment, at.environments)
+        installed = environments.versions(row.environment, at.environments)
+    record = at.folder / f"{row.name}.quantize.json"
+    if not output.exists():
+        record.unlink(missing_ok=True)
+    scripts = [sha256_of(at.sources / f"{name}.py") for name in ("job", row.runner)]
+    key = [sha256_of(at.net), sha256_of(at.images), scripts, dict(row.options), installed]
+    took = cached(record, key, lambda: _run(at, row, python, output))
+    report = lint(output)
+    return Result(
+        name=row.name,
+        title=row.title,
+        is_rival=row.is_rival,
+        mark=row.mark,
+        seconds=took["seconds"],
+        peak_rss_mib=took["peak_rss_mib"],
+        kib=output.stat().st_size / 1024,
+        nodes=len(read_model(output).graph.node),
+        layers=report.layers,
+        int8_layers=report.int8_layers,
+        lint_errors=report.count("error"),
+        lint_rules=tuple(sorted({f.rule for f in report.findings if f.severity == "error"})),
+    )
+
+
+def judge(at: Bench, result: Result, test: Path, limit: int | None) -> Result:
+    """Return a result with top-1, agreement and SQNR of its file over test images."""
+    output = at.folder / f"{result.name}.onnx"
+
+    def compute() -> Any:
+        [found] = evaluate([output], test, reference=at.net, limit=limit).results
+        return found.to_json()
+
+    key = [sha256_of(output), sha256_of(at.net), str(test.resolve()), limit]
+    found = cached(at.folder / f"{result.name}.eval.json", key, compute)
+    return replace(result, **{name: found[name] for name in ("top1", "agreement", "sqnr_db")})
+
+
+def time_all(
+    at: Bench, results: Sequence[Result], batches: tuple[int, ...], seconds: float
+) -> tuple[list[Result], Any]:
+    """Time the float net and all files side by side; return the results and bench's report.
+
+    A file that onnxruntime cannot run at some batch size has no ratios.
+    """
+    files = {result.name: at.folder / f"{result.name}.onnx" for result in results if not result.why}
+    files = {name: path for name, path in files.items() if _runs(path, batches)}
+
+    def compute() -> Any:
+        paths = [at.net, *files.values()]
+        return bench(
+            paths, batches=batches, threads=1, baseline=at.net, min_seconds=seconds
+        ).to_json()
+
+    key = [sha256_of(at.net), {name: sha256_of(path) for name, path in files.items()}]
+    report = cached(at.folder / "bench.json", [*key, batches, seconds], compute)
+    ratios: dict[str, dict[str, tuple[float, float, float]]] = {}
+    for timing in report["results"]:
+        values = (timing["ratio"], timing["ratio_low"], timing["ratio_high"])
+        ratios.setdefault(Path(timing["file"]).stem, {})[str(timing["batch"])] = values
+    return [
+        replace(result, ratios=ratios[result.name] if result.name in files else None)
+        for result in results
+    ], report
+
+
+def _runs(path: Path, batches: tuple[int, ...]) -> bool:
+    try:
+        bench([path], batches=batches, threads=1, min_seconds=0.0, warmup_seconds=0.0)
+    except ReptrtError:
+        return False
+    return True
+
+
+def _run(at: Bench, row: Row, python: Path, output: Path) -> dict[str, Any]:
+    """Run a row's tool in a process of its own; return its last line with the file's sha256."""
+    output.unlink(missing_ok=True)
+    paths = [str(path.resolve()) for path in (at.net, at.images, output)]
+    script = str(at.sources / f"{row.runner}.py")
+    command = [str(python.absolute()), script, *paths, json.dumps(dict(row.options))]
+    with tempfile.TemporaryDirectory() as folder:  # some leave files where they run
+        try:
+            done = subprocess.run(
+                command, cwd=folder, capture_output=True, text=True, timeout=at.timeout, check=False
+            )
+        except subprocess.TimeoutExpired as err:
+            raise RowError(f"took more than {at.timeout:.0f} s") from err
+    (at.folder / f"{row.name}.log").write_text(done.stdout + done.stderr)
+    if done.returncode != 0 or not output.exists():
+        output.unlink(missing_ok=True)
+        raise RowError(_last_line(done.stderr) or f"exit {done.returncode}, no file, no word")
+    _copy_preprocess(at.net, output)
+    took: dict[str, Any] = json.loads(_last_line(done.stdout))
+    return took
+
+
+def _copy_preprocess(net: Path, output: Path) -> None:
+    """Say in a file how its images are prepared, as the float net does: `evaluate` asks for it."""
+    model = onnx.load(output)
+    if any(prop.key == _PREPROCESS for prop in model.metadata_props):
+        return
+    for prop in read_model(net).metadata_props:
+        if prop.key == _PREPROCESS:
+            model.metadata_props.append(prop)
+    with replacing(output) as part:
+        onnx.save(model, part)
+
+
+def _last_line(text: str) -> str:
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1] if lines else ""
+
+
+def _own_digest() -> str:
+    """Return the sha256 of this package's sources: other code, other rows."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(reptrt.__path__[0]).rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()

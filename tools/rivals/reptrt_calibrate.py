@@ -1,0 +1,39 @@
+"""Reptrt's own calibrate, under the same conditions as the others.
+
+Options: ``recipe``, ``max_overhead``, and ``plain`` for what a quantizer does that knows nothing of
+branches.
+"""
+
+from job import Job, run
+
+from reptrt.calib.thresholds import ThresholdOptions
+from reptrt.pipeline import CalibrateOptions, calibrate
+
+
+def options_of(job: Job) -> CalibrateOptions:
+    """Return the options of calibrate for a job."""
+    images = len(job.array())
+    if job.options.get("plain"):
+        return CalibrateOptions(
+            images=images,
+            threshold=ThresholdOptions("max"),
+            equalize=False,
+            split="none",
+            full_range=False,
+            correct_bias=False,
+        )
+    default = CalibrateOptions()
+    return CalibrateOptions(
+        images=images,
+        recipe=job.options.get("recipe", default.recipe),
+        max_overhead=job.options.get("max_overhead", default.max_overhead),
+    )
+
+
+def quantize(job: Job) -> None:
+    """Write the INT8 file of a job."""
+    calibrate(job.model, job.images, job.output, options_of(job))
+
+
+if __name__ == "__main__":
+    run(quantize)

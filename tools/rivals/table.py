@@ -1,0 +1,106 @@
+"""The results of one net as a table in Markdown, and who is first in each column."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from rivals.measure import Result
+
+_JITTER = 0.05  # of latencies of equal graphs, from run to run
+_NAMES = 0.01  # of file sizes: nodes are named longer or shorter
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """One column: its title, its text, and its value where being first means something."""
+
+    title: str
+    text: Callable[[Result], str]
+    value: Callable[[Result], float | None] | None = None
+    more_is_better: bool = False
+    margin: float = 0.0  # relative; less than this apart is level
+
+
+def _number(form: str, value: float | None, unit: str = "") -> str:
+    return "" if value is None else f"{value:{form}}{unit}"
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.2f} %"
+
+
+def _ratio(result: Result, batch: int) -> float | None:
+    return None if result.ratios is None else result.ratios[str(batch)][0]
+
+
+def columns(batches: Sequence[int]) -> list[Column]:
+    """Return the columns of the table."""
+    return [
+        Column("top-1", lambda r: _percent(r.top1), lambda r: r.top1, True),
+        Column("agreement", lambda r: _percent(r.agreement), lambda r: r.agreement, True),
+        Column("SQNR dB", lambda r: _number(".2f", r.sqnr_db), lambda r: r.sqnr_db, True),
+        Column("seconds", lambda r: _number(".1f", r.seconds), lambda r: r.seconds),
+        Column("peak MiB", lambda r: _number(".0f", r.peak_rss_mib), lambda r: r.peak_rss_mib),
+        Column("KiB", lambda r: _number(".0f", r.kib), lambda r: r.kib, margin=_NAMES),
+        Column("nodes", lambda r: _number("d", r.nodes), lambda r: r.nodes),
+        Column("INT8 layers", lambda r: "" if r.layers is None else f"{r.int8_layers}/{r.layers}"),
+        *(
+            Column(
+                f"latency, batch {batch}",
+                lambda r, b=batch: _number(".2f", _ratio(r, b)),
+                lambda r, b=batch: _ratio(r, b),
+                margin=_JITTER,
+            )
+            for batch in batches
+        ),
+        Column("lint errors", lambda r: _number("d", r.lint_errors)),
+    ]
+
+
+def table(results: Sequence[Result], batches: Sequence[int]) -> list[str]:
+    """Return the lines of the table; marks and failures are footnotes below it."""
+    shown = columns(batches)
+    lines = ["| | " + " | ".join(column.title for column in shown) + " |"]
+    lines.append("|---" * (len(shown) + 1) + "|")
+    notes: dict[str, int] = {}
+    for result in results:
+        note = f"failed: {result.why}" if result.why else result.mark
+        number = f" ({notes.setdefault(note, len(notes) + 1)})" if note else ""
+        cells = " | ".join(column.text(result) for column in shown)
+        lines.append(f"| {result.title}{number} | {cells} |")
+    return [*lines, "", *(f"({number}) {note}." for note, number in notes.items())]
+
+
+def firsts(results: Sequence[Result], batches: Sequence[int]) -> list[dict[str, object]]:
+    """Return, for each column, the best of our rows and the best of the rivals'.
+
+    Only files that TensorRT takes count: no failure, no lint errors.
+    """
+    fit = [result for result in results if result.why is None and not result.lint_errors]
+    found: list[dict[str, object]] = []
+    for column in columns(batches):
+        ours = _best([r for r in fit if not r.is_rival], column)
+        rival = _best([r for r in fit if r.is_rival], column)
+        if ours is None or rival is None:
+            continue
+        (mine, our_row), (other, their_row) = ours, rival
+        lead = (other - mine if column.more_is_better else mine - other) / (abs(mine) or 1.0)
+        found.append(
+            {
+                "column": column.title,
+                "ours": [our_row.title, column.text(our_row)],
+                "rival": [their_row.title, column.text(their_row)],
+                "rival_is_first": lead > column.margin,
+            }
+        )
+    return found
+
+
+def _best(results: Sequence[Result], column: Column) -> tuple[float, Result] | None:
+    if column.value is None:
+        return None
+    known = [(column.value(result), result) for result in results]
+    valued = [(value, result) for value, result in known if value is not None]
+    if not valued:
+        return None
+    pick = max if column.more_is_better else min
+    return pick(valued, key=lambda pair: pair[0])
