@@ -53,9 +53,10 @@ table_module = sys.modules["rivals.table"]
 FAKE = Environment("fake", ("a-package==1",))
 
 
-@pytest.fixture
-def files(tmp_path: Path) -> Path:
-    """A folder with a float net, an INT8 file of it, images, labelled images and fake runners."""
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a float net, an INT8 file of it, labelled images and fake runners."""
+    tmp_path = tmp_path_factory.mktemp("made")
     onnx.save(plain_chain(), tmp_path / "net.onnx")
     pixels = np.random.default_rng(0).integers(0, 256, (24, 3, 8, 8), dtype=np.uint8)
     np.savez(tmp_path / "images.npz", x=pixels, y=np.arange(24) % 5)
@@ -74,10 +75,16 @@ def files(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
+def files(made: Path, tmp_path: Path) -> Path:
+    """The same in a folder of the test's own."""
+    return Path(shutil.copytree(made, tmp_path / "files"))
+
+
+@pytest.fixture
 def at(files: Path) -> Any:
     (files / "out").mkdir()
     bench = measure.Bench(
-        files / "net.onnx", files / "out", files / "environments", 60.0, files / "runners"
+        files / "net.onnx", files / "out", files / "environments", 60.0, 0.0, files / "runners"
     )
     measure.write_images(bench, files / "images.npz", 16)
     return bench
@@ -135,7 +142,7 @@ def test_peak_memory_is_the_rivals_own(files: Path, at: Any) -> None:
 def test_a_failure_is_a_row_with_its_reason(files: Path, at: Any, runner: str, why: str) -> None:
     result = tool.one_row(at, row(runner, files), None, None)
     assert result.why == why
-    timed, _ = measure.time_all(at, [result], (1,), 0.0)
+    timed, _ = measure.time_all(at, [result], (1,))
     lines = table_module.table(timed, (1,))
     assert lines[-1] == f"(1) failed: {why}."
     assert lines[2].count("|") == lines[0].count("|")
@@ -200,6 +207,7 @@ def test_the_whole_comparison(files: Path, monkeypatch: pytest.MonkeyPatch) -> N
     )
     arguments = [str(files / "net.onnx"), "--calib", str(files / "images.npz"), "-n", "16"]
     arguments += ["--test", str(files / "images.npz"), "--batch", "1,2", "-o", str(files / "o")]
+    arguments += ["--bench-seconds", "0"]
     done = CliRunner().invoke(tool.main, arguments)
     assert done.exit_code == 0, done.output
     written = json.loads((files / "o/rivals.json").read_text())
@@ -333,7 +341,7 @@ def test_an_environment_half_made_is_not_taken(
 
 def test_what_pip_says_last_is_the_reason() -> None:
     command = [sys.executable, "-c", "import sys; sys.exit('a\\nERROR: No matching distribution')"]
-    with pytest.raises(environments.NotInstalledError, match="ERROR: No matching distribution$"):
+    with pytest.raises(environments.NotInstalledError, match=r"ERROR: No matching distribution$"):
         environments._run(command)
 
 

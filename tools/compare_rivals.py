@@ -66,7 +66,7 @@ def compare(
 ) -> dict[str, Any]:
     """Return everything about one net, JSON values."""
     results = [one_row(at, row, test, limit) for row in chosen]
-    timed, report = measure.time_all(at, results, batches, 2.0)
+    timed, report = measure.time_all(at, results, batches)
     return {
         "net": at.net.name,
         "float": float_row(at, test, limit),
@@ -118,6 +118,7 @@ _FOLDER = click.Path(path_type=Path, exists=True)
 @click.option("--batch", "batches", default="1,32", show_default=True, callback=_numbers)
 @click.option("--adaround-iterations", default=ADAROUND_ITERATIONS, show_default=True)
 @click.option("--timeout", default=7200.0, show_default=True, help="Seconds for one file.")
+@click.option("--bench-seconds", default=2.0, show_default=True, help="Each file and batch size.")
 def main(
     nets: tuple[Path, ...],
     calib: Path,
@@ -130,6 +131,7 @@ def main(
     batches: Batches,
     adaround_iterations: int,
     timeout: float,
+    bench_seconds: float,
 ) -> None:
     """Compare reptrt with other quantizers on float NETS."""
     chosen = tuple(row for row in rows(adaround_iterations) if re.fullmatch(pattern, row.name))
@@ -138,7 +140,7 @@ def main(
     home = home or output / "environments"
     found = []
     for net in nets:
-        at = Bench(net, output / net.stem, home, timeout)
+        at = Bench(net, output / net.stem, home, timeout, bench_seconds)
         at.folder.mkdir(parents=True, exist_ok=True)
         try:
             measure.write_images(at, calib, images)

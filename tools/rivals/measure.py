@@ -64,6 +64,7 @@ class Bench:
     folder: Path  # of what is written for this net
     environments: Path
     timeout: float  # seconds for one quantization
+    bench_seconds: float = 2.0  # for each file and batch size
     sources: Path = HERE  # of the runners
 
     @property
@@ -149,7 +150,7 @@ def judge(at: Bench, result: Result, test: Path, limit: int | None) -> Result:
 
 
 def time_all(
-    at: Bench, results: Sequence[Result], batches: tuple[int, ...], seconds: float
+    at: Bench, results: Sequence[Result], batches: tuple[int, ...]
 ) -> tuple[list[Result], Any]:
     """Time the float net and all files side by side; return the results and bench's report.
 
@@ -160,12 +161,13 @@ def time_all(
 
     def compute() -> Any:
         paths = [at.net, *files.values()]
-        return bench(
-            paths, batches=batches, threads=1, baseline=at.net, min_seconds=seconds
-        ).to_json()
+        report = bench(
+            paths, batches=batches, threads=1, baseline=at.net, min_seconds=at.bench_seconds
+        )
+        return report.to_json()
 
     key = [sha256_of(at.net), {name: sha256_of(path) for name, path in files.items()}]
-    report = cached(at.folder / "bench.json", [*key, batches, seconds], compute)
+    report = cached(at.folder / "bench.json", [*key, batches, at.bench_seconds], compute)
     ratios: dict[str, dict[str, tuple[float, float, float]]] = {}
     for timing in report["results"]:
         values = (timing["ratio"], timing["ratio_low"], timing["ratio_high"])
