@@ -63,6 +63,7 @@ def prepare(
         options.max_overhead,
         splits=options.split == "auto",
         ranges=_can_have_full_range(net, options) if options.full_range else (),
+        learned=options.learning is not None and options.learning.rounding,
     )
     decisions = choice.splits if options.split == "auto" else ()
     forms: dict[str, Form] = {decision.layer: decision.form for decision in decisions}

@@ -40,6 +40,7 @@ _LOG = logging.getLogger(__name__)
 
 _HELD_OUT = 8  # one image in so many
 _FEWEST = 16  # images
+_POLISH_RATE = 0.1  # of the units' rates: the outputs of few images are soon learned by heart
 _STEP_COST = 4.0  # of a learning step, in forward passes of the quantized unit
 
 
@@ -202,7 +203,13 @@ class _Work:
             functools.partial(_read, {image[0]: self._images}, image),
             functools.partial(_read, self._theirs, outputs),
         )
-        options = replace(self._options, iterations=self._options.polish, rounding=False)
+        options = replace(
+            self._options,
+            iterations=self._options.polish,
+            rounding=False,
+            affine_rate=_POLISH_RATE * self._options.affine_rate,
+            step_rate=_POLISH_RATE * self._options.step_rate,
+        )
         return self._learn(index, task, options, started)
 
     def _learn(self, index: int, task: Task, options: LearnOptions, started: float) -> UnitReport:
