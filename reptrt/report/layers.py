@@ -48,8 +48,8 @@ def ranges(run: RunContent) -> Section:
     legend = Legend(
         (
             ("around", "taps around the centre (k x k branches)"),
-            ("centre", "centre tap (1x1 branches)"),
-            ("identity", "diagonal of the centre tap (identity branch, if any)"),
+            ("centre", "centre tap (1x1 branches; in depthwise layers the identity too)"),
+            ("identity", "diagonal of the centre tap (identity branch)"),
         )
     )
     ticks = axis(_CODES, _CODE_TICKS)

@@ -1,7 +1,8 @@
 """Weight ranges of each convolution, in INT8 codes, before and after the splits; by its parts.
 
 The parts of a kernel are those that the branches of a rep block set: the diagonal of the centre tap
-(identity), the rest of the centre tap (1x1), the taps around it (k x k). For each output channel
+(identity), the rest of the centre tap (1x1), the taps around it (k x k). Where no identity fits, or
+every channel has a kernel of its own, the centre tap is one part. For each output channel
 
     codes[o] = max |W[o, part]| / scale[o]
 
@@ -19,8 +20,8 @@ import numpy.typing as npt
 from reptrt.affine import Grid, channel_amax, scale_from_amax
 from reptrt.graph import Net, net_from_model, read_model
 from reptrt.provenance import Branch, read_provenance
-from reptrt.quantized import LayerWeight, layer_weights
-from reptrt.splits import Split, read_splits
+from reptrt.quantized import layer_weights
+from reptrt.splits import read_splits
 
 FloatArray = npt.NDArray[np.floating]
 Mask = npt.NDArray[np.bool_]
@@ -58,58 +59,52 @@ def weight_ranges(float_onnx: Path, int8_onnx: Path, weight_bits: int) -> tuple[
     fused, quantized = (net_from_model(read_model(path)) for path in (float_onnx, int8_onnx))
     splits = {split.layer: split for split in read_splits(quantized)}
     after, branches = layer_weights(quantized), read_provenance(fused)
-    grid = Grid.weight(weight_bits)
-    return tuple(
-        _layer(name, weight.values, after, splits.get(name), branches.get(name, ()), grid)
-        for name, weight in layer_weights(fused).items()
-        if _has_centre(fused, name, weight)
-    )
+    grid, groups = Grid.weight(weight_bits), _groups(fused)
+    found = []
+    for name, weight in layer_weights(fused).items():
+        shape = weight.values.shape
+        if name in groups and len(shape) == 4 and shape[2] % 2 == 1 and shape[3] % 2 == 1:
+            split, masks = splits.get(name), _masks(shape, groups[name])
+            kernel = after.get(name if split is None else split.main)
+            has_codes = kernel is not None and kernel.form == f"int8 {'x'.join(map(str, shape))}"
+            scale = np.asarray(scale_from_amax(channel_amax(weight.values, 0), grid))
+            found.append(
+                LayerRanges(
+                    layer=name,
+                    form="none" if split is None else split.form,
+                    before=_parts(weight.values / scale.reshape(-1, 1, 1, 1), masks),
+                    after=_parts(kernel.values, masks) if kernel is not None and has_codes else {},
+                    branches=_branches(branches.get(name, ())),
+                )
+            )
+    return tuple(found)
 
 
-def _has_centre(net: Net, name: str, weight: LayerWeight) -> bool:
-    op = next(node.op for node in net.graph.nodes if node.name == name)
-    shape = weight.values.shape
-    return op == "Conv" and len(shape) == 4 and shape[2] % 2 == 1 and shape[3] % 2 == 1
+def _groups(net: Net) -> dict[str, int]:
+    """Return the groups of every convolution."""
+    convolutions = [node for node in net.graph.nodes if node.op == "Conv"]
+    return {node.name: int(node.attrs.get("group", 1)) for node in convolutions}
 
 
-def _layer(
-    name: str,
-    weight: FloatArray,
-    quantized: Mapping[str, LayerWeight],
-    split: Split | None,
-    branches: tuple[Branch, ...],
-    grid: Grid,
-) -> LayerRanges:
-    amax = channel_amax(weight, 0)
-    scale = np.asarray(scale_from_amax(amax, grid)).reshape(-1, 1, 1, 1)
-    kernel = quantized.get(name if split is None else split.main)
-    has_codes = kernel is not None and kernel.values.dtype.kind in "iu"
-    return LayerRanges(
-        layer=name,
-        form="none" if split is None else split.form,
-        before=_parts(np.asarray(weight) / scale),
-        after=_parts(kernel.values) if kernel is not None and has_codes else {},
-        branches=_branches(branches),
-    )
-
-
-def _parts(codes: FloatArray) -> dict[str, Range]:
+def _parts(codes: FloatArray, masks: Mapping[str, Mask]) -> dict[str, Range]:
     """Return the range of each part, over the output channels that hold anything at all."""
     magnitude = np.abs(codes.astype(np.float64))
     alive = magnitude.reshape(len(magnitude), -1).any(axis=1)
     found = {}
-    for part, mask in _masks(codes.shape).items():
+    for part, mask in masks.items():
         if mask.any() and alive.any():
             largest = (magnitude * mask).reshape(len(magnitude), -1).max(axis=1)
             found[part] = _range(largest[alive])
     return found
 
 
-def _masks(shape: tuple[int, ...]) -> dict[str, Mask]:
+def _masks(shape: tuple[int, ...], groups: int) -> dict[str, Mask]:
     """Return where the parts of a kernel (O, I / groups, kH, kW) lie."""
     centre = np.zeros(shape, dtype=bool)
     row, column = shape[2] // 2, shape[3] // 2
     centre[:, :, row, column] = True
+    if shape[1] == 1 or shape[0] != shape[1] * groups:
+        return {"1x1": centre, "around": ~centre}
     identity = np.zeros(shape, dtype=bool)
     channels = np.arange(shape[0])
     identity[channels, channels % shape[1], row, column] = True
