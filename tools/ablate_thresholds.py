@@ -14,25 +14,12 @@ from typing import get_args
 
 import click
 import numpy as np
+from held_out import halves
 
 from reptrt.calib.thresholds import ThresholdOptions
 from reptrt.choices import Rule
-from reptrt.data import open_dataset
 from reptrt.evaluate import evaluate
-from reptrt.graph import net_from_model, read_model
 from reptrt.pipeline import CalibrateOptions, calibrate
-from reptrt.preprocess import read_preprocess
-
-
-def halves(net: Path, data: Path, folder: Path, seed: int) -> tuple[Path, Path]:
-    """Write the pixels of two random halves of a data set, as the net takes them."""
-    dataset = open_dataset(data, read_preprocess(net_from_model(read_model(net))))
-    x = np.concatenate(list(dataset.batches(256)))
-    order = np.random.default_rng(seed).permutation(len(x))
-    files = folder / "calibrate.npz", folder / "judge.npz"
-    for path, chosen in zip(files, np.array_split(order, 2), strict=True):
-        np.savez(path, x=x[np.sort(chosen)])
-    return files
 
 
 @click.command()

@@ -48,6 +48,7 @@ class CalibrateOptions:
     keep_affine: bool = False  # leave them in the graph as Mul and Add, to look at
     iterations: int | None = None  # of each unit; None: what the recipe says
     memory_budget: float = 4.0  # GiB, for activations between units
+    learn: LearnOptions | None = None  # in place of all that the recipe says; for experiments
     weight_bits: int = 8
     activation_bits: int = 8
     exclude: tuple[str, ...] = ()  # regular expressions over layer names
@@ -72,6 +73,8 @@ class CalibrateOptions:
     @property
     def learning(self) -> LearnOptions | None:
         """What is learned after nearest rounding; None: nothing."""
+        if self.learn is not None:
+            return self.learn
         base = _RECIPES[self.recipe]
         rounding = base is not None if self.rounding is None else self.rounding == "learned"
         affine = base is not None if self.qprep is None else self.qprep

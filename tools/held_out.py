@@ -1,0 +1,20 @@
+"""Calibration images in two halves: one to calibrate with, one to judge by."""
+
+from pathlib import Path
+
+import numpy as np
+
+from reptrt.data import open_dataset
+from reptrt.graph import net_from_model, read_model
+from reptrt.preprocess import read_preprocess
+
+
+def halves(net: Path, data: Path, folder: Path, seed: int) -> tuple[Path, Path]:
+    """Write the pixels of two random halves of a data set, as the net takes them."""
+    dataset = open_dataset(data, read_preprocess(net_from_model(read_model(net))))
+    x = np.concatenate(list(dataset.batches(256)))
+    order = np.random.default_rng(seed).permutation(len(x))
+    files = folder / "calibrate.npz", folder / "judge.npz"
+    for path, chosen in zip(files, np.array_split(order, 2), strict=True):
+        np.savez(path, x=x[np.sort(chosen)])
+    return files
