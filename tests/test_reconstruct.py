@@ -377,27 +377,42 @@ def signature(net: Net) -> bytes:
     return bytes_from_model(model_from_net(net.copy()))
 
 
-def test_options_reach_the_learning(case: Case, tmp_path: Path) -> None:
-    """Every one of them changes the result; the same again does not."""
-    base = replace(QUICK, affine_rate=2e-3, polish=30)
-    results = {}
+def test_options_reach_the_learning(
+    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every one of them changes what is learned; the same again does not."""
+    found: list[bytes] = []
+
+    def note(task: Task, state: State) -> State:
+        values = [v for name in State.__slots__ for v in getattr(state, name).values()]
+        found.append(b"".join(value.numpy().tobytes() for value in values))
+        return state
+
+    watch(monkeypatch, note)
+    base, results, nets = QUICK, {}, {}
     for name, options in {
         "base": base,
         "again": base,
         "seed": replace(base, seed=1),
         "loss": replace(base, loss="mse"),
         "iterations": replace(base, iterations=7),
-        "polish": replace(base, polish=0),
+        "polish": replace(base, polish=4),
+        "no polish": replace(base, polish=0),
         "stage": replace(base, stage_weight=1.0),
         "units": replace(base, layers_per_unit=2),
         "batch": replace(base, batch=8),
-        "rate": replace(base, affine_rate=1e-3),
-        "step": replace(base, step_rate=1e-2),
+        "rounding": replace(base, rounding_rate=base.rounding_rate / 10),
+        "affine": replace(base, affine_rate=2 * base.affine_rate),
+        "step": replace(base, step_rate=2 * base.step_rate),
+        "regularizer": replace(base, regularizer=3 * base.regularizer, rounding_rate=0.05),
+        "none": replace(base, regularizer=0.0, rounding_rate=0.05),
     }.items():
         (tmp_path / name).mkdir()
+        found.clear()
         net, report = case.learn(tmp_path / name, options)
-        results[name] = signature(net)
-        assert len(report.units) == 6 - (name == "polish") - 2 * (name == "units")
+        results[name], nets[name] = b"|".join(found), signature(net)
+        assert len(report.units) == 6 - (name == "no polish") - 2 * (name == "units")
+    assert nets["base"] == nets["again"]
     assert results.pop("base") == results["again"]
     assert len(set(results.values())) == len(results)
 
