@@ -483,8 +483,8 @@ def test_images(tmp_path: Path, model: Path, make: Callable[[Path], Path]) -> No
 def test_a_missing_output_folder_is_found_before_any_work(
     tmp_path: Path, model: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("reptrt.pipeline.read_model", None)  # must not be reached
-    monkeypatch.setattr("reptrt.pipeline.model_from_file", None)
+    monkeypatch.setattr("reptrt.pipeline.calibrating.read_model", None)  # must not be reached
+    monkeypatch.setattr("reptrt.pipeline.exporting.model_from_file", None)
     for arguments in (
         ["export", model, "-o", tmp_path / "no" / "o.onnx"],
         ["calibrate", model, "--data", data, "-o", tmp_path / "no" / "o.onnx"],
@@ -645,6 +645,6 @@ def test_a_multi_line_reason_becomes_one_line(tmp_path: Path) -> None:
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("reptrt.pipeline.require_folder", lambda _: 1 / 0)
+    monkeypatch.setattr("reptrt.pipeline.exporting.require_folder", lambda _: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run("export", "repvgg", "-o", tmp_path / "o.onnx")

@@ -418,7 +418,7 @@ class TwoInputs(nn.Module):
 
 
 def test_a_net_that_cannot_be_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("reptrt.pipeline.module_from_source", lambda _: TwoInputs())
+    monkeypatch.setattr("reptrt.pipeline.exporting.module_from_source", lambda _: TwoInputs())
     with pytest.raises(ConfigError, match=r"TwoInputs: cannot be exported with input \(2, 3, 16"):
         exported("anything", tmp_path / "M.onnx")
 
@@ -431,7 +431,7 @@ def test_weights_of_a_factory_that_are_no_numbers(
     with torch.no_grad():
         module.get_parameter("stage1.0.rbr_dense.conv.weight")[0, 0, 0, 0] = bad
         module.get_parameter("linear.bias")[1] = bad
-    monkeypatch.setattr("reptrt.pipeline.module_from_source", lambda _: module)
+    monkeypatch.setattr("reptrt.pipeline.exporting.module_from_source", lambda _: module)
     message = r"2 constants hold NaN or Inf \(stage1\.0\.rbr_dense\.conv\.weight, linear\.bias\)"
     with pytest.raises(ArtifactError, match=message):
         exported("anything", tmp_path / "M.onnx")
