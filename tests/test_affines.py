@@ -200,6 +200,21 @@ def test_the_record_survives_the_file_and_nothing_is_inserted_twice() -> None:
     assert insert_affine(again).changed == ("c1", "c2", "head")
 
 
+@pytest.mark.parametrize("how", ["none", "identity"])
+def test_a_bias_that_came_later_is_folded_too(how: str) -> None:
+    """Full range puts one into a layer whose affine is kept."""
+    b = Builder()
+    net, x = net_from_model(b.model(b.relu(b.conv("x", 3, "layer")))), images()
+    split(net, ["layer"], how)
+    insert_affine(net)
+    set_affines(net, 4)
+    (conv,) = (node for node in net.graph.nodes if node.op == "Conv")
+    conv.inputs.append(gs.Constant("later", np.float32([0.5, -1.0, 2.0])))
+    unfolded = outputs_of(net, x)
+    fold_affine(net)
+    close(outputs_of(net, x), unfolded)
+
+
 def test_shared_constants_and_taken_names() -> None:
     """Two layers share weight and bias; names that affines would take are taken."""
     b = Builder()
