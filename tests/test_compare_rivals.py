@@ -17,7 +17,7 @@ from click.testing import CliRunner
 
 from reptrt.evaluate import evaluate
 from reptrt.pipeline import CalibrateOptions, calibrate
-from tests.onnx_nets import plain_chain
+from tests.onnx_nets import Builder, plain_chain
 
 TOOLS = Path(__file__).resolve().parents[1] / "tools"
 RUNNERS = {  # how a rival can behave
@@ -112,7 +112,9 @@ def test_images_are_those_of_the_float_net(files: Path, at: Any) -> None:
 
 
 def test_a_rival_is_measured_and_judged(files: Path, at: Any) -> None:
-    result = tool.one_row(at, row("copies", files), files / "images.npz", None)
+    [result] = measure.judge(
+        at, [tool.one_row(at, row("copies", files))], files / "images.npz", None
+    )
     assert result.why is None
     assert 0 < result.seconds < 10
     assert result.peak_rss_mib > 10
@@ -140,7 +142,7 @@ def test_peak_memory_is_the_rivals_own(files: Path, at: Any) -> None:
     ],
 )
 def test_a_failure_is_a_row_with_its_reason(files: Path, at: Any, runner: str, why: str) -> None:
-    result = tool.one_row(at, row(runner, files), None, None)
+    result = tool.one_row(at, row(runner, files))
     assert result.why == why
     timed, _ = measure.time_all(at, [result], (1,))
     lines = table_module.table(timed, (1,))
@@ -148,9 +150,20 @@ def test_a_failure_is_a_row_with_its_reason(files: Path, at: Any, runner: str, w
     assert lines[2].count("|") == lines[0].count("|")
 
 
+def test_a_file_that_cannot_be_judged_is_a_row_with_its_reason(files: Path, at: Any) -> None:
+    b = Builder()
+    onnx.save(b.model(b.head("x", classes=4)), files / "broken.onnx")
+    good = tool.one_row(at, row("copies", files))
+    bad = tool.one_row(at, row("counts", files, file=str(files / "broken.onnx")))
+    judged = measure.judge(at, [good, bad], files / "images.npz", None)
+    assert judged[0].why is None
+    assert judged[0].agreement > 0.5
+    assert "they cannot be compared" in judged[1].why
+
+
 def test_a_rival_that_takes_too_long_is_stopped(files: Path, at: Any) -> None:
     impatient = replace(at, timeout=1.0)
-    assert tool.one_row(impatient, row("sleeps", files), None, None).why == "took more than 1 s"
+    assert tool.one_row(impatient, row("sleeps", files)).why == "took more than 1 s"
 
 
 def test_an_environment_that_cannot_be_made_is_a_row(
@@ -160,31 +173,31 @@ def test_an_environment_that_cannot_be_made_is_a_row(
         raise environments.NotInstalledError("no matching distribution")
 
     monkeypatch.setattr(environments, "make", refuses)
-    assert tool.one_row(at, row("copies", files), None, None).why == "no matching distribution"
+    assert tool.one_row(at, row("copies", files)).why == "no matching distribution"
 
 
 def test_nothing_is_done_twice(files: Path, at: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def times() -> int:
         return len((at.folder / "counted").read_text())
 
-    first = tool.one_row(at, row("counts", files), None, None)
-    assert tool.one_row(at, row("counts", files), None, None) == first
+    first = tool.one_row(at, row("counts", files))
+    assert tool.one_row(at, row("counts", files)) == first
     assert times() == 1
-    tool.one_row(at, row("counts", files, other=1), None, None)
+    tool.one_row(at, row("counts", files, other=1))
     assert times() == 2
     monkeypatch.setattr(environments, "versions", lambda environment, folder: {"a-package": "2"})
-    tool.one_row(at, row("counts", files, other=1), None, None)
+    tool.one_row(at, row("counts", files, other=1))
     assert times() == 3
     (at.folder / "counts.onnx").unlink()
-    tool.one_row(at, row("counts", files, other=1), None, None)
+    tool.one_row(at, row("counts", files, other=1))
     assert times() == 4
 
 
 def test_a_failure_is_tried_again(files: Path, at: Any) -> None:
     asked = row("copies", files, file=str(files / "later.onnx"))
-    assert "later.onnx" in tool.one_row(at, asked, None, None).why
+    assert "later.onnx" in tool.one_row(at, asked).why
     shutil.copy(files / "ready.int8.onnx", files / "later.onnx")
-    assert tool.one_row(at, asked, None, None).why is None
+    assert tool.one_row(at, asked).why is None
 
 
 def test_preprocessing_goes_into_the_rivals_file(files: Path, at: Any) -> None:

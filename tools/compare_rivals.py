@@ -35,12 +35,10 @@ from reptrt.evaluate import evaluate
 Batches = tuple[int, ...]
 
 
-def one_row(at: Bench, row: Row, test: Path | None, limit: int | None) -> Result:
-    """Return what a row came to; its failure is a result too."""
+def one_row(at: Bench, row: Row) -> Result:
+    """Let a row's tool write its file; its failure is a result too."""
     try:
         result = measure.quantize(at, row)
-        if test is not None:
-            result = measure.judge(at, result, test, limit)
     except ReptrtError as err:
         result = Result(row.name, row.title, row.is_rival, row.mark, why=_short(str(err)))
     said = f"failed: {result.why}" if result.why else f"{result.seconds:.1f} s"
@@ -56,7 +54,7 @@ def float_row(at: Bench, test: Path | None, limit: int | None) -> dict[str, Any]
         found["top1"] = measure.cached(
             at.folder / "float.eval.json",
             key,
-            lambda: evaluate([at.net], test, limit=limit).results[0].top1,
+            lambda: evaluate([at.net], test, limit=limit, threads=1).results[0].top1,
         )
     return found
 
@@ -65,7 +63,9 @@ def compare(
     at: Bench, chosen: tuple[Row, ...], test: Path | None, limit: int | None, batches: Batches
 ) -> dict[str, Any]:
     """Return everything about one net, JSON values."""
-    results = [one_row(at, row, test, limit) for row in chosen]
+    results = [one_row(at, row) for row in chosen]
+    if test is not None:
+        results = measure.judge(at, results, test, limit)
     timed, report = measure.time_all(at, results, batches)
     return {
         "net": at.net.name,

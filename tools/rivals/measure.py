@@ -75,14 +75,26 @@ class Bench:
 
 def cached(path: Path, key: Sequence[Any], compute: Callable[[], Any]) -> Any:
     """Return what is stored under the same key, or compute and store it."""
-    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-    if path.exists():
-        stored = json.loads(path.read_text())
-        if stored["key"] == digest:
-            return stored["value"]
-    value = compute()
-    write_json(path, {"key": digest, "value": value})
-    return value
+    found = _stored(path, key)
+    if found is None:
+        found = compute()
+        _store(path, key, found)
+    return found
+
+
+def _stored(path: Path, key: Sequence[Any]) -> Any | None:
+    if not path.exists():
+        return None
+    stored = json.loads(path.read_text())
+    return stored["value"] if stored["key"] == _digest(key) else None
+
+
+def _store(path: Path, key: Sequence[Any], value: Any) -> None:
+    write_json(path, {"key": _digest(key), "value": value})
+
+
+def _digest(key: Sequence[Any]) -> str:
+    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
 
 
 def write_images(at: Bench, data: Path, number: int) -> None:
@@ -136,17 +148,47 @@ def quantize(at: Bench, row: Row) -> Result:
     )
 
 
-def judge(at: Bench, result: Result, test: Path, limit: int | None) -> Result:
-    """Return a result with top-1, agreement and SQNR of its file over test images."""
-    output = at.folder / f"{result.name}.onnx"
+def judge(at: Bench, results: Sequence[Result], test: Path, limit: int | None) -> list[Result]:
+    """Return results with top-1, agreement and SQNR of their files over test images.
 
-    def compute() -> Any:
-        [found] = evaluate([output], test, reference=at.net, limit=limit).results
-        return found.to_json()
+    All files that are not judged yet run side by side, so the images are decoded and the float net
+    runs once. If that fails, each runs alone, and those that fail say why.
+    """
+    shared = [sha256_of(at.net), str(test.resolve()), limit]
+    files = {result.name: at.folder / f"{result.name}.onnx" for result in results if not result.why}
+    keys = {name: [sha256_of(path), *shared] for name, path in files.items()}
+    new = [path for name, path in files.items() if _stored(_judged(path), keys[name]) is None]
 
-    key = [sha256_of(output), sha256_of(at.net), str(test.resolve()), limit]
-    found = cached(at.folder / f"{result.name}.eval.json", key, compute)
+    def judged(paths: Sequence[Path]) -> None:
+        report = evaluate(paths, test, reference=at.net, limit=limit, threads=1)
+        for path, found in zip(paths, report.results, strict=True):
+            _store(_judged(path), keys[path.stem], found.to_json())
+
+    failed: dict[str, str] = {}
+    try:
+        judged(new)
+    except ReptrtError:
+        for path in new:
+            try:
+                judged([path])
+            except ReptrtError as err:
+                failed[path.stem] = str(err)
+    return [_with_judgement(at, result, keys, failed) for result in results]
+
+
+def _with_judgement(
+    at: Bench, result: Result, keys: Mapping[str, Sequence[Any]], failed: Mapping[str, str]
+) -> Result:
+    if result.why is not None:
+        return result
+    if result.name in failed:
+        return replace(result, why=failed[result.name])
+    found = _stored(_judged(at.folder / f"{result.name}.onnx"), keys[result.name])
     return replace(result, **{name: found[name] for name in ("top1", "agreement", "sqnr_db")})
+
+
+def _judged(path: Path) -> Path:
+    return path.with_suffix(".eval.json")
 
 
 def time_all(
