@@ -292,7 +292,9 @@ def test_split_layers(how: str, data: Path, unseen: np.ndarray, tmp_path: Path) 
     assert len(read_splits(net)) == 3
     assert [unit.unit for unit in report.units][1:4] == [split.main for split in read_splits(net)]
     assert case.sqnr(net, unseen) > case.sqnr(case.net, unseen) + 2
-    for split in read_splits(net):
+    for split in read_splits(net):  # one affine scales both parts
+        before, after = (biases_of(one)[split.main] for one in (case.net, net))
+        assert (before != after).any()
         if how == "coarse-fine":  # its codes lose nothing: there is nothing to round
             np.testing.assert_array_equal(codes_of(net)[split.side], codes_of(case.net)[split.side])
 
@@ -460,6 +462,25 @@ def test_storage_of_activations_hardly_matters(
         for net in found.values()
     ]
     assert np.linalg.norm(outputs[0] - outputs[1]) < 0.1 * np.linalg.norm(outputs[0])
+
+
+def test_rates_of_affines_and_steps_fall_to_zero(
+    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates: list[list[float]] = []
+
+    class Noting(torch.optim.Adam):
+        def step(self, closure: None = None) -> None:
+            rates.append([float(group["lr"]) for group in self.param_groups])
+            super().step(closure)
+
+    monkeypatch.setattr(torch.optim, "Adam", Noting)
+    case.learn(tmp_path, replace(QUICK, iterations=8, polish=0, affine_rate=1e-3, step_rate=5e-4))
+    first = np.array(rates[:8])  # of the stem: rounding, affine, steps
+    np.testing.assert_allclose(first[:, 0], QUICK.rounding_rate)
+    falling = 0.5 * (1 + np.cos(np.pi * np.arange(8) / 8))
+    np.testing.assert_allclose(first[:, 1], 1e-3 * falling)
+    np.testing.assert_allclose(first[:, 2], 5e-4 * falling)
 
 
 # Refused -----------------------------------------------------------------------------------------
