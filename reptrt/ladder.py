@@ -158,7 +158,7 @@ def _quantized(files: Files, calib_data: Path, options: RunOptions, folder: Path
     bits = calibrating.weight_bits, calibrating.activation_bits
     label = "INT8" if bits == (8, 8) else f"W{bits[0]}A{bits[1]}"
     nearest, end = files.int8_onnx, ""
-    learns = getattr(calibrating, "learning", None) is not None
+    learns = calibrating.learning is not None
     if learns:
         nearest, end = folder / "nearest.onnx", ", nearest"
         calibrate(files.float_onnx, calib_data, nearest, replace(calibrating, **_NEAREST))

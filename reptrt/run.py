@@ -23,7 +23,7 @@ from reptrt.bench import bench
 from reptrt.diagnose import diagnose
 from reptrt.engine import build_engine
 from reptrt.engine_options import BuildOptions
-from reptrt.errors import ArtifactError, MissingDependencyError, ReptrtError
+from reptrt.errors import ArtifactError, ConfigError, MissingDependencyError, ReptrtError
 from reptrt.evaluate import evaluate
 from reptrt.inputs import record_data, record_files, source_files
 from reptrt.manifest import CALIBRATE_FILE, FORMAT, Manifest, StageRecord
@@ -126,6 +126,7 @@ def run(
         json_from_options(options.build),
         [q],
         lambda: build_engine(q, engine, options.build),
+        simulation=options.calibrate.simulation,
     )
     _judge(stages, [fp, q], (data, judged_on), options)
     return stages.report()
@@ -266,8 +267,13 @@ class _Stages:
         options: Mapping[str, Any],
         inputs: list[Path],
         work: Callable[[], Any],
+        simulation: str | None,
     ) -> None:
-        """Make the engine if there is a TensorRT."""
+        """Make the engine if there is a TensorRT and the file is no simulation of fewer bits."""
+        if simulation is not None:
+            why = f"a simulation, no engine can run it ({simulation})"
+            self._skip("build-engine", output, ConfigError(why))
+            return
         try:
             self.file("build-engine", output, options, inputs, work)
         except MissingDependencyError as err:

@@ -197,3 +197,13 @@ def test_a_broken_record_is_one_line(data: Path, tmp_path: Path) -> None:
     assert result.exit_code == 1
     assert "expected the record of a run" in result.output
     assert result.output.count("\n") == 1
+
+
+def test_a_simulation_of_fewer_bits_is_judged_and_gets_no_engine(
+    data: Path, tmp_path: Path
+) -> None:
+    invoke(data, tmp_path / "six", "--weight-bits", "6", "--no-diagnose")
+    found = states(tmp_path / "six")
+    assert found["build-engine"].startswith("skipped: a simulation, no engine can run it (6-bit")
+    assert found["eval"] == "done"
+    assert not (tmp_path / "six" / "model.engine").exists()

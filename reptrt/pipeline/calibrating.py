@@ -23,7 +23,7 @@ from reptrt.calib.bias import bias_errors, mean_maps
 from reptrt.calib.collect import collect, merge_groups
 from reptrt.calib.histogram import NUM_BINS, Histogram
 from reptrt.calib.thresholds import ThresholdOptions, amax_from_histogram
-from reptrt.choose import Decision
+from reptrt.choose import Decision, RangeDecision
 from reptrt.data import Dataset, open_dataset
 from reptrt.graph import (
     Net,
@@ -80,6 +80,7 @@ class CalibrateReport:
     splits: tuple[Split, ...]
     decisions: tuple[Decision, ...]  # of --split auto
     full_range: tuple[str, ...]  # activations that take all codes
+    ranges: tuple[RangeDecision, ...]  # gain and cost of all codes, where they are possible
     overhead: float  # extra multiply-accumulates that were chosen, of the net's own
     learned: ReconstructReport | None  # None: nothing was learned
     simulation: str | None
@@ -158,6 +159,7 @@ def calibrate(model: Path, data: Path, output: Path, options: CalibrateOptions) 
         splits=prepared.splits,
         decisions=prepared.decisions,
         full_range=prepared.full_range,
+        ranges=prepared.ranges,
         overhead=prepared.overhead,
         learned=learned,
         simulation=options.simulation,

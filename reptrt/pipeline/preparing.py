@@ -1,12 +1,12 @@
 """What is done to a float graph before it is quantized: equalize, split, choose code ranges."""
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from reptrt.calib.channels import ChannelStats, collect_channels
-from reptrt.choose import Decision, Form, choose, num_macs
+from reptrt.choose import Decision, Form, RangeDecision, choose, num_macs
 from reptrt.data import Dataset
 from reptrt.errors import ConfigError
 from reptrt.graph import Net, weighted_nodes
@@ -28,6 +28,7 @@ class Prepared:
     splits: tuple[Split, ...]
     decisions: tuple[Decision, ...]  # of --split auto
     full_range: tuple[str, ...]  # activations that take all codes
+    ranges: tuple[RangeDecision, ...]  # of all activations that could
     overhead: float  # extra multiply-accumulates that were chosen, of the net's own
 
 
@@ -72,15 +73,16 @@ def prepare(
     total = num_macs(net)
     _split(net, forms, options)
     possible = set(_can_have_full_range(net, options)) if choice.ranges else set()
+    ranges = tuple(
+        replace(decision, full=decision.full and decision.tensor in possible)
+        for decision in choice.ranges
+    )
     return Prepared(
         equalized,
         read_splits(net),
         decisions,
-        tuple(
-            decision.tensor
-            for decision in choice.ranges
-            if decision.full and decision.tensor in possible
-        ),
+        tuple(decision.tensor for decision in ranges if decision.full),
+        ranges,
         choice.extra_macs / total if total else 0.0,
     )
 

@@ -37,6 +37,10 @@ class Store:
     def __len__(self) -> int:
         return len(self._values)
 
+    def to_host(self) -> None:
+        """Move the values to the CPU's memory; reads stay on the device of the computation."""
+        self._values = self._values.cpu()
+
     def write(self, start: int, values: Tensor) -> None:
         """Store images ``start`` and following."""
         if self._half:

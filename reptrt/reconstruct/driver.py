@@ -239,7 +239,12 @@ class _Work:
         nearest = self._error(task, self.state)
         generator = _generator(options.seed, index)
         try:
-            found = learn(task, self.state, self._train, options, generator)
+            try:
+                found = learn(task, self.state, self._train, options, generator)
+            except torch.cuda.OutOfMemoryError:
+                self._make_room()
+                generator = _generator(options.seed, index)
+                found = learn(task, self.state, self._train, options, generator)
         except torch.cuda.OutOfMemoryError as err:
             raise CalibrationError(
                 f"unit {task.name}: a step does not fit the memory of the device; use a smaller "
@@ -262,6 +267,13 @@ class _Work:
                 time.perf_counter() - started,
             ),
         )
+
+    def _make_room(self) -> None:
+        """Move all activations between units off the device."""
+        _LOG.warning("the device's memory is used up: activations between units move to the CPU's")
+        for store in (*self._ours.values(), *self._theirs.values(), self._images):
+            store.to_host()
+        torch.cuda.empty_cache()
 
     def _error(self, task: Task, state: State) -> float:
         """Return the relative error of a task's outputs on the held-out images."""
