@@ -115,7 +115,8 @@ def choose(
         max_overhead: extra multiply-accumulates allowed, as a fraction of the net's own.
         splits: whether layers may be split.
         ranges: activations that can have full range.
-        learned: whether the rounding of weights will be learned, which leaves less of their noise.
+        learned: whether the rounding of weights will be learned, which leaves less of their noise:
+            full range goes before splits then.
     """
     layers = [
         node for node in weighted_nodes(net.graph) if node.name in stats and node.op == "Conv"
@@ -126,14 +127,18 @@ def choose(
             stats[node.name],
             grids,
             full_range=node.inputs[0].name in ranges,
-            noise_left=_LEFT_BY_LEARNING if learned else 1.0,
         )
         for node in layers
     }
     if not splits or _is_healthy(wanted.values()):
         wanted = {name: _left_whole(decision) for name, decision in wanted.items()}
     given = {tensor: _range_decision(net, tensor, layers, stats, grids[0]) for tensor in ranges}
-    moves = [move for decision in wanted.values() for move in _upgrades(decision)]
+    left = _LEFT_BY_LEARNING if learned else 1.0
+    moves = [
+        replace(move, gain=left * move.gain)
+        for decision in wanted.values()
+        for move in _upgrades(decision)
+    ]
     moves += [_Move(d.tensor, None, d.gain, d.extra_macs) for d in given.values()]
     taken = _taken(moves, max_overhead * num_macs(net))
     return Choice(
@@ -269,15 +274,12 @@ def _decide(
     grids: tuple[Grid, Grid],
     *,
     full_range: bool,
-    noise_left: float,
 ) -> Decision:
     weight = np.asarray(constant_value(node.inputs[1]), dtype=np.float64)
     groups = int(node.attrs.get("group", 1))
     grid = grids[0].full_range if full_range else grids[0]
     floor = _activation_noise(np.square(weight), stats, grid)
-    options = tuple(
-        _options(node, weight, noise_left * _per_input(weight, stats.variance, groups), grids[1])
-    )
+    options = tuple(_options(node, weight, _per_input(weight, stats.variance, groups), grids[1]))
     limits = {"none": _HEALTHY, "identity": _ENOUGH, "coarse-fine": _ENOUGH}
     enough = [option for option in options if option.weight_noise <= limits[option.form] * floor]
     best = min(enough, key=lambda o: o.extra_macs) if enough else min(options, key=_noise)

@@ -195,13 +195,16 @@ def _skip_inputs(
 
 
 def _feeds_layer(tensor: gs.Tensor, chosen: set[str]) -> bool:
-    """Whether a tensor reaches a quantized layer or pool, passing elementwise and moving ops."""
+    """Whether a tensor reaches a quantized layer or pool, passing elementwise and moving ops.
+
+    What only says a shape (the second input of a Reshape) reaches nothing.
+    """
     return any(
         node.name in chosen
         or node.op in ("Concat", "Add", "AveragePool", "GlobalAveragePool")
         or _is_spatial_mean(node)
         or (
-            node.op in (*_ELEMENTWISE, *MOVING_OPS)
+            (node.op in _ELEMENTWISE or (node.op in MOVING_OPS and node.inputs[0] is tensor))
             and any(_feeds_layer(output, chosen) for output in node.outputs)
         )
         for node in tensor.outputs

@@ -356,3 +356,17 @@ def test_the_plan_does_not_change_the_net() -> None:
     before = [(n.name, [t.name for t in n.inputs]) for n in net.graph.nodes]
     assert place(net) == place(net)
     assert [(n.name, [t.name for t in n.inputs]) for n in net.graph.nodes] == before
+
+
+def test_a_shape_put_together_by_a_concat_gets_no_pair() -> None:
+    """As exporters of x.view(x.shape[0], -1) write it."""
+    b = Builder()
+    tensor = b.relu(b.conv("x", 4, "c"))
+    b.node("Shape", [tensor], "shape")
+    b.node("Gather", ["shape", b.constant("zero", np.array([0], dtype=np.int64))], "batch", axis=0)
+    rest = b.constant("rest", np.array([-1], dtype=np.int64))
+    b.node("Concat", ["batch", rest], "target", axis=0)
+    b.node("Reshape", [tensor, "target"], "flat")
+    b.channels["flat"] = 4 * 8 * 8
+    placement = plan(b.model(b.gemm("flat", 5, "fc")))
+    assert pairs(placement) == {"x": {("c", 0)}, "c.relu": {("flat", 0)}}

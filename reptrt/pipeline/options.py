@@ -65,8 +65,12 @@ class CalibrateOptions:
                 "--split-precision int8: the summands lie before the ReLU, where equalized "
                 "channels have no common range; give --no-equalize too, or --split-precision float"
             )
-        if self.learning is None and self.keep_affine:
-            raise ConfigError("--keep-affine: nothing is learned; give --qprep too, or a recipe")
+        if self.keep_affine and (self.learning is None or not self.learning.affine):
+            raise ConfigError(
+                "--keep-affine: no gains and shifts are learned; give --qprep too, or a recipe"
+            )
+        if not 0 < self.memory_budget < float("inf"):
+            raise ConfigError(f"--memory-budget: got {self.memory_budget}, expected GiB above 0")
         if not self.max_overhead >= 0:
             raise ConfigError(f"--max-overhead: got {self.max_overhead}, expected 0 or more")
 
