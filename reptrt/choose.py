@@ -221,7 +221,7 @@ def num_macs(net: Net) -> int:
 
 
 def _is_healthy(decisions: Collection[Decision], left: float) -> bool:
-    """Whether what is left of a net's weight noise is in all no larger than its activation noise."""
+    """Whether what is left of the weight noise is in all no larger than the activation noise."""
     alive = [decision for decision in decisions if decision.signal > 0]
     weights = sum(d.option("none").weight_noise / d.signal for d in alive)
     return left * weights <= sum(d.activation_noise / d.signal for d in alive)
