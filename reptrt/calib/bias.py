@@ -5,11 +5,13 @@
 A convolution is linear, so the mean of its error over the images is its error on the mean image,
 borders included; E[x] is one map per layer input. Behind a ReLU all inputs are positive, so errors
 of weights do not average out: they move whole channels. The mean over positions of that map is
-subtracted from the bias, at no cost. Empirical bias correction after arXiv 1906.04721, in closed
-form (ours).
+subtracted from the bias, at no cost. Where the weights of many layers are hurt badly, as in a
+rep-net that is not split, layers that are right on average can still make a net that is further
+off: `output_error` tells. Empirical bias correction after arXiv 1906.04721, in closed form (ours).
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Iterable, Mapping
 
@@ -26,6 +28,8 @@ from reptrt.qdq import QuantizedWeight
 from reptrt.torchgraph import TorchGraph
 
 Float64Array = npt.NDArray[np.float64]
+
+_JUDGED = 64  # images that say whether correction helps
 
 
 def mean_maps(graph: TorchGraph, dataset: Dataset, tensors: Iterable[str]) -> dict[str, Tensor]:
@@ -80,3 +84,31 @@ def bias_errors(
 
 def _is_per_channel(bias: Tensor | None) -> bool:
     return bias is not None and (bias.numel() == 1 or bias.numel() == bias.shape[-1])
+
+
+def output_error(
+    reference: TorchGraph,
+    graph: TorchGraph,
+    dataset: Dataset,
+    weights: Mapping[str, QuantizedWeight],
+) -> float:
+    """Return the squared error of a net's outputs with quantized weights, on its first 64 images.
+
+    Args:
+        reference: the float graph.
+        graph: the same graph, its biases corrected or not; runs with the weights in ``weights``.
+        dataset: images.
+        weights: node name -> codes and scales.
+    """
+    inputs = {step.name: step.inputs for step in graph.steps}
+    deployed = {
+        inputs[name][1]: torch.from_numpy(dequantize(w.codes, w.scale, w.axis))
+        for name, w in weights.items()
+    }
+    total = 0.0
+    for batch in itertools.islice(dataset.batches(COMPUTE_BATCH), _JUDGED // COMPUTE_BATCH):
+        given = {graph.input_names[0]: torch.from_numpy(filled(batch))}
+        exact = reference.run(given, reference.output_names)
+        found = graph.run({**given, **deployed}, graph.output_names)
+        total += sum(float((found[n] - exact[n]).square().sum()) for n in graph.output_names)
+    return total

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from reptrt.affine import Grid, scale_from_amax
@@ -19,7 +20,7 @@ from reptrt.artifacts import (
     sha256_of,
     write_artifact,
 )
-from reptrt.calib.bias import bias_errors, mean_maps
+from reptrt.calib.bias import bias_errors, mean_maps, output_error
 from reptrt.calib.collect import collect, merge_groups
 from reptrt.calib.histogram import NUM_BINS, Histogram
 from reptrt.calib.thresholds import ThresholdOptions, amax_from_histogram
@@ -49,6 +50,8 @@ from reptrt.splits import Split, read_splits
 from reptrt.torchgraph import TorchGraph
 
 _LOG = logging.getLogger(__name__)
+
+Float64Array = npt.NDArray[np.float64]
 
 _REPORTED_BINS = 64  # more than half of them are used
 _MERGED = NUM_BINS // _REPORTED_BINS
@@ -211,12 +214,25 @@ def _bins(histogram: Histogram) -> tuple[int, ...]:
 def _correct_biases(
     net: Net, dataset: Dataset, weights: Mapping[str, QuantizedWeight], device: str
 ) -> None:
-    """Take the mean error of every quantized weight out of its layer's bias."""
+    """Take the mean error of every quantized weight out of its layer's bias, if that helps."""
     nodes = {node.name: node for node in net.graph.nodes}
     with torch.inference_mode():
         graph = TorchGraph(net, torch_device(device))
         means = mean_maps(graph, dataset, [nodes[name].inputs[0].name for name in weights])
         errors = bias_errors(graph, means, weights)
+        corrected = net.copy()
+        _subtract(corrected, errors)
+        trial = TorchGraph(corrected, torch_device(device))
+        before, after = (output_error(graph, g, dataset, weights) for g in (graph, trial))
+    if after < before:
+        _subtract(net, errors)
+    else:
+        _LOG.info("biases stay as they are: correcting them does not help this net")
+
+
+def _subtract(net: Net, errors: Mapping[str, Float64Array]) -> None:
+    """Subtract errors from the biases of layers, of split ones from the part that has it."""
+    nodes = {node.name: node for node in net.graph.nodes}
     holders = {split.side: split.main for split in read_splits(net)}
     taken = {*net.graph.tensors(), *nodes}
     for name, error in errors.items():
