@@ -70,6 +70,12 @@ def _ours() -> tuple[Row, ...]:
         Row("reptrt-fast-0", "reptrt fast --max-overhead 0", name, options={"max_overhead": 0.0}),
         Row("reptrt-fast", "reptrt fast", name, options={"recipe": "fast"}),
         Row("reptrt-balanced", "reptrt balanced", name, options={"recipe": "balanced"}),
+        Row(
+            "reptrt-accurate-0",
+            "reptrt accurate --max-overhead 0",
+            name,
+            options={"recipe": "accurate", "max_overhead": 0.0},
+        ),
         Row("reptrt-accurate", "reptrt accurate", name, options={"recipe": "accurate"}),
     )
 
