@@ -359,7 +359,8 @@ def test_learning_is_a_step_of_its_own(made: Path) -> None:
 def test_no_rewrite_no_rung(made: Path) -> None:
     found = rows_of(
         *NET, "--data", made / "held_out.npz", "--calib-data", made / "train.npz", "-n", 16,
-        "--recipe", "fast", "--limit", 50, "--split", "none", "--no-equalize", "--no-full-range", "--no-correct-bias",
+        "--recipe", "fast", "--limit", 50, "--split", "none", "--no-equalize",
+        "--no-full-range", "--no-correct-bias",
         "--activation-bits", 6,
     )  # fmt: skip
     assert [rung["name"] for rung in found[2:]] == [
