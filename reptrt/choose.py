@@ -42,7 +42,7 @@ FloatArray = npt.NDArray[np.floating]
 _HEALTHY = 1.0  # weight noise over activation noise that a layer may have unsplit
 _ENOUGH = 0.25  # what a split is to bring it down to
 _ELEMENTWISE_MACS = 8
-_LEFT_BY_LEARNING = 0.1  # of the weight noise: learned rounding took 11 dB off the unsplit RepVGG
+_LEFT_BY_LEARNING = 0.1  # of the weight noise: learning took 11 dB of error off the unsplit RepVGG
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +78,11 @@ class RangeDecision:
     full: bool
     gain: float  # activation noise that it removes, over the signal, summed over its layers
     extra_macs: int  # per image
+
+
+def full_range_of(ranges: Collection[RangeDecision]) -> tuple[str, ...]:
+    """Return the activations that get all codes."""
+    return tuple(decision.tensor for decision in ranges if decision.full)
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +138,11 @@ def choose(
     left = _LEFT_BY_LEARNING if learned else 1.0
     if not splits or _is_healthy(wanted.values(), left):
         wanted = {name: _left_whole(decision) for name, decision in wanted.items()}
-    given = {tensor: _range_decision(net, tensor, layers, stats, grids[0]) for tensor in ranges}
+    readers = {tensor: [n.name for n in layers if n.inputs[0].name == tensor] for tensor in ranges}
+    given = {
+        tensor: _range_decision(net, tensor, [wanted[name] for name in names], grids[0])
+        for tensor, names in readers.items()
+    }
     moves = [
         replace(move, gain=left * move.gain)
         for decision in wanted.values()
@@ -233,24 +242,15 @@ def _left_whole(decision: Decision) -> Decision:
 
 
 def _range_decision(
-    net: Net,
-    tensor: str,
-    layers: Collection[gs.Node],
-    stats: Mapping[str, ChannelStats],
-    grid: Grid,
+    net: Net, tensor: str, readers: Collection[Decision], grid: Grid
 ) -> RangeDecision:
-    """Return what full range of one tensor gains and costs; it is not granted yet."""
-    gain = 0.0
-    for node in layers:
-        if node.inputs[0].name == tensor:
-            weight = np.square(np.asarray(constant_value(node.inputs[1]), dtype=np.float64))
-            known = stats[node.name]
-            removed = _activation_noise(weight, known, grid) - _activation_noise(
-                weight, known, grid.full_range
-            )
-            groups = int(node.attrs.get("group", 1))
-            signal = float((weight * _per_input(weight, known.mean_square, groups)).sum())
-            gain += removed / (signal or 1.0)
+    """Return what full range of one tensor gains and costs; it is not granted yet.
+
+    The noise in the decisions of its readers is counted with full range already: without, it is
+    larger by the square of the steps.
+    """
+    removed = (grid.full_range.qmax / grid.qmax) ** 2 - 1.0
+    gain = sum(removed * d.activation_noise / (d.signal or 1.0) for d in readers)
     return RangeDecision(tensor, False, gain, _ELEMENTWISE_MACS * _full_range_elements(net, tensor))
 
 
@@ -263,22 +263,14 @@ def _full_range_elements(net: Net, tensor: str) -> int:
     return int(sum(np.prod(shape) for shape in maps)) + sum(channels)
 
 
-def _activation_noise(weight_squared: FloatArray, stats: ChannelStats, grid: Grid) -> float:
-    step = float(stats.maximum.max()) / grid.qmax
-    return float(weight_squared.sum()) * step**2 / 12.0
-
-
 def _decide(
-    node: gs.Node,
-    stats: ChannelStats,
-    grids: tuple[Grid, Grid],
-    *,
-    full_range: bool,
+    node: gs.Node, stats: ChannelStats, grids: tuple[Grid, Grid], *, full_range: bool
 ) -> Decision:
     weight = np.asarray(constant_value(node.inputs[1]), dtype=np.float64)
     groups = int(node.attrs.get("group", 1))
     grid = grids[0].full_range if full_range else grids[0]
-    floor = _activation_noise(np.square(weight), stats, grid)
+    step = float(stats.maximum.max()) / grid.qmax
+    floor = float(np.square(weight).sum()) * step**2 / 12.0
     options = tuple(_options(node, weight, _per_input(weight, stats.variance, groups), grids[1]))
     limits = {"none": _HEALTHY, "identity": _ENOUGH, "coarse-fine": _ENOUGH}
     enough = [option for option in options if option.weight_noise <= limits[option.form] * floor]

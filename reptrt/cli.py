@@ -10,7 +10,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -339,35 +339,13 @@ def calibrate_options(command: Command) -> Command:
     return command
 
 
-_CALIBRATE_NAMES = (
-    "images",
-    "recipe",
-    "equalize",
-    "split",
-    "split_precision",
-    "max_overhead",
-    "full_range",
-    "correct_bias",
-    "rounding",
-    "qprep",
-    "keep_affine",
-    "iterations",
-    "memory_budget",
-    "weight_bits",
-    "activation_bits",
-    "exclude",
-    "high_precision",
-    "device",
-    "seed",
-)
-
-
 def _calibrate_options(values: dict[str, Any]) -> Any:
     from reptrt.calib.thresholds import ThresholdOptions
     from reptrt.pipeline import CalibrateOptions
 
     threshold = ThresholdOptions(values["threshold"], values["percentile"])
-    kept = {name: values[name] for name in _CALIBRATE_NAMES}
+    named = {field.name for field in fields(CalibrateOptions)} - {"threshold"}
+    kept = {name: value for name, value in values.items() if name in named}
     return CalibrateOptions(threshold=threshold, **kept)
 
 

@@ -92,6 +92,13 @@ def insert_qdq(
     net.graph.cleanup(remove_unused_graph_inputs=False).toposort()
 
 
+def is_simulation(clip: gs.Node) -> bool:
+    """Whether a Clip is the one that simulates fewer bits, which `reptrt.qdq` puts before a Q."""
+    prefix, dot, role = clip.name.rpartition(".")
+    readers = [reader.name for reader in clip.outputs[0].outputs]
+    return clip.op == "Clip" and role == "clip" and readers == [f"{prefix}{dot}quantize"]
+
+
 def _free_prefix(wanted: str, taken: set[str]) -> str:
     """Return a prefix, ``wanted`` if possible, under which no tensor or node has a name yet."""
     while any(f"{wanted}.{role}" in taken for role in _ROLES):

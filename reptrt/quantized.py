@@ -13,6 +13,7 @@ import onnx_graphsurgeon as gs
 
 from reptrt.graph import WEIGHTED_OPS, Net, constant_value, producer
 from reptrt.lint.tensors import base, dequantize_before, given, is_quantize, value_of
+from reptrt.qdq import is_simulation
 from reptrt.recentred import read_recentred
 
 AnyArray = npt.NDArray[Any]
@@ -77,13 +78,6 @@ def quantized_tensor(quantize: gs.Node) -> gs.Tensor:
     if clip is not None and is_simulation(clip):
         return base(clip.inputs[0])
     return tensor
-
-
-def is_simulation(clip: gs.Node) -> bool:
-    """Whether a Clip is the one that simulates fewer bits, which `reptrt.qdq` puts before a Q."""
-    prefix, dot, role = clip.name.rpartition(".")
-    readers = [reader.name for reader in clip.outputs[0].outputs]
-    return clip.op == "Clip" and role == "clip" and readers == [f"{prefix}{dot}quantize"]
 
 
 def _weight(node: gs.Node) -> LayerWeight | None:

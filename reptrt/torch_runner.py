@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Mapping
-from types import MappingProxyType, TracebackType
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from reptrt.graph import Net
 from reptrt.lint.tensors import is_dequantize, is_quantize, value_of
-from reptrt.quantized import is_simulation
+from reptrt.qdq import is_simulation
 from reptrt.recentred import read_recentred
 from reptrt.torchgraph import TorchGraph
 
@@ -60,12 +60,7 @@ class TorchRunner:
     def __enter__(self) -> "TorchRunner":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *raised: object) -> None:
         self._forward = _closed
 
 

@@ -14,7 +14,7 @@ from reptrt.graph import Net, model_from_net, net_from_model
 from reptrt.placement import Placement, place
 from reptrt.preprocess import Preprocess, write_preprocess
 from reptrt.qdq import insert_qdq, quantize_weights
-from reptrt.reconstruct import LearnOptions, ReconstructReport, reconstruct
+from reptrt.reconstruct import LearnOptions, Quantized, ReconstructReport, reconstruct
 from reptrt.reconstruct.resume import Finished
 from reptrt.rewrite.fold_affine import fold_affine
 from reptrt.rewrite.insert_affine import insert_affine
@@ -77,12 +77,9 @@ class Case:
         if options.affine:
             insert_affine(net)
         report = reconstruct(
-            net,
-            self.reference,
-            self.placement,
+            Quantized(net, self.reference, self.placement, self.grid),
             self.data,
             options,
-            grid=self.grid,
             device=torch.device("cpu"),
             finished=Finished(folder / "o.onnx", {"options": asdict(options)}),
         )

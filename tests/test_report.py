@@ -356,7 +356,8 @@ def test_names_are_escaped(copied: Path) -> None:
     found = content(copied / "calibrate.json")
     found["tensors"][0]["tensor"] = EVIL
     found["decisions"][0]["layer"] = EVIL
-    found["full_range"] = [EVIL]
+    assert found["ranges"][0]["full"]
+    found["ranges"][0]["tensor"] = EVIL
     edit(copied, "calibrate.json", found)
     layers = content(copied / "diagnosis.json")["layers"]
     edit(copied, "diagnosis.json", {"layers": [{**layers[0], "layer": EVIL}, *layers[1:]]})

@@ -24,7 +24,7 @@ from reptrt.calib.bias import bias_errors, mean_maps, output_error
 from reptrt.calib.collect import collect, merge_groups
 from reptrt.calib.histogram import NUM_BINS, Histogram
 from reptrt.calib.thresholds import ThresholdOptions, amax_from_histogram
-from reptrt.choose import Decision, RangeDecision
+from reptrt.choose import Decision, RangeDecision, full_range_of
 from reptrt.data import Dataset, open_dataset
 from reptrt.graph import (
     Net,
@@ -40,7 +40,7 @@ from reptrt.placement import Placement, place
 from reptrt.preprocess import read_preprocess
 from reptrt.qdq import QuantizedWeight, insert_qdq, quantize_weights
 from reptrt.recentred import add_to_bias
-from reptrt.reconstruct import LearnOptions, ReconstructReport, reconstruct
+from reptrt.reconstruct import LearnOptions, Quantized, ReconstructReport, reconstruct
 from reptrt.reconstruct.resume import Finished
 from reptrt.rewrite.fold_affine import fold_affine
 from reptrt.rewrite.insert_affine import insert_affine
@@ -82,12 +82,16 @@ class CalibrateReport:
     equalized: int  # tensors whose channels were given equal ranges
     splits: tuple[Split, ...]
     decisions: tuple[Decision, ...]  # of --split auto
-    full_range: tuple[str, ...]  # activations that take all codes
     ranges: tuple[RangeDecision, ...]  # gain and cost of all codes, where they are possible
     overhead: float  # extra multiply-accumulates that were chosen, of the net's own
     learned: ReconstructReport | None  # None: nothing was learned
     simulation: str | None
     seconds: Mapping[str, float]  # per stage
+
+    @property
+    def full_range(self) -> tuple[str, ...]:
+        """The activations that take all codes."""
+        return full_range_of(self.ranges)
 
     def to_json(self) -> dict[str, Any]:
         """Return the report as JSON values."""
@@ -115,7 +119,7 @@ def calibrate(model: Path, data: Path, output: Path, options: CalibrateOptions) 
     histograms = _collect(net, placement, dataset, options.device)
     clock.lap("collect")
     grid, weight_grid = options.grids
-    full_range = set(prepared.full_range)
+    full_range = full_range_of(prepared.ranges)
     tensors = _tensor_scales(placement, histograms, options.threshold, grid, full_range)
     clock.lap("thresholds")
     reference = net.copy()
@@ -126,9 +130,9 @@ def calibrate(model: Path, data: Path, output: Path, options: CalibrateOptions) 
     insert_qdq(net, placement, {t.tensor: t.scale for t in tensors}, weights, grid, full_range)
     parents = {model.name: sha256_of(model), str(data.name): dataset.digest()}
     learned, finished = None, None
-    if options.learning is not None:
+    if (learning := options.learning) is not None:
         finished = _finished_units(output, options, parents)
-        learned = _learn(net, reference, placement, dataset, options, finished)
+        learned = _learn(net, reference, placement, dataset, options, learning, finished)
         clock.lap("learn")
     recentre(net)
     left_fp32 = to_fp16(net).skipped if options.high_precision == "fp16" else ()
@@ -161,7 +165,6 @@ def calibrate(model: Path, data: Path, output: Path, options: CalibrateOptions) 
         equalized=prepared.equalized,
         splits=prepared.splits,
         decisions=prepared.decisions,
-        full_range=prepared.full_range,
         ranges=prepared.ranges,
         overhead=prepared.overhead,
         learned=learned,
@@ -253,19 +256,16 @@ def _learn(
     placement: Placement,
     dataset: Dataset,
     options: CalibrateOptions,
+    learning: LearnOptions,
     finished: Finished,
 ) -> ReconstructReport:
     """Learn the constants of a Q/DQ graph; affines come and, unless kept, go."""
-    learning = options.learning or LearnOptions()
     if learning.affine:
         insert_affine(net)
     report = reconstruct(
-        net,
-        reference,
-        placement,
+        Quantized(net, reference, placement, options.grids[1]),
         dataset,
         learning,
-        grid=options.grids[1],
         device=torch_device(options.device),
         finished=finished,
     )

@@ -27,8 +27,7 @@ class Prepared:
     equalized: int  # tensors whose channels were given equal ranges
     splits: tuple[Split, ...]
     decisions: tuple[Decision, ...]  # of --split auto
-    full_range: tuple[str, ...]  # activations that take all codes
-    ranges: tuple[RangeDecision, ...]  # of all activations that could
+    ranges: tuple[RangeDecision, ...]  # of all activations that can take all codes
     overhead: float  # extra multiply-accumulates that were chosen, of the net's own
 
 
@@ -77,14 +76,8 @@ def prepare(
         replace(decision, full=decision.full and decision.tensor in possible)
         for decision in choice.ranges
     )
-    return Prepared(
-        equalized,
-        read_splits(net),
-        decisions,
-        tuple(decision.tensor for decision in ranges if decision.full),
-        ranges,
-        choice.extra_macs / total if total else 0.0,
-    )
+    extra = replace(choice, ranges=ranges).extra_macs
+    return Prepared(equalized, read_splits(net), decisions, ranges, extra / total if total else 0.0)
 
 
 def _can_have_full_range(net: Net, options: CalibrateOptions) -> list[str]:

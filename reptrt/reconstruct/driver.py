@@ -9,7 +9,7 @@ import functools
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -44,26 +44,30 @@ _POLISH_RATE = 0.1  # of the units' rates: the outputs of few images are soon le
 _STEP_COST = 4.0  # of a learning step, in forward passes of the quantized unit
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Quantized:
+    """A net quantized to nearest, and what it was made from."""
+
+    net: Net  # the Q/DQ graph, with affines where they are to be learned
+    reference: Net  # the float graph it was made from
+    placement: Placement  # the plan it was made by
+    grid: Grid  # codes of weights
+
+
 def reconstruct(
-    net: Net,
-    reference: Net,
-    placement: Placement,
+    quantized: Quantized,
     dataset: Dataset,
     options: LearnOptions,
     *,
-    grid: Grid,
     device: torch.device,
     finished: Finished,
 ) -> ReconstructReport:
     """Learn what a Q/DQ graph computes with; change its constants in place.
 
     Args:
-        net: the Q/DQ graph, with affines where they are to be learned.
-        reference: the float graph it was made from.
-        placement: the plan it was made by.
+        quantized: the graph.
         dataset: calibration images; labels are not used.
         options: what is learned, and for how long.
-        grid: codes of weights.
         device: where to compute.
         finished: units that an earlier run finished, and where to put those of this one.
 
@@ -76,9 +80,9 @@ def reconstruct(
             f"{dataset.path}: {dataset.length} images, learned calibration needs {_FEWEST} (an "
             "eighth is held out to judge it); give more images, or use --recipe fast"
         )
-    work = _Work(net, reference, placement, dataset, options, grid, device, finished)
+    work = _Work(quantized, dataset, options, device, finished)
     report = work.run()
-    write(net, work.sites, work.state)
+    write(quantized.net, work.sites, work.state)
     return report
 
 
@@ -87,18 +91,18 @@ class _Work:
 
     def __init__(
         self,
-        net: Net,
-        reference: Net,
-        placement: Placement,
+        quantized: Quantized,
         dataset: Dataset,
         options: LearnOptions,
-        grid: Grid,
         device: torch.device,
         finished: Finished,
     ) -> None:
+        net, reference = quantized.net, quantized.reference
         self._options, self._finished, self._device = options, finished, device
         self._graph, self._float = TorchGraph(net, device), TorchGraph(reference, device)
-        self.sites, self.state = find_sites(net, reference, placement, grid, device)
+        self.sites, self.state = find_sites(
+            net, reference, quantized.placement, quantized.grid, device
+        )
         self._dataset, self._count = dataset, dataset.length
         sides = {split.side for split in read_splits(reference)}
         sample = torch.from_numpy(next(iter(dataset.batches(2))))

@@ -1,8 +1,8 @@
 """What calibration learns: where it sits in a Q/DQ graph, and its values.
 
 `Sites` is the structure, found once. `State` is the values as they are deployed: integer codes, the
-gain and shift of each affine, the step of each activation. `codes_from`, `write` go between a Q/DQ
-graph and a state, `simulation` between a state and a run of the graph in torch.
+gain and shift of each affine, the step of each activation. `find_sites` reads both from a Q/DQ
+graph, `write` puts a state back, `simulation` lets torch run one.
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -17,6 +17,7 @@ from reptrt.affine import Grid, along_axis
 from reptrt.affines import read_affines
 from reptrt.graph import Net, constant_of, maker_of, producer
 from reptrt.placement import Placement
+from reptrt.qdq import is_simulation
 from reptrt.reconstruct.fake_quantize import fake_quantize
 from reptrt.splits import read_splits
 
@@ -215,14 +216,15 @@ def _pairs(
         step = np.float32(constant_of(quantize.inputs[1]))
         unsigned = constant_of(quantize.inputs[2]).dtype == np.uint8
         grid = Grid(0, 255) if unsigned else Grid.activation(8)
-        simulated = clip is not None and clip.op == "Clip" and clip.name.endswith(".clip")
-        if simulated and clip is not None:
+        inserted = [quantize.name]
+        if clip is not None and is_simulation(clip):
+            inserted = [clip.name, quantize.name]
             low, high = (float(constant_of(tensor)) for tensor in clip.inputs[1:])
             grid = Grid(round(low / float(step)), round(high / float(step)))
         pairs[activation.tensor] = Pair(
             activation.tensor,
             frozenset(reader for reader, _ in activation.readers),
-            (*((clip.name,) if clip is not None and simulated else ()), quantize.name),
+            tuple(inserted),
             dequantize.name,
             activation.group,
             grid,

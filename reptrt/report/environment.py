@@ -36,7 +36,7 @@ def activations(run: RunContent) -> Section:
         f"logarithm of counts. The line is the largest |x| kept (rule {rule}); values more "
         "than half a step beyond it are clipped. Tensors that share a scale share the threshold."
     )
-    full = set(found["full_range"])
+    full = {choice["tensor"] for choice in found["ranges"] if choice["full"]}
     figures = tuple(_figure(tensor, tensor["tensor"] in full) for tensor in found["tensors"])
     legend = Legend((("after", "kept"), ("clipped", "clipped"), ("threshold", "threshold")))
     return Section("activations", title, (Text(text), legend, Figures(figures)))

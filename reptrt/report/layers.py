@@ -107,8 +107,8 @@ def decisions(run: RunContent) -> Section:
     mode = run.manifest.options["calibrate"]["split"]
     if not found["decisions"]:
         text += f"Splits were not chosen: --split {mode} was given. "
-    full = len(found["full_range"])
-    text += f"{full} of {len(found['tensors'])} activations take all codes (full range)."
+    full = [choice["tensor"] for choice in found["ranges"] if choice["full"]]
+    text += f"{len(full)} of {len(found['tensors'])} activations take all codes (full range)."
     blocks: list[Block] = [Text(text)]
     if found["decisions"]:
         blocks.append(_decisions(found["decisions"]))
@@ -117,7 +117,7 @@ def decisions(run: RunContent) -> Section:
         columns = (Column("layer", "name"), Column("split", "text"))
         blocks.append(Table("Layers that were split", columns, rows))
     if full:
-        blocks.append(Text(f"Full range: {', '.join(found['full_range'])}."))
+        blocks.append(Text(f"Full range: {', '.join(full)}."))
     return Section("decisions", title, tuple(blocks))
 
 

@@ -19,7 +19,7 @@ from reptrt.affine import along_axis
 from reptrt.affines import Affine, read_affines, record_affines
 from reptrt.graph import Net, constant_of, constant_value, first_free, maker_of
 from reptrt.rewrite.contract import RewriteReport
-from reptrt.rewrite.insert_affine import split_of
+from reptrt.splits import Split, read_splits
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -28,20 +28,20 @@ def fold_affine(net: Net) -> RewriteReport:
     """Fold all affines of a net, in place."""
     affines = read_affines(net)
     nodes = {node.name: node for node in net.graph.nodes}
+    splits = {split.layer: split for split in read_splits(net)}
     taken = set(net.graph.tensors())
     for affine in affines:
-        _fold(net, nodes, affine, taken)
+        _fold(nodes, affine, splits.get(affine.layer), taken)
     record_affines(net, ())
     net.graph.cleanup(remove_unused_graph_inputs=False).toposort()
     return RewriteReport("fold_affine", tuple(affine.layer for affine in affines))
 
 
-def _fold(net: Net, nodes: dict[str, gs.Node], affine: Affine, taken: set[str]) -> None:
+def _fold(nodes: dict[str, gs.Node], affine: Affine, split: Split | None, taken: set[str]) -> None:
     mul, add = nodes[affine.mul], nodes[affine.add]
     gain = np.asarray(constant_of(mul.inputs[1]), dtype=np.float32).reshape(-1)
     shift = np.asarray(constant_of(add.inputs[1]), dtype=np.float32).reshape(-1)
     last = maker_of(mul.inputs[0])
-    split = split_of(net, affine.layer)
     conv = nodes[split.main] if split else last
     if split is not None:
         _scale_side(nodes[split.side], gain, affine.layer, taken)

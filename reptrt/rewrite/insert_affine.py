@@ -60,11 +60,6 @@ def weight_of(node: gs.Node) -> npt.NDArray[np.generic] | None:
     return constant_value(maker.inputs[0])
 
 
-def split_of(net: Net, layer: str) -> Split | None:
-    """Return the split of a layer by the name it had before, or None."""
-    return next((split for split in read_splits(net) if split.layer == layer), None)
-
-
 def _reason_against(node: gs.Node, split: Split | None) -> str | None:
     if split is not None and split.precision == "int8":
         return "the summands of its split are quantized"
