@@ -11,6 +11,7 @@ touched, so a default may be chosen by this table. Rows add one part after the o
     + QPRep          gain and shift of each channel
     + steps          of activations: what recipe accurate does
     + stage          and the error of the stage's output, with the same weight as the unit's
+    + stage / 10     with a tenth of it
     joint            units of four layers in place of one
     + polish         the whole net on its outputs afterwards
 
@@ -41,6 +42,7 @@ ROWS: dict[str, LearnOptions | None] = {
     "+ QPRep": replace(ROUNDING, affine=True),
     "+ steps": ALL,
     "+ stage": replace(ALL, stage_weight=1.0),
+    "+ stage / 10": replace(ALL, stage_weight=0.1),
     "joint": replace(ALL, layers_per_unit=4),
     "+ polish": replace(ALL, polish=60),
 }
