@@ -7,9 +7,15 @@ import onnx
 import pytest
 from onnx import helper, numpy_helper
 
+from reptrt.affine import Grid
 from reptrt.errors import ConfigError
-from reptrt.graph import net_from_model
+from reptrt.graph import Net, model_from_net, net_from_model
+from reptrt.lint import lint_net
 from reptrt.placement import Placement, output_axis, place
+from reptrt.qdq import insert_qdq, quantize_weights
+from reptrt.rewrite.split_coarse_fine import split_coarse_fine
+from reptrt.rewrite.split_identity import split_identity
+from reptrt.splits import read_splits
 from tests.onnx_nets import Builder, basic_block, plain_chain, without_names
 
 Pairs = dict[str, set[tuple[str, int]]]
@@ -112,6 +118,102 @@ def test_a_constant_added_is_no_residual() -> None:
     b = Builder()
     y = b.node("Add", [b.conv("x", 8, "a"), b.parameter("shift", 8, 1, 1)], "add")
     assert set(pairs(plan(b.model(b.head(b.relu(y)))))) == {"x", "add.relu", "pool"}
+
+
+# A residual Add of a split layer's sum ------------------------------------------------------------
+
+FORMS = ["per-channel", "scalar", "coarse-fine"]
+
+
+def split_block(form: str, layer: str, *, precision: str = "float", turned: bool = False) -> Net:
+    """A block whose Add has a large convolution and a small one; one of them is split."""
+    b = Builder()
+    stem = b.relu(b.conv("x", 8, "stem"))
+    main = b.conv(b.relu(b.conv(stem, 8, "c1")), 8, "large", size=5)
+    operands = [main, b.conv(stem, 8, "small")]
+    add = b.node("Add", operands[::-1] if turned else operands, "add")
+    net = net_from_model(b.model(b.head(b.relu(add))))
+    return split(net, form, layer, precision)
+
+
+def split(net: Net, form: str, layer: str, precision: str = "float") -> Net:
+    grid = Grid.weight(8)
+    if form == "coarse-fine":
+        report = split_coarse_fine(net, [layer], grid=grid, precision=precision)
+    else:
+        report = split_identity(net, [layer], grid=grid, form=form, precision=precision)
+    assert report.changed == (layer,)
+    return net_from_model(model_from_net(net))
+
+
+def parts_read(net: Net, tensor: str) -> set[tuple[str, int]]:
+    """Both parts of the split layer, which read one pair."""
+    (found,) = read_splits(net)
+    nodes = {node.name: node for node in net.graph.nodes}
+    return {
+        (name, [t.name for t in nodes[name].inputs].index(tensor))
+        for name in (found.main, found.side)
+    }
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_split_layer_before_a_residual_add(form: str) -> None:
+    """The sum, the Add and the ReLU are one pass, as the layer was: only the skip has a pair."""
+    net = split(net_from_model(basic_block()), form, "c2")
+    found = pairs(place(net))
+    assert found == {
+        "x": {("stem", 0)},
+        "stem.relu": {("c1", 0), ("add", 1)},
+        "c1.relu": parts_read(net, "c1.relu"),
+        "add.relu": {("pool", 0)},
+        **HEAD,
+    }
+    placement = place(net)
+    weights = quantize_weights(net, placement, Grid.weight(8))
+    insert_qdq(net, placement, dict.fromkeys(found, 0.05), weights, Grid.activation(8))
+    assert not {f.name for f in lint_net(net).findings} & {"qdq-before-sum", "float-skip"}
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("layer", ["large", "small"])
+def test_of_two_convolutions_the_larger_absorbs_the_add_split_or_not(
+    layer: str, form: str, turned: bool
+) -> None:
+    net = split_block(form, layer, turned=turned)
+    found = pairs(place(net))
+    readers = parts_read(net, {"large": "c1.relu", "small": "stem.relu"}[layer])
+    others = {"large": {("small", 0)}, "small": {("large", 0)}}[layer]
+    assert found == {
+        "x": {("stem", 0)},
+        "stem.relu": {("c1", 0)} | (readers if layer == "small" else others),
+        "c1.relu": readers if layer == "large" else others,
+        "small": {("add", 0 if turned else 1)},
+        "add.relu": {("pool", 0)},
+        **HEAD,
+    }
+
+
+@pytest.mark.parametrize("form", ["per-channel", "coarse-fine"])
+def test_int8_summands_before_a_residual_add(form: str) -> None:
+    """Each summand has a pair; between their sum and the Add there is none."""
+    net = split_block(form, "large", precision="int8")
+    found = pairs(place(net))
+    (total,) = (split.sum for split in read_splits(net))
+    assert {(total, 0), (total, 1)} <= set.union(*found.values())
+    assert "large" not in found
+    assert found["small"] == {("add", 1)}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_sum_that_is_read_twice_is_not_fused_with_the_add(form: str) -> None:
+    b = Builder()
+    main = b.conv(b.relu(b.conv("x", 8, "stem")), 8, "a")
+    total = b.node("Add", [main, b.relu(main)], "add")
+    net = split(net_from_model(b.model(b.head(total))), form, "a")
+    found = pairs(place(net))
+    assert found["a"] == {("add", 0)}
+    assert found["a.relu"] == {("add", 1)}
 
 
 def test_concat_has_one_scale() -> None:
