@@ -1,7 +1,9 @@
 """Learned calibration on tiny nets: better than nearest, never worse, every part of it alone."""
 
 import json
+import logging
 import re
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -14,7 +16,7 @@ import torch
 
 from reptrt.affine import Grid
 from reptrt.data import open_dataset
-from reptrt.errors import CalibrationError, DataError
+from reptrt.errors import CalibrationError, DataError, ReptrtError
 from reptrt.graph import (
     Net,
     bytes_from_model,
@@ -24,6 +26,7 @@ from reptrt.graph import (
     net_from_model,
 )
 from reptrt.reconstruct import LearnOptions, ReconstructReport, driver
+from reptrt.reconstruct.cache import Store
 from reptrt.reconstruct.learn import Task, learn, relative_error
 from reptrt.reconstruct.state import State
 from reptrt.rewrite.split_coarse_fine import split_coarse_fine
@@ -511,12 +514,113 @@ def test_the_fewest_images_will_do(tmp_path: Path) -> None:
     json.dumps(asdict(report))
 
 
+# The device's memory -----------------------------------------------------------------------------
+
+FULL = "CUDA out of memory. Tried to allocate 2.00 GiB"
+
+
+class Crowded:
+    """Stands in for `learn` and for the stores of a device whose memory a unit uses up."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, unit: str, times: int) -> None:
+        self.unit, self.times = unit, times
+        self.tried: list[str] = []
+        self.left_behind: list[torch.Tensor] = []  # of failed tries, when the next one begins
+        self.alive: weakref.WeakSet[Store] = weakref.WeakSet()
+        self.kept_on_device: list[int] = []  # stores that were not moved, at each try
+        self._moved: set[Store] = set()
+        self._held: list[weakref.ref[torch.Tensor]] = []
+        monkeypatch.setattr(driver, "learn", self._learn)
+        monkeypatch.setattr(driver, "Store", self._store)
+
+    def _learn(self, task: Task, *arguments: object) -> State:
+        self.tried.append(task.name)
+        if task.name != self.unit:
+            return learn(task, *arguments)  # type: ignore[arg-type]
+        self.left_behind += [tensor for ref in self._held if (tensor := ref()) is not None]
+        self.kept_on_device.append(len(set(self.alive) - self._moved))
+        if self.times == 0:
+            return learn(task, *arguments)  # type: ignore[arg-type]
+        self.times -= 1
+        generator = arguments[-1]
+        assert isinstance(generator, torch.Generator)
+        torch.randint(COUNT, (16,), generator=generator)  # the first batch
+        activations = torch.zeros(1000)
+        self._held.append(weakref.ref(activations))
+        raise torch.cuda.OutOfMemoryError(FULL)
+
+    def _store(self, *arguments: object) -> Store:
+        crowded = self
+
+        class Watched(Store):
+            def to_host(self) -> None:
+                crowded._moved.add(self)
+                super().to_host()
+
+        made = Watched(*arguments)  # type: ignore[arg-type]
+        self.alive.add(made)
+        return made
+
+
+@pytest.mark.parametrize("unit", ["stem", "block1", "whole net"])
+def test_a_full_device_gives_up_what_lies_between_units(
+    unit: str,
+    case: Case,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    wanted, told = case.learn(tmp_path, QUICK)
+    (tmp_path / "o").mkdir()
+    crowded = Crowded(monkeypatch, unit, times=1)
+    with caplog.at_level(logging.WARNING):
+        net, report = case.learn(tmp_path / "o", QUICK)
+    assert [name for name in crowded.tried if name == unit] == [unit] * 2
+    assert crowded.kept_on_device[0] >= 2  # the images, the float net's tensors
+    assert crowded.kept_on_device[1] == 0
+    assert not crowded.left_behind  # or the second try would find the device as full
+    assert signature(net) == signature(wanted)  # the same batches are drawn again
+    assert [replace(u, seconds=0.0) for u in report.units] == [
+        replace(u, seconds=0.0) for u in told.units
+    ]
+    (message,) = caplog.messages
+    assert message == (
+        "the device's memory is used up: activations between units move to the CPU's"
+    )
+
+
+def assert_one_line(error: ReptrtError) -> None:
+    assert "\n" not in str(error)
+    assert FULL not in str(error)
+
+
 def test_a_unit_that_does_not_fit_the_device(
     case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*_: object) -> State:
-        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
-
-    monkeypatch.setattr(driver, "learn", full)
-    with pytest.raises(CalibrationError, match=r"^unit stem: a step does not fit the memory .*; "):
+    before = signature(case.net)
+    crowded = Crowded(monkeypatch, "block1", times=2)
+    message = r"^unit block1: a step does not fit the memory .*; use .*smaller batch.*--device cpu"
+    with pytest.raises(CalibrationError, match=message) as caught:
         case.learn(tmp_path, QUICK)
+    assert_one_line(caught.value)
+    assert crowded.tried == ["stem", "block0", "block1", "block1"]
+    assert signature(case.net) == before
+
+
+@pytest.mark.parametrize("after", [0, 4])
+def test_activations_that_do_not_fit_the_device(
+    after: int, case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Store] = []
+
+    def store(*arguments: object) -> Store:
+        if len(made) == after:
+            raise torch.cuda.OutOfMemoryError(FULL)
+        made.append(Store(*arguments))  # type: ignore[arg-type]
+        return made[-1]
+
+    monkeypatch.setattr(driver, "Store", store)
+    message = r"memory of the device .*; lower --memory-budget, .*--device cpu"
+    with pytest.raises(CalibrationError, match=message) as caught:
+        case.learn(tmp_path, QUICK)
+    assert_one_line(caught.value)

@@ -73,15 +73,21 @@ def reconstruct(
 
     Raises:
         DataError: too few images to hold some out.
-        CalibrationError: the loss is not finite, or a unit does not fit the device's memory.
+        CalibrationError: the loss is not finite, or the device's memory is used up.
     """
     if dataset.length < _FEWEST:
         raise DataError(
             f"{dataset.path}: {dataset.length} images, learned calibration needs {_FEWEST} (an "
             "eighth is held out to judge it); give more images, or use --recipe fast"
         )
-    work = _Work(quantized, dataset, options, device, finished)
-    report = work.run()
+    try:
+        work = _Work(quantized, dataset, options, device, finished)
+        report = work.run()
+    except torch.cuda.OutOfMemoryError as err:
+        raise CalibrationError(
+            "the memory of the device is used up by activations between units; lower "
+            "--memory-budget, or use --device cpu"
+        ) from err
     write(quantized.net, work.sites, work.state)
     return report
 
@@ -241,19 +247,15 @@ class _Work:
         self, index: int, task: Task, options: LearnOptions, started: float
     ) -> tuple[State, UnitReport]:
         nearest = self._error(task, self.state)
-        generator = _generator(options.seed, index)
-        try:
-            try:
-                found = learn(task, self.state, self._train, options, generator)
-            except torch.cuda.OutOfMemoryError:
-                self._make_room()
-                generator = _generator(options.seed, index)
-                found = learn(task, self.state, self._train, options, generator)
-        except torch.cuda.OutOfMemoryError as err:
+        found = self._tried(index, task, options)
+        if found is None:  # beyond the try: there, what it held of the device would still be held
+            self._make_room()
+            found = self._tried(index, task, options)
+        if found is None:
             raise CalibrationError(
                 f"unit {task.name}: a step does not fit the memory of the device; use a smaller "
                 "batch or --device cpu"
-            ) from err
+            )
         learned = self._error(task, self.state.updated(found))
         better = learned < nearest
         changed = sum(
@@ -271,6 +273,14 @@ class _Work:
                 time.perf_counter() - started,
             ),
         )
+
+    def _tried(self, index: int, task: Task, options: LearnOptions) -> State | None:
+        """Return what was learned; None if the memory of the device was used up."""
+        generator = _generator(options.seed, index)
+        try:
+            return learn(task, self.state, self._train, options, generator)
+        except torch.cuda.OutOfMemoryError:
+            return None
 
     def _make_room(self) -> None:
         """Move all activations between units off the device."""
