@@ -1,5 +1,7 @@
 """Bias correction: the mean error of quantized weights, against brute force over all images."""
 
+import logging
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,17 +12,18 @@ from onnx import numpy_helper
 
 from reptrt.affine import Grid
 from reptrt.calib import bias, collect
-from reptrt.calib.bias import bias_errors, mean_maps
+from reptrt.calib.bias import bias_errors, mean_maps, output_error
 from reptrt.calib.thresholds import ThresholdOptions
 from reptrt.data import Dataset, open_dataset
 from reptrt.graph import Net, model_from_net, net_from_model
-from reptrt.pipeline import CalibrateOptions, calibrate
+from reptrt.pipeline import CalibrateOptions, calibrate, calibrating
 from reptrt.placement import place
-from reptrt.preprocess import Preprocess, write_preprocess
+from reptrt.preprocess import Preprocess, read_preprocess, write_preprocess
 from reptrt.qdq import QuantizedWeight, quantize_weights
 from reptrt.splits import read_splits
 from reptrt.torchgraph import TorchGraph
 from tests.helpers import ort_run
+from tests.learned_nets import rep_net, write_images, write_net
 from tests.onnx_nets import Builder
 from tests.qdq_nets import images, with_outputs
 
@@ -290,3 +293,149 @@ def test_what_has_no_constant_bias_stays_as_it_is(tmp_path: Path, computed: bool
     if computed:
         assert nodes["c1"].input[2] == "computed"
     assert np.linalg.norm(got - wanted) < 0.05 * np.linalg.norm(wanted)
+
+
+# Kept where it helps -----------------------------------------------------------------------------
+
+STAYS = "biases stay as they are: correcting them does not help this net"
+
+
+def with_weights(
+    model: onnx.ModelProto,
+    weights: dict[str, QuantizedWeight],
+    errors: dict[str, np.ndarray] | None = None,
+) -> onnx.ModelProto:
+    """The float model with the weights that codes stand for, and errors taken out of biases."""
+    changed = onnx.ModelProto()
+    changed.CopyFrom(model)
+    values = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
+    for node in (node for node in model.graph.node if node.name in weights):
+        weight = weights[node.name]
+        shape = [-1 if i == weight.axis else 1 for i in range(weight.codes.ndim)]
+        values[node.input[1]] = weight.codes * weight.scale.reshape(shape)
+        if errors is not None:
+            values[node.input[2]] = values[node.input[2]] - errors[node.name]
+    for tensor in changed.graph.initializer:
+        value = values[tensor.name]
+        kept = numpy_helper.to_array(tensor).dtype
+        tensor.CopyFrom(numpy_helper.from_array(np.asarray(value, dtype=kept), tensor.name))
+    return changed
+
+
+def squared_error(model: onnx.ModelProto, other: onnx.ModelProto, x: np.ndarray) -> float:
+    """Of all outputs of two models together, by onnxruntime."""
+    wanted, got = (ort_run(one, {"x": x}, optimize=False) for one in (model, other))
+    return sum(float(np.square(got[name] - wanted[name].astype(float)).sum()) for name in wanted)
+
+
+@pytest.mark.parametrize("count", [45, 64, 100])
+def test_the_error_of_outputs_is_that_of_the_first_64_images(tmp_path: Path, count: int) -> None:
+    b = Builder()
+    y = b.relu(b.conv("x", 8, "c1"))
+    model = b.model(b.head(b.relu(b.conv(y, 8, "c2"))), y)
+    net, x = net_from_model(model), images(count, seed=7)
+    weights = quantize_weights(net, place(net), COARSE)
+    graph = TorchGraph(net)
+    found = output_error(graph, graph, dataset(tmp_path, x), weights)
+    expected = squared_error(model, with_weights(model, weights), x[:64])
+    assert found == pytest.approx(expected, rel=1e-4)
+    assert output_error(graph, graph, dataset(tmp_path, x), {}) == 0.0
+
+
+def test_the_error_of_the_outputs_of_a_net_for_one_image(tmp_path: Path) -> None:
+    b = Builder()
+    y = b.node("GlobalAveragePool", [b.relu(b.conv("x", 4, "c1"))], "pool")
+    b.node("Reshape", [y, b.constant("shape", np.int64([1, -1]))], "flat")
+    b.channels["flat"] = 4
+    model = b.model("flat", batch=1)
+    net = net_from_model(model)
+    weights = quantize_weights(net, place(net), COARSE)
+    graph = TorchGraph(net)
+    found = output_error(graph, graph, dataset(tmp_path), weights)
+    changed = with_weights(model, weights)
+    expected = sum(squared_error(model, changed, image[None]) for image in X)
+    assert found == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.fixture(scope="module")
+def rep_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_images(tmp_path_factory.mktemp("images") / "d.npz", 80, seed=4)
+
+
+def biases_of(path: Path) -> dict[str, np.ndarray]:
+    model = onnx.load(str(path))
+    values = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
+    return {
+        node.name: values[node.input[2]]
+        for node in model.graph.node
+        if node.op_type in ("Conv", "Gemm") and len(node.input) > 2
+    }
+
+
+@pytest.mark.parametrize(("seed", "helps"), [(0, True), (3, True), (4, False)])
+def test_biases_are_corrected_where_that_brings_the_outputs_nearer(
+    seed: int, helps: bool, rep_images: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With seed 4 every layer is right on average and the whole net is further off than before."""
+    model = rep_net(6, seed)
+    write_net(tmp_path / "m.onnx", model)
+    options = replace(PLAIN, images=80)
+    with caplog.at_level(logging.INFO):
+        calibrate(tmp_path / "m.onnx", rep_images, tmp_path / "o.onnx", options)
+    net = net_from_model(onnx.load(str(tmp_path / "m.onnx")))
+    (x,) = open_dataset(rep_images, read_preprocess(net)).batches(80)
+    weights = quantize_weights(net, place(net), COARSE)
+    errors = expected_errors(model, weights, x)
+    before, after = (
+        squared_error(model, with_weights(model, weights, taken), x[:64])
+        for taken in (None, errors)
+    )
+    assert (after < before) == helps
+    floats, found = biases_of(tmp_path / "m.onnx"), biases_of(tmp_path / "o.onnx")
+    assert found.keys() == floats.keys() == set(weights)
+    for name, original in floats.items():
+        expected = original - errors[name] if helps else original
+        np.testing.assert_allclose(found[name], expected, rtol=1e-4, atol=1e-5)
+    assert (STAYS in caplog.messages) == (not helps)
+
+
+def nonsense(*arguments: object) -> dict[str, np.ndarray]:
+    """Errors of the right shapes and the wrong values."""
+    rng = np.random.default_rng(0)
+    return {
+        name: 10 * rng.standard_normal(error.shape)
+        for name, error in bias_errors(*arguments).items()  # type: ignore[arg-type]
+    }
+
+
+def turned(*arguments: object) -> dict[str, np.ndarray]:
+    return {name: -error for name, error in bias_errors(*arguments).items()}  # type: ignore[arg-type]
+
+
+def not_a_number(*arguments: object) -> dict[str, np.ndarray]:
+    return {name: error * np.nan for name, error in bias_errors(*arguments).items()}  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("wrong", [nonsense, turned, not_a_number])
+@pytest.mark.parametrize("split", ["none", "identity", "coarse-fine"])
+def test_a_correction_that_does_harm_leaves_no_trace(
+    wrong: Callable[..., dict[str, np.ndarray]],
+    split: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    b = Builder()
+    y = b.relu(b.conv("x", 8, "c1"))
+    y = b.relu(b.conv(y, 8, "c2"))
+    b.nodes[-2].input.pop()  # without a bias
+    model = b.model(b.head(y))
+    options = replace(PLAIN, split=split)  # type: ignore[arg-type]
+    helped = calibrated(tmp_path, model, options)
+    assert STAYS not in caplog.messages
+    plain = calibrated(tmp_path, model, replace(options, correct_bias=False))
+    monkeypatch.setattr(calibrating, "bias_errors", wrong)
+    with caplog.at_level(logging.INFO):
+        found = calibrated(tmp_path, model, options)
+    assert found == plain != helped
+    assert caplog.messages.count(STAYS) == 1
