@@ -21,7 +21,6 @@ Mul) counts as ``_ELEMENTWISE_MACS``: it moves a byte or two and computes next t
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +28,7 @@ import onnx_graphsurgeon as gs
 
 from reptrt.affine import Grid, dequantize
 from reptrt.calib.channels import ChannelStats
+from reptrt.choices import SplitForm, SplitPrecision
 from reptrt.graph import Net, constant_value, weighted_nodes
 from reptrt.qdq import quantize_weight
 from reptrt.rewrite import split_coarse_fine as coarse_fine
@@ -36,7 +36,6 @@ from reptrt.rewrite import split_identity as identity
 from reptrt.rewrite.recentre import padded_readers
 from reptrt.rewrite.surroundings import Surroundings
 
-Form = Literal["none", "identity", "coarse-fine"]
 FloatArray = npt.NDArray[np.floating]
 
 _HEALTHY = 1.0  # weight noise over activation noise that a layer may have unsplit
@@ -49,7 +48,7 @@ _LEFT_BY_LEARNING = 0.1  # of the weight noise: learning took 11 dB of error off
 class Option:
     """One form of one layer."""
 
-    form: Form
+    form: SplitForm
     weight_noise: float
     extra_macs: int  # per image
 
@@ -59,13 +58,13 @@ class Decision:
     """What was decided for one layer, with the numbers it was decided on."""
 
     layer: str
-    form: Form
+    form: SplitForm
     signal: float  # sum W^2 E[x^2], the unit of the noises
     activation_noise: float
     options: tuple[Option, ...]
     reason: str
 
-    def option(self, form: Form) -> Option:
+    def option(self, form: SplitForm) -> Option:
         """Return the numbers of one form."""
         return next(option for option in self.options if option.form == form)
 
@@ -106,6 +105,7 @@ def choose(
     max_overhead: float,
     *,
     splits: bool = True,
+    precision: SplitPrecision = "float",
     ranges: Collection[str] = (),
     learned: bool = False,
 ) -> Choice:
@@ -119,6 +119,8 @@ def choose(
         grids: of activations and of weights.
         max_overhead: extra multiply-accumulates allowed, as a fraction of the net's own.
         splits: whether layers may be split.
+        precision: of the summands. INT8 ones would be rounded, which costs more than it brings,
+            but for those of the scalar identity: its skip is not, and its rest has known bounds.
         ranges: activations that can have full range.
         learned: whether the rounding of weights will be learned, which leaves less of their noise:
             a net needs splits for what is left only, and full range goes before them.
@@ -131,6 +133,7 @@ def choose(
             node,
             stats[node.name],
             grids,
+            precision,
             full_range=node.inputs[0].name in ranges,
         )
         for node in layers
@@ -161,7 +164,7 @@ class _Move:
     """One step that costs something: another form of a layer, or full range of a tensor."""
 
     name: str  # of the layer or tensor
-    form: Form | None  # None: full range
+    form: SplitForm | None  # None: full range
     gain: float  # noise that it removes, over the signal
     extra_macs: int  # beyond those of the step before it
 
@@ -199,9 +202,9 @@ def _upgrades(decision: Decision) -> list[_Move]:
     return moves
 
 
-def _taken(moves: Collection[_Move], budget: float) -> set[tuple[str, Form | None]]:
+def _taken(moves: Collection[_Move], budget: float) -> set[tuple[str, SplitForm | None]]:
     """Return the steps that the budget allows, the best rate first; none after one left out."""
-    taken: set[tuple[str, Form | None]] = set()
+    taken: set[tuple[str, SplitForm | None]] = set()
     closed: set[str] = set()
     for move in sorted(moves, key=lambda move: move.rate, reverse=True):
         if move.extra_macs > budget or move.name in closed:
@@ -212,9 +215,9 @@ def _taken(moves: Collection[_Move], budget: float) -> set[tuple[str, Form | Non
     return taken
 
 
-def _settled(decision: Decision, taken: Collection[tuple[str, Form | None]]) -> Decision:
+def _settled(decision: Decision, taken: Collection[tuple[str, SplitForm | None]]) -> Decision:
     """Return the decision with the last form that was taken on the way to the wanted one."""
-    final: Form = "none"
+    final: SplitForm = "none"
     for move in _upgrades(decision):
         if (move.name, move.form) in taken and move.form is not None:
             final = move.form
@@ -264,7 +267,12 @@ def _full_range_elements(net: Net, tensor: str) -> int:
 
 
 def _decide(
-    node: gs.Node, stats: ChannelStats, grids: tuple[Grid, Grid], *, full_range: bool
+    node: gs.Node,
+    stats: ChannelStats,
+    grids: tuple[Grid, Grid],
+    precision: SplitPrecision,
+    *,
+    full_range: bool,
 ) -> Decision:
     weight = np.asarray(constant_value(node.inputs[1]), dtype=np.float64)
     groups = int(node.attrs.get("group", 1))
@@ -272,8 +280,9 @@ def _decide(
     step = float(stats.maximum.max()) / grid.qmax
     floor = float(np.square(weight).sum()) * step**2 / 12.0
     options = tuple(_options(node, weight, _per_input(weight, stats.variance, groups), grids[1]))
-    limits = {"none": _HEALTHY, "identity": _ENOUGH, "coarse-fine": _ENOUGH}
-    enough = [option for option in options if option.weight_noise <= limits[option.form] * floor]
+    if precision == "int8":
+        options = tuple(o for o in options if o.form in ("none", "identity-scalar"))
+    enough = [option for option in options if option.weight_noise <= _limit(option.form) * floor]
     best = min(enough, key=lambda o: o.extra_macs) if enough else min(options, key=_noise)
     ratio = options[0].weight_noise / floor if floor else float("inf")
     reason = f"weight noise is {ratio:.2g} of the activation noise"
@@ -283,14 +292,23 @@ def _decide(
     return Decision(node.name, best.form, signal, floor, options, reason)
 
 
+def _limit(form: SplitForm) -> float:
+    return _HEALTHY if form == "none" else _ENOUGH
+
+
 def _options(node: gs.Node, weight: FloatArray, per_input: FloatArray, grid: Grid) -> list[Option]:
     area = _positions(node)
     found = [Option("none", _weight_noise(weight, per_input, grid), 0)]
     channels = weight.shape[0]
     if identity.reason_against(node) is None:
-        rest = identity.without_diagonal(weight, identity.diagonal_of(weight))
-        extra = 2 * channels * _ELEMENTWISE_MACS * area
-        found.append(Option("identity", _weight_noise(rest, per_input, grid), extra))
+        addition = channels * _ELEMENTWISE_MACS * area
+        factors = (identity.best_scalar(weight, grid), identity.diagonal_of(weight))
+        scalar, exact = (
+            _weight_noise(identity.without_diagonal(weight, factor), per_input, grid)
+            for factor in factors
+        )
+        found.append(Option("identity-scalar", scalar, addition))
+        found.append(Option("identity", exact, 2 * addition))
     if coarse_fine.reason_against(node) is None:
         _, fine = coarse_fine.coarse_and_fine(weight, grid)
         extra = (channels * weight.shape[1] + channels * _ELEMENTWISE_MACS) * area

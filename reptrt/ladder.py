@@ -35,10 +35,9 @@ from reptrt.graph import Net, bytes_from_model, model_from_net, net_from_model, 
 from reptrt.inputs import check_data, check_source, source_files
 from reptrt.manifest import FILE, LADDER_FILE, Manifest, check_made, read_finished
 from reptrt.options_json import options_from_json
-from reptrt.pipeline import CalibrateOptions, calibrate, export, prepare, torch_device
+from reptrt.pipeline import CalibrateOptions, calibrate, export, prepare, split_layers, torch_device
 from reptrt.placement import place
 from reptrt.preprocess import Preprocess, read_preprocess
-from reptrt.rewrite.split_identity import split_identity
 from reptrt.run import ENGINE_FILE, FLOAT_FILE, INT8_FILE, RunOptions
 from reptrt.rungs import Ladder, Step, measure
 from reptrt.runner import OrtRunner, Runner, open_runner
@@ -216,11 +215,12 @@ def _rewritten(
     if options.equalize:
         prepare(net, dataset, replace(options, split="none"), excluded)
         yield f"equalized ({_count(prepared.equalized, 'tensor')})", net
-    coarse = [split.layer for split in prepared.splits if split.form == "coarse-fine"]
-    identity = [split.layer for split in prepared.splits if split.form != "coarse-fine"]
+    forms = {split.layer: split.form for split in prepared.splits}
+    coarse = [layer for layer, form in forms.items() if form == "coarse-fine"]
+    identity = {layer: form for layer, form in forms.items() if form != "coarse-fine"}
     if identity and coarse:
         net = net.copy()
-        split_identity(net, identity, grid=options.grids[1], precision=options.split_precision)
+        split_layers(net, identity, options)
     if identity:
         yield f"identity split ({_count(len(identity), 'layer')})", net if coarse else whole
     if coarse:

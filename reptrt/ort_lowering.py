@@ -2,7 +2,7 @@
 
 TensorRT wants Q after the ReLU, symmetric INT8; onnxruntime fuses a convolution only with a Q that
 follows it directly. Run as it is, the graph would compute every convolution in float. Steps
-1 and 2 are exact: the codes of every tensor stay the same.
+1, 2 and 5 are exact: the codes of every tensor stay the same.
 
 0. An FP16 rest becomes an FP32 rest with the same numbers: casts go, and scales, biases and float
    weights are widened, which is exact. Only what FP16 arithmetic would round is not rounded.
@@ -18,6 +18,9 @@ follows it directly. Run as it is, the graph would compute every convolution in 
 4. Where the weights of a channel are so small beside its bias that those codes would overflow, the
    step of the weights grows until the bias fits; where they are all zero, it is chosen for the
    bias. It moves an output by less than 2^-22 of the bias for each weight of the channel.
+5. INT8 activations that are left get UINT8 codes with zero point 128, 128 more than before: its
+   kernels for x86 take unsigned activations. It does the same by itself, but not wherever a tensor
+   is read twice, and then computes that layer in float.
 
 What is not in the form that reptrt writes (other zero points, codes that others read) is left as
 it is.
@@ -54,6 +57,8 @@ def lower(model: onnx.ModelProto) -> onnx.ModelProto:
             _fit_bias(node)
             if node.op == "Gemm":
                 _quantize_bias(graph, node)
+    for node in graph.nodes:
+        _make_unsigned(graph, node)
     return model_from_net(net)
 
 
@@ -131,6 +136,19 @@ def _saturate_instead(graph: gs.Graph, node: gs.Node) -> None:
     graph.nodes.append(clip)
     node.outputs.clear()
     node.inputs.clear()
+
+
+def _make_unsigned(graph: gs.Graph, quantize: gs.Node) -> None:
+    """Step 5."""
+    if quantize.op != "QuantizeLinear" or _int8_scale(quantize) is None:
+        return
+    codes = quantize.outputs[0]
+    if codes in graph.outputs or any(_int8_scale(reader) is None for reader in codes.outputs):
+        return
+    zero_point = gs.Constant(f"{codes.name}.u8_zero_point", np.array(128, dtype=np.uint8))
+    for node in (quantize, *codes.outputs):
+        node.inputs[2] = zero_point
+    codes.dtype = np.dtype(np.uint8)
 
 
 def _int8_scale(node: gs.Node) -> npt.NDArray[np.float32] | None:

@@ -9,7 +9,8 @@
 4. All inputs of a Concat, and its output, share one scale.
 5. The sum of a split layer adds two parts of one layer: in the float form (default) neither
    summand gets Q/DQ, which is exact; in the INT8 form both do, at the price of their rounding.
-   The Mul of an identity split reads the quantized input that its convolution reads.
+   The Mul of an identity split reads the quantized input that its convolution reads; with one
+   factor for the layer its result has those codes already, under another scale.
 6. Ops that only move values (MaxPool, Flatten, zero Pad...) commute with Q/DQ: the pair goes before
    them, at the tensor where the values were made.
 """
@@ -31,7 +32,7 @@ from reptrt.graph import (
     producer,
     weighted_nodes,
 )
-from reptrt.splits import read_splits
+from reptrt.splits import Split, read_splits
 
 MOVING_OPS = ("MaxPool", "Flatten", "Reshape", "Squeeze", "Unsqueeze", "Transpose", "Identity")
 _ELEMENTWISE = ("Relu", "Clip", "LeakyRelu", "PRelu", "Sigmoid", "HardSwish", "HardSigmoid", "Mul")
@@ -91,7 +92,7 @@ def place(net: Net, exclude: Iterable[str] = ()) -> Placement:
     muls = {split.side for split in splits.values() if split.form.startswith("identity")}
     for node in graph.nodes:
         if node.name in splits:
-            inputs = [0, 1] if splits[node.name].precision == "int8" else []
+            inputs = _quantized_summands(splits[node.name])
         elif node.name in muls:
             inputs = [0]
         else:
@@ -157,6 +158,13 @@ def _origin(node: gs.Node, index: int) -> tuple[gs.Tensor, tuple[str, int]]:
     while (maker := producer(tensor)) is not None and moves_values(maker):
         node, index, tensor = maker, 0, maker.inputs[0]
     return tensor, (node.name, index)
+
+
+def _quantized_summands(split: Split) -> list[int]:
+    """Rule 5; summand 1 of an identity split is the Mul."""
+    if split.precision == "float":
+        return []
+    return [0] if split.form == "identity-scalar" else [0, 1]
 
 
 def _quantized_inputs(

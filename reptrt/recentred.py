@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_graphsurgeon as gs
 
-from reptrt.graph import Net, constant_value, first_free, get_json, producer, set_json
+from reptrt.graph import Net, constant_of, constant_value, first_free, get_json, producer, set_json
 
 Float64Array = npt.NDArray[np.float64]
 
@@ -103,11 +103,19 @@ def offsets_of(
     for name in one.layers:
         add(name, offset * tap_sums(nodes[name]))
     for mul, name in one.factors:
-        factor = next(v for t in nodes[mul].inputs if (v := constant_value(t)) is not None)
-        add(name, offset * factor.astype(np.float64).reshape(-1))
+        add(name, offset * _factor(nodes[mul], nodes[one.quantize]))
     for name in one.skips:
         add(name, offset)
     return deltas
+
+
+def _factor(node: gs.Node, quantize: gs.Node) -> Float64Array:
+    """Return what a Mul multiplies with, or a DQ with another scale than its Q."""
+    constants = (constant_value(tensor) for tensor in node.inputs)
+    factor = next(v for v in constants if v is not None).astype(np.float64).reshape(-1)
+    if node.op == "DequantizeLinear":
+        factor = factor / np.float64(constant_of(quantize.inputs[1]))
+    return np.asarray(factor)
 
 
 def dequantized_weight(node: gs.Node) -> Float64Array | None:

@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import onnx_graphsurgeon as gs
 import torch
 from torch import Tensor, nn
 
-from reptrt.graph import Net
+from reptrt.graph import Net, constant_of
 from reptrt.lint.tensors import is_dequantize, is_quantize, value_of
 from reptrt.qdq import is_simulation
 from reptrt.recentred import read_recentred
@@ -100,7 +101,7 @@ def float_activations(net: Net) -> Replacements:
             code = codes.get(node.name)
             replacements[node.name] = _first if code is None else functools.partial(_from, code)
             readers = (reader for reader in node.outputs[0].outputs if is_dequantize(reader))
-            replacements |= {reader.name: _first for reader in readers}
+            replacements |= {reader.name: _rescaled(node, reader) for reader in readers}
         elif is_simulation(node):
             replacements[node.name] = _first
     return replacements
@@ -109,6 +110,16 @@ def float_activations(net: Net) -> Replacements:
 def _from(code: int, x: Tensor, scale: Tensor, *rest: Tensor | None) -> Tensor:
     """Return max(x, -code scale)."""
     return torch.maximum(x, -code * scale)
+
+
+def _rescaled(quantize: gs.Node, dequantize: gs.Node) -> Callable[..., Tensor]:
+    """Return what a pair does but for rounding: nothing, or a factor if its scales differ."""
+    before, after = (np.float64(constant_of(n.inputs[1])) for n in (quantize, dequantize))
+    return _first if before == after else functools.partial(_times, float(after / before))
+
+
+def _times(factor: float, x: Tensor, *parameters: Tensor | None) -> Tensor:
+    return x * factor
 
 
 def _first(x: Tensor, *parameters: Tensor | None) -> Tensor:

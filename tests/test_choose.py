@@ -41,7 +41,8 @@ def test_a_rep_layer_is_split_and_an_ordinary_one_is_not() -> None:
 def test_a_pointwise_rep_layer_needs_the_identity_form() -> None:
     decision = decide(rep_weight(RNG, 64, 64, 1, 1))
     assert decision.form == "identity"
-    assert {option.form for option in decision.options} == {"none", "identity"}
+    forms = {option.form for option in decision.options}
+    assert forms == {"none", "identity-scalar", "identity"}
 
 
 def test_a_strided_rep_layer_needs_the_coarse_fine_form() -> None:
@@ -98,8 +99,9 @@ def test_no_budget_no_node_and_a_small_one_goes_where_it_gains_most() -> None:
     assert all(d.form == "none" for d in choose(net, stats, GRIDS, 0.0).splits)
     free = choose(net, stats, GRIDS, 10.0).splits
     ill = next(d for d in free if d.layer == "ill")
-    least = ill.option(ill.form).extra_macs / num_macs(net)
+    assert ill.form == "identity"
+    least = ill.option("identity-scalar").extra_macs / num_macs(net)
     tight = {d.layer: d for d in choose(net, stats, GRIDS, least * 1.01).splits}
-    assert tight["ill"].form == ill.form
+    assert (tight["ill"].form, tight["fair"].form) == ("identity-scalar", "none")
     spent = sum(d.option(d.form).extra_macs for d in tight.values())
     assert spent <= least * 1.01 * num_macs(net)

@@ -30,15 +30,18 @@ NETS: dict[str, Callable[[], onnx.ModelProto]] = {
 
 
 def codes_of(model: onnx.ModelProto, x: np.ndarray) -> dict[str, np.ndarray]:
-    """Return the codes that each DequantizeLinear of an activation reads, as integers."""
-    constants = {tensor.name for tensor in model.graph.initializer}
-    names = [
-        node.input[0]
+    """Return what each DequantizeLinear of an activation reads, less its zero point."""
+    constants = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
+    zero_points = {
+        node.input[0]: int(constants[node.input[2]])
         for node in model.graph.node
         if node.op_type == "DequantizeLinear" and node.input[0] not in constants
-    ]
-    found = ort_run(with_outputs(model, names), {"x": x}, optimize=False)
-    return {name.removesuffix(".u8_clipped"): found[name].astype(int) for name in names}
+    }
+    found = ort_run(with_outputs(model, list(zero_points)), {"x": x}, optimize=False)
+    return {
+        name.removesuffix(".u8_clipped"): found[name].astype(int) - zero_point
+        for name, zero_point in zero_points.items()
+    }
 
 
 @pytest.mark.parametrize("gain", [1.0, 3.0], ids=["inside", "saturated"])

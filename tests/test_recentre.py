@@ -30,10 +30,16 @@ from tests.qdq_nets import images, with_outputs
 def codes_and_logits(
     model: onnx.ModelProto, tensors: list[str], x: np.ndarray
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Run a Q/DQ graph as it is; codes as integers."""
+    """Run a Q/DQ graph as it is; codes less their zero points, as integers."""
     names = {tensor: f"{tensor}.q" for tensor in tensors}
     found = ort_run(with_outputs(model, list(names.values())), {"x": x}, optimize=False)
-    return {t: found[name].astype(int) for t, name in names.items()}, found["head"]
+    constants = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
+    zero = {
+        node.output[0]: int(constants[node.input[2]])
+        for node in model.graph.node
+        if node.op_type == "QuantizeLinear"
+    }
+    return {t: found[name].astype(int) - zero[name] for t, name in names.items()}, found["head"]
 
 
 def exact_images(case: Case) -> np.ndarray:

@@ -7,7 +7,7 @@ integers, hence the result is independent of batch size and order. Method: ours.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -38,6 +38,13 @@ class Histogram:
             min(self.minimum, other.minimum),
             max(self.maximum, other.maximum),
         )
+
+    def below(self, limit: float) -> "Histogram":
+        """Return the histogram without the values beyond a limit, to a bin's width."""
+        if limit >= self.maximum or not self.width:
+            return self
+        kept = np.where(np.arange(NUM_BINS) * self.width < limit, self.counts, 0)
+        return replace(self, counts=kept, minimum=max(self.minimum, -limit), maximum=limit)
 
 
 def histogram_of(x: torch.Tensor) -> Histogram:

@@ -6,7 +6,7 @@ export -> calibrate -> build_engine -> evaluate, bench; run does it all
 from reptrt.pipeline.calibrating import CalibrateReport, TensorScale, calibrate
 from reptrt.pipeline.exporting import ExportReport, export
 from reptrt.pipeline.options import CalibrateOptions, ExportOptions, plain_options
-from reptrt.pipeline.preparing import Prepared, prepare, torch_device
+from reptrt.pipeline.preparing import Prepared, prepare, split_layers, torch_device
 from reptrt.sources import Source
 
 __all__ = [
@@ -21,5 +21,6 @@ __all__ = [
     "export",
     "plain_options",
     "prepare",
+    "split_layers",
     "torch_device",
 ]

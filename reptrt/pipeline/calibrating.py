@@ -23,6 +23,7 @@ from reptrt.artifacts import (
 from reptrt.calib.bias import bias_errors, mean_maps, output_error
 from reptrt.calib.collect import collect, merge_groups
 from reptrt.calib.histogram import NUM_BINS, Histogram
+from reptrt.calib.saturation import without_dead_values
 from reptrt.calib.thresholds import ThresholdOptions, amax_from_histogram
 from reptrt.choose import Decision, RangeDecision, full_range_of
 from reptrt.data import Dataset, open_dataset
@@ -43,6 +44,7 @@ from reptrt.recentred import add_to_bias
 from reptrt.reconstruct import LearnOptions, Quantized, ReconstructReport, reconstruct
 from reptrt.reconstruct.resume import Finished
 from reptrt.rewrite.fold_affine import fold_affine
+from reptrt.rewrite.fold_skip_scale import fold_skip_scale
 from reptrt.rewrite.insert_affine import insert_affine
 from reptrt.rewrite.recentre import recentre
 from reptrt.rewrite.to_fp16 import to_fp16
@@ -120,6 +122,7 @@ def calibrate(model: Path, data: Path, output: Path, options: CalibrateOptions) 
     clock.lap("collect")
     grid, weight_grid = options.grids
     full_range = full_range_of(prepared.ranges)
+    histograms = without_dead_values(net, histograms)
     tensors = _tensor_scales(placement, histograms, options.threshold, grid, full_range)
     clock.lap("thresholds")
     reference = net.copy()
@@ -135,6 +138,7 @@ def calibrate(model: Path, data: Path, output: Path, options: CalibrateOptions) 
         learned = _learn(net, reference, placement, dataset, options, learning, finished)
         clock.lap("learn")
     recentre(net)
+    fold_skip_scale(net)
     left_fp32 = to_fp16(net).skipped if options.high_precision == "fp16" else ()
     for skip in left_fp32:
         _LOG.warning("%s stays in FP32: %s", skip.node, skip.reason)

@@ -7,7 +7,15 @@ from typing import Any
 
 from reptrt.affine import Grid
 from reptrt.calib.thresholds import ThresholdOptions
-from reptrt.choices import HighPrecision, Recipe, Resize, Rounding, SplitMode, SplitPrecision
+from reptrt.choices import (
+    HighPrecision,
+    Recipe,
+    Resize,
+    Rounding,
+    SplitForm,
+    SplitMode,
+    SplitPrecision,
+)
 from reptrt.errors import ConfigError
 from reptrt.reconstruct.options import LearnOptions
 
@@ -60,10 +68,11 @@ class CalibrateOptions:
         for name, bits in (("weight", self.weight_bits), ("activation", self.activation_bits)):
             if not 2 <= bits <= 8:
                 raise ConfigError(f"--{name}-bits: got {bits}, expected 2..8 (simulated in INT8)")
-        if self.equalize and self.split_precision == "int8" and self.split != "none":
+        if self.equalize and self.split_precision == "int8" and self.split == "coarse-fine":
             raise ConfigError(
-                "--split-precision int8: the summands lie before the ReLU, where equalized "
-                "channels have no common range; give --no-equalize too, or --split-precision float"
+                "--split coarse-fine --split-precision int8: the summands lie before the ReLU, "
+                "where equalized channels have no common range; give --no-equalize too, or "
+                "--split-precision float"
             )
         if self.keep_affine and (self.learning is None or not self.learning.affine):
             raise ConfigError(
@@ -73,6 +82,18 @@ class CalibrateOptions:
             raise ConfigError(f"--memory-budget: got {self.memory_budget}, expected GiB above 0")
         if not self.max_overhead >= 0:
             raise ConfigError(f"--max-overhead: got {self.max_overhead}, expected 0 or more")
+
+    @property
+    def split_form(self) -> SplitForm:
+        """What every layer is split into that can be, if not chosen one by one.
+
+        Of INT8 summands the identity has one factor a layer: then it is not rounded again.
+        """
+        if self.split == "auto":
+            return "none"
+        if self.split == "identity" and self.split_precision == "int8":
+            return "identity-scalar"
+        return self.split
 
     @property
     def learning(self) -> LearnOptions | None:

@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from reptrt.calib.channels import ChannelStats, collect_channels
-from reptrt.choose import Decision, Form, RangeDecision, choose, num_macs
+from reptrt.choices import SplitForm
+from reptrt.choose import Decision, RangeDecision, choose, num_macs
 from reptrt.data import Dataset
 from reptrt.errors import ConfigError
 from reptrt.graph import Net, weighted_nodes
@@ -62,15 +63,16 @@ def prepare(
         options.grids,
         options.max_overhead,
         splits=options.split == "auto",
+        precision=options.split_precision,
         ranges=_can_have_full_range(net, options) if options.full_range else (),
         learned=options.learning is not None and options.learning.rounding,
     )
     decisions = choice.splits if options.split == "auto" else ()
-    forms: dict[str, Form] = {decision.layer: decision.form for decision in decisions}
+    forms: dict[str, SplitForm] = {decision.layer: decision.form for decision in decisions}
     if options.split != "auto":
-        forms = dict.fromkeys(layers, options.split)
+        forms = dict.fromkeys(layers, options.split_form)
     total = num_macs(net)
-    _split(net, forms, options)
+    split_layers(net, forms, options)
     possible = set(_can_have_full_range(net, options)) if choice.ranges else set()
     ranges = tuple(
         replace(decision, full=decision.full and decision.tensor in possible)
@@ -89,14 +91,22 @@ def _can_have_full_range(net: Net, options: CalibrateOptions) -> list[str]:
     ]
 
 
-def _split(net: Net, chosen: Mapping[str, Form], options: CalibrateOptions) -> None:
-    layers = {
-        form: [layer for layer, wanted in chosen.items() if wanted == form]
-        for form in ("identity", "coarse-fine")
-    }
+def split_layers(net: Net, forms: Mapping[str, str], options: CalibrateOptions) -> None:
+    """Split layers of a float net in place.
+
+    Args:
+        net: a float net.
+        forms: layer -> what it is to be split into; one that cannot be split stays whole.
+        options: the grid of weights and the precision of summands.
+    """
     grid, precision = options.grids[1], options.split_precision
-    split_identity(net, layers["identity"], grid=grid, precision=precision)
-    split_coarse_fine(net, layers["coarse-fine"], grid=grid, precision=precision)
+
+    def of(form: SplitForm) -> list[str]:
+        return [layer for layer, wanted in forms.items() if wanted == form]
+
+    split_identity(net, of("identity"), grid=grid, precision=precision)
+    split_identity(net, of("identity-scalar"), grid=grid, form="scalar", precision=precision)
+    split_coarse_fine(net, of("coarse-fine"), grid=grid, precision=precision)
 
 
 def torch_device(name: str) -> torch.device:

@@ -43,7 +43,7 @@ def _fold(nodes: dict[str, gs.Node], affine: Affine, split: Split | None, taken:
     shift = np.asarray(constant_of(add.inputs[1]), dtype=np.float32).reshape(-1)
     last = maker_of(mul.inputs[0])
     conv = nodes[split.main] if split else last
-    if split is not None:
+    if split is not None and last.name == split.sum:
         _scale_side(nodes[split.side], gain, affine.layer, taken)
     _scale_weight(conv, gain, affine.layer, taken)
     if len(conv.inputs) > 2:

@@ -24,7 +24,11 @@ from reptrt.splits import Split, read_splits
 
 
 def insert_affine(net: Net) -> RewriteReport:
-    """Insert an affine after every Conv and Gemm, or after the sum of a split one."""
+    """Insert an affine after every Conv and Gemm, or after the sum of a split one.
+
+    The skip of a scalar identity split has one factor for all channels, which is to become a scale:
+    there the affine goes behind the convolution, and the skip is added as it is.
+    """
     nodes = {node.name: node for node in net.graph.nodes}
     splits = {split.main: split for split in read_splits(net)}
     sides = {split.side for split in splits.values()}
@@ -41,7 +45,8 @@ def insert_affine(net: Net) -> RewriteReport:
         if reason is not None:
             skipped.append(Skipped(layer, reason))
             continue
-        last = nodes[split.sum] if split else node
+        whole = split is None or split.form == "identity-scalar"
+        last = node if whole or split is None else nodes[split.sum]
         affines.append(_insert(net.graph, node, last, layer, names))
     net.graph.toposort()
     record_affines(net, affines)

@@ -1,0 +1,55 @@
+"""Fold the factor of a scalar identity split into the scale of its skip: the Mul goes.
+
+    d0 * DQ(q, s) = DQ(q, d0 s)
+
+The skip is then a residual like any other, which TensorRT adds in the kernel of the convolution and
+onnxruntime in INT8: the codes of x serve both the convolution and the skip, under two scales.
+
+Requires: splits of form identity-scalar whose Mul reads a DQ. Ensures: every tensor that is left
+keeps its name and, to float rounding, its value. A factor that is not positive stays a Mul, since a
+scale has to be.
+"""
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from reptrt.graph import Net, constant_of, first_free, producer
+from reptrt.rewrite.contract import RewriteReport, Skipped
+from reptrt.splits import read_splits
+
+
+def fold_skip_scale(net: Net) -> RewriteReport:
+    """Fold the factors of all scalar identity splits of a Q/DQ net, in place."""
+    nodes = {node.name: node for node in net.graph.nodes}
+    taken = set(net.graph.tensors())
+    changed, skipped = [], []
+    for split in read_splits(net):
+        if split.form != "identity-scalar" or split.side not in nodes:
+            continue
+        reason = _fold(net.graph, nodes[split.side], taken)
+        if reason is None:
+            changed.append(split.layer)
+        else:
+            skipped.append(Skipped(split.layer, reason))
+    net.graph.cleanup(remove_unused_graph_inputs=False).toposort()
+    return RewriteReport("fold_skip_scale", tuple(changed), tuple(skipped))
+
+
+def _fold(graph: gs.Graph, mul: gs.Node, taken: set[str]) -> str | None:
+    """Replace the Mul by a DQ of its name; return the reason if it has to stay."""
+    dequantize = producer(mul.inputs[0])
+    if dequantize is None or dequantize.op != "DequantizeLinear":
+        return "its input is not quantized"
+    factor = constant_of(mul.inputs[1])
+    if factor.size != 1 or not factor > 0:
+        return "the factor is no positive number"
+    codes, scale, zero_point = dequantize.inputs
+    product = np.asarray(constant_of(scale) * factor.reshape(()), dtype=np.float32)
+    name = first_free(f"{mul.name}.scale", taken)
+    taken.add(name)
+    inputs = [codes, gs.Constant(name, product), zero_point]
+    outputs = list(mul.outputs)
+    mul.inputs.clear()
+    mul.outputs.clear()
+    graph.nodes.append(gs.Node("DequantizeLinear", mul.name, {}, inputs, outputs))
+    return None
