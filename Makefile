@@ -1,6 +1,7 @@
 # make demo   install, then run the whole way on the embedded digits example
 # make test   install, then `make check` and every test
 # make check  lint, format, types, architecture
+# make benchmark   ratios of speed, side by side (a few minutes; leave the machine alone)
 # make docs   write the pages of docs/ that are made from the code
 # make clean  remove what these made
 #
@@ -21,7 +22,7 @@ ASKED_FOR := pyproject.toml $(CONSTRAINTS)
 INSTALL := $(BIN)/python -m pip install $(PIP_FLAGS) --disable-pip-version-check \
 	$(addprefix -c ,$(CONSTRAINTS)) -e
 
-.PHONY: demo test check docs clean
+.PHONY: demo test check benchmark docs clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
@@ -38,6 +39,11 @@ check: $(VENV)/.dev
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
+
+benchmark: $(VENV)/.dev
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest tests/benchmarks \
+		-o python_files='bench_*.py' -o addopts= --benchmark-only --benchmark-group-by=group \
+		--benchmark-columns=min,median,rounds --benchmark-sort=name
 
 docs: $(VENV)/.demo
 	$(BIN)/python tools/make_docs.py
