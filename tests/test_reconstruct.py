@@ -25,6 +25,7 @@ from reptrt.graph import (
     model_from_net,
     net_from_model,
 )
+from reptrt.pipeline import CalibrateOptions, calibrate
 from reptrt.reconstruct import LearnOptions, ReconstructReport, driver
 from reptrt.reconstruct.cache import Store
 from reptrt.reconstruct.learn import Task, learn, relative_error
@@ -34,7 +35,7 @@ from reptrt.rewrite.split_identity import split_identity
 from reptrt.splits import read_splits
 from reptrt.torchgraph import TorchGraph
 from tests.helpers import ort_run
-from tests.learned_nets import Case, nearest, rep_net, write_images
+from tests.learned_nets import Case, nearest, rep_net, write_images, write_net
 from tests.onnx_nets import basic_block
 from tests.qdq_nets import residual_net
 from tests.test_bias import matmul_net
@@ -226,6 +227,118 @@ def test_a_unit_that_got_worse_keeps_nearest(
     assert any(unit.kept == "learned" for unit in report.units)
     for unit in report.units:
         assert unit.kept == ("learned" if unit.learned < unit.nearest else "nearest")
+
+
+def worse(task: Task, found: State) -> State:
+    """Everything that was learned, spoiled."""
+    return State(
+        {node: -codes for node, codes in found.codes.items()},
+        {layer: 3.0 * gain for layer, gain in found.gain.items()},
+        {layer: shift + 5.0 for layer, shift in found.shift.items()},
+        {group: 4.0 * step for group, step in found.step.items()},
+    )
+
+
+def nothing(task: Task, found: State) -> State:
+    """As good as nearest, and not better."""
+    return State()
+
+
+UNITS = ("stem", "block0", "block1", "block2", "head", "whole net")
+
+
+@pytest.mark.parametrize("spoil", [worse, nothing])
+@pytest.mark.parametrize("spoiled", [UNITS[:1], UNITS[1:4:2], UNITS[2:], UNITS])
+def test_what_is_not_better_on_held_out_images_leaves_no_trace(
+    spoiled: tuple[str, ...],
+    spoil: Callable[[Task, State], State],
+    case: Case,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Codes, scales, biases and steps of such a unit are those of nearest, the others' are not."""
+    groups: dict[str, set[int]] = {}
+
+    def some(task: Task, found: State) -> State:
+        groups[task.name] = set(found.step)
+        return spoil(task, found) if task.name in spoiled else found
+
+    watch(monkeypatch, some)
+    net, report = case.learn(tmp_path, replace(ENOUGH, iterations=20, polish=5))
+    assert tuple(unit.unit for unit in report.units) == UNITS
+    for unit in report.units:
+        assert unit.kept == ("learned" if unit.learned < unit.nearest else "nearest")
+        if unit.unit in spoiled:
+            assert (unit.kept, unit.changed_codes) == ("nearest", 0)
+            assert (unit.learned == unit.nearest) == (spoil is nothing)
+    kept = {unit.unit for unit in report.units if unit.kept == "learned"}
+    assert kept or spoiled == UNITS
+    before, after = weights_of(case.net), weights_of(net)
+    if "whole net" not in kept:  # it changes gains, shifts and steps of all layers
+        tensors = {a.group: a.tensor for a in case.placement.activations}
+        for unit in set(UNITS[:-1]) - kept:
+            for old, new in zip(before[unit], after[unit], strict=True):
+                np.testing.assert_array_equal(new, old)
+            np.testing.assert_array_equal(biases_of(net)[unit], biases_of(case.net)[unit])
+            for group in groups[unit]:
+                step = f"{tensors[group]}.quantize"
+                assert steps_of(net)[step] == steps_of(case.net)[step]
+    for unit in UNITS[:-1]:
+        assert unit in kept or (before[unit][0] == after[unit][0]).all()
+
+
+def file_weights(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Node -> codes and scales in a written file, read by onnx alone."""
+    model = onnx.load(str(path))
+    values = {t.name: onnx.numpy_helper.to_array(t) for t in model.graph.initializer}
+    makers = {name: node for node in model.graph.node for name in node.output}
+    return {
+        node.name: (values[inputs[0]].astype(int), values[inputs[1]])
+        for node in model.graph.node
+        if node.op_type in ("Conv", "Gemm")
+        for inputs in [makers[node.input[1]].input]
+    }
+
+
+@pytest.mark.parametrize("qprep", [False, True])
+@pytest.mark.parametrize("bits", [8, 5, 3])
+def test_written_codes_are_floors_or_ceilings(
+    bits: int, qprep: bool, data: Path, tmp_path: Path
+) -> None:
+    """Of W / s, with W of the float file and s its largest weight over the largest code."""
+    write_net(tmp_path / "m.onnx", rep_net(seed=bits))
+    options = CalibrateOptions(
+        images=COUNT,
+        recipe="balanced",
+        iterations=15,
+        qprep=qprep,
+        equalize=False,
+        split="none",
+        full_range=False,
+        weight_bits=bits,
+    )
+    report = calibrate(tmp_path / "m.onnx", data, tmp_path / "o.onnx", options)
+    assert report.learned is not None
+    kept = {unit.unit: unit for unit in report.learned.units}
+    model = onnx.load(str(tmp_path / "m.onnx"))
+    floats = {t.name: onnx.numpy_helper.to_array(t) for t in model.graph.initializer}
+    largest = 2 ** (bits - 1) - 1
+    written = file_weights(tmp_path / "o.onnx")
+    assert written.keys() == set(UNITS[:-1])
+    for node, (codes, scale) in written.items():
+        weight = floats[f"{node}.weight"].astype(np.float64)
+        amax = np.abs(weight).reshape(len(weight), -1).max(axis=1)
+        step = (amax / largest).astype(np.float32)
+        exact = weight / step.reshape(-1, *[1] * (weight.ndim - 1))
+        assert np.abs(codes).max() <= largest
+        low, high = np.floor(exact + 1e-4), np.ceil(exact - 1e-4)  # W / s of the largest weight
+        assert ((codes == low) | (codes == high)).all()
+        changed = int((codes != np.rint(exact)).sum())
+        assert changed == kept[node].changed_codes
+        assert changed == 0 or kept[node].kept == "learned"
+        if not qprep:
+            np.testing.assert_array_equal(scale, step)
+    assert any(unit.changed_codes for unit in kept.values())
 
 
 def test_a_huge_learning_rate_changes_nothing(case: Case, tmp_path: Path) -> None:
