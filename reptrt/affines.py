@@ -30,4 +30,4 @@ def record_affines(net: Net, affines: Iterable[Affine]) -> None:
 
 def read_affines(net: Net) -> tuple[Affine, ...]:
     """Return all affines of a net."""
-    return tuple(Affine(**record) for record in (get_json(net, _KEY) or {}).values())
+    return get_json(net, _KEY, lambda stored: tuple(Affine(**r) for r in stored.values())) or ()

@@ -14,7 +14,7 @@ import json
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -177,6 +177,7 @@ def read_sidecar(path: Path) -> Sidecar | None:
     try:
         content = json.loads(sidecar_path(path).read_text())
         sidecar = Sidecar(**content)
+        _check_kinds(sidecar)
     except FileNotFoundError:
         return None
     except (OSError, ValueError, TypeError) as err:
@@ -193,6 +194,15 @@ def read_sidecar(path: Path) -> Sidecar | None:
             f"file was changed after it was written; make it again, or delete the sidecar"
         )
     return sidecar
+
+
+def _check_kinds(sidecar: Sidecar) -> None:
+    """Raise TypeError if a field is of another kind than declared."""
+    for item in fields(sidecar):
+        kind = str if item.name in ("artifact", "sha256") else dict
+        value = getattr(sidecar, item.name)
+        if not isinstance(value, kind):
+            raise TypeError(f"{item.name} is {value!r}, expected a {kind.__name__}")
 
 
 def _json_bytes(content: Any) -> bytes:

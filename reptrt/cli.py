@@ -62,6 +62,9 @@ class Cli(click.Group):
         except ReptrtError as err:
             click.echo(f"error: {' '.join(str(err).split())}", err=True)
             ctx.exit(1)
+        except MemoryError as err:
+            click.echo(f"error: not enough memory ({' '.join(str(err).split())})", err=True)
+            ctx.exit(1)
         except KeyboardInterrupt:
             click.echo("Aborted! No file is half-written.", err=True)
             ctx.exit(_INTERRUPTED)
@@ -303,7 +306,7 @@ def calibrate_options(command: Command) -> Command:
             type=float,
             default=4.0,
             show_default=True,
-            help="GiB, for activations between units that are learned.",
+            help="GiB of a process that learns; what does not fit is halved, or goes to disk.",
         ),
         click.option(
             "--weight-bits",

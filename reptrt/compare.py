@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from reptrt.errors import ArtifactError
 from reptrt.graph import Net
 from reptrt.quantized import LayerWeight, activation_scales, layer_weights
 from reptrt.splits import read_splits
@@ -157,6 +158,8 @@ def _scale_change(tensor: str, a: Float64Array, b: Float64Array) -> ScaleChange:
     ratios = _ratios(a, b)
     index = 0 if ratios is None else int(ratios.argmax())
     ratio = None if ratios is None else float(ratios[index])
+    if not (a.size and b.size):
+        raise ArtifactError(f"tensor {tensor}: its scale is empty, expected a number")
     return ScaleChange(tensor, float(a.flat[index]), float(b.flat[index]), ratio)
 
 

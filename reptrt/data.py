@@ -6,6 +6,7 @@ already and stay as they are.
 """
 
 import hashlib
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -25,7 +26,10 @@ Float32Array = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]
 
 _BLOCK = 256  # images at a time in passes over all of them; bounds their memory
-_BROKEN_FILE = (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError)
+_BROKEN_FILE = (  # what numpy and zipfile raise on damaged bytes
+    *(OSError, ValueError, EOFError, SyntaxError, OverflowError, MemoryError, NotImplementedError),
+    *(tokenize.TokenError, zipfile.BadZipFile, zlib.error),
+)
 
 
 class PixelSource(Protocol):

@@ -6,6 +6,7 @@ and outputs of the graph keep their types.
 """
 
 import logging
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -15,13 +16,14 @@ import onnx
 from reptrt.artifacts import read_sidecar
 from reptrt.choices import HighPrecision
 from reptrt.errors import EngineError
-from reptrt.graph import WEIGHTED_OPS, model_from_net, net_from_model, read_model
+from reptrt.graph import WEIGHTED_OPS, get_json, model_from_net, net_from_model, read_model
 from reptrt.intent import runtime_scale_node, uint8_node
 from reptrt.rewrite.contract import Skipped
 from reptrt.rewrite.to_fp16 import to_fp16
 
 _LOG = logging.getLogger(__name__)
 _HALF = (onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
+_MAX_VALUES = 2**31 - 1  # of one tensor
 _TYPED = (*WEIGHTED_OPS, "QuantizeLinear", "DequantizeLinear")
 
 
@@ -45,7 +47,8 @@ def read_buildable(path: Path) -> onnx.ModelProto:
 
     Raises:
         ArtifactError: the file cannot be read, or is not the one its sidecar was written for.
-        EngineError: a simulation of fewer bits, UINT8 codes, a scale computed at run time.
+        EngineError: a simulation of fewer bits, UINT8 codes, a scale computed at run time, an input
+            that is too large.
     """
     model = read_model(path)
     sidecar = read_sidecar(path)
@@ -68,7 +71,20 @@ def read_buildable(path: Path) -> onnx.ModelProto:
             f"{path}: node {computed}: its scale is computed at run time, expected a constant; "
             "quantize statically with reptrt calibrate"
         )
+    _refuse_huge(path, model)
+    get_json(net_from_model(model), "preprocess", dict)  # damage is found before the build
     return model
+
+
+def _refuse_huge(path: Path, model: onnx.ModelProto) -> None:
+    """Refuse inputs beyond TensorRT's limit; tensorrt_rtx 1.7 ends the process on one."""
+    for value in model.graph.input:
+        sizes = [max(1, dim.dim_value) for dim in value.type.tensor_type.shape.dim]
+        if math.prod(sizes) > _MAX_VALUES:
+            raise EngineError(
+                f"{path}: input {value.name} is {sizes}, expected at most 2^31 - 1 values; "
+                "export it with a dynamic batch"
+            )
 
 
 def with_rest(model: onnx.ModelProto, wanted: HighPrecision) -> tuple[onnx.ModelProto, Rest]:

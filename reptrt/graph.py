@@ -5,19 +5,22 @@ graph cannot say: the preprocessing and which branch each part of a kernel came 
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import onnx
 import onnx_graphsurgeon as gs
-from google.protobuf.message import DecodeError
+from google.protobuf.descriptor import FieldDescriptor
+from google.protobuf.message import DecodeError, Message
 from onnx_graphsurgeon.logger import G_LOGGER
 
 from reptrt.errors import ArtifactError, RewriteError
+
+Parsed = TypeVar("Parsed")
 
 WEIGHTED_OPS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 QUANTIZED_OPS = (  # any of them: the graph is not a float graph
@@ -52,15 +55,42 @@ def read_model(path: Path) -> onnx.ModelProto:
     try:
         model = onnx.load(str(path), format="protobuf")  # whatever the suffix
         onnx.checker.check_model(model, full_check=False)
+        _check_content(model)
     except FileNotFoundError as err:
         missing = Path(err.filename or path)
         raise ArtifactError(f"{path}: {missing.name} does not exist; check the path") from err
-    except (DecodeError, onnx.checker.ValidationError, ValueError, OSError) as err:
+    except (DecodeError, onnx.checker.ValidationError, ValueError, TypeError, OSError) as err:
         reason = str(err).strip().splitlines()[0] if str(err).strip() else type(err).__name__
         raise ArtifactError(f"{path}: not a readable ONNX file ({reason})") from err
     if not model.graph.node:
         raise ArtifactError(f"{path}: the ONNX graph has no nodes; expected a network")
     return model
+
+
+def _check_content(message: Message) -> None:
+    """Look at what onnx's checker leaves out: damaged texts, constants, types and sizes.
+
+    A negative size, which some exporters write for a free one, becomes a free one.
+
+    Raises:
+        ValueError, TypeError: a text is not UTF-8, a constant has more or fewer values than its
+            shape says, or a type does not exist.
+    """
+    if isinstance(message, onnx.TensorProto):
+        onnx.numpy_helper.to_array(message)
+    elif isinstance(message, onnx.TypeProto.Tensor):
+        onnx.TensorProto.DataType.Name(message.elem_type)
+    elif isinstance(message, onnx.TensorShapeProto.Dimension) and message.dim_value < 0:
+        message.ClearField("dim_value")
+    for field_of, value in message.ListFields():
+        if field_of.type == FieldDescriptor.TYPE_MESSAGE:
+            for part in [value] if isinstance(value, Message) else value:
+                _check_content(part)
+        elif field_of.type == FieldDescriptor.TYPE_STRING:
+            texts = [value] if isinstance(value, str | bytes) else list(value)
+            damaged = [text for text in texts if isinstance(text, bytes)]  # could not be decoded
+            if damaged:
+                raise ValueError(f"{field_of.name} is not UTF-8: {damaged[0][:20]!r}")
 
 
 def net_from_model(model: onnx.ModelProto) -> Net:
@@ -100,10 +130,22 @@ def bytes_from_model(model: onnx.ModelProto) -> bytes:
     return bytes(model.SerializeToString(deterministic=True))
 
 
-def get_json(net: Net, key: str) -> Any | None:
-    """Return the JSON value stored under ``reptrt.<key>``, or None."""
+def get_json(net: Net, key: str, parse: Callable[[dict[str, Any]], Parsed]) -> Parsed | None:
+    """Return what ``parse`` makes of the JSON object stored under ``reptrt.<key>``, or None.
+
+    Raises:
+        ArtifactError: what is stored is not what `set_json` wrote, or ``parse`` cannot read it.
+    """
     text = net.metadata.get(f"reptrt.{key}")
-    return None if text is None else json.loads(text)
+    if text is None:
+        return None
+    try:
+        return parse(dict(json.loads(text)))
+    except (ValueError, TypeError, KeyError, AttributeError) as err:
+        raise ArtifactError(
+            f"metadata reptrt.{key}: not what reptrt wrote ({type(err).__name__}: {err}); the file "
+            "was damaged or changed: make it again"
+        ) from err
 
 
 def set_json(net: Net, key: str, value: Mapping[str, Any]) -> None:

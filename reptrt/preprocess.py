@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import asdict, dataclass
-from typing import get_args
+from typing import Any, get_args
 
 from reptrt.choices import Resize
 from reptrt.errors import ConfigError
@@ -60,9 +60,9 @@ def read_preprocess(net: Net) -> Preprocess:
     Raises:
         ConfigError: nothing is stored and the input is not a fixed-size image batch (N, C, H, W).
     """
-    stored = get_json(net, _KEY)
+    stored = get_json(net, _KEY, _from_json)
     if stored is not None:
-        return Preprocess(**{**stored, "mean": tuple(stored["mean"]), "std": tuple(stored["std"])})
+        return stored
     tensor = net.graph.inputs[0]
     shape = tuple(tensor.shape or ())
     if len(shape) != 4 or not all(isinstance(size, int) and size > 0 for size in shape[1:]):
@@ -71,3 +71,10 @@ def read_preprocess(net: Net) -> Preprocess:
             "fixed; export the ONNX file with --input-size"
         )
     return Preprocess.plain(*shape[1:])
+
+
+def _from_json(stored: dict[str, Any]) -> Preprocess:
+    for name in ("channels", "height", "width"):
+        if not (isinstance(stored[name], int) and stored[name] > 0):
+            raise ValueError(f"{name} is {stored[name]!r}, expected a positive number")
+    return Preprocess(**{**stored, "mean": tuple(stored["mean"]), "std": tuple(stored["std"])})

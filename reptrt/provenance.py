@@ -35,7 +35,7 @@ class Branch:
 
 def write_provenance(net: Net, fused: Mapping[str, tuple[Branch, ...]]) -> None:
     """Add the records of newly fused convolutions to the net's metadata."""
-    records = dict(get_json(net, _KEY) or {})
+    records: dict[str, Any] = get_json(net, _KEY, dict) or {}
     records |= {name: [_to_json(branch) for branch in branches] for name, branches in fused.items()}
     if records:
         set_json(net, _KEY, records)
@@ -43,8 +43,11 @@ def write_provenance(net: Net, fused: Mapping[str, tuple[Branch, ...]]) -> None:
 
 def read_provenance(net: Net) -> dict[str, tuple[Branch, ...]]:
     """Return the records of all fused convolutions, by node name; empty if none were kept."""
-    records = get_json(net, _KEY) or {}
-    return {name: tuple(map(_from_json, branches)) for name, branches in records.items()}
+
+    def parse(stored: dict[str, Any]) -> dict[str, tuple[Branch, ...]]:
+        return {name: tuple(map(_from_json, branches)) for name, branches in stored.items()}
+
+    return get_json(net, _KEY, parse) or {}
 
 
 def _to_json(branch: Branch) -> dict[str, Any]:

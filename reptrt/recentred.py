@@ -48,8 +48,12 @@ def record_recentred(net: Net, found: Iterable[Recentred]) -> None:
 
 def read_recentred(net: Net) -> tuple[Recentred, ...]:
     """Return the record; empty if nothing was recentred."""
-    stored: Iterable[dict[str, Any]] = (get_json(net, _KEY) or {}).values()
-    return tuple(Recentred(**{k: _tuples(v) for k, v in one.items()}) for one in stored)
+
+    def parse(stored: dict[str, Any]) -> tuple[Recentred, ...]:
+        every = stored.values()
+        return tuple(Recentred(**{k: _tuples(v) for k, v in one.items()}) for one in every)
+
+    return get_json(net, _KEY, parse) or ()
 
 
 def restore(net: Net) -> tuple[str, ...]:

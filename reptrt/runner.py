@@ -110,7 +110,7 @@ class OrtRunner:
         self.threads = threads or usable_cores()
         self._where = str(model) if isinstance(model, Path) else "model"
         options = _session_options(self.threads)
-        self._session = _session(self._where, _runnable_bytes(model), options, device)
+        self._session = _session(self._where, _runnable_bytes(model, self._where), options, device)
         inputs = self._session.get_inputs()
         if len(inputs) != 1:
             raise ArtifactError(f"{self._where}: {len(inputs)} inputs, expected one image batch")
@@ -196,7 +196,7 @@ def optimized_nodes(model: bytes | Path) -> list[tuple[str, str]]:
         optimized = Path(folder) / "optimized.onnx"
         options = _session_options(threads=1)
         options.optimized_model_filepath = str(optimized)
-        _session(where, _runnable_bytes(model), options, "cpu")
+        _session(where, _runnable_bytes(model, where), options, "cpu")
         graph = onnx.load(str(optimized)).graph
     return [(node.name, node.op_type) for node in graph.node]
 
@@ -213,9 +213,20 @@ def usable_cores() -> int:
     return os.cpu_count() or 1
 
 
-def _runnable_bytes(model: bytes | Path) -> bytes:
-    """Return what onnxruntime gets to see of a model."""
-    return bytes_from_model(lower(_model_proto(model)))
+def _runnable_bytes(model: bytes | Path, where: str) -> bytes:
+    """Return what onnxruntime gets to see of a model.
+
+    Lowering takes for granted that a graph makes sense. If it stumbles over one, onnxruntime is
+    asked first: what it refuses is a damaged file, and it says where.
+    """
+    proto = _model_proto(model)
+    try:
+        return bytes_from_model(lower(proto))
+    except (ValueError, LookupError, TypeError) as err:
+        _session(where, bytes_from_model(proto), _session_options(threads=1), "cpu")
+        raise ArtifactError(
+            f"{where}: constants of its layers do not fit each other ({err}); export it anew"
+        ) from err
 
 
 def _model_proto(model: bytes | Path) -> onnx.ModelProto:

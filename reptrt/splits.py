@@ -31,4 +31,4 @@ def record_splits(net: Net, splits: Iterable[Split]) -> None:
 
 def read_splits(net: Net) -> tuple[Split, ...]:
     """Return all splits of a net."""
-    return tuple(Split(**record) for record in (get_json(net, _KEY) or {}).values())
+    return get_json(net, _KEY, lambda stored: tuple(Split(**r) for r in stored.values())) or ()

@@ -259,12 +259,12 @@ def compute(step: Step, arguments: Sequence[Tensor | None]) -> Any:
         return step.function(*arguments)
     except torch.cuda.OutOfMemoryError:
         raise
-    except (RuntimeError, IndexError) as err:
+    except (RuntimeError, LookupError, TypeError, ValueError) as err:
         shapes = [None if value is None else list(value.shape) for value in arguments]
+        reason = (str(err).strip() or repr(err)).splitlines()[0]
         raise RewriteError(
-            f"node {step.name} ({step.op}): cannot run on shapes {shapes} "
-            f"({str(err).strip().splitlines()[0]}); if the graph was exported for one batch size, "
-            "export it with a dynamic one"
+            f"node {step.name} ({step.op}): cannot run on shapes {shapes} ({reason}); if the graph "
+            "was exported for one batch size, export it with a dynamic one"
         ) from err
 
 

@@ -117,8 +117,8 @@ def test_round_trip_keeps_outputs_metadata_and_bytes() -> None:
     onnx.helper.set_model_props(model, {"reptrt.b": "1", "somebody.else": "kept", "a": "0"})
     net = net_from_model(model)
     set_json(net, "preprocess", {"mean": [0.5], "channels": 3})
-    assert get_json(net, "preprocess") == {"channels": 3, "mean": [0.5]}
-    assert get_json(net, "nothing") is None
+    assert get_json(net, "preprocess", dict) == {"channels": 3, "mean": [0.5]}
+    assert get_json(net, "nothing", dict) is None
     again = model_from_net(net)
     assert {p.key: p.value for p in again.metadata_props}["somebody.else"] == "kept"
     assert [p.key for p in again.metadata_props] == sorted(p.key for p in again.metadata_props)

@@ -140,7 +140,7 @@ def test_kept_affines_compute_what_folded_ones_do(folder: Path, tmp_path: Path) 
             assert difference < 5e-3
         net = net_from_model(read_model(paths[1]))
         tensors = net.graph.tensors()
-        affines = get_json(net, "affines") or {}
+        affines = get_json(net, "affines", dict) or {}
         assert set(affines) == {"stem", "block0", "block1", "block2", "head"}
         gains = [np.asarray(tensors[one["gain"]].values) for one in affines.values()]
         assert any((gain != 1).any() for gain in gains)
