@@ -1,6 +1,7 @@
 """Units and stages of nets of every shape, and the store of the activations between them."""
 
 import functools
+import resource
 from collections.abc import Callable
 from pathlib import Path
 
@@ -237,6 +238,20 @@ def test_what_is_written_is_read(storage: str, tmp_path: Path) -> None:
         assert got.dtype == torch.float32
         assert torch.equal(got, wanted[index])
     assert list(tmp_path.iterdir()) == []  # whatever happens to the process
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="no /proc")
+def test_what_lies_on_disk_is_not_this_process_s_memory(tmp_path: Path) -> None:
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+    store = Store(64, (1 << 19,), "disk", CPU, tmp_path)  # 64 MiB
+    part = torch.ones(1, 1 << 19)
+    before = resident()
+    for i in range(64):
+        store.write(i, part)
+    assert float(sum(store.read(slice(i, i + 1)).sum() for i in range(64))) == 64 * (1 << 19)
+    assert resident() - before < 16 << 20
 
 
 def test_gradients_do_not_reach_the_store(tmp_path: Path) -> None:

@@ -55,7 +55,7 @@ class CalibrateOptions:
     qprep: bool | None = None  # learn a gain and shift per channel; None: what the recipe says
     keep_affine: bool = False  # leave them in the graph as Mul and Add, to look at
     iterations: int | None = None  # of each unit; None: what the recipe says
-    memory_budget: float = 4.0  # GiB, for activations between units
+    memory_budget: float = 4.0  # GiB, of a process that learns
     learn: LearnOptions | None = None  # in place of all that the recipe says; for experiments
     weight_bits: int = 8
     activation_bits: int = 8

@@ -21,7 +21,14 @@ from reptrt.errors import CalibrationError, DataError
 from reptrt.graph import Net
 from reptrt.placement import Placement
 from reptrt.progress import track
-from reptrt.reconstruct.cache import Storage, Store, batches, choose_storage, peak_bytes
+from reptrt.reconstruct.cache import (
+    Storage,
+    Store,
+    batches,
+    choose_storage,
+    peak_bytes,
+    working_bytes,
+)
 from reptrt.reconstruct.learn import Task, learn, relative_error
 from reptrt.reconstruct.options import LearnOptions, ReconstructReport, UnitReport
 from reptrt.reconstruct.resume import Finished
@@ -123,7 +130,8 @@ class _Work:
         held = self._count // _HELD_OUT
         self._held, self._train = order[:held].sort().values, order[held:].sort().values
         peak = peak_bytes(self._layout, self._float.input_names, self._count)
-        self._storage: Storage = choose_storage(peak, options.memory_budget)
+        left = options.memory_budget - working_bytes(self._layout, options.batch)
+        self._storage: Storage = choose_storage(peak, left)
         self._ours: dict[str, Store] = {}  # activations of the quantized net
         self._theirs: dict[str, Store] = {}  # of the float net
 

@@ -30,7 +30,7 @@ class LearnOptions:
     affine_rate: float = 1e-3
     step_rate: float = 1e-3  # of the logarithm of the step
     regularizer: float = 1.0  # of the mean over weights
-    memory_budget: int = 4 << 30  # bytes, for activations between units
+    memory_budget: int = 4 << 30  # bytes; activations between units take what it leaves
     seed: int = 0
 
     def __post_init__(self) -> None:
