@@ -125,11 +125,26 @@ def remarks(before: Conditions, after: Conditions, cores: int) -> tuple[str, ...
 
 def cpu_name() -> str:
     """Return the processor's name as the operating system gives it."""
+    return _cpuinfo("model name") or platform.processor() or platform.machine()
+
+
+def may_saturate() -> bool:
+    """Whether sums of UINT8 times INT8 may saturate: x86 without VNNI, or not known to have it.
+
+    Such processors add two products in 16 bits, which 255 * 127 * 2 does not fit.
+    """
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return False
+    return not {"avx512_vnni", "avx_vnni"} & set((_cpuinfo("flags") or "").split())
+
+
+def _cpuinfo(field: str) -> str | None:
+    """Return what the kernel says of the first core; None where it does not."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
+            if line.partition(":")[0].strip() == field:
                 return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    return None
 
 
 def _load_average() -> float | None:

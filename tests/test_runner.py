@@ -10,6 +10,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
+from reptrt import conditions
 from reptrt.errors import ArtifactError, ConfigError, DataError, MissingDependencyError
 from reptrt.runner import OrtRunner, open_runner, optimized_op_counts, ort_version, usable_cores
 from tests.helpers import ort_run
@@ -220,3 +221,24 @@ def test_open_sessions_leave_each_other_the_cores(net: Path) -> None:
     assert options.get_session_config_entry("session.force_spinning_stop") == "1"
     assert options.intra_op_num_threads == 2
     assert os.cpu_count() is not None
+
+
+@pytest.mark.parametrize(
+    ("machine", "flags", "wanted"),
+    [
+        ("x86_64", "sse avx2 avx512f avx512_vnni", ""),
+        ("AMD64", "sse avx2 avx_vnni", ""),
+        ("x86_64", "sse avx2 avx512f", "1"),
+        ("AMD64", None, "1"),
+        ("aarch64", None, ""),
+    ],
+)
+def test_products_do_not_saturate_without_vnni(
+    net: Path, machine: str, flags: str | None, wanted: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(conditions.platform, "machine", lambda: machine)
+    monkeypatch.setattr(conditions, "_cpuinfo", lambda field: flags)
+    options = OrtRunner(net)._session.get_session_options()
+    asked = options.get_session_config_entry("session.x64quantprecision") if wanted else ""
+    assert asked == wanted
+    assert conditions.may_saturate() == bool(wanted)

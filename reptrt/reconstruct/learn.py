@@ -162,6 +162,6 @@ def _trainable(value: Tensor) -> Tensor:
 def _refuse_not_finite(name: str, step: int, loss: Tensor) -> None:
     if not bool(torch.isfinite(loss)):
         raise CalibrationError(
-            f"unit {name}: the loss is {float(loss.detach())} at step {step}; lower the learning "
-            "rates, or use --rounding nearest --no-qprep"
+            f"unit {name}: the loss is {float(loss.detach())} at step {step}; lower the rates "
+            "of LearnOptions, or leave out what diverges: --no-qprep, --rounding nearest"
         )
