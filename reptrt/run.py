@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from reptrt import manifest
-from reptrt.artifacts import sha256_of, write_json
+from reptrt.artifacts import remove_parts, sha256_of, write_json
 from reptrt.bench import bench
 from reptrt.diagnose import diagnose
 from reptrt.engine import build_engine
@@ -102,6 +102,7 @@ def run(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as err:
         raise ArtifactError(f"{folder}: cannot be made ({err.strerror or err})") from err
+    remove_parts(folder)
     judged_on = eval_data or data
     stages = _Stages(folder, _plan(source, data, judged_on, options))
     planned = stages.manifest
