@@ -302,13 +302,15 @@ def _options(node: gs.Node, weight: FloatArray, per_input: FloatArray, grid: Gri
     channels = weight.shape[0]
     if identity.reason_against(node) is None:
         addition = channels * _ELEMENTWISE_MACS * area
-        factors = (identity.best_scalar(weight, grid), identity.diagonal_of(weight))
-        scalar, exact = (
-            _weight_noise(identity.without_diagonal(weight, factor), per_input, grid)
-            for factor in factors
+        forms: tuple[tuple[SplitForm, identity.Form, int], ...] = (
+            ("identity-scalar", "scalar", addition),
+            ("identity", "per-channel", 2 * addition),
         )
-        found.append(Option("identity-scalar", scalar, addition))
-        found.append(Option("identity", exact, 2 * addition))
+        for name, form, extra in forms:
+            factor = identity.factor_of(weight, grid, form)
+            if factor is not None:
+                rest = identity.without_diagonal(weight, factor)
+                found.append(Option(name, _weight_noise(rest, per_input, grid), extra))
     if coarse_fine.reason_against(node) is None:
         _, fine = coarse_fine.coarse_and_fine(weight, grid)
         extra = (channels * weight.shape[1] + channels * _ELEMENTWISE_MACS) * area

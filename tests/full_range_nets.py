@@ -20,7 +20,7 @@ from reptrt.rewrite.recentre import full_range_obstacle
 from reptrt.rewrite.split_coarse_fine import split_coarse_fine
 from reptrt.rewrite.split_identity import split_identity
 from tests.helpers import ort_run
-from tests.onnx_nets import Builder
+from tests.onnx_nets import Builder, give_identity
 from tests.qdq_nets import with_outputs
 
 WEIGHTS = Grid.weight(8)
@@ -52,6 +52,7 @@ def split_net(case: Case, precision: str = "float") -> Net:
     """The float net with its splits."""
     net = net_from_model(case.model)
     for form, layers in (("per-channel", case.identity), ("scalar", case.scalar)):
+        give_identity(net, layers)
         report = split_identity(net, layers, grid=WEIGHTS, form=form, precision=precision)
         assert not report.skipped
     report = split_coarse_fine(net, case.coarse_fine, grid=WEIGHTS, precision=precision)

@@ -26,6 +26,7 @@ from tests import lint_graphs as graphs
 from tests.data.lint.make import cat, rep, res
 from tests.helpers import SHARED, needs_shared
 from tests.lint_graphs import QdqGraph, findings, needs_rtx, refused_by_rtx, rules
+from tests.onnx_nets import give_identity
 
 DATA = Path(__file__).parent / "data" / "lint"
 
@@ -109,7 +110,9 @@ REWRITES = {
     "plain": None,
     "coarse-fine": lambda net: split_coarse_fine(net, LAYERS, grid=Grid.weight(8)),
     "identity": lambda net: split_identity(net, LAYERS, grid=Grid.weight(8)),
-    "identity-scalar": lambda net: split_identity(net, LAYERS, grid=Grid.weight(8), form="scalar"),
+    "identity-scalar": lambda net: split_identity(
+        give_identity(net, LAYERS), LAYERS, grid=Grid.weight(8), form="scalar"
+    ),
 }
 
 

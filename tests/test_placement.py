@@ -14,7 +14,7 @@ from reptrt.placement import Placement, output_axis, place
 from reptrt.rewrite.split_coarse_fine import split_coarse_fine
 from reptrt.rewrite.split_identity import split_identity
 from reptrt.splits import read_splits
-from tests.onnx_nets import Builder, basic_block, plain_chain, without_names
+from tests.onnx_nets import Builder, basic_block, give_identity, plain_chain, without_names
 
 Pairs = dict[str, set[tuple[str, int]]]
 
@@ -139,6 +139,7 @@ def split(net: Net, form: str, layer: str, precision: str = "float") -> Net:
     if form == "coarse-fine":
         report = split_coarse_fine(net, [layer], grid=grid, precision=precision)
     else:
+        give_identity(net, [layer])
         report = split_identity(net, [layer], grid=grid, form=form, precision=precision)
     assert report.changed == (layer,)
     return net_from_model(model_from_net(net))

@@ -7,7 +7,7 @@ at most y_max:
 
 Below -d0 x_max the sum is negative whatever x is, and the ReLU makes it 0; above y_max the pair
 behind it saturates. So the rest needs codes up to max(d0 x_max, y_max) only, although it reaches
-far below zero in channels that are mostly off. For d0 < 0 the bound is y_max + |d0| x_max. Ours.
+far below zero in channels that are mostly off. Ours.
 """
 
 from collections.abc import Mapping
@@ -35,7 +35,6 @@ def without_dead_values(net: Net, histograms: Mapping[str, Histogram]) -> dict[s
         y = histograms.get(relu.outputs[0].name) if relu is not None else None
         if relu is None or relu.op != "Relu" or x is None or y is None or x.minimum < 0:
             continue
-        factor = float(constant_of(mul.inputs[1]))
-        skip = factor * x.maximum
-        found[rest] = found[rest].below(max(skip, y.maximum) if skip > 0 else y.maximum - skip)
+        skip = float(constant_of(mul.inputs[1])) * x.maximum
+        found[rest] = found[rest].below(max(skip, y.maximum))
     return found

@@ -6,8 +6,8 @@ The skip is then a residual like any other, which TensorRT adds in the kernel of
 onnxruntime in INT8: the codes of x serve both the convolution and the skip, under two scales.
 
 Requires: splits of form identity-scalar whose Mul reads a DQ. Ensures: every tensor that is left
-keeps its name and, to float rounding, its value. A factor that is not positive stays a Mul, since a
-scale has to be.
+keeps its name and, to float rounding, its value. A factor that is not positive would stay a Mul,
+since a scale has to be; `reptrt.rewrite.split_identity` makes none.
 """
 
 import numpy as np

@@ -21,9 +21,9 @@ import numpy as np
 import numpy.typing as npt
 import onnx_graphsurgeon as gs
 
-from reptrt.affine import Grid, channel_amax
+from reptrt.affine import Grid, along_axis, channel_amax
 from reptrt.choices import SplitPrecision
-from reptrt.graph import Net, constant_value, weighted_nodes
+from reptrt.graph import Net, constant_of, constant_value, weighted_nodes
 from reptrt.rewrite.contract import RewriteReport, Skipped
 from reptrt.rewrite.split_coarse_fine import centre_of, centre_pads
 from reptrt.splits import Split, record_splits
@@ -52,11 +52,12 @@ def split_identity(
     changed, skipped, splits = [], [], []
     for node in [n for n in weighted_nodes(net.graph) if n.name in layers]:
         reason = reason_against(node)
-        if reason is not None:
-            skipped.append(Skipped(node.name, reason))
+        factor = None if reason is not None else factor_of(constant_of(node.inputs[1]), grid, form)
+        if factor is None:
+            skipped.append(Skipped(node.name, reason or "no positive factor leaves smaller steps"))
             continue
         name = node.name
-        _split(net.graph, node, grid, form)
+        _split(net.graph, node, factor)
         kind = "identity-scalar" if form == "scalar" else "identity"
         parts = (f"{name}.sum", f"{name}.identity", f"{name}.rest")
         splits.append(Split(name, kind, *parts, precision))
@@ -82,15 +83,27 @@ def without_diagonal(weight: FloatArray, diagonal: FloatArray | float) -> FloatA
     return rest
 
 
-def best_scalar(weight: FloatArray, grid: Grid) -> float:
-    """Return the d0 that minimises the summed squared steps of the rest, sum_o (amax_o / qmax)^2.
+def factor_of(weight: FloatArray, grid: Grid, form: Form) -> FloatArray | None:
+    """Return what x is multiplied with in the skip: (O,), or () of the scalar form.
 
-    The rounding error of an output channel is uniform with variance step^2 / 12. Candidates are
-    the diagonal's own quantiles: the optimum moves with no finer structure than that.
+    None: no positive scalar is better than none. It is to be the scale of a pair.
+    """
+    if form == "per-channel":
+        return diagonal_of(weight)
+    factor = best_scalar(weight, grid)
+    return np.array(factor, weight.dtype) if factor > 0 else None
+
+
+def best_scalar(weight: FloatArray, grid: Grid) -> float:
+    """Return the d0 >= 0 with the least sum of squared steps of the rest, sum_o (amax_o / qmax)^2.
+
+    The rounding error of an output channel is uniform with variance step^2 / 12. Candidates are 0
+    and the diagonal's own quantiles: the optimum moves with no finer structure than that.
     """
     diagonal = diagonal_of(weight)
     others = channel_amax(without_diagonal(weight, diagonal), 0)
-    candidates = np.unique(np.quantile(diagonal, np.linspace(0.0, 1.0, 65)))
+    quantiles = np.quantile(diagonal, np.linspace(0.0, 1.0, 65))
+    candidates = np.unique(np.append(quantiles[quantiles > 0], 0.0))
     amax = np.maximum(others[None, :], np.abs(diagonal[None, :] - candidates[:, None]))
     return float(candidates[np.argmin(np.square(amax / grid.qmax).sum(axis=1))])
 
@@ -111,20 +124,14 @@ def reason_against(node: gs.Node) -> str | None:
     return None
 
 
-def _split(graph: gs.Graph, node: gs.Node, grid: Grid, form: Form) -> None:
+def _split(graph: gs.Graph, node: gs.Node, factor: FloatArray) -> None:
     name, output = node.name, node.outputs[0]
-    weight = np.asarray(constant_value(node.inputs[1]))
-    if form == "scalar":
-        factor = np.array(best_scalar(weight, grid), dtype=np.float32)
-        rest = without_diagonal(weight, factor)
-    else:
-        diagonal = diagonal_of(weight)
-        rest = without_diagonal(weight, diagonal)
-        factor = diagonal.astype(np.float32).reshape(1, -1, 1, 1)
+    rest = without_diagonal(constant_of(node.inputs[1]), factor)
+    factor = along_axis(factor.astype(np.float32), 4, 1) if factor.ndim else factor
     parts = [gs.Variable(f"{name}.{part}.output", np.float32) for part in ("rest", "identity")]
     node.inputs[1] = gs.Constant(f"{name}.rest.weight", rest)
     node.name, node.outputs = f"{name}.rest", [parts[0]]
-    scale = gs.Constant(f"{name}.diagonal", factor)
+    scale = gs.Constant(f"{name}.diagonal", np.asarray(factor, dtype=np.float32))
     graph.nodes += [
         gs.Node("Mul", f"{name}.identity", {}, [node.inputs[0], scale], [parts[1]]),
         gs.Node("Add", f"{name}.sum", {}, parts, [output]),
