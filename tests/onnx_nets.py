@@ -85,8 +85,8 @@ def give_identity(net: Net, layers: Collection[str]) -> Net:
         if node.name in layers and node.op == "Conv":
             weight = constant_of(node.inputs[1]).copy()
             channels = np.arange(len(weight))
-            centre = [size // 2 for size in weight.shape[2:]]
-            weight[channels, channels % weight.shape[1], *centre] += 1
+            row, column = (size // 2 for size in weight.shape[2:])
+            weight[channels, channels % weight.shape[1], row, column] += 1
             node.inputs[1].values = weight
     return net
 

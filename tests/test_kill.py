@@ -77,6 +77,7 @@ def test_a_killed_run_ends_with_the_bytes_of_an_undisturbed_one(
     whole = killed[0] / str(KILLS + 1)
     run = killed[0] / str(number)
     assert files(run) == files(whole)
+    assert not [name for name in files(run) if ".part" in name]
     for name in EQUAL:
         assert (run / name).read_bytes() == (whole / name).read_bytes(), name
     found, expected = (
