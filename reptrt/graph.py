@@ -22,6 +22,8 @@ from reptrt.errors import ArtifactError, RewriteError
 
 Parsed = TypeVar("Parsed")
 
+_DAMAGE = (OSError, ValueError, TypeError, LookupError)  # what reading damaged content raises
+
 WEIGHTED_OPS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 QUANTIZED_OPS = (  # any of them: the graph is not a float graph
     "QuantizeLinear",
@@ -59,7 +61,7 @@ def read_model(path: Path) -> onnx.ModelProto:
     except FileNotFoundError as err:
         missing = Path(err.filename or path)
         raise ArtifactError(f"{path}: {missing.name} does not exist; check the path") from err
-    except (DecodeError, onnx.checker.ValidationError, ValueError, TypeError, OSError) as err:
+    except (DecodeError, onnx.checker.ValidationError, *_DAMAGE) as err:
         reason = str(err).strip().splitlines()[0] if str(err).strip() else type(err).__name__
         raise ArtifactError(f"{path}: not a readable ONNX file ({reason})") from err
     if not model.graph.node:

@@ -31,7 +31,7 @@ from reptrt.splits import read_splits
 from tests import fuzzing
 from tests.onnx_nets import Builder, plain_chain
 from tests.qdq_nets import images, quantized
-from tests.small_run import refused
+from tests.small_run import make_run, refused, reptrt, write_data, write_factory
 
 ROOT = Path(__file__).resolve().parents[1]
 CASES = {  # of each kind
@@ -127,7 +127,13 @@ def unknown_type(model: onnx.ModelProto) -> None:
     model.graph.input[0].type.tensor_type.elem_type = 99
 
 
-@pytest.mark.parametrize("change", [fewer_values, unknown_type])
+def constant_of_unknown_type(model: onnx.ModelProto) -> None:
+    constant = onnx.TensorProto(name="unused", dims=[1], data_type=65, raw_data=b"1234")
+    node = helper.make_node("Constant", [], ["unused"], value=constant)
+    model.graph.node.insert(0, node)
+
+
+@pytest.mark.parametrize("change", [fewer_values, unknown_type, constant_of_unknown_type])
 def test_what_the_checker_of_onnx_lets_pass(
     tmp_path: Path, change: Callable[[onnx.ModelProto], None]
 ) -> None:
@@ -242,3 +248,12 @@ def test_damage_to_metadata_is_found_before_an_engine_is_built(tmp_path: Path) -
     helper.set_model_props(model, {"reptrt.preprocess": "{"})
     with pytest.raises(ArtifactError, match=r"metadata reptrt\.preprocess"):
         read_buildable(save(model, tmp_path / "m.onnx"))
+
+
+def test_a_record_whose_options_are_something_else(tmp_path: Path) -> None:
+    run = make_run(write_factory(tmp_path), write_data(tmp_path / "x.npz"), tmp_path / "run")
+    content = json.loads((run / "run.json").read_text())
+    content["options"]["calibrate"] = "x"
+    (run / "run.json").write_text(json.dumps(content))
+    assert reptrt("report", run).exit_code == 0
+    assert "a file is not what reptrt writes (TypeError" in (run / "report.html").read_text()

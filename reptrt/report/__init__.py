@@ -91,7 +91,7 @@ def page_of(run: RunContent) -> Page:
     tiles = _guarded(lambda: results.tiles(run))
     return Page(
         title=environment.name_of(run.manifest.source["name"]),
-        subtitle=_subtitle(run),
+        subtitle=_guarded(lambda: _subtitle(run)),
         notes=tuple(notes),
         tiles=() if isinstance(tiles, str) else tiles,
         sections=tuple(_section(run, *entry) for entry in _SECTIONS),
