@@ -257,3 +257,26 @@ def test_a_record_whose_options_are_something_else(tmp_path: Path) -> None:
     (run / "run.json").write_text(json.dumps(content))
     assert reptrt("report", run).exit_code == 0
     assert "a file is not what reptrt writes (TypeError" in (run / "report.html").read_text()
+
+
+def test_pads_that_do_not_fit_the_kernel(tmp_path: Path) -> None:
+    model = plain_chain()
+    (pads,) = [a for a in model.graph.node[2].attribute if a.name == "pads"]
+    pads.CopyFrom(helper.make_attribute("pads", [1, 1]))
+    arguments = save(model, tmp_path / "m.onnx"), write_images(tmp_path), tmp_path / "o.onnx"
+    options = CalibrateOptions(images=8, split="coarse-fine")
+    with pytest.raises(ArtifactError, match=r"m\.onnx: its nodes do not fit .*pads has incorrect"):
+        calibrate(*arguments, options)
+
+
+@pytest.mark.parametrize("error", [ValueError, RuntimeError])
+def test_a_good_file_is_not_blamed_for_a_bug(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    def bug(*arguments: object) -> None:
+        raise error("a bug")
+
+    monkeypatch.setattr("reptrt.pipeline.calibrating.place", bug)
+    arguments = save(plain_chain(), tmp_path / "m.onnx"), write_images(tmp_path), tmp_path / "o"
+    with pytest.raises(error, match=r"^a bug$"):
+        calibrate(*arguments, CalibrateOptions(images=8))

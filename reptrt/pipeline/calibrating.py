@@ -29,6 +29,7 @@ from reptrt.choose import Decision, RangeDecision, full_range_of
 from reptrt.data import Dataset, open_dataset
 from reptrt.graph import (
     Net,
+    blaming,
     bytes_from_model,
     model_from_net,
     net_from_model,
@@ -106,6 +107,11 @@ def calibrate(model: Path, data: Path, output: Path, options: CalibrateOptions) 
     Raises:
         ReptrtError: the model or the images cannot be used; nothing is written.
     """
+    with blaming(model):
+        return _calibrate(model, data, output, options)
+
+
+def _calibrate(model: Path, data: Path, output: Path, options: CalibrateOptions) -> CalibrateReport:
     require_folder(output)
     refuse_overwriting(output, [model])
     read_sidecar(model)

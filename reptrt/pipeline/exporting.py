@@ -1,5 +1,6 @@
 """export: a source as one fused float ONNX file, proved equal."""
 
+import contextlib
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -23,7 +24,7 @@ from reptrt.export import (
     onnx_from_module,
     prove,
 )
-from reptrt.graph import bytes_from_model, model_from_net, net_from_model
+from reptrt.graph import blaming, bytes_from_model, model_from_net, net_from_model
 from reptrt.pipeline.options import ExportOptions, plain_options
 from reptrt.preprocess import Preprocess, read_preprocess
 from reptrt.rewrite.contract import Skipped
@@ -59,6 +60,11 @@ def export(source: Source, output: Path, options: ExportOptions) -> ExportReport
         ReptrtError: the source, its weights or an option cannot be used; or the fused net differs
             from the source by more than the tolerance, in which case nothing is written.
     """
+    with blaming(Path(source.name)) if source.is_onnx else contextlib.nullcontext():
+        return _export(source, output, options)
+
+
+def _export(source: Source, output: Path, options: ExportOptions) -> ExportReport:
     started = time.perf_counter()
     require_folder(output)
     refuse_overwriting(output, source.files)
