@@ -15,6 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, Protocol, runtime_checkable
 
+import numpy as np
 import numpy.typing as npt
 import onnx
 from google.protobuf.message import DecodeError
@@ -222,7 +223,8 @@ def _runnable_bytes(model: bytes | Path, where: str) -> bytes:
     """
     proto = _model_proto(model)
     try:
-        return bytes_from_model(lower(proto))
+        with np.errstate(all="ignore"):  # scales of 0 or 1e38: onnxruntime says what it thinks
+            return bytes_from_model(lower(proto))
     except (ValueError, LookupError, TypeError) as err:
         _session(where, bytes_from_model(proto), _session_options(threads=1), "cpu")
         raise ArtifactError(

@@ -228,6 +228,15 @@ def test_constants_that_do_not_fit_each_other(tmp_path: Path) -> None:
         OrtRunner(save(model, tmp_path / "m.onnx"), threads=1)
 
 
+@pytest.mark.parametrize("scale", [0.0, 3e38])
+def test_scales_beyond_reason_are_no_warning(tmp_path: Path, scale: float) -> None:
+    model = quantized(plain_chain(), images())
+    set_constant(model, "x.scale", np.float32(scale))
+    path = save(model, tmp_path / "m.onnx")
+    result = reptrt("eval", path, "--data", write_images(tmp_path), "--threads", 1)
+    assert len(result.stderr.splitlines()) <= 1
+
+
 def test_a_scale_without_a_number(tmp_path: Path) -> None:
     model = quantized(plain_chain(), images())
     first = save(model, tmp_path / "a.onnx")
