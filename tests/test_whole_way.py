@@ -239,25 +239,9 @@ SCALINGS = BlockPlan(outputs=4, kernels=(1, 1), grouped=(4, 4), activation="relu
 
 
 @pytest.mark.parametrize(
-    "block",
-    [
-        pytest.param(
-            LINEAR,
-            marks=pytest.mark.xfail(
-                strict=True, raises=KeyError, reason="a sum that reads a fused sum is not found"
-            ),
-        ),
-        pytest.param(
-            SCALINGS,
-            marks=pytest.mark.xfail(
-                strict=True, raises=AssertionError, reason="1x1 of single channels count as free"
-            ),
-        ),
-    ],
-    ids=["no activation between blocks", "scalings alone"],
+    "block", [LINEAR, SCALINGS], ids=["no activation between blocks", "scalings alone"]
 )
 def test_blocks_that_no_known_net_has(block: BlockPlan, tmp_path: Path) -> None:
-    """Known gaps of `reptrt.rewrite.fuse_branches`."""
     first = BlockPlan(outputs=4, kernels=(3, 1), grouped=(1, 1), activation=block.activation)
     plan = Plan(1, (first, block), "average", 3, 0)
     source = source_of(plan, Way(None, "npz", "max"), tmp_path)

@@ -63,7 +63,8 @@ def fuse_branches(net: Net) -> RewriteReport:
     """Replace each sum of linear branches of one tensor by one convolution."""
     refuse_training_mode(net)
     net.graph.toposort()
-    order = {id(node): index for index, node in enumerate(net.graph.nodes)}
+    # By tensor: a sum is replaced by other nodes and keeps its output.
+    order = {t.name: i for i, node in enumerate(net.graph.nodes) for t in node.outputs}
     fused: dict[str, tuple[Branch, ...]] = {}
     skipped: list[Skipped] = []
     for root in [node for node in net.graph.nodes if _is_sum(node)]:
@@ -80,7 +81,7 @@ def _fuse_sum(
     graph: gs.Graph,
     root: gs.Node,
     leaves: list[Leaf],
-    order: dict[int, int],
+    order: dict[str, int],
     fused: dict[str, tuple[Branch, ...]],
     skipped: list[Skipped],
 ) -> None:
@@ -153,7 +154,8 @@ def _climb(graph: gs.Graph, tensor: gs.Tensor) -> Leaf:
         if isinstance(whole, str):
             return Leaf(tuple(steps), f"{node.name}: {whole}", _linear_sources(graph, node))
         stride = below.linear.stride if below.linear else (1, 1)
-        macs = below.macs + (0 if linear.is_per_channel else linear.macs * stride[0] * stride[1])
+        is_scaling = linear.is_per_channel and node.op != "Conv"  # goes into a neighbour's weight
+        macs = below.macs + (0 if is_scaling else linear.macs * stride[0] * stride[1])
         tensor = _data_input(node)
         steps.append(Step(tensor, whole, macs, (node, *below.nodes)))
     return Leaf(tuple(steps))
@@ -174,7 +176,7 @@ def _data_input(node: gs.Node) -> gs.Tensor:
     return node.inputs[1 if constant_value(node.inputs[0]) is not None else 0]
 
 
-def _shared_sources(leaves: Sequence[Leaf], order: dict[int, int]) -> list[gs.Tensor]:
+def _shared_sources(leaves: Sequence[Leaf], order: dict[str, int]) -> list[gs.Tensor]:
     """Return the tensors that two or more leaves are linear maps of, latest in the graph first."""
     count: dict[int, int] = {}
     tensors: dict[int, gs.Tensor] = {}
@@ -183,7 +185,7 @@ def _shared_sources(leaves: Sequence[Leaf], order: dict[int, int]) -> list[gs.Te
             count[id(step.source)] = count.get(id(step.source), 0) + 1
             tensors[id(step.source)] = step.source
     shared = [tensors[key] for key, uses in count.items() if uses > 1]
-    return sorted(shared, key=lambda t: -1 if producer(t) is None else -order[id(producer(t))])
+    return sorted(shared, key=lambda t: -order.get(t.name, -1))
 
 
 def _merge(steps: Sequence[Step]) -> LinearMap | str:
