@@ -166,9 +166,8 @@ def plans(draw: st.DrawFn) -> Plan:
     blocks: list[BlockPlan] = []
     inputs = channels
     depth = draw(st.integers(1, 4))
-    for index in range(depth):
-        known = [a for a in ACTIVATIONS if a != "none" or index == depth - 1]
-        block = draw(block_plans(inputs, size, known))
+    for _ in range(depth):
+        block = draw(block_plans(inputs, size, list(ACTIVATIONS)))
         blocks.append(block)
         inputs, size = block.outputs, size_behind(block, size)
     return Plan(
