@@ -220,10 +220,11 @@ def test_random_nets_go_the_whole_way(
     folder = tmp_path_factory.mktemp("way")
     float_file, int8_file = folder / "m.onnx", folder / "m.int8.onnx"
     source = source_of(plan, way, folder)
-    export(source, float_file, ExportOptions(input_size=(plan.channels, SIZE, SIZE)))
+    exported = export(source, float_file, ExportOptions(input_size=(plan.channels, SIZE, SIZE)))
     fused = read_model(float_file)
     expected = is_the_net(fused, plan, x)
     is_fused(fused, plan)
+    assert 0 <= exported.num_parameters - plan.fused_parameters <= 8  # and shapes of Reshapes
     report = calibrate(float_file, images, int8_file, way.options)
     sides = sum(split.form == "coarse-fine" for split in report.splits)
     layers = len(plan.blocks) + 1 + sides  # a side is a convolution of its own

@@ -130,5 +130,6 @@ def _parents(source: Source) -> dict[str, str]:
 
 
 def _num_parameters(model: onnx.ModelProto) -> int:
-    sizes = [onnx.numpy_helper.to_array(tensor).size for tensor in model.graph.initializer]
-    return int(sum(sizes))
+    """Return how many values the arrays of a model hold; scalars are bounds and the like."""
+    values = [onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer]
+    return int(sum(value.size for value in values if value.ndim))
