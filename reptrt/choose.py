@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_graphsurgeon as gs
 
-from reptrt.affine import Grid, dequantize
+from reptrt.affine import Grid, channel_amax, dequantize
 from reptrt.calib.channels import ChannelStats
 from reptrt.choices import SplitForm, SplitPrecision
 from reptrt.graph import Net, constant_value, weighted_nodes
@@ -225,6 +225,30 @@ def _settled(decision: Decision, taken: Collection[tuple[str, SplitForm | None]]
         return decision
     reason = f"{decision.reason}; {decision.form} is beyond the budget"
     return replace(decision, form=final, reason=reason)
+
+
+def int8_pays(node: gs.Node, form: SplitForm, grid: Grid) -> bool:
+    """Whether a split is worth the rounding of INT8 summands, by the weight alone.
+
+    Each summand that is rounded has to bring 3 dB: sum_o step_o^2 of the rest is at most half of
+    the whole kernel's in the identity form, whose skip is not rounded, and a quarter in the other.
+    A split that removes less of the weight noise adds more with its summands. Ours.
+    """
+    weight = constant_value(node.inputs[1])
+    if weight is None:
+        return False
+    if form == "coarse-fine":
+        if coarse_fine.reason_against(node) is not None:
+            return False
+        rest, limit = coarse_fine.coarse_and_fine(weight, grid)[1], 1 / 4
+    else:
+        scalar = form == "identity-scalar" and identity.reason_against(node) is None
+        factor = identity.factor_of(weight, grid, "scalar") if scalar else None
+        if factor is None:
+            return False
+        rest, limit = identity.without_diagonal(weight, factor), 1 / 2
+    before, after = (np.square(channel_amax(part, 0)).sum() for part in (weight, rest))
+    return bool(after <= limit * before)
 
 
 def num_macs(net: Net) -> int:

@@ -1,7 +1,9 @@
 """The scalar identity: its factor is the scale of its skip; what a ReLU hides gets no codes."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -12,6 +14,7 @@ from click.testing import CliRunner
 from reptrt.affine import Grid, dequantize, quantize
 from reptrt.calib.histogram import histogram_of
 from reptrt.calib.saturation import without_dead_values
+from reptrt.choose import int8_pays
 from reptrt.cli import main
 from reptrt.graph import Net, constant_of, model_from_net, net_from_model, read_model
 from reptrt.pipeline import CalibrateOptions, calibrate
@@ -188,3 +191,43 @@ def test_coarse_fine_with_int8_summands_wants_unequalized_channels() -> None:
     with pytest.raises(Exception, match="--no-equalize"):
         CalibrateOptions(split="coarse-fine", split_precision="int8")
     assert CalibrateOptions(split="coarse-fine", split_precision="int8", equalize=False)
+
+
+def conv_node(weight: np.ndarray, stride: int = 1) -> gs.Node:
+    x, w = gs.Variable("x", np.float32), gs.Constant("w", weight.astype(np.float32))
+    attrs = {"pads": [weight.shape[2] // 2] * 4, "strides": [stride] * 2}
+    return gs.Node("Conv", "conv", attrs, [x, w], [gs.Variable("y", np.float32)])
+
+
+@pytest.mark.parametrize(
+    ("centre", "others", "identity", "coarse"),
+    [
+        (1.0, 0.9, False, False),  # steps fall to 0.9: 0.9 dB
+        (1.0, 0.6, True, False),  # 4.4 dB: enough for one rounded summand, not for two
+        (1.0, 0.4, True, True),  # 8 dB
+        (-1.0, 0.4, False, True),  # no positive factor
+    ],
+)
+def test_int8_summands_have_to_bring_what_their_rounding_costs(
+    centre: float, others: float, identity: bool, coarse: bool
+) -> None:
+    weight = np.zeros((4, 4, 3, 3))
+    weight[:, :, 0, 0] = others
+    weight[range(4), range(4), 1, 1] = centre
+    node = conv_node(weight)
+    assert int8_pays(node, "identity-scalar", Grid.weight(8)) == identity
+    assert int8_pays(node, "coarse-fine", Grid.weight(8)) == coarse
+    assert not int8_pays(conv_node(weight, stride=2), "identity-scalar", Grid.weight(8))
+    assert not int8_pays(conv_node(weight[:, :, 1:2, 1:2]), "coarse-fine", Grid.weight(8))
+
+
+@pytest.mark.parametrize("form", ["identity", "coarse-fine"])
+def test_layers_for_which_it_does_not_pay_stay_whole(form: Any, tmp_path: Path) -> None:
+    model = write_net(tmp_path / "m.onnx", rep_net(blocks=3))
+    data = write_images(tmp_path / "d.npz", 64)
+    options = CalibrateOptions(images=64, split=form, split_precision="int8", equalize=False)
+    report = calibrate(model, data, tmp_path / "o.onnx", options)
+    assert {split.layer for split in report.splits} == {f"block{i}" for i in range(3)}
+    whole = calibrate(model, data, tmp_path / "f.onnx", replace(options, split_precision="float"))
+    stem = {"coarse-fine": {"stem"}, "identity": set()}[form]
+    assert {split.layer for split in whole.splits} == {f"block{i}" for i in range(3)} | stem

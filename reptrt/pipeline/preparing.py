@@ -7,7 +7,7 @@ import torch
 
 from reptrt.calib.channels import ChannelStats, collect_channels
 from reptrt.choices import SplitForm
-from reptrt.choose import Decision, RangeDecision, choose, num_macs
+from reptrt.choose import Decision, RangeDecision, choose, int8_pays, num_macs
 from reptrt.data import Dataset
 from reptrt.errors import ConfigError
 from reptrt.graph import Net, weighted_nodes
@@ -70,7 +70,7 @@ def prepare(
     decisions = choice.splits if options.split == "auto" else ()
     forms: dict[str, SplitForm] = {decision.layer: decision.form for decision in decisions}
     if options.split != "auto":
-        forms = dict.fromkeys(layers, options.split_form)
+        forms = _asked_for(net, layers, options)
     total = num_macs(net)
     split_layers(net, forms, options)
     possible = set(_can_have_full_range(net, options)) if choice.ranges else set()
@@ -89,6 +89,17 @@ def _can_have_full_range(net: Net, options: CalibrateOptions) -> list[str]:
         for activation in placement.activations
         if full_range_obstacle(net, placement, activation.tensor) is None
     ]
+
+
+def _asked_for(
+    net: Net, layers: Collection[str], options: CalibrateOptions
+) -> dict[str, SplitForm]:
+    """Return the form that was asked for, for the layers that take it."""
+    form, grid = options.split_form, options.grids[1]
+    if options.split_precision == "float":
+        return dict.fromkeys(layers, form)
+    nodes = [node for node in weighted_nodes(net.graph) if node.name in layers]
+    return {node.name: form for node in nodes if int8_pays(node, form, grid)}
 
 
 def split_layers(net: Net, forms: Mapping[str, str], options: CalibrateOptions) -> None:
