@@ -47,7 +47,8 @@ from reptrt.reconstruct.resume import Finished
 from reptrt.rewrite.fold_affine import fold_affine
 from reptrt.rewrite.fold_skip_scale import fold_skip_scale
 from reptrt.rewrite.insert_affine import insert_affine
-from reptrt.rewrite.recentre import recentre
+from reptrt.rewrite.recentre import recentre, round_scales
+from reptrt.rewrite.round_biases import round_biases
 from reptrt.rewrite.to_fp16 import to_fp16
 from reptrt.splits import Split, read_splits
 from reptrt.torchgraph import TorchGraph
@@ -143,6 +144,8 @@ def _calibrate(model: Path, data: Path, output: Path, options: CalibrateOptions)
         finished = _finished_units(output, options, parents)
         learned = _learn(net, reference, placement, dataset, options, learning, finished)
         clock.lap("learn")
+    round_scales(net)
+    round_biases(net)
     recentre(net)
     fold_skip_scale(net)
     left_fp32 = to_fp16(net).skipped if options.high_precision == "fp16" else ()

@@ -105,6 +105,13 @@ def padded_readers(net: Net, tensor: str) -> tuple[PaddedReader, ...]:
     return tuple(found)
 
 
+def round_scales(net: Net) -> None:
+    """Round the scales that `recentre` would round, in place: of UINT8 pairs and their readers."""
+    around = Surroundings(net, set())
+    for pair in [pair for node in net.graph.nodes if (pair := _pair(around, node)) is not None]:
+        _round_scales(pair)
+
+
 def recentre(net: Net, *, fp16_scales: bool = True) -> RewriteReport:
     """Turn every UINT8 pair with zero point 0 into an INT8 one that carries x - c, in place.
 
