@@ -1,7 +1,7 @@
 """A progress bar on stderr: only on a terminal, and only for work that takes a second or more."""
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 from rich.console import Console
@@ -13,14 +13,17 @@ _QUIET_SECONDS = 1.0
 
 
 def track(
-    iterable: Iterable[Item], total: int, label: str, console: Console | None = None
+    iterable: Iterable[Item],
+    total: int,
+    label: str | Callable[[], str],
+    console: Console | None = None,
 ) -> Iterator[Item]:
     """Yield the items unchanged and show how many of ``total`` are done; the bar goes at the end.
 
     Args:
         iterable: the work; the bar moves when the next item is asked for.
         total: the number of items.
-        label: what is done, in a word or two.
+        label: what is done, in a word or two; a function is asked again after every item.
         console: where to draw; None is stderr.
     """
     console = console or Console(stderr=True)
@@ -29,13 +32,14 @@ def track(
         return
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
     progress = Progress(*columns, TimeRemainingColumn(), console=console, transient=True)
-    task = progress.add_task(label, total=total)
+    text = label if callable(label) else lambda: str(label)
+    task = progress.add_task(text(), total=total)
     started = time.monotonic()
     try:
         for item in iterable:
             if not progress.live.is_started and time.monotonic() - started >= _QUIET_SECONDS:
                 progress.start()
             yield item
-            progress.advance(task)
+            progress.update(task, advance=1, description=text())
     finally:
         progress.stop()

@@ -48,3 +48,12 @@ def test_a_failure_inside_the_loop_ends_the_bar(monkeypatch: pytest.MonkeyPatch)
     steps.close()
     assert stream.getvalue().endswith("\x1b[2K")
     assert not console._live_stack
+
+
+def test_a_label_can_tell_of_the_last_item(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "_QUIET_SECONDS", 0.0)
+    console, stream = terminal()
+    done: list[int] = []
+    for item in track(range(3), 3, lambda: f"learn {done[-1:]}", console):
+        done.append(item)
+    assert "learn [2]" in stream.getvalue()

@@ -739,3 +739,23 @@ def test_activations_that_do_not_fit_the_device(
     with pytest.raises(CalibrationError, match=message) as caught:
         case.learn(tmp_path, QUICK)
     assert_one_line(caught.value)
+
+
+def test_progress_tells_the_error_of_the_last_unit_before_and_after(
+    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    labels: list[str] = []
+
+    def watched(items: range, total: int, label: Callable[[], str]) -> Iterator[int]:
+        labels.append(label())
+        for item in items:
+            yield item
+            labels.append(label())
+
+    monkeypatch.setattr(driver, "track", watched)
+    _, report = case.learn(tmp_path, QUICK)
+    units = report.units[: len(labels) - 1]
+    assert labels == ["learn"] + [
+        f"learn, {u.unit}: {u.nearest:.2%} -> {u.learned:.2%}, {u.kept} kept" for u in units
+    ]
+    assert len(units) == 5

@@ -144,7 +144,7 @@ class _Work:
         self._ours[image] = self._images
         done: list[UnitReport] = []
         frozen: frozenset[int] = frozenset()
-        for index in track(range(len(units)), len(units), "learn"):
+        for index in track(range(len(units)), len(units), lambda: _progress(done)):
             done.append(self._unit(index, frozen))
             frozen |= {p.group for p in self.sites.pairs.values() if p.readers & units[index].nodes}
         if self._options.polish and len(units) > 1:
@@ -371,6 +371,14 @@ class _Work:
     def _store(self, name: str) -> Store:
         folder = self._finished.root.parent
         return Store(self._count, self._layout.shapes[name], self._storage, self._device, folder)
+
+
+def _progress(done: Sequence[UnitReport]) -> str:
+    """Return the label of the progress bar: the last unit, its error before and after."""
+    if not done:
+        return "learn"
+    last = done[-1]
+    return f"learn, {last.unit}: {last.nearest:.2%} -> {last.learned:.2%}, {last.kept} kept"
 
 
 def _read(stores: Mapping[str, Store], names: Sequence[str], index: Tensor) -> dict[str, Tensor]:
