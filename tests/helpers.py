@@ -1,17 +1,36 @@
-"""Small things that many tests need: where real material lives, onnxruntime as the oracle."""
+"""Small things that many tests need: where real material lives, tools, onnxruntime as oracle."""
 
+import importlib.util
+import sys
 from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
 
+TOOLS = Path(__file__).resolve().parents[1] / "tools"
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 needs_shared = pytest.mark.skipif(
     not (SHARED / "zoo").is_dir(), reason="the trained nets and CIFAR-10 images are not here"
 )
+
+
+def load_tool(name: str) -> ModuleType:
+    """Return a file of tools/ as a module, as ``python tools/NAME.py`` would load it."""
+    spec = importlib.util.spec_from_file_location(name, TOOLS / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
+    sys.path.insert(0, str(TOOLS))
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(TOOLS))
+    return module
 
 
 def ort_run(

@@ -1,11 +1,8 @@
 """tools/ablate_abc.py on a net of a few layers: what each row asks for, and the table."""
 
-import importlib.util
 import re
-import sys
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,27 +12,13 @@ from click.testing import CliRunner
 from reptrt.evaluate import evaluate
 from reptrt.pipeline import CalibrateOptions, calibrate
 from reptrt.reconstruct import LearnOptions
+from tests.helpers import load_tool
 from tests.learned_nets import rep_net, write_images, write_net
 
-TOOLS = Path(__file__).resolve().parents[1] / "tools"
 COUNT = 48
 TINY = ("--seeds", "1", "--iterations", "2", "--bits", "8", "--splits", "none")
 
-
-def load() -> ModuleType:
-    sys.path.insert(0, str(TOOLS))  # as `python tools/ablate_abc.py` does
-    try:
-        spec = importlib.util.spec_from_file_location("ablate_abc", TOOLS / "ablate_abc.py")
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(str(TOOLS))
-    return module
-
-
-tool = load()
+tool = load_tool("ablate_abc")
 
 
 @pytest.fixture(scope="module")

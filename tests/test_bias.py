@@ -270,13 +270,17 @@ def half_step(path: Path) -> float:
     return 0.5 * float(max(weights)) * float(max(others))
 
 
-@pytest.mark.parametrize("split", ["none", "identity", "coarse-fine"])
-def test_after_correction_no_channel_has_a_mean_error(tmp_path: Path, split: str) -> None:
+def chain_with_and_without_bias() -> onnx.ModelProto:
     b = Builder()
     y = b.relu(b.conv("x", 8, "c1"))
     y = b.relu(b.conv(y, 8, "c2"))
     b.nodes[-2].input.pop()  # without a bias
-    model = b.model(b.head(y))
+    return b.model(b.head(y))
+
+
+@pytest.mark.parametrize("split", ["none", "identity", "coarse-fine"])
+def test_after_correction_no_channel_has_a_mean_error(tmp_path: Path, split: str) -> None:
+    model = chain_with_and_without_bias()
     options = replace(PLAIN, split=split)  # type: ignore[arg-type]
     corrected = mean_errors(model, calibrated(tmp_path, model, options))
     plain = calibrated(tmp_path, model, replace(options, correct_bias=False))
@@ -438,11 +442,7 @@ def test_a_correction_that_does_harm_leaves_no_trace(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    b = Builder()
-    y = b.relu(b.conv("x", 8, "c1"))
-    y = b.relu(b.conv(y, 8, "c2"))
-    b.nodes[-2].input.pop()  # without a bias
-    model = b.model(b.head(y))
+    model = chain_with_and_without_bias()
     options = replace(PLAIN, split=split)  # type: ignore[arg-type]
     helped = calibrated(tmp_path, model, options)
     assert STAYS not in caplog.messages

@@ -17,9 +17,9 @@ from click.testing import CliRunner
 
 from reptrt.evaluate import evaluate
 from reptrt.pipeline import CalibrateOptions, calibrate
+from tests.helpers import TOOLS, load_tool
 from tests.onnx_nets import Builder, plain_chain
 
-TOOLS = Path(__file__).resolve().parents[1] / "tools"
 RUNNERS = {  # how a rival can behave
     "copies": "shutil.copy(job.options['file'], job.output)",
     "counts": "(job.output.parent / 'counted').open('a').write('x'); "
@@ -31,21 +31,7 @@ RUNNERS = {  # how a rival can behave
     "shutil.copy(job.options['file'], job.output)",
 }
 
-
-def load() -> ModuleType:
-    sys.path.insert(0, str(TOOLS))  # as `python tools/compare_rivals.py` does
-    try:
-        spec = importlib.util.spec_from_file_location("compare_rivals", TOOLS / "compare_rivals.py")
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(str(TOOLS))
-    return module
-
-
-tool = load()
+tool = load_tool("compare_rivals")
 measure, environments = tool.measure, tool.environments
 Row, Result = tool.Row, tool.Result
 Environment = sys.modules["rivals.rows"].Environment

@@ -13,7 +13,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 
 import click
 import pytest
@@ -23,6 +22,7 @@ from reptrt.cli import main
 from reptrt.demo import comparison, digits
 from reptrt.errors import ReptrtError
 from reptrt.lint.rules import RULES
+from tests.helpers import load_tool
 from tests.pages import GENERATED, REPOSITORY, Block, Page, commands, pages
 
 PAGES = pages()
@@ -49,16 +49,7 @@ def is_run(block: Block) -> bool:
     return block.language in ("bash", "python") and not block.skipped and not block.file
 
 
-def tool(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, REPOSITORY / "tools" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-make_docs = tool("make_docs")
+make_docs = load_tool("make_docs")
 
 
 @pytest.fixture(scope="module")

@@ -1,11 +1,9 @@
 """tools/gpu_check.py without a GPU: what cannot run says why, the rest goes on."""
 
-import importlib.util
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any, get_args
 
 import click
@@ -17,23 +15,13 @@ from click.testing import CliRunner
 from reptrt import _tensorrt, choices
 from reptrt._tensorrt import Gpu
 from reptrt.cli import main as reptrt_main
+from tests.helpers import TOOLS, load_tool
 from tests.onnx_nets import plain_chain
 
-TOOL = Path(__file__).resolve().parents[1] / "tools" / "gpu_check.py"
+TOOL = TOOLS / "gpu_check.py"
 BENCH_ROW = {"batch": 8, "median_ms": 0.5, "throughput_ips": 16000.0, "ratio": 0.4}
 
-
-def load() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("gpu_check", TOOL)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["gpu_check"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-gpu_check = load()
+gpu_check = load_tool("gpu_check")
 
 
 def in_this_process(command: Sequence[str]) -> tuple[int, str]:

@@ -8,16 +8,13 @@ and SQNR against `reptrt.torchgraph` on the same images.
 """
 
 from pathlib import Path
-from typing import Any
 
 import click
 import numpy as np
-import numpy.typing as npt
-import onnx
-import onnxruntime  # noqa: TID251  # OrtRunner would lower the graph
 import torch
+from compare_rests import logits
 
-from reptrt.data import Dataset, open_dataset
+from reptrt.data import open_dataset
 from reptrt.graph import net_from_model, read_model
 from reptrt.metrics import agreement, sqnr_db
 from reptrt.ort_lowering import lower
@@ -25,19 +22,6 @@ from reptrt.preprocess import read_preprocess
 from reptrt.torch_runner import graph_runner
 
 _BATCH = 100
-_LEVELS = onnxruntime.GraphOptimizationLevel
-
-
-def logits(model: onnx.ModelProto, dataset: Dataset, level: Any) -> npt.NDArray[Any]:
-    """Return the first output for all images, in one thread of onnxruntime."""
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level, options.intra_op_num_threads = level, 1
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(
-        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
-    name = session.get_inputs()[0].name
-    return np.concatenate([session.run(None, {name: x})[0] for x in dataset.batches(_BATCH)])
 
 
 @click.command()
@@ -53,9 +37,9 @@ def main(files: tuple[Path, ...], data: Path, limit: int | None) -> None:
         runner = graph_runner(net, torch.device("cpu"))
         expected = np.concatenate([runner.run(x)["output"] for x in dataset.batches(_BATCH)])
         ways = {
-            "as written": logits(model, dataset, _LEVELS.ORT_DISABLE_ALL),
-            "as written, optimized": logits(model, dataset, _LEVELS.ORT_ENABLE_ALL),
-            "lowered": logits(lower(model), dataset, _LEVELS.ORT_ENABLE_ALL),
+            "as written": logits(model, dataset),
+            "as written, optimized": logits(model, dataset, optimized=True),
+            "lowered": logits(lower(model), dataset, optimized=True),
         }
         for way, found in ways.items():
             same, distance = 100 * agreement(expected, found), sqnr_db(expected, found)

@@ -25,10 +25,15 @@ from reptrt.preprocess import read_preprocess
 _BATCH = 50
 
 
-def logits(model: onnx.ModelProto, dataset: Dataset) -> npt.NDArray[Any]:
-    """Return the first output for all images, node by node as the graph says."""
+def logits(
+    model: onnx.ModelProto, dataset: Dataset, *, optimized: bool = False
+) -> npt.NDArray[Any]:
+    """Return the first output for all images; unoptimized: node by node as the graph says."""
+    levels = onnxruntime.GraphOptimizationLevel
     options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.graph_optimization_level = (
+        levels.ORT_ENABLE_ALL if optimized else levels.ORT_DISABLE_ALL
+    )
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(
         model.SerializeToString(), options, providers=["CPUExecutionProvider"]

@@ -33,6 +33,8 @@ def round_biases(net: Net) -> RewriteReport:
         bias = constant_value(node.inputs[2])
         if bias is None or bias.ndim != 1 or any(scale is None for scale in scales):
             continue
+        if any(float(node.attrs.get(name, 1.0)) != 1.0 for name in ("alpha", "beta")):
+            continue  # of a Gemm: no kernel adds its bias in INT32
         step, per_channel = (np.asarray(scale, dtype=np.float64) for scale in scales)
         grid = step.reshape(()) * per_channel.reshape(-1)
         exact = bias.astype(np.float64)
