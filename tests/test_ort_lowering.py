@@ -12,7 +12,10 @@ import pytest
 import torch
 from onnx import numpy_helper
 
+from reptrt.affine import Grid
+from reptrt.graph import model_from_net, net_from_model
 from reptrt.ort_lowering import lower
+from reptrt.rewrite.split_coarse_fine import split_coarse_fine
 from reptrt.runner import OrtRunner, optimized_op_counts
 from reptrt.torchgraph import TorchGraph
 from tests.helpers import ort_run
@@ -102,6 +105,15 @@ def test_layers_whose_output_is_quantized_run_in_int8(
     assert counts["Conv"] + counts["FusedConv"] == in_float
     assert (counts["QGemm"], counts["Gemm"]) == (1, 0)
     assert plain_op_counts(model)["QLinearConv"] < in_int8  # it is the lowering that does it
+
+
+def test_two_layers_that_read_one_signed_tensor_run_in_int8() -> None:
+    """As the parts of a first layer do that is split."""
+    net = net_from_model(plain_chain())
+    split_coarse_fine(net, ["c1"], grid=Grid.weight(8), precision="int8")
+    counts = optimized_op_counts(quantized(model_from_net(net), images()).SerializeToString())
+    assert (counts["QLinearConv"], counts["QLinearAdd"]) == (3, 1)
+    assert (counts["Conv"], counts["FusedConv"]) == (0, 0)
 
 
 def plain_op_counts(model: onnx.ModelProto) -> dict[str, int]:

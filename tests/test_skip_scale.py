@@ -14,6 +14,7 @@ from click.testing import CliRunner
 from reptrt.affine import Grid, dequantize, quantize
 from reptrt.calib.histogram import histogram_of
 from reptrt.calib.saturation import without_dead_values
+from reptrt.calib.thresholds import ThresholdOptions
 from reptrt.choose import int8_pays
 from reptrt.cli import main
 from reptrt.graph import Net, constant_of, model_from_net, net_from_model, read_model
@@ -111,15 +112,15 @@ def split_sum(factor: float) -> Net:
     return net
 
 
-@pytest.mark.parametrize("factor", [0.5, 3.0])
-def test_cutting_dead_values_off_changes_no_code_behind_the_relu(factor: float) -> None:
+@pytest.mark.parametrize(("factor", "mean"), [(0.5, -3), (3.0, -3), (3.0, -15)])
+def test_cutting_dead_values_off_changes_no_code_behind_the_relu(factor: float, mean: int) -> None:
     """Brute force over what x and the rest can be, with the bound that was found."""
     net = split_sum(factor)
     (mul,) = muls(net)
     added = mul.outputs[0].outputs[0]
     rest, x, y = added.inputs[0].name, mul.inputs[0].name, added.outputs[0].outputs[0].outputs[0]
     rng = np.random.default_rng(0)
-    values = {x: rng.uniform(0, 2, 4000), rest: rng.normal(-3, 4, 4000)}
+    values = {x: rng.uniform(0, 2, 4000), rest: rng.normal(mean, 4, 4000)}
     values[x][0] = 2.0
     values[y.name] = np.maximum(values[rest] + factor * values[x], 0)
     histograms = {t: histogram_of(torch.from_numpy(v).float()) for t, v in values.items()}
@@ -127,6 +128,7 @@ def test_cutting_dead_values_off_changes_no_code_behind_the_relu(factor: float) 
     assert bound < histograms[rest].maximum
     top = values[y.name].max()
     assert bound == pytest.approx(max(factor * 2.0, top))
+    assert (top < factor * 2.0) == (mean == -15)  # either may be the larger
     grid, step = Grid.activation(8), np.float32(top / 127)
     skip, all_rests = factor * np.linspace(0, 2, 101), np.linspace(-20, 20, 4001)
     whole = np.maximum(all_rests[:, None] + skip, 0)
@@ -164,6 +166,24 @@ def test_int8_all_the_way_in_onnxruntime(tmp_path: Path) -> None:
     assert not {"Conv", "FusedConv", "Add", "Mul", "DequantizeLinear"} & {
         k for k in counts if counts[k]
     }
+
+
+def test_the_rest_is_calibrated_without_what_the_relu_hides(tmp_path: Path) -> None:
+    model = write_net(tmp_path / "m.onnx", rep_net(blocks=3))
+    data = write_images(tmp_path / "d.npz", 64)
+    options = CalibrateOptions(
+        images=64, split="identity", split_precision="int8", threshold=ThresholdOptions("max")
+    )
+    report = calibrate(model, data, tmp_path / "o.onnx", options)
+    nodes = {n.name: n for n in net_from_model(read_model(tmp_path / "o.onnx")).graph.nodes}
+    found = {tensor.tensor: tensor for tensor in report.tensors}
+    for split in report.splits:
+        skip, added = nodes[split.side], nodes[split.sum].outputs[0]
+        (x,) = (t for t in found.values() if f"{t.tensor}.q" == skip.inputs[0].name)
+        factor = float(constant_of(skip.inputs[1])) / x.scale
+        y = found[added.outputs[0].outputs[0].name]
+        bound = max(factor * x.maximum, y.maximum)
+        assert found[nodes[split.main].outputs[0].name].amax <= bound * (1 + 1e-5)
 
 
 def test_the_skip_has_the_codes_of_its_layer_under_another_scale(tmp_path: Path) -> None:
