@@ -42,7 +42,7 @@ from reptrt.run import ENGINE_FILE, FLOAT_FILE, INT8_FILE, RunOptions
 from reptrt.rungs import Ladder, Step, measure
 from reptrt.runner import OrtRunner, Runner, open_runner
 from reptrt.sources import Source, module_from_source
-from reptrt.torch_runner import float_activations, graph_runner, module_runner
+from reptrt.torch_runner import float_activations, graph_runner, int8_runner, module_runner
 
 _LOG = logging.getLogger(__name__)
 
@@ -161,13 +161,14 @@ def _quantized(files: Files, calib_data: Path, options: RunOptions, folder: Path
     if learns:
         nearest, end = folder / "nearest.onnx", ", nearest"
         calibrate(files.float_onnx, calib_data, nearest, replace(calibrating, **_NEAREST))
-    net = net_from_model(read_model(nearest))
+    model = read_model(nearest)
+    net = net_from_model(model)
     skipped = float_activations(net)
     yield Step(f"{label} weights{end}", "torch graph", lambda: graph_runner(net, device, skipped))
-    yield Step(f"{label}{end}", "torch graph", lambda: graph_runner(net, device))
+    yield Step(f"{label}{end}", "torch graph", lambda: int8_runner(model, device))
     if learns:
-        learned, end = net_from_model(read_model(files.int8_onnx)), ", learned"
-        yield Step(f"{label}{end}", "torch graph", lambda: graph_runner(learned, device))
+        learned, end = read_model(files.int8_onnx), ", learned"
+        yield Step(f"{label}{end}", "torch graph", lambda: int8_runner(learned, device))
     yield Step(f"{label}{end}", "onnxruntime", lambda: _open(files.int8_onnx, options))
 
 

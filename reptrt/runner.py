@@ -20,10 +20,11 @@ import numpy.typing as npt
 import onnx
 from google.protobuf.message import DecodeError
 
+from reptrt.code_sums import SUMS
 from reptrt.conditions import may_saturate
 from reptrt.errors import ArtifactError, ConfigError, DataError, MissingDependencyError
 from reptrt.graph import bytes_from_model, read_model
-from reptrt.ort_lowering import lower
+from reptrt.lowering import lower
 
 Device = Literal["cpu", "cuda", "tensorrt"]
 RunnerKind = Literal["auto", "ort", "tensorrt"]
@@ -34,6 +35,7 @@ _PROVIDERS: dict[Device, list[str]] = {
     "cuda": ["CUDAExecutionProvider", "CPUExecutionProvider"],
     "tensorrt": ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"],
 }
+_INEXACT = ["ConvMulFusion"]  # would turn weights that are codes into floats (`reptrt.code_sums`)
 _LOG_FATAL = 4  # errors come as exceptions; printing them as well says everything twice
 
 
@@ -200,7 +202,12 @@ def optimized_nodes(model: bytes | Path) -> list[tuple[str, str]]:
         options.optimized_model_filepath = str(optimized)
         _session(where, _runnable_bytes(model, where), options, "cpu")
         graph = onnx.load(str(optimized)).graph
-    return [(node.name, node.op_type) for node in graph.node]
+    return [(_layer_name(node.name), node.op_type) for node in graph.node]
+
+
+def _layer_name(name: str) -> str:
+    """Return the name that a node has in the model, for a layer that was rewritten."""
+    return name.removesuffix("_nchwc").removesuffix(SUMS)
 
 
 def ort_version() -> str:
@@ -260,7 +267,9 @@ def _session(where: str, content: bytes, options: Any, device: Device) -> Any:
             "install onnxruntime-gpu in place of onnxruntime, or use the cpu"
         )
     try:
-        session = ort.InferenceSession(content, options, providers=wanted)
+        session = ort.InferenceSession(
+            content, options, providers=wanted, disabled_optimizers=_INEXACT
+        )
     except _ort_failures() as err:
         raise ArtifactError(
             f"{where}: onnxruntime {ort.__version__} refuses this model ({_reason(err)})"

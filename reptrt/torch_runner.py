@@ -7,12 +7,14 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import onnx
 import onnx_graphsurgeon as gs
 import torch
 from torch import Tensor, nn
 
-from reptrt.graph import Net, constant_of
+from reptrt.graph import Net, constant_of, net_from_model
 from reptrt.lint.tensors import is_dequantize, is_quantize, value_of
+from reptrt.lowering import lower
 from reptrt.qdq import is_simulation
 from reptrt.recentred import read_recentred
 from reptrt.torchgraph import TorchGraph
@@ -86,6 +88,11 @@ def graph_runner(net: Net, device: torch.device, replace: Replacements = _NOTHIN
         return graph.run({name: x}, [output], replace=replace)[output]
 
     return TorchRunner("torch graph", forward, device, batch if isinstance(batch, int) else None)
+
+
+def int8_runner(model: onnx.ModelProto, device: torch.device) -> TorchRunner:
+    """Return a runner of a Q/DQ model that has the codes of INT8 kernels (`reptrt.lowering`)."""
+    return graph_runner(net_from_model(lower(model, kernels=False)), device)
 
 
 def float_activations(net: Net) -> Replacements:

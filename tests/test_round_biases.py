@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from reptrt.graph import constant_of, maker_of, net_from_model
-from reptrt.ort_lowering import lower
+from reptrt.lowering import lower
 from reptrt.pipeline import CalibrateOptions, calibrate
 from reptrt.rewrite.round_biases import round_biases
 from reptrt.runner import OrtRunner

@@ -13,7 +13,8 @@ from reptrt.data import open_dataset
 from reptrt.graph import net_from_model
 from reptrt.pipeline import CalibrateOptions, calibrate
 from reptrt.preprocess import read_preprocess
-from reptrt.torch_runner import graph_runner
+from reptrt.runner import OrtRunner
+from reptrt.torch_runner import graph_runner, int8_runner
 from reptrt.torchgraph import TorchGraph
 from tests.helpers import ort_run
 from tests.learned_nets import SIZE, rep_net, write_images, write_net
@@ -30,6 +31,11 @@ CASES = {
     "affines kept": replace(LEARNED, keep_affine=True),
     "residual": LEARNED,
 }
+LOWERED = CASES | {
+    "INT8 summands": replace(LEARNED, split="identity", split_precision="int8"),
+    "6 bits": replace(LEARNED, weight_bits=6, activation_bits=6),
+    "FP16 rest": replace(LEARNED, high_precision="fp16"),
+}
 CLEAR = 1e-3  # of a step, from where a code changes
 
 
@@ -38,15 +44,16 @@ def written(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[onnx.ModelProto, np.ndarray]:
     """A learned net, and images that it has not seen."""
-    folder = tmp_path_factory.mktemp("same")
-    size = 8 if request.param == "residual" else SIZE
-    write_net(folder / "m.onnx", basic_block() if request.param == "residual" else rep_net())
+    return learned(request.param, tmp_path_factory.mktemp("same"))
+
+
+def learned(case: str, folder: Path) -> tuple[onnx.ModelProto, np.ndarray]:
+    size = 8 if case == "residual" else SIZE
+    write_net(folder / "m.onnx", basic_block() if case == "residual" else rep_net())
     write_images(folder / "d.npz", 32, size=size)
-    options: CalibrateOptions = CASES[request.param]
-    report = calibrate(folder / "m.onnx", folder / "d.npz", folder / "o.onnx", options)
+    report = calibrate(folder / "m.onnx", folder / "d.npz", folder / "o.onnx", LOWERED[case])
     assert report.learned is not None
     assert any(unit.kept == "learned" for unit in report.learned.units)
-    assert report.simulation is None
     model = onnx.load(str(folder / "o.onnx"))
     return model, unseen(folder, size)
 
@@ -101,6 +108,7 @@ def test_every_code_is_the_same_but_at_its_borders(
 
 
 def test_the_same_class_comes_first(written: tuple[onnx.ModelProto, np.ndarray]) -> None:
+    """Whatever order a runtime sums in."""
     model, x = written
     (wanted,) = ort_run(model, {"x": x}, optimize=False).values()
     with graph_runner(net_from_model(model), torch.device("cpu")) as runner:
@@ -108,3 +116,17 @@ def test_the_same_class_comes_first(written: tuple[onnx.ModelProto, np.ndarray])
     assert (found.argmax(1) == wanted.argmax(1)).mean() >= 0.999
     assert len(np.unique(wanted.argmax(1))) > 1
     assert np.linalg.norm(found - wanted) < 1e-3 * np.linalg.norm(wanted)
+
+
+@pytest.mark.parametrize("case", LOWERED)
+def test_lowered_the_outputs_are_the_same_bits(case: str, tmp_path: Path) -> None:
+    """In torch as in onnxruntime's INT8 kernels, and close to the graph as it is written."""
+    model, x = learned(case, tmp_path)
+    with OrtRunner(model.SerializeToString(), threads=1) as runner:
+        (wanted,) = runner.run(x).values()
+    with int8_runner(model, torch.device("cpu")) as runner:
+        (found,) = runner.run(x).values()
+    np.testing.assert_array_equal(found, wanted)
+    (as_it_is,) = ort_run(model, {"x": x}, optimize=False).values()
+    near = 1e-2 if case == "FP16 rest" else 1e-3  # which is widened
+    assert np.linalg.norm(found - as_it_is) < near * np.linalg.norm(as_it_is)

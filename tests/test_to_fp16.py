@@ -17,8 +17,8 @@ from reptrt.errors import RewriteError
 from reptrt.graph import model_from_net, net_from_model
 from reptrt.intent import planned_int8
 from reptrt.lint import lint_net
+from reptrt.lowering import lower
 from reptrt.metrics import sqnr_db
-from reptrt.ort_lowering import lower
 from reptrt.pipeline import CalibrateOptions, ExportOptions, Source, calibrate, export
 from reptrt.rewrite.contract import RewriteReport
 from reptrt.rewrite.to_fp16 import to_fp16

@@ -1,0 +1,161 @@
+"""Layers that sum integer codes in float operators: what an INT8 kernel computes, to the bit.
+
+    DQ(x), DQ(W), b -> y        becomes        y = s_x s_W[o] (sum_k q_W[o,k] (q_x[k] - z)) + b[o]
+
+and where a Q with scale s_y follows, so that a kernel makes one step of both, Q gets scale 1 and
+
+    y = s_x s_W[o] / s_y (sum_k q_W[o,k] (q_x[k] - z) + b_q[o]),   b_q = round(b / (s_x s_W))
+
+Every product and every sum of codes is an integer. Below 2^24 float32 holds them exactly, so that
+the order of summation, which differs between runtimes and batch sizes, cannot matter; what is left
+is a product and a sum of two float32 numbers, which IEEE 754 defines. Ours.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_graphsurgeon as gs
+
+from reptrt.affine import along_axis
+from reptrt.graph import constant_of, constant_value, producer
+
+AnyArray = npt.NDArray[Any]
+Float64Array = npt.NDArray[np.float64]
+
+SUMS = ".int8_sums"  # ends the name of what a layer has summed
+_EXACT = 2**24  # integers up to here are float32 numbers
+_PLAIN_GEMM = {"alpha": 1.0, "beta": 1.0, "transA": 0}
+
+
+@dataclass(frozen=True, slots=True)
+class _Codes:
+    """What a DequantizeLinear reads."""
+
+    tensor: gs.Tensor
+    scale: npt.NDArray[np.float32]  # one value, or one per index of ``axis``
+    axis: int
+    zero_point: gs.Tensor | None
+    lowest: int  # code less zero point
+    highest: int
+
+
+def sum_codes(graph: gs.Graph, node: gs.Node) -> bool:
+    """Let a Conv or Gemm sum codes; return whether it does now.
+
+    It stays as it is where an operand is not dequantized, or where a sum could pass 2^24.
+
+    Args:
+        graph: the graph of ``node``.
+        node: any node.
+    """
+    if node.op not in ("Conv", "Gemm") or any(
+        node.attrs.get(name, value) != value for name, value in _PLAIN_GEMM.items()
+    ):
+        return False
+    x, w = (_codes(tensor) for tensor in node.inputs[:2])
+    weight = None if w is None else constant_value(w.tensor)
+    if x is None or w is None or weight is None or x.scale.size != 1 or w.lowest != -128:
+        return False
+    axis = 0 if node.op == "Conv" or node.attrs.get("transB", 0) else 1
+    if w.scale.size != 1 and w.axis != axis:
+        return False
+    rows = np.moveaxis(weight, axis, 0).reshape(weight.shape[axis], -1)
+    step = np.broadcast_to(x.scale * w.scale, len(rows)).astype(np.float32)
+    quantize = quantize_behind(graph, node)
+    bias = _bias(node, step, in_codes=quantize is not None)
+    if bias is None or not _is_exact(rows, bias[0], x):
+        return False
+
+    (result,) = node.outputs
+    name = node.name or result.name
+    one = gs.Constant(f"{name}{SUMS}.one", np.array(1, np.float32))
+    if quantize is not None:
+        step = (step / constant_of(quantize.inputs[1]).reshape(())).astype(np.float32)
+        quantize.inputs = [result, one, *quantize.inputs[2:]]
+    codes = gs.Variable(f"{name}{SUMS}.codes", dtype=np.float32)
+    given = [x.tensor, one, *([] if x.zero_point is None else [x.zero_point])]
+    graph.nodes.append(gs.Node("DequantizeLinear", codes.name, {}, given, [codes]))
+    node.inputs = [
+        codes,
+        gs.Constant(f"{name}{SUMS}.weight", weight.astype(np.float32)),
+        gs.Constant(f"{name}{SUMS}.bias", bias[0].astype(np.float32)),
+    ]
+    last = node
+    for op, ending, values in (("Mul", SUMS, step), ("Add", f"{SUMS}.scaled", bias[1])):
+        if op == "Add" and not values.any():
+            continue
+        before = gs.Variable(f"{name}{ending}", dtype=np.float32, shape=result.shape)
+        last.outputs = [before]
+        constant = gs.Constant(f"{before.name}.{op}", along_axis(values, weight.ndim, 1))
+        last = gs.Node(op, f"{before.name}.{op}", {}, [before, constant], [result])
+        graph.nodes.append(last)
+    return True
+
+
+def quantize_behind(graph: gs.Graph, node: gs.Node) -> gs.Node | None:
+    """Return the Q with one scale that alone reads a node's output; else None."""
+    (result,) = node.outputs
+    if len(result.outputs) != 1 or any(result is output for output in graph.outputs):
+        return None
+    (reader,) = result.outputs
+    scale = constant_value(reader.inputs[1]) if reader.op == "QuantizeLinear" else None
+    return reader if scale is not None and scale.size == 1 else None
+
+
+def _codes(tensor: gs.Tensor) -> _Codes | None:
+    """Return the codes behind a dequantized tensor with one zero point; else None."""
+    node = producer(tensor)
+    if node is None or node.op != "DequantizeLinear" or node.attrs.get("block_size", 0):
+        return None
+    scale, zero = constant_value(node.inputs[1]), np.zeros(1, np.uint8)
+    zero_point = node.inputs[2] if len(node.inputs) > 2 else None
+    if zero_point is not None:
+        given = constant_value(zero_point)
+        if given is None or given.dtype not in (np.int8, np.uint8) or np.ptp(given) != 0:
+            return None
+        zero = given.reshape(-1)
+    if scale is None or scale.dtype != np.float32 or not (scale > 0).all():
+        return None
+    limits, shift = np.iinfo(zero.dtype), int(zero[0])
+    return _Codes(
+        tensor=node.inputs[0],
+        scale=scale.reshape(()) if scale.size == 1 else scale,
+        axis=int(node.attrs.get("axis", 1)),
+        zero_point=zero_point,
+        lowest=int(limits.min) - shift,
+        highest=int(limits.max) - shift,
+    )
+
+
+def _bias(
+    node: gs.Node, step: npt.NDArray[np.float32], *, in_codes: bool
+) -> tuple[Float64Array, Float64Array] | None:
+    """Return what to add to the sum of codes, and to the scaled sum, (O,); None: not constants.
+
+    Args:
+        node: the layer.
+        step: s_x s_W, (O,).
+        in_codes: the bias is rounded to codes.
+    """
+    nothing = np.zeros(len(step))
+    if len(node.inputs) < 3 or not node.inputs[2].name:
+        return nothing, nothing
+    tensor, maker = node.inputs[2], producer(node.inputs[2])
+    has_codes = maker is not None and maker.op == "DequantizeLinear"
+    found = constant_value(maker.inputs[0] if maker is not None and has_codes else tensor)
+    if found is None or found.shape != step.shape:
+        return None
+    bias = found.astype(np.float64)
+    if has_codes:
+        return bias, nothing
+    return (np.rint(bias / step), nothing) if in_codes else (nothing, bias)
+
+
+def _is_exact(rows: AnyArray, bias: Float64Array, x: _Codes) -> bool:
+    """Return whether no partial sum, in whatever order, can pass 2^24."""
+    low, high = rows * float(x.lowest), rows * float(x.highest)
+    above = np.maximum(low, high).sum(axis=1) + np.maximum(bias, 0)
+    below = np.minimum(low, high).sum(axis=1) + np.minimum(bias, 0)
+    return bool(max(above.max(), -below.min()) < _EXACT)
