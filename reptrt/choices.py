@@ -6,6 +6,7 @@ HighPrecision = Literal["fp32", "fp16"]  # reptrt.rewrite.to_fp16
 Recipe = Literal["fast", "balanced", "accurate"]
 Rounding = Literal["nearest", "learned"]  # reptrt.reconstruct
 Rule = Literal["max", "percentile", "mse", "mae", "entropy", "kl"]  # reptrt.calib.thresholds
+Threshold = Literal["auto", Rule]
 Resize = Literal["none", "stretch", "crop"]  # reptrt.preprocess
 SplitForm = Literal["none", "identity-scalar", "identity", "coarse-fine"]
 SplitMode = Literal["auto", "none", "identity-scalar", "identity", "coarse-fine"]  # reptrt.choose

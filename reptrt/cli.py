@@ -211,7 +211,7 @@ def export(source: str, output: Path, json_path: str | None, **values: Any) -> N
 
 def calibrate_options(command: Command) -> Command:
     """Add the options that say how to quantize."""
-    rules, devices = _choice(choices.Rule), _choice(choices.TorchDevice)
+    rules, devices = _choice(choices.Threshold), _choice(choices.TorchDevice)
     options = [
         click.option(
             "-n",
@@ -231,9 +231,10 @@ def calibrate_options(command: Command) -> Command:
         click.option(
             "--threshold",
             type=rules,
-            default="kl",
+            default="auto",
             show_default=True,
-            help="Rule that clips activations.",
+            help="Rule that clips activations; auto: of max, percentile, mse and kl the one that "
+            "keeps the outputs nearest.",
         ),
         click.option(
             "--percentile",
@@ -368,7 +369,7 @@ def calibrate(
     options = _calibrate_options(values)
     report = pipeline.calibrate(model, data, output, options)
     text = (
-        f"calibrate  {report.path}  {options.recipe}  {options.threshold.rule}  "
+        f"calibrate  {report.path}  {options.recipe}  {report.threshold}  "
         f"{report.images} images  {report.layers} layers  {len(report.tensors)} tensors  "
         f"{sum(report.seconds.values()):.1f} s"
     )

@@ -81,6 +81,11 @@ class TorchGraph(torch.nn.Module):
         return tuple(self._program.inputs)
 
     @property
+    def input_shapes(self) -> Mapping[str, tuple[Any, ...]]:
+        """The graph's inputs with their declared shapes: int, name or None per axis."""
+        return MappingProxyType(dict(self._program.inputs))
+
+    @property
     def output_names(self) -> tuple[str, ...]:
         """The graph's outputs."""
         return self._program.outputs

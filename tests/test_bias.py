@@ -11,8 +11,9 @@ import pytest
 from onnx import numpy_helper
 
 from reptrt.affine import Grid
-from reptrt.calib import bias, collect
-from reptrt.calib.bias import bias_errors, mean_maps, output_error
+from reptrt.calib.bias import bias_errors, deployed_weights
+from reptrt.calib.collect import collect
+from reptrt.calib.outputs import Outputs
 from reptrt.calib.thresholds import ThresholdOptions
 from reptrt.data import Dataset, open_dataset
 from reptrt.graph import Net, model_from_net, net_from_model
@@ -152,7 +153,7 @@ def errors_of(net: Net, data: Dataset) -> tuple[dict[str, np.ndarray], dict[str,
     weights = quantize_weights(net, place(net), COARSE)
     inputs = {node.name: node.inputs[0].name for node in net.graph.nodes}
     graph = TorchGraph(net)
-    means = mean_maps(graph, data, [inputs[name] for name in weights])
+    means = collect(graph, data, [], [inputs[name] for name in weights]).means
     return bias_errors(graph, means, weights), weights
 
 
@@ -185,8 +186,7 @@ def test_the_size_of_a_batch_does_not_matter(
     net, data = net_from_model(many_layers()), dataset(tmp_path)
     found = []
     for size in (32, 7, 64):
-        monkeypatch.setattr(bias, "COMPUTE_BATCH", size)
-        monkeypatch.setattr(collect, "COMPUTE_BATCH", size)
+        monkeypatch.setattr("reptrt.calib.collect.COMPUTE_BATCH", size)
         found.append(errors_of(net, data)[0])
     for other in found[1:]:
         for name, wanted in found[0].items():
@@ -352,10 +352,11 @@ def test_the_error_of_outputs_is_that_of_the_first_64_images(tmp_path: Path, cou
     net, x = net_from_model(model), images(count, seed=7)
     weights = quantize_weights(net, place(net), COARSE)
     graph = TorchGraph(net)
-    found = output_error(graph, graph, dataset(tmp_path, x), weights)
+    outputs = Outputs(graph, dataset(tmp_path, x))
+    found = outputs.error(graph, deployed_weights(graph, weights))
     expected = squared_error(model, with_weights(model, weights), x[:64])
     assert found == pytest.approx(expected, rel=1e-4)
-    assert output_error(graph, graph, dataset(tmp_path, x), {}) == 0.0
+    assert outputs.error(graph) == 0.0
 
 
 def test_the_error_of_the_outputs_of_a_net_for_one_image(tmp_path: Path) -> None:
@@ -367,7 +368,8 @@ def test_the_error_of_the_outputs_of_a_net_for_one_image(tmp_path: Path) -> None
     net = net_from_model(model)
     weights = quantize_weights(net, place(net), COARSE)
     graph = TorchGraph(net)
-    found = output_error(graph, graph, dataset(tmp_path), weights)
+    outputs = Outputs(graph, dataset(tmp_path))
+    found = outputs.error(graph, deployed_weights(graph, weights))
     changed = with_weights(model, weights)
     expected = sum(squared_error(model, changed, image[None]) for image in X)
     assert found == pytest.approx(expected, rel=1e-4)

@@ -45,7 +45,7 @@ def collected(
     pixels: np.ndarray, model: onnx.ModelProto, tensors: list[str] = TENSORS
 ) -> dict[str, Histogram]:
     with torch.inference_mode():
-        return collect(TorchGraph(model), dataset_of(pixels), tensors)
+        return dict(collect(TorchGraph(model), dataset_of(pixels), tensors).histograms)
 
 
 def assert_equal(got: dict[str, Histogram], expected: dict[str, Histogram]) -> None:
@@ -149,7 +149,7 @@ def test_a_folder_and_an_array_of_the_same_pixels(tmp_path: Path) -> None:
     ]
     graph = TorchGraph(basic_block())
     with torch.inference_mode():
-        found = [collect(graph, dataset, TENSORS) for dataset in sources]
+        found = [dict(collect(graph, dataset, TENSORS).histograms) for dataset in sources]
     assert_equal(found[1], found[0])
     assert_equal(found[2], found[0])
 

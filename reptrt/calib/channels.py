@@ -1,7 +1,5 @@
 """Statistics per channel of activations: what equalization and the choice of splits need."""
 
-import functools
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,10 +7,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from reptrt.calib.collect import COMPUTE_BATCH, filled, not_finite
+from reptrt.calib.collect import not_finite, watch
 from reptrt.calib.histogram import LARGEST
 from reptrt.data import Dataset
-from reptrt.progress import track
 from reptrt.torchgraph import TorchGraph
 
 Float64Array = npt.NDArray[np.float64]
@@ -64,12 +61,7 @@ def collect_channels(
             total = moment.mean(2).double().sum(0)
             totals[name] = total if name not in totals else totals[name] + total
 
-    num_batches = math.ceil(dataset.length / COMPUTE_BATCH)
-    for batch in track(dataset.batches(COMPUTE_BATCH), num_batches, "ranges"):
-        count = len(batch)
-        observers = {name: functools.partial(record, name, count) for name in tensors}
-        x = torch.from_numpy(filled(batch))
-        graph.run({graph.input_names[0]: x}, [], observe=observers)
+    watch(graph, dataset, {name: [record] for name in tensors}, "ranges")
     return {
         name: ChannelStats(
             maxima[name].double().cpu().numpy(),

@@ -1,12 +1,14 @@
-"""Run images through a float graph and collect one histogram per tensor."""
+"""Run images through a float graph and collect statistics of its tensors, all in one pass."""
 
 import functools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from reptrt.calib.histogram import Histogram, histogram_of
 from reptrt.data import Dataset
@@ -17,25 +19,70 @@ from reptrt.torchgraph import TorchGraph
 
 COMPUTE_BATCH = 32
 
+Record = Callable[[str, int, Tensor], None]  # a tensor's name, images that count, its values
 
-def collect(graph: TorchGraph, dataset: Dataset, tensors: Sequence[str]) -> dict[str, Histogram]:
-    """Return the histogram of |x| of each named tensor over all images.
 
-    Images always run ``COMPUTE_BATCH`` at a time, the last batch filled up with repetitions that
-    are not counted: a convolution library may round differently for another batch size, and the
-    result must not depend on one. Memory: one batch of activations and 64 KiB per tensor.
+@dataclass(frozen=True, slots=True)
+class Statistics:
+    """What was seen of the tensors of a graph."""
+
+    histograms: Mapping[str, Histogram]  # of |x|
+    means: Mapping[str, Tensor]  # E[x] over the images, (1, C, H, W), summed in float64
+
+
+def collect(
+    graph: TorchGraph, dataset: Dataset, histograms: Collection[str], means: Collection[str] = ()
+) -> Statistics:
+    """Return the histogram of |x| of some tensors, and the mean over all images of others.
+
+    Memory: one batch of activations, 64 KiB per histogram, one image per mean in float64.
 
     Raises:
-        CalibrationError: a tensor holds NaN or Inf.
+        CalibrationError: a tensor with a histogram holds NaN or Inf.
     """
-    histograms: dict[str, Histogram] = {}
+    found: dict[str, Histogram] = {}
+    sums: dict[str, Tensor] = {}
+
+    def count_values(name: str, count: int, value: Tensor) -> None:
+        rows = len(value) * count // COMPUTE_BATCH or len(value)  # batch x windows, or no batch
+        histogram = histogram_of(value[:rows])
+        if math.isinf(histogram.maximum):
+            raise not_finite(name)
+        found[name] = histogram if name not in found else found[name].merged(histogram)
+
+    def add_up(name: str, count: int, value: Tensor) -> None:
+        if len(value) == 1:  # of a net for one image: a Reshape to [1, -1] folds the batch
+            value = value.reshape(COMPUTE_BATCH, -1)
+        total = value[:count].sum(0, keepdim=True, dtype=torch.float64)
+        sums[name] = total if name not in sums else sums[name] + total
+
+    records: dict[str, list[Record]] = {name: [] for name in sorted({*histograms, *means})}
+    for record, names in ((count_values, histograms), (add_up, means)):
+        for name in names:
+            records[name].append(record)
+    watch(graph, dataset, records, "calibrate")
+    return Statistics(found, {n: (total / dataset.length).float() for n, total in sums.items()})
+
+
+def watch(
+    graph: TorchGraph, dataset: Dataset, records: Mapping[str, Collection[Record]], label: str
+) -> None:
+    """Run all images and hand the values of tensors to their records.
+
+    Images always run ``COMPUTE_BATCH`` at a time, the last batch filled up with repetitions that
+    do not count: a convolution library may round differently for another batch size, and the
+    result must not depend on one.
+    """
+
+    def show(name: str, count: int, value: Tensor) -> None:
+        for record in records[name]:
+            record(name, count, value)
+
     num_batches = math.ceil(dataset.length / COMPUTE_BATCH)
-    batches = track(dataset.batches(COMPUTE_BATCH), num_batches, "calibrate")
-    for batch in batches:
-        for name, histogram in _batch_histograms(graph, batch, tensors):
-            previous = histograms.get(name)
-            histograms[name] = histogram if previous is None else previous.merged(histogram)
-    return histograms
+    for batch in track(dataset.batches(COMPUTE_BATCH), num_batches, label):
+        observers = {name: functools.partial(show, name, len(batch)) for name in records}
+        x = torch.from_numpy(filled(batch))
+        graph.run({graph.input_names[0]: x}, [], observe=observers)
 
 
 def filled(batch: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
@@ -53,7 +100,7 @@ def not_finite(name: str) -> CalibrationError:
 
 
 def merge_groups(
-    activations: Iterable[Activation], histograms: dict[str, Histogram]
+    activations: Iterable[Activation], histograms: Mapping[str, Histogram]
 ) -> dict[int, Histogram]:
     """Return one histogram per scale group: what tensors with a common scale hold together.
 
@@ -72,21 +119,3 @@ def merge_groups(
         known = merged.get(activation.group)
         merged[activation.group] = histogram if known is None else known.merged(histogram)
     return merged
-
-
-def _batch_histograms(
-    graph: TorchGraph, batch: npt.NDArray[np.float32], tensors: Sequence[str]
-) -> list[tuple[str, Histogram]]:
-    found: list[tuple[str, Histogram]] = []
-    count = len(batch)
-
-    def record(name: str, value: torch.Tensor) -> None:
-        rows = len(value) * count // COMPUTE_BATCH or len(value)  # batch x windows, or no batch
-        histogram = histogram_of(value[:rows])
-        if math.isinf(histogram.maximum):
-            raise not_finite(name)
-        found.append((name, histogram))
-
-    observers = {name: functools.partial(record, name) for name in tensors}
-    graph.run({graph.input_names[0]: torch.from_numpy(filled(batch))}, [], observe=observers)
-    return found

@@ -3,13 +3,14 @@
 import logging
 import time
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from reptrt.affine import Grid, scale_from_amax
 from reptrt.artifacts import (
@@ -20,11 +21,13 @@ from reptrt.artifacts import (
     sha256_of,
     write_artifact,
 )
-from reptrt.calib.bias import bias_errors, mean_maps, output_error
-from reptrt.calib.collect import collect, merge_groups
+from reptrt.calib.bias import bias_errors, deployed_weights
+from reptrt.calib.collect import Statistics, collect, merge_groups
 from reptrt.calib.histogram import NUM_BINS, Histogram
+from reptrt.calib.outputs import Outputs
 from reptrt.calib.saturation import without_dead_values
 from reptrt.calib.thresholds import ThresholdOptions, amax_from_histogram
+from reptrt.choices import Threshold
 from reptrt.choose import Decision, RangeDecision, full_range_of
 from reptrt.data import Dataset, open_dataset
 from reptrt.graph import (
@@ -82,6 +85,7 @@ class CalibrateReport:
     sha256: str
     images: int
     layers: int
+    threshold: Threshold  # the rule; of auto the one that was chosen
     tensors: tuple[TensorScale, ...]
     equalized: int  # tensors whose channels were given equal ranges
     splits: tuple[Split, ...]
@@ -125,18 +129,21 @@ def _calibrate(model: Path, data: Path, output: Path, options: CalibrateOptions)
     prepared = prepare(net, dataset, options, excluded)
     clock.lap("prepare")
     placement = place(net, options.exclude)
-    histograms = _collect(net, placement, dataset, options.device)
-    clock.lap("collect")
-    grid, weight_grid = options.grids
-    full_range = full_range_of(prepared.ranges)
-    histograms = without_dead_values(net, histograms)
-    tensors = _tensor_scales(placement, histograms, options.threshold, grid, full_range)
-    clock.lap("thresholds")
     reference = net.copy()
-    weights = quantize_weights(net, placement, weight_grid)
-    if options.correct_bias:
-        _correct_biases(net, dataset, weights, options.device)
-        clock.lap("biases")
+    with torch.inference_mode():
+        graph = TorchGraph(reference, torch_device(options.device))
+        seen = _collect(graph, net, placement, dataset, options)
+        clock.lap("collect")
+        outputs = Outputs(graph, dataset)
+        grid, weight_grid = options.grids
+        full_range = full_range_of(prepared.ranges)
+        histograms = without_dead_values(net, seen.histograms)
+        tensors, rule = _thresholds(reference, placement, histograms, outputs, full_range, options)
+        clock.lap("thresholds")
+        weights = quantize_weights(net, placement, weight_grid)
+        if options.correct_bias:
+            _correct_biases(net, graph, seen.means, outputs, weights)
+            clock.lap("biases")
     insert_qdq(net, placement, {t.tensor: t.scale for t in tensors}, weights, grid, full_range)
     parents = {model.name: sha256_of(model), str(data.name): dataset.digest()}
     learned, finished = None, None
@@ -174,6 +181,7 @@ def _calibrate(model: Path, data: Path, output: Path, options: CalibrateOptions)
         sha256=sidecar.sha256,
         images=dataset.length,
         layers=len(placement.weights),
+        threshold=rule,
         tensors=tensors,
         equalized=prepared.equalized,
         splits=prepared.splits,
@@ -186,15 +194,43 @@ def _calibrate(model: Path, data: Path, output: Path, options: CalibrateOptions)
     )
 
 
-def _collect(net: Net, placement: Placement, dataset: Dataset, device: str) -> dict[str, Histogram]:
-    with torch.inference_mode():
-        graph = TorchGraph(net, torch_device(device))
-        return collect(graph, dataset, [a.tensor for a in placement.activations])
+def _collect(
+    graph: TorchGraph, net: Net, placement: Placement, dataset: Dataset, options: CalibrateOptions
+) -> Statistics:
+    inputs = {node.name: node.inputs[0].name for node in net.graph.nodes if node.inputs}
+    means = {inputs[weight.node] for weight in placement.weights} if options.correct_bias else ()
+    return collect(graph, dataset, [a.tensor for a in placement.activations], means)
+
+
+def _thresholds(
+    reference: Net,
+    placement: Placement,
+    histograms: Mapping[str, Histogram],
+    outputs: Outputs,
+    full_range: Collection[str],
+    options: CalibrateOptions,
+) -> tuple[tuple[TensorScale, ...], Threshold]:
+    """Return the scales of all activations, and the rule, which keeps the outputs nearest."""
+    grid = options.grids[0]
+    found = {
+        rule.rule: _tensor_scales(placement, histograms, rule, grid, full_range)
+        for rule in options.threshold.candidates
+    }
+
+    def error(rule: Threshold) -> float:
+        """Of a net with quantized activations and float weights."""
+        trial = reference.copy()
+        scales = {tensor.tensor: tensor.scale for tensor in found[rule]}
+        insert_qdq(trial, replace(placement, weights=()), scales, {}, grid, full_range)
+        return outputs.error(TorchGraph(trial, torch_device(options.device)))
+
+    rule = min(found, key=error) if len(found) > 1 else next(iter(found))
+    return found[rule], rule
 
 
 def _tensor_scales(
     placement: Placement,
-    histograms: dict[str, Histogram],
+    histograms: Mapping[str, Histogram],
     threshold: ThresholdOptions,
     grid: Grid,
     full_range: Collection[str],
@@ -228,19 +264,27 @@ def _bins(histogram: Histogram) -> tuple[int, ...]:
 
 
 def _correct_biases(
-    net: Net, dataset: Dataset, weights: Mapping[str, QuantizedWeight], device: str
+    net: Net,
+    graph: TorchGraph,
+    means: Mapping[str, Tensor],
+    outputs: Outputs,
+    weights: Mapping[str, QuantizedWeight],
 ) -> None:
-    """Take the mean error of every quantized weight out of its layer's bias, if that helps."""
-    nodes = {node.name: node for node in net.graph.nodes}
-    with torch.inference_mode():
-        graph = TorchGraph(net, torch_device(device))
-        means = mean_maps(graph, dataset, [nodes[name].inputs[0].name for name in weights])
-        errors = bias_errors(graph, means, weights)
-        corrected = net.copy()
-        _subtract(corrected, errors)
-        trial = TorchGraph(corrected, torch_device(device))
-        before, after = (output_error(graph, g, dataset, weights) for g in (graph, trial))
-    if after < before:
+    """Take the mean error of every quantized weight out of its layer's bias, if that helps.
+
+    Args:
+        net: changed.
+        graph: the same net.
+        means: E[x] of every layer's input.
+        outputs: of the same net.
+        weights: node name -> codes and scales.
+    """
+    errors = bias_errors(graph, means, weights)
+    corrected = net.copy()
+    _subtract(corrected, errors)
+    deployed = deployed_weights(graph, weights)
+    trial = TorchGraph(corrected, graph.placement.device)
+    if outputs.error(trial, deployed) < outputs.error(graph, deployed):
         _subtract(net, errors)
     else:
         _LOG.info("biases stay as they are: correcting them does not help this net")

@@ -111,7 +111,7 @@ def test_pass(benchmark: BenchmarkFixture, net: Net, dataset: Dataset, what: str
 
     passes: dict[str, Callable[[], Any]] = {
         "forward alone": forward,
-        "histograms": lambda: collect(graph, dataset, tensors),
+        "histograms": lambda: collect(graph, dataset, tensors).histograms,
         "statistics per channel": lambda: collect_channels(graph, dataset, tensors),
     }
     with torch.inference_mode():

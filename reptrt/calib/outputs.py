@@ -1,0 +1,59 @@
+"""What quantization does to the outputs of a net, on a few images: the judge of choices.
+
+Choices that theory leaves open (a threshold rule, whether biases are corrected) are made by the
+least sum of (quantized output - float output)^2.
+"""
+
+import functools
+import itertools
+from collections.abc import Mapping
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+from reptrt.calib.collect import COMPUTE_BATCH
+from reptrt.data import Dataset
+from reptrt.torchgraph import TorchGraph
+
+_JUDGED = 64  # images
+_NOTHING: Mapping[str, Tensor] = MappingProxyType({})
+
+
+class Outputs:
+    """The outputs of a float net on the first 64 images.
+
+    Args:
+        graph: the float graph.
+        dataset: images.
+    """
+
+    def __init__(self, graph: TorchGraph, dataset: Dataset) -> None:
+        self._graph = graph
+        self._dataset = dataset
+
+    @functools.cached_property
+    def _exact(self) -> list[tuple[Tensor, dict[str, Tensor]]]:
+        """Images and outputs, made when they are asked for."""
+        for_one = self._graph.input_shapes[self._graph.input_names[0]][:1] == (1,)
+        size = 1 if for_one else COMPUTE_BATCH
+        batches = itertools.islice(self._dataset.batches(size), _JUDGED // size)
+        images = [torch.from_numpy(batch) for batch in batches]
+        return [(x, self._run(self._graph, x, _NOTHING)) for x in images]
+
+    def error(self, graph: TorchGraph, given: Mapping[str, Tensor] = _NOTHING) -> float:
+        """Return the squared error of another graph's outputs, summed over images and outputs.
+
+        Args:
+            graph: one with the same input and outputs.
+            given: constants to replace, by name.
+        """
+        total = 0.0
+        for x, exact in self._exact:
+            found = self._run(graph, x, given)
+            total += sum(float((found[name] - exact[name]).square().sum()) for name in exact)
+        return total
+
+    @staticmethod
+    def _run(graph: TorchGraph, x: Tensor, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return graph.run({graph.input_names[0]: x, **given}, graph.output_names)
