@@ -2,8 +2,9 @@
 
     python tools/ablate_thresholds.py --data ../shared/cifar10/calib NET.onnx [NET.onnx ...]
 
-Half of the images (sampled by --seed) calibrate, the other half judge; test images are not touched,
-so a default may be chosen by this table. Nets are float ONNX files as `reptrt export` writes them.
+Half of the images calibrate, the other half judge, several samples of halves; test images are not
+touched, so a default may be chosen by this table. Nets are float ONNX files as `reptrt export`
+writes them.
 """
 
 import itertools
@@ -14,45 +15,53 @@ from typing import get_args
 
 import click
 import numpy as np
+import numpy.typing as npt
 from held_out import halves
 
 from reptrt.calib.thresholds import ThresholdOptions
-from reptrt.choices import Rule
+from reptrt.choices import Threshold
 from reptrt.evaluate import evaluate
 from reptrt.pipeline import CalibrateOptions, calibrate
+
+Row = npt.NDArray[np.float64]  # a value for every rule
 
 
 @click.command()
 @click.argument("nets", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True))
 @click.option("--data", required=True, type=click.Path(path_type=Path, exists=True))
 @click.option("--bits", default="8,6", show_default=True, help="Of weights and activations.")
-@click.option("--seed", default=0, show_default=True)
-def main(nets: tuple[Path, ...], data: Path, bits: str, seed: int) -> None:
-    """Print SQNR in dB for every net, bit width, preparation and rule, and each rule's mean."""
-    rules = get_args(Rule)
+@click.option("--seeds", default="0,1,2", show_default=True, help="Of the halves.")
+def main(nets: tuple[Path, ...], data: Path, bits: str, seeds: str) -> None:
+    """Print SQNR in dB for every net, bit width, preparation and rule, and each rule's means."""
+    rules = get_args(Threshold)
     click.echo("  ".join([f"{'net':16s} bits equalize", *(f"{rule:>10s}" for rule in rules)]))
-    table = []
-    for net, width, equal in itertools.product(nets, map(int, bits.split(",")), (False, True)):
-        with tempfile.TemporaryDirectory() as name:
-            folder = Path(name)
-            calibrating, judging = halves(net, data, folder, seed)
-            base = CalibrateOptions(
-                images=len(np.load(calibrating)["x"]),
-                equalize=equal,
-                weight_bits=width,
-                activation_bits=width,
-            )
-            row = []
-            for rule in rules:
-                options = replace(base, threshold=ThresholdOptions(rule))
-                calibrate(net, calibrating, folder / "q.onnx", options)
-                report = evaluate([folder / "q.onnx"], judging, reference=net)
-                row.append(report.results[0].sqnr_db or float("nan"))
-        table.append(row)
-        cells = "  ".join(f"{value:10.2f}" for value in row)
-        click.echo(f"{net.stem:16s} {width:4d} {'yes' if equal else 'no':>8s}  {cells}")
-    means = np.mean(table, axis=0)
-    click.echo(f"{'mean':30s}  " + "  ".join(f"{value:10.2f}" for value in means))
+    table: dict[bool, list[Row]] = {True: [], False: []}
+    for net, width, equal in itertools.product(nets, map(int, bits.split(",")), table):
+        options = CalibrateOptions(equalize=equal, weight_bits=width, activation_bits=width)
+        row = np.mean([_row(net, data, options, int(seed)) for seed in seeds.split(",")], axis=0)
+        table[equal].append(row)
+        _print(f"{net.stem:16s} {width:4d} {'yes' if equal else 'no':>8s}", row)
+    _print(f"{'mean, equalized':30s}", np.mean(table[True], axis=0))
+    _print(f"{'mean':30s}", np.mean([*table[True], *table[False]], axis=0))
+
+
+def _row(net: Path, data: Path, base: CalibrateOptions, seed: int) -> Row:
+    """Return the SQNR of every rule for one sample of images."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        calibrating, judging = halves(net, data, folder, seed)
+        found = []
+        for rule in get_args(Threshold):
+            images = len(np.load(calibrating)["x"])
+            options = replace(base, images=images, threshold=ThresholdOptions(rule))
+            calibrate(net, calibrating, folder / "q.onnx", options)
+            report = evaluate([folder / "q.onnx"], judging, reference=net)
+            found.append(report.results[0].sqnr_db or float("nan"))
+    return np.array(found)
+
+
+def _print(label: str, row: Row) -> None:
+    click.echo(f"{label}  " + "  ".join(f"{value:10.2f}" for value in row))
 
 
 if __name__ == "__main__":
