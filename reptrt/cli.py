@@ -65,6 +65,15 @@ class Cli(click.Group):
         except MemoryError as err:
             click.echo(f"error: not enough memory ({' '.join(str(err).split())})", err=True)
             ctx.exit(1)
+        except RuntimeError as err:
+            if type(err).__name__ != "OutOfMemoryError":  # torch's, which may not be loaded
+                raise
+            click.echo(
+                "error: the memory of the device is used up; end what else runs there, or use "
+                "--device cpu",
+                err=True,
+            )
+            ctx.exit(1)
         except KeyboardInterrupt:
             click.echo("Aborted! No file is half-written.", err=True)
             ctx.exit(_INTERRUPTED)

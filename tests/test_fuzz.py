@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import torch
 from onnx import helper, numpy_helper
 
 from reptrt.affines import read_affines
@@ -189,6 +190,20 @@ def test_no_memory_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("reptrt.pipeline.export", full)
     line = refused("export", save(plain_chain(), tmp_path / "m.onnx"), "-o", tmp_path / "o.onnx")
     assert line == "error: not enough memory (Unable to allocate 179 GiB)"
+
+
+def test_no_memory_on_the_device_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: object) -> None:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory.\nTried to allocate 179 GiB")
+
+    model = save(plain_chain(), tmp_path / "m.onnx")
+    monkeypatch.setattr("reptrt.pipeline.calibrate", full)
+    line = refused("calibrate", model, "--data", tmp_path, "-o", tmp_path / "o.onnx")
+    assert line == (
+        "error: the memory of the device is used up; end what else runs there, or use --device cpu"
+    )
 
 
 def set_constant(model: onnx.ModelProto, name: str, value: np.ndarray) -> None:
