@@ -220,7 +220,7 @@ def test_two_runs(runs: tuple[Path, Path]) -> None:
     report = found(one, other)
     assert report["options"] == [
         {"name": "calibrate.split", "a": "auto", "b": "identity"},
-        {"name": "calibrate.threshold.rule", "a": "kl", "b": "max"},
+        {"name": "calibrate.threshold.rule", "a": "auto", "b": "max"},
     ]
     assert [change["name"] for change in report["inputs"]] == ["eval data"]
     assert report["versions"] == []
