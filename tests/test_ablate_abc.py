@@ -16,7 +16,7 @@ from tests.helpers import load_tool
 from tests.learned_nets import rep_net, write_images, write_net
 
 COUNT = 48
-TINY = ("--seeds", "1", "--iterations", "2", "--bits", "8", "--splits", "none")
+TINY = ("--seeds", "1", "--iterations", "10", "--bits", "8", "--splits", "none")
 
 tool = load_tool("ablate_abc")
 
@@ -90,7 +90,7 @@ def test_two_rows(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = CalibrateOptions(images=COUNT // 2, split="none")
     assert calls.options == [
         plain,
-        replace(plain, learn=LearnOptions(affine=False, steps=False, polish=0, iterations=2)),
+        replace(plain, learn=LearnOptions(affine=False, steps=False, polish=0, iterations=10)),
     ]
     for calibrating, judging in zip(calls.images, calls.judged, strict=True):
         assert calibrating.shape == judging.shape == (COUNT // 2, 3, 6, 6)

@@ -113,7 +113,7 @@ def test_onnxruntime_and_torch_agree_on_what_was_written(
     assert result.sqnr_db is not None
     assert result.sqnr_db > (12 if options.simulation or name == "int8 summands" else 20)
     assert report.learned is not None
-    assert len(report.learned.units) == 6
+    assert len(report.learned.units) == 5
     known = set(net_from_model(read_model(tmp_path / "o.onnx")).metadata)
     assert ("reptrt.affines" in known) == options.keep_affine
     assert sorted(path.name for path in tmp_path.iterdir()) == ["o.onnx", "o.onnx.json"]
@@ -202,7 +202,6 @@ def test_a_matmul_is_learned_too(tmp_path: Path) -> None:
         "c1",
         "c2",
         "head",
-        "whole net",
     ]
     got = both(tmp_path / "o.onnx", np.random.default_rng(0).random((20, 3, 8, 8), np.float32))
     assert compared(*got)[1] < 0.02
@@ -256,7 +255,7 @@ COST = (
     r"learning 5 units, 5 steps each, from 56 images \(8 held out\): about \d+ s; "
     r"activations in float32"
 )
-UNIT = r"(\d) of 6  (.+)  error (\d+\.\d{3}) % -> (\d+\.\d{3}) %  (learned|nearest)  \d+\.\d s"
+UNIT = r"(\d) of 5  (.+)  error (\d+\.\d{3}) % -> (\d+\.\d{3}) %  (learned|nearest)  \d+\.\d s"
 
 
 @pytest.mark.parametrize("recipe", ["balanced", "accurate"])
@@ -267,7 +266,7 @@ def test_the_cost_is_said_first(recipe: str, folder: Path, tmp_path: Path) -> No
     assert done.exit_code == 0, done.stderr
     (line,) = done.stderr.splitlines()
     assert re.fullmatch(COST, line)
-    assert re.search(r"learned: \d of 6 units better on held-out images", done.stdout)
+    assert re.search(r"learned: \d of 5 units better on held-out images", done.stdout)
     assert recipe in done.stdout
 
     done = reptrt("-v", *command, "--json", tmp_path / "r.json")
@@ -278,7 +277,7 @@ def test_the_cost_is_said_first(recipe: str, folder: Path, tmp_path: Path) -> No
     learned = json.loads((tmp_path / "r.json").read_text())["learned"]
     assert learned["storage"] == "float32"
     assert learned["held_out"] == 8
-    names = ["stem", "block0", "block1", "block2", "head", "whole net"]
+    names = ["stem", "block0", "block1", "block2", "head"]
     assert [unit["unit"] for unit in learned["units"]] == names
     for i, (found, unit) in enumerate(zip(units, learned["units"], strict=True)):
         assert found is not None

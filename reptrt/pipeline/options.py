@@ -21,8 +21,8 @@ from reptrt.reconstruct.options import LearnOptions
 
 _RECIPES: Mapping[Recipe, LearnOptions | None] = {
     "fast": None,
-    "balanced": LearnOptions(iterations=40, polish=20),
-    "accurate": LearnOptions(iterations=200, polish=60),
+    "balanced": LearnOptions(iterations=40),
+    "accurate": LearnOptions(),
 }
 
 
