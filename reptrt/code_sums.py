@@ -2,6 +2,8 @@
 
     DQ(x), DQ(W), b -> y        becomes        y = s_x s_W[o] (sum_k q_W[o,k] (q_x[k] - z)) + b[o]
 
+(a bias that `reptrt.rewrite.round_biases` made a multiple of s_x s_W is added as a code, before);
+
 and where a Q with scale s_y follows, so that a kernel makes one step of both, Q gets scale 1 and
 
     y = s_x s_W[o] / s_y (sum_k q_W[o,k] (q_x[k] - z) + b_q[o]),   b_q = round(b / (s_x s_W))
@@ -26,6 +28,7 @@ Float64Array = npt.NDArray[np.float64]
 
 SUMS = ".int8_sums"  # ends the name of what a layer has summed
 _EXACT = 2**24  # integers up to here are float32 numbers
+_FLOAT_ROUNDING = 1 / 8  # of a step, in a bias that was rounded to codes and is a float again
 _PLAIN_GEMM = {"alpha": 1.0, "beta": 1.0, "transA": 0}
 
 
@@ -63,6 +66,8 @@ def sum_codes(graph: gs.Graph, node: gs.Node) -> bool:
         return False
     rows = np.moveaxis(weight, axis, 0).reshape(weight.shape[axis], -1)
     step = np.broadcast_to(x.scale * w.scale, len(rows)).astype(np.float32)
+    if not (step > 0).all():
+        return False
     quantize = quantize_behind(graph, node)
     bias = _bias(node, step, in_codes=quantize is not None)
     if bias is None or not _is_exact(rows, bias[0], x):
@@ -150,7 +155,9 @@ def _bias(
     bias = found.astype(np.float64)
     if has_codes:
         return bias, nothing
-    return (np.rint(bias / step), nothing) if in_codes else (nothing, bias)
+    codes = np.rint(bias / step)
+    is_code = np.abs(bias / step - codes).max() <= _FLOAT_ROUNDING
+    return (codes, nothing) if in_codes or is_code else (nothing, bias)
 
 
 def _is_exact(rows: AnyArray, bias: Float64Array, x: _Codes) -> bool:

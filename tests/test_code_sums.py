@@ -60,6 +60,7 @@ def layer(
     signed=st.booleans(),
     shift=st.booleans(),
     step=st.sampled_from([None, 0.4]),
+    on_grid=st.booleans(),
 )
 def test_a_convolution_of_codes_is_exact(
     seed: int,
@@ -69,6 +70,7 @@ def test_a_convolution_of_codes_is_exact(
     signed: bool,
     shift: bool,
     step: float | None,
+    on_grid: bool,
 ) -> None:
     rng = np.random.default_rng(seed)
     dtype = np.int8 if signed else np.uint8
@@ -76,7 +78,9 @@ def test_a_convolution_of_codes_is_exact(
     zero = np.array((5 if signed else 128) if shift else 0, dtype)
     outputs, group = (4, 4) if depthwise else (5, 1)
     weight = rng.integers(-127, 128, (outputs, 4 // group, size, size)).astype(np.int8)
+    scale = F32(0.037) * np.linspace(0.01, 0.07, outputs, dtype=F32)
     bias = rng.normal(0, 2, outputs).astype(F32)
+    bias = np.rint(bias / scale) * scale if on_grid else np.floor(bias / scale) * scale + scale / 2
     x = rng.integers(low, high + 1, (3, 4, 7, 6)).astype(dtype)
     attrs = {"pads": [size // 2] * 4, "strides": [stride] * 2, "group": group}
     attrs["kernel_shape"] = [size, size]
@@ -96,11 +100,14 @@ def test_a_convolution_of_codes_is_exact(
         group,
     ).numpy()
     assert np.abs(sums).max() < 2**24
-    scale = (F32(0.037) * np.linspace(0.01, 0.07, outputs, dtype=F32)).reshape(-1, 1, 1)
-    if step is None:
-        expected = sums.astype(F32) * scale + bias.reshape(-1, 1, 1)
+    scale, bias = scale.reshape(-1, 1, 1), bias.reshape(-1, 1, 1)
+    bias_codes = np.rint(bias.astype(np.float64) / scale)
+    if step is None and not on_grid:
+        expected = sums.astype(F32) * scale + bias
+    elif step is None:
+        expected = (sums + bias_codes).astype(F32) * scale
     else:
-        sums += np.rint(bias.reshape(-1, 1, 1).astype(np.float64) / scale)
+        sums += bias_codes
         codes = np.rint(sums.astype(F32) * (scale / F32(step))) + 3
         expected = (np.clip(codes, 0, 255).astype(F32) - 3) * F32(step)
     output = model.graph.output[0].name
