@@ -22,7 +22,7 @@ class LearnOptions:
     affine: bool = True  # gain and shift of each layer (QPRep)
     steps: bool = True  # of activations
     loss: Literal["mae", "mse"] = "mae"
-    iterations: int = 110  # of each unit
+    iterations: int = 100  # of each unit
     polish: int = 0  # of the whole net afterwards, on its outputs; rounding stays
     stage_weight: float = 0.0  # of the stage term in the loss
     layers_per_unit: int = 1
