@@ -44,6 +44,28 @@ class _Codes:
     highest: int
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Layer:
+    """A Conv or Gemm of two dequantized operands."""
+
+    x: _Codes
+    weight: AnyArray  # codes
+    axis: int  # of its output channels
+    step: npt.NDArray[np.float32]  # s_x s_W, (O,)
+    bias_codes: Float64Array  # to be added to the sum, (O,)
+    bias: Float64Array  # to be added to the scaled sum, (O,)
+    quantize: gs.Node | None  # the Q that follows
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether no partial sum, in whatever order, can pass 2^24."""
+        rows = np.moveaxis(self.weight, self.axis, 0).reshape(len(self.step), -1)
+        low, high = rows * float(self.x.lowest), rows * float(self.x.highest)
+        above = np.maximum(low, high).sum(axis=1) + np.maximum(self.bias_codes, 0)
+        below = np.minimum(low, high).sum(axis=1) + np.minimum(self.bias_codes, 0)
+        return bool(max(above.max(), -below.min()) < _EXACT)
+
+
 def sum_codes(graph: gs.Graph, node: gs.Node) -> bool:
     """Let a Conv or Gemm sum codes; return whether it does now.
 
@@ -53,50 +75,38 @@ def sum_codes(graph: gs.Graph, node: gs.Node) -> bool:
         graph: the graph of ``node``.
         node: any node.
     """
-    if node.op not in ("Conv", "Gemm") or any(
-        node.attrs.get(name, value) != value for name, value in _PLAIN_GEMM.items()
-    ):
+    layer = _layer(graph, node)
+    if layer is None or not layer.is_exact:
         return False
-    x, w = (_codes(tensor) for tensor in node.inputs[:2])
-    weight = None if w is None else constant_value(w.tensor)
-    if x is None or w is None or weight is None or x.scale.size != 1 or w.lowest != -128:
-        return False
-    axis = 0 if node.op == "Conv" or node.attrs.get("transB", 0) else 1
-    if w.scale.size != 1 and w.axis != axis:
-        return False
-    rows = np.moveaxis(weight, axis, 0).reshape(weight.shape[axis], -1)
-    step = np.broadcast_to(x.scale * w.scale, len(rows)).astype(np.float32)
-    if not (step > 0).all():
-        return False
-    quantize = quantize_behind(graph, node)
-    bias = _bias(node, step, in_codes=quantize is not None)
-    if bias is None or not _is_exact(rows, bias[0], x):
-        return False
-
-    (result,) = node.outputs
-    name = node.name or result.name
+    name, step, (result,) = node.name or node.outputs[0].name, layer.step, node.outputs
     one = gs.Constant(f"{name}{SUMS}.one", np.array(1, np.float32))
-    if quantize is not None:
-        step = (step / constant_of(quantize.inputs[1]).reshape(())).astype(np.float32)
-        quantize.inputs = [result, one, *quantize.inputs[2:]]
+    if layer.quantize is not None:
+        step = (step / constant_of(layer.quantize.inputs[1]).reshape(())).astype(np.float32)
+        layer.quantize.inputs = [result, one, *layer.quantize.inputs[2:]]
     codes = gs.Variable(f"{name}{SUMS}.codes", dtype=np.float32)
-    given = [x.tensor, one, *([] if x.zero_point is None else [x.zero_point])]
+    given = [layer.x.tensor, one, *([] if layer.x.zero_point is None else [layer.x.zero_point])]
     graph.nodes.append(gs.Node("DequantizeLinear", codes.name, {}, given, [codes]))
     node.inputs = [
         codes,
-        gs.Constant(f"{name}{SUMS}.weight", weight.astype(np.float32)),
-        gs.Constant(f"{name}{SUMS}.bias", bias[0].astype(np.float32)),
+        gs.Constant(f"{name}{SUMS}.weight", layer.weight.astype(np.float32)),
+        gs.Constant(f"{name}{SUMS}.bias", layer.bias_codes.astype(np.float32)),
     ]
-    last = node
-    for op, ending, values in (("Mul", SUMS, step), ("Add", f"{SUMS}.scaled", bias[1])):
-        if op == "Add" and not values.any():
-            continue
-        before = gs.Variable(f"{name}{ending}", dtype=np.float32, shape=result.shape)
-        last.outputs = [before]
-        constant = gs.Constant(f"{before.name}.{op}", along_axis(values, weight.ndim, 1))
-        last = gs.Node(op, f"{before.name}.{op}", {}, [before, constant], [result])
-        graph.nodes.append(last)
+    last = _append(graph, node, "Mul", f"{name}{SUMS}", step)
+    if layer.bias.any():
+        last = _append(graph, last, "Add", f"{name}{SUMS}.scaled", layer.bias)
     return True
+
+
+def _append(graph: gs.Graph, node: gs.Node, op: str, before: str, values: AnyArray) -> gs.Node:
+    """Put an operator with one value per channel behind a node, whose output gets a new name."""
+    (result,) = node.outputs
+    source = gs.Variable(before, dtype=np.float32, shape=result.shape)
+    node.outputs = [source]
+    rank = node.inputs[1].values.ndim
+    constant = gs.Constant(f"{before}.{op}", along_axis(values, rank, 1))
+    made = gs.Node(op, f"{before}.{op}", {}, [source, constant], [result])
+    graph.nodes.append(made)
+    return made
 
 
 def quantize_behind(graph: gs.Graph, node: gs.Node) -> gs.Node | None:
@@ -134,7 +144,26 @@ def _codes(tensor: gs.Tensor) -> _Codes | None:
     )
 
 
-def _bias(
+def _layer(graph: gs.Graph, node: gs.Node) -> _Layer | None:
+    """Return what a layer computes with; None if it cannot sum codes."""
+    if node.op not in ("Conv", "Gemm") or any(
+        node.attrs.get(name, value) != value for name, value in _PLAIN_GEMM.items()
+    ):
+        return None
+    x, w = (_codes(tensor) for tensor in node.inputs[:2])
+    weight = None if w is None else constant_value(w.tensor)
+    if x is None or w is None or weight is None or x.scale.size != 1 or w.lowest != -128:
+        return None
+    axis = 0 if node.op == "Conv" or node.attrs.get("transB", 0) else 1
+    if w.scale.size != 1 and w.axis != axis:
+        return None
+    step = np.broadcast_to(x.scale * w.scale, weight.shape[axis]).astype(np.float32)
+    quantize = quantize_behind(graph, node)
+    biases = _biases(node, step, in_codes=quantize is not None) if (step > 0).all() else None
+    return None if biases is None else _Layer(x, weight, axis, step, *biases, quantize)
+
+
+def _biases(
     node: gs.Node, step: npt.NDArray[np.float32], *, in_codes: bool
 ) -> tuple[Float64Array, Float64Array] | None:
     """Return what to add to the sum of codes, and to the scaled sum, (O,); None: not constants.
@@ -158,11 +187,3 @@ def _bias(
     codes = np.rint(bias / step)
     is_code = np.abs(bias / step - codes).max() <= _FLOAT_ROUNDING
     return (codes, nothing) if in_codes or is_code else (nothing, bias)
-
-
-def _is_exact(rows: AnyArray, bias: Float64Array, x: _Codes) -> bool:
-    """Return whether no partial sum, in whatever order, can pass 2^24."""
-    low, high = rows * float(x.lowest), rows * float(x.highest)
-    above = np.maximum(low, high).sum(axis=1) + np.maximum(bias, 0)
-    below = np.minimum(low, high).sum(axis=1) + np.minimum(bias, 0)
-    return bool(max(above.max(), -below.min()) < _EXACT)

@@ -129,22 +129,10 @@ def _calibrate(model: Path, data: Path, output: Path, options: CalibrateOptions)
     prepared = prepare(net, dataset, options, excluded)
     clock.lap("prepare")
     placement = place(net, options.exclude)
-    reference = net.copy()
-    with torch.inference_mode():
-        graph = TorchGraph(reference, torch_device(options.device))
-        seen = _collect(graph, net, placement, dataset, options)
-        clock.lap("collect")
-        outputs = Outputs(graph, dataset)
-        grid, weight_grid = options.grids
-        full_range = full_range_of(prepared.ranges)
-        histograms = without_dead_values(net, seen.histograms)
-        tensors, rule = _thresholds(reference, placement, histograms, outputs, full_range, options)
-        clock.lap("thresholds")
-        weights = quantize_weights(net, placement, weight_grid)
-        if options.correct_bias:
-            _correct_biases(net, graph, seen.means, outputs, weights)
-            clock.lap("biases")
-    insert_qdq(net, placement, {t.tensor: t.scale for t in tensors}, weights, grid, full_range)
+    reference, full_range = net.copy(), full_range_of(prepared.ranges)
+    tensors, rule, weights = _quantities(net, placement, dataset, full_range, options, clock)
+    scales = {tensor.tensor: tensor.scale for tensor in tensors}
+    insert_qdq(net, placement, scales, weights, options.grids[0], full_range)
     parents = {model.name: sha256_of(model), str(data.name): dataset.digest()}
     learned, finished = None, None
     if (learning := options.learning) is not None:
@@ -194,6 +182,33 @@ def _calibrate(model: Path, data: Path, output: Path, options: CalibrateOptions)
     )
 
 
+def _quantities(
+    net: Net,
+    placement: Placement,
+    dataset: Dataset,
+    full_range: Collection[str],
+    options: CalibrateOptions,
+    clock: "_Clock",
+) -> tuple[tuple[TensorScale, ...], Threshold, dict[str, QuantizedWeight]]:
+    """Return the scales of activations, by which rule, and the codes of weights to nearest.
+
+    The biases of ``net`` are corrected, if that is asked for and helps.
+    """
+    with torch.inference_mode():
+        graph = TorchGraph(net, torch_device(options.device))
+        seen = _collect(graph, net, placement, dataset, options)
+        clock.lap("collect")
+        outputs = Outputs(graph, dataset)
+        histograms = without_dead_values(net, seen.histograms)
+        tensors, rule = _thresholds(net, placement, histograms, outputs, full_range, options)
+        clock.lap("thresholds")
+        weights = quantize_weights(net, placement, options.grids[1])
+        if options.correct_bias:
+            _correct_biases(net, graph, seen.means, outputs, weights)
+            clock.lap("biases")
+    return tensors, rule, weights
+
+
 def _collect(
     graph: TorchGraph, net: Net, placement: Placement, dataset: Dataset, options: CalibrateOptions
 ) -> Statistics:
@@ -203,7 +218,7 @@ def _collect(
 
 
 def _thresholds(
-    reference: Net,
+    net: Net,
     placement: Placement,
     histograms: Mapping[str, Histogram],
     outputs: Outputs,
@@ -219,7 +234,7 @@ def _thresholds(
 
     def error(rule: Threshold) -> float:
         """Of a net with quantized activations and float weights."""
-        trial = reference.copy()
+        trial = net.copy()
         scales = {tensor.tensor: tensor.scale for tensor in found[rule]}
         insert_qdq(trial, replace(placement, weights=()), scales, {}, grid, full_range)
         return outputs.error(TorchGraph(trial, torch_device(options.device)))
