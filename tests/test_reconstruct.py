@@ -310,7 +310,7 @@ def test_written_codes_are_floors_or_ceilings(
     options = CalibrateOptions(
         images=COUNT,
         recipe="balanced",
-        iterations=15,
+        iterations=60,
         qprep=qprep,
         equalize=False,
         split="none",

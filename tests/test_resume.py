@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from reptrt.errors import ArtifactError
 from reptrt.pipeline import CalibrateOptions, CalibrateReport, calibrate
-from reptrt.reconstruct import UnitReport, driver
+from reptrt.reconstruct import LearnOptions, UnitReport, driver
 from reptrt.reconstruct.learn import Task, learn
 from reptrt.reconstruct.resume import Finished
 from reptrt.reconstruct.state import State
@@ -146,7 +146,8 @@ def test_other_files_in_its_place(
 
 # A calibration -----------------------------------------------------------------------------------
 
-OPTIONS = CalibrateOptions(images=48, recipe="balanced", iterations=4, split="none", weight_bits=6)
+LEARN = LearnOptions(iterations=4, polish=4)
+OPTIONS = CalibrateOptions(images=48, learn=LEARN, split="none", weight_bits=6)
 UNITS = 5  # three blocks between a stem and a head; the polish comes after them
 
 
@@ -223,11 +224,11 @@ def test_a_stopped_calibration_ends_with_the_same_bytes(
 
 
 def other_seed(partial: Path) -> CalibrateOptions:
-    return replace(OPTIONS, seed=1)
+    return replace(OPTIONS, seed=1, learn=replace(LEARN, seed=1))
 
 
 def longer(partial: Path) -> CalibrateOptions:
-    return replace(OPTIONS, iterations=5)
+    return replace(OPTIONS, learn=replace(LEARN, iterations=5))
 
 
 @pytest.mark.parametrize("change", [other_seed, longer])
