@@ -17,6 +17,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 from reptrt.calib.channels import collect_channels
 from reptrt.calib.collect import collect
+from reptrt.calib.thresholds import ThresholdOptions
 from reptrt.data import Dataset
 from reptrt.export import ExportSettings, onnx_from_module
 from reptrt.graph import Net
@@ -80,7 +81,12 @@ def test_onnxruntime_minmax(
 
 PARTS = {
     "plain": CalibrateOptions(
-        images=IMAGES, equalize=False, split="none", full_range=False, correct_bias=False
+        images=IMAGES,
+        threshold=ThresholdOptions("max"),
+        equalize=False,
+        split="none",
+        full_range=False,
+        correct_bias=False,
     ),
     "fast": CalibrateOptions(images=IMAGES),
     "balanced, 20 iterations": CalibrateOptions(images=IMAGES, recipe="balanced", iterations=20),
