@@ -22,8 +22,8 @@ follows it directly. Run as it is, the graph would compute every convolution in 
    kernels for x86 take unsigned activations. It does the same by itself, but not wherever a tensor
    is read twice, and then computes that layer in float.
 6. Layers for which there is no INT8 kernel, because no Q follows, sum codes all the same, in float
-   operators (`reptrt.code_sums`): twice as fast as dequantizing before the sum, and exact. For a
-   runtime without any INT8 kernels, `reptrt.torchgraph`, all layers do. Then the codes and the
+   operators (`reptrt.code_sums`): exact, and no weight is dequantized when it runs. For a runtime
+   without any INT8 kernels, `reptrt.torchgraph`, all layers do. Then the codes and the
    outputs are those of onnxruntime, to the bit.
 
 What is not in the form that reptrt writes (other zero points, codes that others read) is left as

@@ -17,7 +17,7 @@ from reptrt.errors import ArtifactError, CalibrationError, ConfigError, DataErro
 from reptrt.evaluate import evaluate
 from reptrt.graph import net_from_model
 from reptrt.models.options import ArchitectureOptions
-from reptrt.pipeline import CalibrateOptions, ExportOptions, calibrate, export
+from reptrt.pipeline import PLAIN_INT8, CalibrateOptions, ExportOptions, calibrate, export
 from reptrt.preprocess import Preprocess, write_preprocess
 from reptrt.runner import optimized_op_counts
 from reptrt.sources import Source
@@ -28,14 +28,7 @@ from tests.qdq_nets import residual_net, with_outputs
 COUNT = 45
 PIXELS = np.random.default_rng(11).integers(0, 256, (COUNT, 3, 8, 8), dtype=np.uint8)
 # Scales on the net as it is; what is done to its weights first has tests of its own.
-PLAIN = CalibrateOptions(
-    images=COUNT,
-    threshold=ThresholdOptions("max"),
-    equalize=False,
-    split="none",
-    full_range=False,
-    correct_bias=False,
-)
+PLAIN = replace(PLAIN_INT8, images=COUNT)
 MEAN, STD = (0.5, 0.4, 0.3), (0.25, 0.2, 0.3)
 
 

@@ -9,7 +9,6 @@ from rich.table import Table
 
 from reptrt import pipeline
 from reptrt.bench import bench
-from reptrt.calib.thresholds import ThresholdOptions
 from reptrt.demo import digits
 from reptrt.engine import EngineSummary, build_engine
 from reptrt.engine_options import BuildOptions
@@ -23,15 +22,7 @@ FLOAT, OURS = "float", "reptrt INT8"
 SOURCE = pipeline.Source("repvgg", digits.WEIGHTS, digits.ARCHITECTURE)
 EXPORT = pipeline.ExportOptions(digits.INPUT_SIZE, digits.MEAN, digits.STD)
 CALIBRATIONS = {
-    # What a quantizer does that knows nothing of branches: each tensor's maximum, nearest codes.
-    "plain INT8": pipeline.CalibrateOptions(
-        recipe="fast",
-        threshold=ThresholdOptions("max"),
-        equalize=False,
-        split="none",
-        full_range=False,
-        correct_bias=False,
-    ),
+    "plain INT8": pipeline.PLAIN_INT8,
     "reptrt INT8, no split": pipeline.CalibrateOptions(split="none"),  # no node more than plain
     OURS: pipeline.CalibrateOptions(),
 }

@@ -22,7 +22,14 @@ from reptrt.diagnose.parts import WeightRange, bits_left, range_of_branches, ran
 from reptrt.diagnose.report import Corner, Diagnosis, LayerDiagnosis, Noise
 from reptrt.errors import ConfigError
 from reptrt.graph import Net, constant_value, net_from_model, read_model, weighted_nodes
-from reptrt.pipeline import CalibrateOptions, CalibrateReport, calibrate, prepare, torch_device
+from reptrt.pipeline import (
+    PLAIN_INT8,
+    CalibrateOptions,
+    CalibrateReport,
+    calibrate,
+    prepare,
+    torch_device,
+)
 from reptrt.placement import place
 from reptrt.preprocess import read_preprocess
 from reptrt.provenance import read_provenance
@@ -83,18 +90,8 @@ def diagnose(
 
 def _plain(options: CalibrateOptions) -> CalibrateOptions:
     """Return the options of a quantizer that knows nothing of branches, same bits and rule."""
-    return replace(
-        options,
-        equalize=False,
-        split="none",
-        full_range=False,
-        correct_bias=False,
-        high_precision="fp32",
-        recipe="fast",
-        rounding=None,
-        qprep=None,
-        keep_affine=False,
-    )
+    kept = ("images", "threshold", "weight_bits", "activation_bits", "exclude", "device", "seed")
+    return replace(PLAIN_INT8, **{name: getattr(options, name) for name in kept})
 
 
 def _sample(net: Net, data: Path, options: CalibrateOptions, limit: int) -> Dataset:

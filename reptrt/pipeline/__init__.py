@@ -5,11 +5,12 @@ export -> calibrate -> build_engine -> evaluate, bench; run does it all
 
 from reptrt.pipeline.calibrating import CalibrateReport, TensorScale, calibrate
 from reptrt.pipeline.exporting import ExportReport, export
-from reptrt.pipeline.options import CalibrateOptions, ExportOptions, plain_options
+from reptrt.pipeline.options import PLAIN_INT8, CalibrateOptions, ExportOptions, plain_options
 from reptrt.pipeline.preparing import Prepared, prepare, split_layers, torch_device
 from reptrt.sources import Source
 
 __all__ = [
+    "PLAIN_INT8",
     "CalibrateOptions",
     "CalibrateReport",
     "ExportOptions",

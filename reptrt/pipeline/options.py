@@ -128,6 +128,16 @@ class CalibrateOptions:
         return f"{self.weight_bits}-bit weights, {self.activation_bits}-bit activations inside INT8"
 
 
+PLAIN_INT8 = CalibrateOptions(
+    threshold=ThresholdOptions("max"),
+    equalize=False,
+    split="none",
+    full_range=False,
+    correct_bias=False,
+)
+"""What a quantizer does that knows nothing of branches: each tensor's maximum, nearest codes."""
+
+
 def plain_options(options: Any) -> dict[str, Any]:
     """Return an options dataclass as JSON values."""
     return {

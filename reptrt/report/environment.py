@@ -30,7 +30,7 @@ def activations(run: RunContent) -> Section:
         return Section("activations", title, absent=run.calibrate.reason)
     if not all("bins" in tensor for tensor in found["tensors"]):
         return Section("activations", title, absent="calibrate.json has no histograms")
-    rule = found.get("threshold") or run.manifest.options["calibrate"]["threshold"]["rule"]
+    rule = found["threshold"]
     text = (
         f"Histograms of |x| over {found['images']} images, without exact zeros; upwards the "
         f"logarithm of counts. The line is the largest |x| kept (rule {rule}); values more "

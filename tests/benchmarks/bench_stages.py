@@ -1,6 +1,7 @@
 """Stages beside the step that a rival, or a plain pass over the images, would need anyway."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,10 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 from reptrt.calib.channels import collect_channels
 from reptrt.calib.collect import collect
-from reptrt.calib.thresholds import ThresholdOptions
 from reptrt.data import Dataset
 from reptrt.export import ExportSettings, onnx_from_module
 from reptrt.graph import Net
-from reptrt.pipeline import CalibrateOptions, calibrate, export
+from reptrt.pipeline import PLAIN_INT8, CalibrateOptions, calibrate, export
 from reptrt.placement import place
 from reptrt.preprocess import Preprocess
 from reptrt.sources import module_from_source
@@ -80,14 +80,7 @@ def test_onnxruntime_minmax(
 
 
 PARTS = {
-    "plain": CalibrateOptions(
-        images=IMAGES,
-        threshold=ThresholdOptions("max"),
-        equalize=False,
-        split="none",
-        full_range=False,
-        correct_bias=False,
-    ),
+    "plain": replace(PLAIN_INT8, images=IMAGES),
     "fast": CalibrateOptions(images=IMAGES),
     "balanced, 20 iterations": CalibrateOptions(images=IMAGES, recipe="balanced", iterations=20),
 }

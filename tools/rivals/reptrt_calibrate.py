@@ -4,24 +4,18 @@ Options: ``recipe``, ``max_overhead``, and ``plain`` for what a quantizer does t
 branches.
 """
 
+from dataclasses import replace
+
 from job import Job, run
 
-from reptrt.calib.thresholds import ThresholdOptions
-from reptrt.pipeline import CalibrateOptions, calibrate
+from reptrt.pipeline import PLAIN_INT8, CalibrateOptions, calibrate
 
 
 def options_of(job: Job) -> CalibrateOptions:
     """Return the options of calibrate for a job."""
     images = len(job.array())
     if job.options.get("plain"):
-        return CalibrateOptions(
-            images=images,
-            threshold=ThresholdOptions("max"),
-            equalize=False,
-            split="none",
-            full_range=False,
-            correct_bias=False,
-        )
+        return replace(PLAIN_INT8, images=images)
     default = CalibrateOptions()
     return CalibrateOptions(
         images=images,
