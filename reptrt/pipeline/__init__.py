@@ -5,7 +5,7 @@ export -> calibrate -> build_engine -> evaluate, bench; run does it all
 
 from reptrt.pipeline.calibrating import CalibrateReport, TensorScale, calibrate
 from reptrt.pipeline.exporting import ExportReport, export
-from reptrt.pipeline.options import PLAIN_INT8, CalibrateOptions, ExportOptions, plain_options
+from reptrt.pipeline.options import PLAIN_INT8, CalibrateOptions, ExportOptions, recorded_options
 from reptrt.pipeline.preparing import Prepared, prepare, split_layers, torch_device
 from reptrt.sources import Source
 
@@ -20,8 +20,8 @@ __all__ = [
     "TensorScale",
     "calibrate",
     "export",
-    "plain_options",
     "prepare",
+    "recorded_options",
     "split_layers",
     "torch_device",
 ]

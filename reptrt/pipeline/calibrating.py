@@ -39,7 +39,7 @@ from reptrt.graph import (
     read_model,
     refuse_not_finite,
 )
-from reptrt.pipeline.options import CalibrateOptions, plain_options
+from reptrt.pipeline.options import CalibrateOptions, recorded_options
 from reptrt.pipeline.preparing import prepare, torch_device
 from reptrt.placement import Placement, place
 from reptrt.preprocess import read_preprocess
@@ -154,7 +154,7 @@ def _calibrate(model: Path, data: Path, output: Path, options: CalibrateOptions)
         content,
         artifact="int8-onnx",
         parents=parents,
-        options=plain_options(options),
+        options=recorded_options(options),
         details={
             "splits": [asdict(split) for split in prepared.splits],
             "left_fp32": [asdict(skip) for skip in left_fp32],
@@ -318,7 +318,7 @@ def _finished_units(
     output: Path, options: CalibrateOptions, parents: Mapping[str, str]
 ) -> Finished:
     """Open what an interrupted calibration of the same file, images and options left behind."""
-    key = {"options": plain_options(options), "parents": dict(parents)}
+    key = {"options": recorded_options(options), "parents": dict(parents)}
     return Finished(output, key | {"versions": package_versions()})
 
 

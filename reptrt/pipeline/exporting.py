@@ -25,7 +25,7 @@ from reptrt.export import (
     prove,
 )
 from reptrt.graph import blaming, bytes_from_model, model_from_net, net_from_model
-from reptrt.pipeline.options import ExportOptions, plain_options
+from reptrt.pipeline.options import ExportOptions, recorded_options
 from reptrt.preprocess import Preprocess, read_preprocess
 from reptrt.rewrite.contract import Skipped
 from reptrt.sources import Source, module_from_source
@@ -87,7 +87,7 @@ def _export(source: Source, output: Path, options: ExportOptions) -> ExportRepor
         bytes_from_model(fused),
         artifact="float-onnx",
         parents=_parents(source),
-        options={"source": source.name, **plain_options(options)},
+        options={"source": source.name, **recorded_options(options)},
         details={"proof": asdict(proof), "skipped": [asdict(s) for s in reports[-1].skipped]},
     )
     return ExportReport(

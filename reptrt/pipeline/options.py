@@ -138,7 +138,7 @@ PLAIN_INT8 = CalibrateOptions(
 """What a quantizer does that knows nothing of branches: each tensor's maximum, nearest codes."""
 
 
-def plain_options(options: Any) -> dict[str, Any]:
+def recorded_options(options: Any) -> dict[str, Any]:
     """Return an options dataclass as JSON values."""
     return {
         name: str(value) if isinstance(value, Path) else value
