@@ -410,6 +410,18 @@ def test_bits_exclusion_and_fp16(demo: tuple[Path, Path]) -> None:
     assert all((layer.before.bits_left or 0) <= 6 for layer in found.layers)
 
 
+def test_plain_keeps_the_rule_and_bits_that_were_asked_for(tmp_path: Path) -> None:
+    file, data, _ = save(plain_chain(), tmp_path)
+    options = CalibrateOptions(
+        images=COUNT, threshold=ThresholdOptions("percentile", 90.0), activation_bits=7
+    )
+    plain = replace(options, equalize=False, split="none", full_range=False, correct_bias=False)
+    calibrate(file, data, tmp_path / "p.onnx", plain)
+    (judged,) = evaluate([tmp_path / "p.onnx"], data, reference=file, threads=1).results
+    corner = diagnose(file, data, options).corners[2]
+    assert corner.sqnr_db == pytest.approx(judged.sqnr_db, abs=0.2)
+
+
 def test_an_output_without_classes_has_no_agreement(tmp_path: Path) -> None:
     b = Builder()
     file, data, _ = save(b.model(b.conv(b.relu(b.conv("x", 4, "c1")), 4, "c2")), tmp_path)
