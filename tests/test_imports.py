@@ -64,6 +64,13 @@ def test_help_loads_nothing_heavy(args: list[str]) -> None:
     assert done.stdout.splitlines()[-1] == "loaded []"
 
 
+def test_the_package_runs_as_the_command() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "reptrt", "--version"], capture_output=True, text=True, timeout=120
+    )
+    assert (done.returncode, done.stdout) == (0, f"reptrt, version {reptrt.__version__}\n")
+
+
 def test_demo_help_loads_nothing_heavy() -> None:
     code = (
         "import sys; from reptrt.demo.__main__ import main; main(standalone_mode=False); "
