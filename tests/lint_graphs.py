@@ -255,12 +255,15 @@ def pair_before(op: str) -> onnx.ModelProto:
     return g.model(g.conv(g.qdq(g.node(op, g.qdq(g.conv(g.qdq("x"))), *more))))
 
 
-def residual(*, main: bool, skip: bool, relu: bool = False) -> onnx.ModelProto:
+def residual(*, main: bool, skip: bool, relu: bool = False, split: bool = False) -> onnx.ModelProto:
     """Return conv(conv(x)) + x, with Q/DQ on the inputs of the Add as asked for."""
     g = QdqGraph()
     x = g.block("x")
     x_dq = g.qdq(x)
-    y = g.conv(g.qdq(g.node("Relu", g.conv(x_dq))))
+    inner = g.qdq(g.node("Relu", g.conv(x_dq)))
+    y = g.conv(inner)
+    if split:
+        y = g.node("Add", y, g.qdq(g.conv(inner, g.weight(C, C, 1, 1), pad=0), 0.06))
     y = g.node("Relu", y) if relu else y
     total = g.node("Add", g.qdq(y, 0.07) if main else y, x_dq if skip else x)
     return g.model(g.conv(g.qdq(g.node("Relu", total), 0.1)))

@@ -112,6 +112,12 @@ CASES = {
     "pairs on both of a sum": Case(
         "QDQ103", "between conv.* and add", False, lambda: graphs.residual(main=True, skip=True)
     ),
+    "pairs on both of a sum, behind a split": Case(
+        "QDQ103",
+        "between add.* and add",
+        False,
+        lambda: graphs.residual(main=True, skip=True, split=True),
+    ),
     "float skip": Case(
         "QDQ104", "relu.* as float", False, lambda: graphs.residual(main=False, skip=False)
     ),
@@ -214,6 +220,7 @@ RIGHT = {
     "matmul": lambda: graphs.matrix_product("MatMul", 1),
     "transposed conv": lambda: graphs.transposed_conv(1),
     "residual": lambda: graphs.residual(main=False, skip=True),
+    "residual behind a split": lambda: graphs.residual(main=False, skip=True, split=True),
     "pad behind the pair": lambda: graphs.padded(before=True),
     "concat": lambda: graphs.concatenated(0.05, 0.05, 0.05),
     "concat without a pair behind it": lambda: graphs.concatenated(0.05, 0.05, None),

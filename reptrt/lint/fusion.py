@@ -140,10 +140,12 @@ def _fuses(view: View, tensor: gs.Tensor) -> bool:
 
 
 def _splits(view: View, tensor: gs.Tensor) -> gs.Node | None:
-    """Return the Q of a pair that stands between a layer and the one sum that reads it."""
+    """Return the Q of a pair between a layer, or a sum with one, and the one sum that reads it."""
     quantize = quantize_before(maker(tensor))
     layer = None if quantize is None else maker(quantize.inputs[0])
-    if quantize is None or layer is None or layer.op not in WEIGHTED_OPS:
+    if quantize is None or layer is None:
+        return None
+    if layer.op not in WEIGHTED_OPS and not _fuses(view, quantize.inputs[0]):
         return None
     chain = (quantize.inputs[0], quantize.outputs[0], tensor)
     return quantize if all(is_private(part, view.graph) for part in chain) else None
