@@ -33,7 +33,7 @@ from reptrt.evaluate import evaluate
 from reptrt.pipeline import CalibrateOptions, calibrate
 from reptrt.reconstruct import LearnOptions
 
-ALL = LearnOptions(polish=0)
+ALL = LearnOptions()
 ROUNDING = replace(ALL, affine=False, steps=False)
 ROWS: dict[str, LearnOptions | None] = {
     "nearest": None,
