@@ -59,7 +59,7 @@ def test_without_a_gpu_all_that_can_run_runs(check: Any) -> None:
     done = ["environment", "calibrate fast cpu", "calibrate without splits"]
     done += [f"fp16 rest {net}" for net in ("fp16", "int8-fp16", "int8-nosplit-fp16")]
     done += [f"tensorrt-rtx build {net}" for net in NETS]
-    done += ["tensorrt-rtx audit int8-nosplit-fp16"]
+    done += ["tensorrt-rtx audit int8-nosplit-fp16", "simulation cpu"]
     assert {name: found[name] for name in done} == dict.fromkeys(done, "done")
     result = {step.name: step.result for step in steps}
     rests = {net: result[f"tensorrt-rtx build {net}"]["rest"]["state"] for net in NETS}
@@ -73,6 +73,8 @@ def test_without_a_gpu_all_that_can_run_runs(check: Any) -> None:
     assert written["steps"][0]["result"]["no_gpu"] == "no NVIDIA driver on this machine"
     text = "\n".join(gpu_check.table(steps))
     assert "tensorrt-rtx bench: failed: " in text
+    assert "simulation cpu: head: the same bits as onnxruntime" in text
+    assert "simulation cuda: failed: --device cuda: torch finds no CUDA device" in text
     assert not (check.out / "answer.json").exists()
     assert {path for path in check.out.iterdir()} <= {*check.made(), check.out / "gpu_check.json"}
 
@@ -273,6 +275,7 @@ def test_the_table_has_a_row_per_engine_and_batch() -> None:
             "tensorrt bench, no host copies", results=[BENCH_ROW | {"file": file, "median_ms": 0.3}]
         ),
         done("tensorrt parity int8-fp16", outputs=parity),
+        done("simulation cuda", outputs={"logits": {"max_difference": 0.25}}),
         done("tensorrt audit int8-fp16", built=22, planned=["a"] * 23),
         done(
             "calibrate fast cpu against cuda",
@@ -288,6 +291,7 @@ def test_the_table_has_a_row_per_engine_and_batch() -> None:
         "tensorrt bench: the GPU was held back: power cap",
         "int8-fp16.tensorrt.engine, batch 8: hardly faster",
         "int8-fp16.tensorrt.engine, batch 8: because",
+        "simulation cuda: logits: differs from onnxruntime by 2.5e-01 at most",
         "calibrate fast cpu against cuda: CPU 10.0 s, CUDA 3.0 s, scales differ by 1.0e-06 at most",
         "calibrate cuda: failed: no CUDA",
     ]

@@ -4,9 +4,10 @@ r"""What only a machine with a GPU can show, in one go.
 
 M.onnx is a float net as `reptrt export` writes it, IMAGES a few hundred images of its kind. The
 check calibrates the net on the CPU and with CUDA, each recipe (seconds, largest difference of a
-scale); builds engines with every TensorRT that can be imported: FP32, FP16, INT8 with an FP32 and
-an FP16 rest, INT8 without splits; compares each with onnxruntime output by output; audits it; and
-times all engines of one TensorRT side by side, ratios to its FP16 one, host copies in and out.
+scale); compares torch's simulation on both with onnxruntime, to the bit; builds engines with every
+TensorRT that can be imported: FP32, FP16, INT8 with an FP32 and an FP16 rest, INT8 without splits;
+compares each with onnxruntime output by output; audits it; and times all engines of one TensorRT
+side by side, ratios to its FP16 one, host copies in and out.
 
 Every step is a process of its own: what fails, or crashes, says why, and the rest goes on.
 OUT/gpu_check.json holds everything; a table goes to stdout. Exit 1 with --strict if a step failed.
@@ -24,6 +25,7 @@ and there, where CUDA's compiler builds pycuda in a few minutes:
     pip install --no-index --no-deps --no-build-isolation wheels/*
 """
 
+import contextlib
 import importlib.util
 import json
 import platform
@@ -31,7 +33,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -67,13 +69,13 @@ from reptrt.artifacts import (  # noqa: E402
     write_json,
 )
 from reptrt.cli import main as reptrt  # noqa: E402
-from reptrt.data import open_dataset  # noqa: E402
+from reptrt.data import Dataset, open_dataset  # noqa: E402
 from reptrt.engine_input import with_rest  # noqa: E402
 from reptrt.errors import MissingDependencyError, ReptrtError  # noqa: E402
 from reptrt.graph import bytes_from_model, net_from_model, read_model  # noqa: E402
 from reptrt.metrics import agreement, sqnr_db  # noqa: E402
 from reptrt.preprocess import read_preprocess  # noqa: E402
-from reptrt.runner import open_runner  # noqa: E402
+from reptrt.runner import Runner, open_runner  # noqa: E402
 
 # Each net with what its FP16 rest is made from, None: its rest is FP32.
 NETS = {
@@ -135,6 +137,11 @@ class Check:
     def reptrt(self, *args: str | Path) -> dict[str, Any]:
         """Run a command of reptrt in a process of its own; return its JSON."""
         return self.process([sys.executable, "-m", "reptrt.cli", *map(str, args)])
+
+    def compare(self, what: str, *args: str | Path, images: int) -> dict[str, Any]:
+        """Run a command of this file in a process of its own; return its JSON."""
+        command = [sys.executable, __file__, what, *map(str, args)]
+        return self.process([*command, "--data", str(self.data), "--images", str(images)])
 
     def process(self, command: Sequence[str]) -> dict[str, Any]:
         """Run a command that takes --json; return what it wrote."""
@@ -283,6 +290,17 @@ def calibrations(check: Check, recipes: Sequence[str], images: int) -> None:
             )
 
 
+def simulations(check: Check, images: int) -> None:
+    """Compare torch's simulation of the calibrated net with onnxruntime on both devices."""
+
+    def compare(device: str) -> dict[str, Any]:
+        net = needed(check.net("int8"))
+        return check.compare("simulation", net, "--device", device, images=images)
+
+    for device in ("cpu", "cuda"):
+        check.step(f"simulation {device}", lambda device=device: compare(device))  # type: ignore[misc]
+
+
 def engines(
     check: Check, backend: str, nets: Sequence[str], batches: Sequence[int], images: int
 ) -> None:
@@ -313,9 +331,8 @@ def engines(
         return check.reptrt("build-engine", source, "-o", target, *options)
 
     def parity(net: str) -> dict[str, Any]:
-        files = [needed(check.engine(backend, net)), needed(check.net(net))]
-        command = [sys.executable, __file__, "parity", *map(str, files)]
-        return check.process([*command, "--data", str(check.data), "--images", str(images)])
+        engine, model = needed(check.engine(backend, net)), needed(check.net(net))
+        return check.compare("parity", engine, model, images=images)
 
     def audit(net: str) -> dict[str, Any]:
         found = check.reptrt("inspect", needed(check.engine(backend, net)), "--audit")
@@ -388,6 +405,13 @@ def _remarks(name: str, result: Mapping[str, Any]) -> list[str]:
             f"{name}: CPU {result['cpu_seconds']:.1f} s, CUDA {result['cuda_seconds']:.1f} s, "
             f"scales differ by {result['max_relative_difference']:.1e} at most"
         )
+    if name.startswith("simulation"):
+        lines += [
+            f"{name}: {output}: differs from onnxruntime by {found['max_difference']:.1e} at most"
+            if found["max_difference"]
+            else f"{name}: {output}: the same bits as onnxruntime"
+            for output, found in result["outputs"].items()
+        ]
     if "not_for_the_current_gpu" in result:
         lines.append(f"{name}: portable engine: {result['not_for_the_current_gpu']}")
     return lines
@@ -446,6 +470,7 @@ def check_all(
         old.unlink(missing_ok=True)  # a file of an earlier check must not pass for one of this
     check.step("environment", environment)
     calibrations(check, recipes, images)
+    simulations(check, images)
     for backend in BACKENDS:
         engines(check, backend, nets, batches, images)
     report = {"model": check.model.name, "steps": [asdict(step) for step in check.steps]}
@@ -492,29 +517,66 @@ def run(
         click.get_current_context().exit(1)
 
 
+_data_option = click.option("--data", type=click.Path(path_type=Path), required=True)
+_images_option = click.option("--images", type=int, default=256, show_default=True)
+_json_option = click.option("--json", "answer", type=click.Path(path_type=Path), required=True)
+
+
 @main.command()
 @click.argument("engine", type=click.Path(path_type=Path))
 @click.argument("model", type=click.Path(path_type=Path))
-@click.option("--data", type=click.Path(path_type=Path), required=True)
-@click.option("--images", type=int, default=256, show_default=True)
-@click.option("--json", "answer", type=click.Path(path_type=Path), required=True)
+@_data_option
+@_images_option
+@_json_option
 def parity(engine: Path, model: Path, data: Path, images: int, answer: Path) -> None:
     """Compare an engine with its ONNX file in onnxruntime, output by output."""
+    with _one_line():
+        dataset = _images_of(model, data, images)
+        expected, found = (_outputs(open_runner(path), dataset) for path in (model, engine))
+        write_json(answer, compare_outputs(expected, found))
+
+
+@main.command()
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), required=True)
+@_data_option
+@_images_option
+@_json_option
+def simulation(model: Path, device: str, data: Path, images: int, answer: Path) -> None:
+    """Compare the first output of an INT8 file in torch with onnxruntime."""
+    from reptrt.pipeline import torch_device
+    from reptrt.torch_runner import int8_runner
+
+    with _one_line():
+        dataset = _images_of(model, data, images)
+        (found,) = _outputs(int8_runner(read_model(model), torch_device(device)), dataset).values()
+        name, expected = next(iter(_outputs(open_runner(model), dataset).items()))
+        write_json(answer, compare_outputs({name: expected}, {name: found}))
+
+
+@contextlib.contextmanager
+def _one_line() -> Iterator[None]:
+    """End with one line where something fails."""
     try:
-        preprocess = read_preprocess(net_from_model(read_model(model)))
-        dataset = open_dataset(data, preprocess, limit=images, seed=0)
-        collected: list[dict[str, list[Any]]] = []
-        for path in (model, engine):
-            outputs: dict[str, list[Any]] = {}
-            with open_runner(path) as runner:
-                for batch in dataset.batches(32):
-                    for name, value in runner.run(batch).items():
-                        outputs.setdefault(name, []).append(value)
-            collected.append(outputs)
-        write_json(answer, compare_outputs(*collected))
+        yield
     except (ReptrtError, StepError) as err:
         click.echo(f"error: {' '.join(str(err).split())}", err=True)
         click.get_current_context().exit(1)
+
+
+def _images_of(model: Path, data: Path, images: int) -> Dataset:
+    preprocess = read_preprocess(net_from_model(read_model(model)))
+    return open_dataset(data, preprocess, limit=images, seed=0)
+
+
+def _outputs(runner: Runner, dataset: Dataset) -> dict[str, list[Any]]:
+    """Return the batches of each output."""
+    outputs: dict[str, list[Any]] = {}
+    with runner:
+        for batch in dataset.batches(32):
+            for name, value in runner.run(batch).items():
+                outputs.setdefault(name, []).append(value)
+    return outputs
 
 
 if __name__ == "__main__":
