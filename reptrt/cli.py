@@ -242,8 +242,8 @@ def calibrate_options(command: Command) -> Command:
             type=rules,
             default="auto",
             show_default=True,
-            help="Rule that clips activations; auto: of max, percentile, mse and kl the one that "
-            "keeps the outputs nearest.",
+            help="Rule that clips activations; auto: of max, percentile, mse and kl the one, and "
+            "by a margin, that keeps the outputs nearest on images not seen.",
         ),
         click.option(
             "--percentile",
@@ -377,8 +377,9 @@ def calibrate(
 
     options = _calibrate_options(values)
     report = pipeline.calibrate(model, data, output, options)
+    margin = f" x {report.margin:.2f}" if report.margin > 1 else ""
     text = (
-        f"calibrate  {report.path}  {options.recipe}  {report.threshold}  "
+        f"calibrate  {report.path}  {options.recipe}  {report.threshold}{margin}  "
         f"{report.images} images  {report.layers} layers  {len(report.tensors)} tensors  "
         f"{sum(report.seconds.values()):.1f} s"
     )

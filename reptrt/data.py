@@ -10,7 +10,7 @@ import tokenize
 import zipfile
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -61,6 +61,24 @@ class Dataset:
         for start in range(0, self.length, size):
             pixels = self.source.read(start, min(start + size, self.length))
             yield network_input(pixels, self.preprocess)
+
+    def parted(self, stride: int) -> tuple["Dataset", "Dataset"]:
+        """Return all images but every ``stride``-th, and those; the order stays.
+
+        Raises:
+            ConfigError: a part would be empty.
+        """
+        if not 1 < stride <= self.length:
+            raise ConfigError(f"stride: got {stride}, expected 2 to {self.length}, the images")
+        indices = np.arange(self.length)
+        taken = indices % stride == stride - 1
+        return self._selected(indices[~taken]), self._selected(indices[taken])
+
+    def _selected(self, taken: IntArray) -> "Dataset":
+        labels = None if self.labels is None else self.labels[taken]
+        return replace(
+            self, length=len(taken), labels=labels, source=SelectedImages(self.source, taken)
+        )
 
     def digest(self) -> str:
         """Return the sha256 of all pixels in order, in hex: what the data set is, not its name."""
@@ -124,6 +142,21 @@ def network_input(pixels: AnyArray, preprocess: Preprocess) -> Float32Array:
         values -= np.asarray(preprocess.mean, np.float32)[:, None, None]
         values /= np.asarray(preprocess.std, np.float32)[:, None, None]
     return values
+
+
+class SelectedImages:
+    """Some images of a source, in its order."""
+
+    def __init__(self, source: PixelSource, taken: IntArray) -> None:
+        self._source = source
+        self._taken = taken
+
+    def read(self, start: int, stop: int) -> AnyArray:
+        """Return selected images ``start`` to ``stop``, (n, C, H, W)."""
+        taken = self._taken[start:stop]
+        images: AnyArray = self._source.read(int(taken[0]), int(taken[-1]) + 1)
+        selected: AnyArray = images[taken - taken[0]]
+        return selected
 
 
 class ArrayImages:

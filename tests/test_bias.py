@@ -344,8 +344,8 @@ def squared_error(model: onnx.ModelProto, other: onnx.ModelProto, x: np.ndarray)
     return sum(float(np.square(got[name] - wanted[name].astype(float)).sum()) for name in wanted)
 
 
-@pytest.mark.parametrize("count", [45, 64, 100])
-def test_the_error_of_outputs_is_that_of_the_first_64_images(tmp_path: Path, count: int) -> None:
+@pytest.mark.parametrize("count", [1, 45, 64])
+def test_the_error_of_outputs_is_summed_over_images(tmp_path: Path, count: int) -> None:
     b = Builder()
     y = b.relu(b.conv("x", 8, "c1"))
     model = b.model(b.head(b.relu(b.conv(y, 8, "c2"))), y)
@@ -354,7 +354,7 @@ def test_the_error_of_outputs_is_that_of_the_first_64_images(tmp_path: Path, cou
     graph = TorchGraph(net)
     outputs = Outputs(graph, dataset(tmp_path, x))
     found = outputs.error(graph, deployed_weights(graph, weights))
-    expected = squared_error(model, with_weights(model, weights), x[:64])
+    expected = squared_error(model, with_weights(model, weights), x)
     assert found == pytest.approx(expected, rel=1e-4)
     assert outputs.error(graph) == 0.0
 
@@ -405,7 +405,7 @@ def test_biases_are_corrected_where_that_brings_the_outputs_nearer(
     weights = quantize_weights(net, place(net), COARSE)
     errors = expected_errors(model, weights, x)
     before, after = (
-        squared_error(model, with_weights(model, weights, taken), x[:64])
+        squared_error(model, with_weights(model, weights, taken), x[7::8])
         for taken in (None, errors)
     )
     assert (after < before) == helps

@@ -113,11 +113,12 @@ def test_bytes_do_not_depend_on_order_or_on_how_images_are_stored(tmp_path: Path
         "reversed": arrays(tmp_path / "c.npz", PIXELS[::-1]),
         "folder": folder,
     }
+    mse = ThresholdOptions("mse")
     for options in (
-        replace(PLAIN, threshold=ThresholdOptions("mse")),
+        replace(PLAIN, threshold=mse),
         replace(PLAIN, threshold=ThresholdOptions("kl")),
-        CalibrateOptions(images=COUNT),
-        CalibrateOptions(images=COUNT, split="coarse-fine"),
+        CalibrateOptions(images=COUNT, threshold=mse),
+        CalibrateOptions(images=COUNT, threshold=mse, split="coarse-fine"),
     ):
         written = set()
         for source in sources.values():

@@ -1,3 +1,4 @@
+import hashlib
 import io
 import logging
 import zipfile
@@ -200,6 +201,38 @@ def test_a_batch_size_must_be_positive(class_folder: Path) -> None:
 
 
 # --- digest ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stride", [2, 3, 7])
+def test_a_data_set_is_parted(class_folder: Path, stride: int) -> None:
+    dataset = open_dataset(class_folder, RGB8)
+    (x,) = dataset.batches(dataset.length)
+    others, taken = dataset.parted(stride)
+    index = np.arange(dataset.length) % stride == stride - 1
+    for part, wanted in ((others, x[~index]), (taken, x[index])):
+        assert part.length == len(wanted)
+        np.testing.assert_array_equal(np.concatenate(list(part.batches(3))), wanted)
+    assert others.labels is not None
+    assert dataset.labels is not None
+    np.testing.assert_array_equal(others.labels, dataset.labels[~index])
+
+
+def test_arrays_are_parted_after_they_are_sampled(tmp_path: Path) -> None:
+    x = np.random.default_rng(0).random((40, 3, 8, 8)).astype(np.float32)
+    np.save(tmp_path / "x.npy", x)
+    dataset = open_dataset(tmp_path / "x.npy", RGB8, limit=20, seed=1)
+    (sampled,) = dataset.batches(20)
+    wanted = sampled[np.arange(20) % 4 != 3], sampled[3::4]
+    for part, images in zip(dataset.parted(4), wanted, strict=True):
+        np.testing.assert_array_equal(np.concatenate(list(part.batches(2))), images)
+        assert part.labels is None
+        assert part.digest() == hashlib.sha256(images.tobytes()).hexdigest()
+
+
+@pytest.mark.parametrize("stride", [0, 1, 1000])
+def test_a_part_is_not_empty(class_folder: Path, stride: int) -> None:
+    with pytest.raises(ConfigError, match="stride"):
+        open_dataset(class_folder, RGB8).parted(stride)
 
 
 def test_the_digest_of_a_folder_follows_the_pixels_taken(class_folder: Path) -> None:

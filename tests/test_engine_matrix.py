@@ -71,7 +71,7 @@ NETS = {
 }
 
 PLAIN = CalibrateOptions(
-    images=4, recipe="fast", split="none", equalize=False, full_range=False, correct_bias=False
+    images=16, recipe="fast", split="none", equalize=False, full_range=False, correct_bias=False
 )
 SPLIT = replace(PLAIN, equalize=True)
 WAYS: dict[str, CalibrateOptions] = {

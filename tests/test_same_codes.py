@@ -22,7 +22,7 @@ from tests.onnx_nets import basic_block
 from tests.qdq_nets import with_outputs
 
 COUNT = 1000
-LEARNED = CalibrateOptions(images=32, recipe="balanced", iterations=8)
+LEARNED = CalibrateOptions(images=64, recipe="balanced", iterations=8)
 CASES = {
     "full range, splits": LEARNED,
     "symmetric, whole": replace(LEARNED, full_range=False, split="none"),
@@ -50,7 +50,7 @@ def written(
 def learned(case: str, folder: Path) -> tuple[onnx.ModelProto, np.ndarray]:
     size = 8 if case == "residual" else SIZE
     write_net(folder / "m.onnx", basic_block() if case == "residual" else rep_net())
-    write_images(folder / "d.npz", 32, size=size)
+    write_images(folder / "d.npz", 64, size=size)
     report = calibrate(folder / "m.onnx", folder / "d.npz", folder / "o.onnx", LOWERED[case])
     assert report.learned is not None
     assert any(unit.kept == "learned" for unit in report.learned.units)
@@ -95,7 +95,7 @@ def test_every_code_is_the_same_but_at_its_borders(
         exact = by_ort[quantize.input[0]] / scale
         clear = np.abs(exact - np.floor(exact) - 0.5) > CLEAR
         codes = by_ort[quantize.output[0]]
-        assert clear.mean() > 0.99
+        assert clear.mean() > 0.95
         assert np.ptp(codes.astype(int)) > 50
         found = by_torch[quantize.output[0]]
         assert found.dtype == codes.dtype == np.int8

@@ -1,11 +1,11 @@
 """What quantization does to the outputs of a net, on a few images: the judge of choices.
 
-Choices that theory leaves open (a threshold rule, whether biases are corrected) are made by the
-least sum of (quantized output - float output)^2.
+Choices that theory leaves open (a threshold rule and its margin, whether biases are corrected) are
+made by the least sum of (quantized output - float output)^2. A judge of thresholds must not know
+the images that the ranges are from: on those nothing lies beyond the largest value seen.
 """
 
 import functools
-import itertools
 from collections.abc import Mapping
 from types import MappingProxyType
 
@@ -16,12 +16,20 @@ from reptrt.calib.collect import COMPUTE_BATCH
 from reptrt.data import Dataset
 from reptrt.torchgraph import TorchGraph
 
-_JUDGED = 64  # images
+_JUDGED = 64  # images, of hundreds
 _NOTHING: Mapping[str, Tensor] = MappingProxyType({})
 
 
+def stride_of(length: int) -> int:
+    """Return which images judge: every so many-th of ``length``, at least 2.
+
+    An eighth of the images, but no more than 64 of them; of fewer than 64 images 8, at most half.
+    """
+    return max(2, min(8, length // 8), length // _JUDGED)
+
+
 class Outputs:
-    """The outputs of a float net on the first 64 images.
+    """The outputs of a float net on images.
 
     Args:
         graph: the float graph.
@@ -37,8 +45,7 @@ class Outputs:
         """Images and outputs, made when they are asked for."""
         for_one = self._graph.input_shapes[self._graph.input_names[0]][:1] == (1,)
         size = 1 if for_one else COMPUTE_BATCH
-        batches = itertools.islice(self._dataset.batches(size), _JUDGED // size)
-        images = [torch.from_numpy(batch) for batch in batches]
+        images = [torch.from_numpy(batch) for batch in self._dataset.batches(size)]
         return [(x, self._run(self._graph, x, _NOTHING)) for x in images]
 
     def error(self, graph: TorchGraph, given: Mapping[str, Tensor] = _NOTHING) -> float:

@@ -24,7 +24,7 @@ from reptrt.artifacts import (
 from reptrt.calib.bias import bias_errors, deployed_weights
 from reptrt.calib.collect import Statistics, collect, merge_groups
 from reptrt.calib.histogram import NUM_BINS, Histogram
-from reptrt.calib.outputs import Outputs
+from reptrt.calib.outputs import Outputs, stride_of
 from reptrt.calib.saturation import without_dead_values
 from reptrt.calib.thresholds import ThresholdOptions, amax_from_histogram
 from reptrt.choices import Threshold
@@ -62,6 +62,8 @@ Float64Array = npt.NDArray[np.float64]
 
 _REPORTED_BINS = 64  # more than half of them are used
 _MERGED = NUM_BINS // _REPORTED_BINS
+_WIDER = 2 ** (1 / 8)  # one step of the search for a margin
+_WIDEST = 4.0  # where it ends
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +78,11 @@ class TensorScale:
     bins: tuple[int, ...]  # how often |x| fell into [i * width, (i + 1) * width), without the zeros
     bin_width: float
 
+    def widened(self, margin: float) -> "TensorScale":
+        """Return the same activation with a larger threshold."""
+        scale = float(np.float32(margin * self.scale))
+        return replace(self, amax=margin * self.amax, scale=scale)
+
 
 @dataclass(frozen=True, slots=True)
 class CalibrateReport:
@@ -86,6 +93,7 @@ class CalibrateReport:
     images: int
     layers: int
     threshold: Threshold  # the rule; of auto the one that was chosen
+    margin: float  # by which auto widened its thresholds, for images not seen; 1 for a given rule
     tensors: tuple[TensorScale, ...]
     equalized: int  # tensors whose channels were given equal ranges
     splits: tuple[Split, ...]
@@ -126,11 +134,13 @@ def _calibrate(model: Path, data: Path, output: Path, options: CalibrateOptions)
     excluded = place(net, options.exclude).excluded
     dataset = open_dataset(data, read_preprocess(net), limit=options.images, seed=options.seed)
     clock.lap("load")
-    prepared = prepare(net, dataset, options, excluded)
+    seen, judged = _parts(dataset, options)
+    prepared = prepare(net, seen, options, excluded)
     clock.lap("prepare")
     placement = place(net, options.exclude)
     reference, full_range = net.copy(), full_range_of(prepared.ranges)
-    tensors, rule, weights = _quantities(net, placement, dataset, full_range, options, clock)
+    found = _quantities(net, placement, (seen, judged), full_range, options, clock)
+    tensors, rule, margin, weights = found
     scales = {tensor.tensor: tensor.scale for tensor in tensors}
     insert_qdq(net, placement, scales, weights, options.grids[0], full_range)
     parents = {model.name: sha256_of(model), str(data.name): dataset.digest()}
@@ -170,6 +180,7 @@ def _calibrate(model: Path, data: Path, output: Path, options: CalibrateOptions)
         images=dataset.length,
         layers=len(placement.weights),
         threshold=rule,
+        margin=margin,
         tensors=tensors,
         equalized=prepared.equalized,
         splits=prepared.splits,
@@ -182,31 +193,43 @@ def _calibrate(model: Path, data: Path, output: Path, options: CalibrateOptions)
     )
 
 
+def _parts(dataset: Dataset, options: CalibrateOptions) -> tuple[Dataset, Dataset]:
+    """Return the images that ranges are taken from, and those that judge.
+
+    A rule that is given sees all of them.
+    """
+    if dataset.length == 1:
+        return dataset, dataset
+    others, judged = dataset.parted(stride_of(dataset.length))
+    return others if options.threshold.rule == "auto" else dataset, judged
+
+
 def _quantities(
     net: Net,
     placement: Placement,
-    dataset: Dataset,
+    parts: tuple[Dataset, Dataset],
     full_range: Collection[str],
     options: CalibrateOptions,
     clock: "_Clock",
-) -> tuple[tuple[TensorScale, ...], Threshold, dict[str, QuantizedWeight]]:
-    """Return the scales of activations, by which rule, and the codes of weights to nearest.
+) -> tuple[tuple[TensorScale, ...], Threshold, float, dict[str, QuantizedWeight]]:
+    """Return the scales of activations, by which rule and margin, and the codes of weights.
 
     The biases of ``net`` are corrected, if that is asked for and helps.
     """
+    dataset, judged = parts
     with torch.inference_mode():
         graph = TorchGraph(net, torch_device(options.device))
         seen = _collect(graph, net, placement, dataset, options)
         clock.lap("collect")
-        outputs = Outputs(graph, dataset)
+        outputs = Outputs(graph, judged)
         histograms = without_dead_values(net, seen.histograms)
-        tensors, rule = _thresholds(net, placement, histograms, outputs, full_range, options)
+        found = _thresholds(net, placement, histograms, outputs, full_range, options)
         clock.lap("thresholds")
         weights = quantize_weights(net, placement, options.grids[1])
         if options.correct_bias:
             _correct_biases(net, graph, seen.means, outputs, weights)
             clock.lap("biases")
-    return tensors, rule, weights
+    return *found, weights
 
 
 def _collect(
@@ -224,23 +247,37 @@ def _thresholds(
     outputs: Outputs,
     full_range: Collection[str],
     options: CalibrateOptions,
-) -> tuple[tuple[TensorScale, ...], Threshold]:
-    """Return the scales of all activations, and the rule, which keeps the outputs nearest."""
-    grid = options.grids[0]
-    found = {
-        rule.rule: _tensor_scales(placement, histograms, rule, grid, full_range)
-        for rule in options.threshold.candidates
-    }
+) -> tuple[tuple[TensorScale, ...], Threshold, float]:
+    """Return the scales of all activations, the rule, and by how much they are wider than by it.
 
-    def error(rule: Threshold) -> float:
+    Of auto: the rule that keeps the outputs nearest, then the margin that does, as long as they
+    come nearer in steps of an eighth of an octave.
+    """
+    grid = options.grids[0]
+
+    def error(tensors: tuple[TensorScale, ...]) -> float:
         """Of a net with quantized activations and float weights."""
         trial = net.copy()
-        scales = {tensor.tensor: tensor.scale for tensor in found[rule]}
+        scales = {tensor.tensor: tensor.scale for tensor in tensors}
         insert_qdq(trial, replace(placement, weights=()), scales, {}, grid, full_range)
         return outputs.error(TorchGraph(trial, torch_device(options.device)))
 
-    rule = min(found, key=error) if len(found) > 1 else next(iter(found))
-    return found[rule], rule
+    found = [
+        (_tensor_scales(placement, histograms, rule, grid, full_range), rule.rule)
+        for rule in options.threshold.candidates
+    ]
+    if len(found) == 1:
+        return *found[0], 1.0
+    errors = [error(tensors) for tensors, _ in found]
+    least = min(errors)
+    tensors, rule = found[errors.index(least)]
+    margin, kept = 1.0, tensors
+    while margin < _WIDEST:
+        wider = tuple(tensor.widened(margin * _WIDER) for tensor in tensors)
+        if (now := error(wider)) >= least:
+            break
+        margin, kept, least = margin * _WIDER, wider, now
+    return kept, rule, margin
 
 
 def _tensor_scales(

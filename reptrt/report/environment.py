@@ -31,10 +31,11 @@ def activations(run: RunContent) -> Section:
     if not all("bins" in tensor for tensor in found["tensors"]):
         return Section("activations", title, absent="calibrate.json has no histograms")
     rule = found["threshold"]
+    margin = f", {found['margin']:.2f} times as wide" if found["margin"] > 1 else ""
     text = (
-        f"Histograms of |x| over {found['images']} images, without exact zeros; upwards the "
-        f"logarithm of counts. The line is the largest |x| kept (rule {rule}); values more "
-        "than half a step beyond it are clipped. Tensors that share a scale share the threshold."
+        "Histograms of |x| over calibration images, without exact zeros; upwards the logarithm of "
+        f"counts. The line is the largest |x| kept (rule {rule}{margin}); values more than half "
+        "a step beyond it are clipped. Tensors that share a scale share the threshold."
     )
     full = {choice["tensor"] for choice in found["ranges"] if choice["full"]}
     figures = tuple(_figure(tensor, tensor["tensor"] in full) for tensor in found["tensors"])
