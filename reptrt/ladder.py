@@ -36,7 +36,6 @@ from reptrt.inputs import check_data, check_source, source_files
 from reptrt.manifest import FILE, LADDER_FILE, Manifest, check_made, read_finished
 from reptrt.options_json import options_from_json
 from reptrt.pipeline import CalibrateOptions, calibrate, export, prepare, split_layers, torch_device
-from reptrt.placement import place
 from reptrt.preprocess import Preprocess, read_preprocess
 from reptrt.run import ENGINE_FILE, FLOAT_FILE, INT8_FILE, RunOptions
 from reptrt.rungs import Ladder, Step, measure
@@ -207,14 +206,13 @@ def _rewritten(
     """Yield the float net after each rewrite that the options ask for, with a name for it."""
     if not options.equalize and options.split == "none":
         return
-    excluded = place(fused.copy(), options.exclude).excluded
     dataset = open_dataset(
         calib_data, read_preprocess(fused), limit=options.images, seed=options.seed
     )
     whole, net = fused.copy(), fused.copy()
-    prepared = prepare(whole, dataset, options, excluded)
+    prepared = prepare(whole, dataset, options)
     if options.equalize:
-        prepare(net, dataset, replace(options, split="none"), excluded)
+        prepare(net, dataset, replace(options, split="none"))
         yield f"equalized ({_count(prepared.equalized, 'tensor')})", net
     forms = {split.layer: split.form for split in prepared.splits}
     coarse = [layer for layer, form in forms.items() if form == "coarse-fine"]

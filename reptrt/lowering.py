@@ -42,6 +42,7 @@ from reptrt.placement import moves_values
 from reptrt.recentred import restore
 
 _MAX_BIAS_CODE = 1 << 30  # leaves room for the sum in an INT32 accumulator
+_LONE_BIAS_CODE = 1 << 22  # of a channel without weights: sums in float are exact below 2^24
 _MIN_WEIGHT_SCALE = 1e-20  # times the activation's scale it is still a float32
 
 
@@ -63,7 +64,7 @@ def lower(model: onnx.ModelProto, *, kernels: bool = True) -> onnx.ModelProto:
             _saturate_instead(graph, node)
         elif moves_values(node):
             _repeat_pair(graph, node)
-        elif node.op in ("Conv", "Gemm"):
+        elif node.op in ("Conv", "ConvTranspose", "Gemm"):
             _fit_bias(node)
             if node.op == "Gemm":
                 _quantize_bias(graph, node)
@@ -242,9 +243,9 @@ def _fit_bias(node: gs.Node) -> None:
         return
     axis = int(weight.attrs.get("axis", 1))
     others = tuple(i for i in range(codes.ndim) if i != axis)
-    needed = np.abs(bias.astype(np.float64)) / (step * float(_MAX_BIAS_CODE))
-    needed = np.maximum(needed, _MIN_WEIGHT_SCALE)
     free = ~codes.any(axis=others)  # all zero whatever the scale
+    largest = np.where(free, float(_LONE_BIAS_CODE), float(_MAX_BIAS_CODE))
+    needed = np.maximum(np.abs(bias.astype(np.float64)) / (step * largest), _MIN_WEIGHT_SCALE)
     wanted = np.where(free, needed, np.maximum(scale, needed)).astype(np.float32)
     if np.array_equal(wanted, scale):
         return
@@ -267,6 +268,8 @@ def _quantize_bias(graph: gs.Graph, node: gs.Node) -> None:
     ]
     if bias is None or bias.ndim != 1 or len(scales) != 2:
         return
+    if any(value.size not in (1, bias.size) for value in scales):
+        return  # one value for all channels
     scale = np.broadcast_to(scales[0] * scales[1], bias.shape).astype(np.float32)
     name = f"{node.name}.bias"
     codes = np.rint(bias.astype(np.float64) / scale).astype(np.int32)

@@ -106,6 +106,14 @@ def place(net: Net, exclude: Iterable[str] = ()) -> Placement:
     )
 
 
+def exactly(names: Iterable[str]) -> tuple[str, ...]:
+    """Return patterns for `place` that match these layers and no others.
+
+    Rewrites name the parts of a layer after it, so a pattern may match more after them than before.
+    """
+    return tuple(rf"\A{re.escape(name)}\Z" for name in names)
+
+
 def moves_values(node: gs.Node) -> bool:
     """Return whether a node only moves values, or pads them with zeros, which are code 0."""
     if node.op != "Pad":

@@ -85,6 +85,12 @@ def watch(
         graph.run({graph.input_names[0]: x}, [], observe=observers)
 
 
+def compute_batch(graph: TorchGraph) -> int:
+    """Return how many images a graph may run at a time: one, if it was exported for one."""
+    for_one = graph.input_shapes[graph.input_names[0]][:1] == (1,)
+    return 1 if for_one else COMPUTE_BATCH
+
+
 def filled(batch: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     """Return a batch of exactly ``COMPUTE_BATCH`` images: the last one repeats its own."""
     if len(batch) == COMPUTE_BATCH:

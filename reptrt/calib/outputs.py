@@ -12,7 +12,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from reptrt.calib.collect import COMPUTE_BATCH
+from reptrt.calib.collect import compute_batch
 from reptrt.data import Dataset
 from reptrt.torchgraph import TorchGraph
 
@@ -43,13 +43,14 @@ class Outputs:
     @functools.cached_property
     def _exact(self) -> list[tuple[Tensor, dict[str, Tensor]]]:
         """Images and outputs, made when they are asked for."""
-        for_one = self._graph.input_shapes[self._graph.input_names[0]][:1] == (1,)
-        size = 1 if for_one else COMPUTE_BATCH
-        images = [torch.from_numpy(batch) for batch in self._dataset.batches(size)]
+        batches = self._dataset.batches(compute_batch(self._graph))
+        images = [torch.from_numpy(batch) for batch in batches]
         return [(x, self._run(self._graph, x, _NOTHING)) for x in images]
 
     def error(self, graph: TorchGraph, given: Mapping[str, Tensor] = _NOTHING) -> float:
         """Return the squared error of another graph's outputs, summed over images and outputs.
+
+        Outputs that are no numbers to compare (indices, truth values) do not count.
 
         Args:
             graph: one with the same input and outputs.
@@ -58,7 +59,11 @@ class Outputs:
         total = 0.0
         for x, exact in self._exact:
             found = self._run(graph, x, given)
-            total += sum(float((found[name] - exact[name]).square().sum()) for name in exact)
+            total += sum(
+                float((found[name] - value).square().sum())
+                for name, value in exact.items()
+                if value.is_floating_point()
+            )
         return total
 
     @staticmethod

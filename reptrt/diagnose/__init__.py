@@ -30,7 +30,7 @@ from reptrt.pipeline import (
     prepare,
     torch_device,
 )
-from reptrt.placement import place
+from reptrt.placement import Placement, place
 from reptrt.preprocess import read_preprocess
 from reptrt.provenance import read_provenance
 from reptrt.splits import read_splits
@@ -68,13 +68,14 @@ def diagnose(
         files = [TorchGraph(read_model(report.path), device) for report in (plain, method)]
         images = _sample(net, data, options, options.images)
         few = _sample(net, data, options, min(layer_images, options.images))
-        halves = _halves(net, plain, options)
+        placement = place(net, options.exclude)
+        halves = _halves(net, placement, plain, options)
         corners = _corners(halves, files, images, options)
-        layers = [weight.node for weight in place(net, options.exclude).weights]
+        layers = [weight.node for weight in placement.weights]
         before = layer_powers(halves, probes_of(net, layers), few, "layers")
         prepared = net.copy()
-        prepare(prepared, images, options, place(net, options.exclude).excluded)
-        halves = _halves(prepared, method, options)
+        placement = prepare(prepared, images, options).placement
+        halves = _halves(prepared, placement, method, options)
         after = layer_powers(halves, probes_of(prepared, layers), few, "prepared")
     return Diagnosis(
         images=images.length,
@@ -99,9 +100,10 @@ def _sample(net: Net, data: Path, options: CalibrateOptions, limit: int) -> Data
     return open_dataset(data, read_preprocess(net), limit=limit, seed=options.seed)
 
 
-def _halves(net: Net, report: CalibrateReport, options: CalibrateOptions) -> Halves:
+def _halves(
+    net: Net, placement: Placement, report: CalibrateReport, options: CalibrateOptions
+) -> Halves:
     """Return a net with only weights and with only activations quantized, scales as reported."""
-    placement = place(net, options.exclude)
     scales = {found.tensor: found.scale for found in report.tensors}
     if {activation.tensor for activation in placement.activations} != scales.keys():
         raise ConfigError(

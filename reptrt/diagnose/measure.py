@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from reptrt.affine import Grid
-from reptrt.calib.collect import COMPUTE_BATCH
+from reptrt.calib.collect import compute_batch
 from reptrt.data import Dataset
 from reptrt.graph import Net, producer
 from reptrt.metrics import agreement, db_from_powers
@@ -163,7 +163,7 @@ def layer_powers(
         origin: functools.partial(record, [probe for probe in probes if probe.origin == origin])
         for origin in {probe.origin: None for probe in probes}
     }
-    for batch in _batches(dataset, label):
+    for batch in _batches(halves.exact, dataset, label):
         halves.exact.run({halves.exact.input_names[0]: batch}, [], observe=observers)
     return sums
 
@@ -173,7 +173,7 @@ def closeness(
 ) -> tuple[Closeness, ...]:
     """Compare the first output of several graphs with the float one's over all images."""
     found = tuple(Closeness() for _ in others)
-    for batch in _batches(dataset, "corners"):
+    for batch in _batches(exact, dataset, "corners"):
         reference = exact(batch)
         for graph, close in zip(others, found, strict=True):
             close.add(reference, graph(batch))
@@ -195,6 +195,7 @@ def _power(values: Tensor) -> Float64Array:
     return np.asarray(norms.double().square().sum(0).cpu().numpy())
 
 
-def _batches(dataset: Dataset, label: str) -> "map[Tensor]":
-    num_batches = math.ceil(dataset.length / COMPUTE_BATCH)
-    return map(torch.from_numpy, track(dataset.batches(COMPUTE_BATCH), num_batches, label))
+def _batches(graph: TorchGraph, dataset: Dataset, label: str) -> "map[Tensor]":
+    size = compute_batch(graph)
+    num_batches = math.ceil(dataset.length / size)
+    return map(torch.from_numpy, track(dataset.batches(size), num_batches, label))

@@ -24,7 +24,7 @@ from reptrt.artifacts import (
 from reptrt.calib.bias import bias_errors, deployed_weights
 from reptrt.calib.collect import Statistics, collect, merge_groups
 from reptrt.calib.histogram import NUM_BINS, Histogram
-from reptrt.calib.outputs import Outputs, stride_of
+from reptrt.calib.outputs import Outputs
 from reptrt.calib.saturation import without_dead_values
 from reptrt.calib.thresholds import ThresholdOptions, amax_from_histogram
 from reptrt.choices import Threshold
@@ -40,8 +40,8 @@ from reptrt.graph import (
     refuse_not_finite,
 )
 from reptrt.pipeline.options import CalibrateOptions, recorded_options
-from reptrt.pipeline.preparing import prepare, torch_device
-from reptrt.placement import Placement, place
+from reptrt.pipeline.preparing import parts, prepare, torch_device
+from reptrt.placement import Placement
 from reptrt.preprocess import read_preprocess
 from reptrt.qdq import QuantizedWeight, insert_qdq, quantize_weights
 from reptrt.recentred import add_to_bias
@@ -131,15 +131,13 @@ def _calibrate(model: Path, data: Path, output: Path, options: CalibrateOptions)
     clock = _Clock()
     net = net_from_model(read_model(model))
     refuse_not_finite(net)
-    excluded = place(net, options.exclude).excluded
     dataset = open_dataset(data, read_preprocess(net), limit=options.images, seed=options.seed)
     clock.lap("load")
-    seen, judged = _parts(dataset, options)
-    prepared = prepare(net, seen, options, excluded)
+    prepared = prepare(net, dataset, options)
     clock.lap("prepare")
-    placement = place(net, options.exclude)
-    reference, full_range = net.copy(), full_range_of(prepared.ranges)
-    found = _quantities(net, placement, (seen, judged), full_range, options, clock)
+    placement, full_range = prepared.placement, full_range_of(prepared.ranges)
+    reference = net.copy()
+    found = _quantities(net, placement, dataset, full_range, options, clock)
     tensors, rule, margin, weights = found
     scales = {tensor.tensor: tensor.scale for tensor in tensors}
     insert_qdq(net, placement, scales, weights, options.grids[0], full_range)
@@ -193,21 +191,10 @@ def _calibrate(model: Path, data: Path, output: Path, options: CalibrateOptions)
     )
 
 
-def _parts(dataset: Dataset, options: CalibrateOptions) -> tuple[Dataset, Dataset]:
-    """Return the images that ranges are taken from, and those that judge.
-
-    A rule that is given sees all of them.
-    """
-    if dataset.length == 1:
-        return dataset, dataset
-    others, judged = dataset.parted(stride_of(dataset.length))
-    return others if options.threshold.rule == "auto" else dataset, judged
-
-
 def _quantities(
     net: Net,
     placement: Placement,
-    parts: tuple[Dataset, Dataset],
+    dataset: Dataset,
     full_range: Collection[str],
     options: CalibrateOptions,
     clock: "_Clock",
@@ -216,18 +203,18 @@ def _quantities(
 
     The biases of ``net`` are corrected, if that is asked for and helps.
     """
-    dataset, judged = parts
+    seen, judged = parts(dataset, options)
     with torch.inference_mode():
         graph = TorchGraph(net, torch_device(options.device))
-        seen = _collect(graph, net, placement, dataset, options)
+        statistics = _collect(graph, net, placement, seen, options)
         clock.lap("collect")
         outputs = Outputs(graph, judged)
-        histograms = without_dead_values(net, seen.histograms)
+        histograms = without_dead_values(net, statistics.histograms)
         found = _thresholds(net, placement, histograms, outputs, full_range, options)
         clock.lap("thresholds")
         weights = quantize_weights(net, placement, options.grids[1])
         if options.correct_bias:
-            _correct_biases(net, graph, seen.means, outputs, weights)
+            _correct_biases(net, graph, statistics.means, outputs, weights)
             clock.lap("biases")
     return *found, weights
 

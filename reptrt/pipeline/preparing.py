@@ -6,13 +6,14 @@ from dataclasses import dataclass, replace
 import torch
 
 from reptrt.calib.channels import ChannelStats, collect_channels
+from reptrt.calib.outputs import stride_of
 from reptrt.choices import SplitForm
 from reptrt.choose import Decision, RangeDecision, choose, int8_pays, num_macs
 from reptrt.data import Dataset
 from reptrt.errors import ConfigError
 from reptrt.graph import Net, weighted_nodes
 from reptrt.pipeline.options import CalibrateOptions
-from reptrt.placement import place
+from reptrt.placement import Placement, exactly, place
 from reptrt.rewrite.equalize import equalize, find_links
 from reptrt.rewrite.recentre import full_range_obstacle
 from reptrt.rewrite.split_coarse_fine import split_coarse_fine
@@ -30,12 +31,31 @@ class Prepared:
     decisions: tuple[Decision, ...]  # of --split auto
     ranges: tuple[RangeDecision, ...]  # of all activations that can take all codes
     overhead: float  # extra multiply-accumulates that were chosen, of the net's own
+    placement: Placement  # where Q/DQ pairs go in the net as it is now
 
 
-def prepare(
-    net: Net, dataset: Dataset, options: CalibrateOptions, excluded: Collection[str] = ()
-) -> Prepared:
-    """Equalize and split a float net in place, as the options say; its output stays the same."""
+def parts(dataset: Dataset, options: CalibrateOptions) -> tuple[Dataset, Dataset]:
+    """Return the images that ranges are taken from, and those that judge.
+
+    A rule that is given sees all of them.
+    """
+    if dataset.length == 1:
+        return dataset, dataset
+    others, judged = dataset.parted(stride_of(dataset.length))
+    return others if options.threshold.rule == "auto" else dataset, judged
+
+
+def prepare(net: Net, dataset: Dataset, options: CalibrateOptions) -> Prepared:
+    """Equalize and split a float net in place, as the options say; its output stays the same.
+
+    Args:
+        net: a float net.
+        dataset: all calibration images; ranges are taken from their first part (`parts`).
+        options: of calibration.
+    """
+    seen, _ = parts(dataset, options)
+    excluded = place(net, options.exclude).excluded
+    unsplit = exactly(excluded)
     layers = {
         node.name: node.inputs[0].name
         for node in weighted_nodes(net.graph)
@@ -47,7 +67,7 @@ def prepare(
         wanted = sorted({*layers.values(), *linked})
         with torch.inference_mode():
             graph = TorchGraph(net, torch_device(options.device))
-            stats = collect_channels(graph, dataset, wanted)
+            stats = collect_channels(graph, seen, wanted)
     inputs = {layer: stats[name] for layer, name in layers.items() if name in stats}
     equalized = 0
     if options.equalize:
@@ -64,7 +84,7 @@ def prepare(
         options.max_overhead,
         splits=options.split == "auto",
         precision=options.split_precision,
-        ranges=_can_have_full_range(net, options) if options.full_range else (),
+        ranges=_can_have_full_range(net, unsplit) if options.full_range else (),
         learned=options.learning is not None and options.learning.rounding,
     )
     decisions = choice.splits if options.split == "auto" else ()
@@ -73,17 +93,19 @@ def prepare(
         forms = _asked_for(net, layers, options)
     total = num_macs(net)
     split_layers(net, forms, options)
-    possible = set(_can_have_full_range(net, options)) if choice.ranges else set()
+    possible = set(_can_have_full_range(net, unsplit)) if choice.ranges else set()
     ranges = tuple(
         replace(decision, full=decision.full and decision.tensor in possible)
         for decision in choice.ranges
     )
     extra = replace(choice, ranges=ranges).extra_macs
-    return Prepared(equalized, read_splits(net), decisions, ranges, extra / total if total else 0.0)
+    overhead = extra / total if total else 0.0
+    placement = place(net, unsplit)
+    return Prepared(equalized, read_splits(net), decisions, ranges, overhead, placement)
 
 
-def _can_have_full_range(net: Net, options: CalibrateOptions) -> list[str]:
-    placement = place(net, options.exclude)
+def _can_have_full_range(net: Net, exclude: Collection[str]) -> list[str]:
+    placement = place(net, exclude)
     return [
         activation.tensor
         for activation in placement.activations

@@ -139,9 +139,10 @@ def _factors(channel_max: FloatArray, strength: float) -> FloatArray:
 
 
 def _scale(link: Link, factors: FloatArray) -> None:
-    for index, tensor in enumerate(link.maker.inputs[1:], start=1):
-        shape = (-1, *[1] * (tensor.values.ndim - 1))
-        _replace(link.maker, index, tensor.values * factors.reshape(shape))
+    weight, *bias = link.maker.inputs[1:]
+    _replace(link.maker, 1, weight.values * factors.reshape(-1, *[1] * (weight.values.ndim - 1)))
+    for tensor in bias:  # of a Gemm it may be (O,), (1, O) or one value for all
+        _replace(link.maker, 2, tensor.values * factors)
     for reader in link.readers:
         weight = reader.inputs[1].values
         inverse = 1.0 / factors

@@ -20,11 +20,11 @@ from reptrt.rewrite.contract import RewriteReport
 
 
 def round_biases(net: Net) -> RewriteReport:
-    """Round the biases of all INT8 convolutions and Gemms, in place."""
+    """Round the biases of all INT8 layers, in place."""
     taken = {*net.graph.tensors(), *(node.name for node in net.graph.nodes)}
     changed = []
     for node in net.graph.nodes:
-        if node.op not in ("Conv", "Gemm") or not has_bias(node):
+        if node.op not in ("Conv", "ConvTranspose", "Gemm") or not has_bias(node):
             continue
         sources = [_source(tensor) for tensor in node.inputs[:2]]
         if any(source is None or source.op != "DequantizeLinear" for source in sources):
@@ -37,6 +37,8 @@ def round_biases(net: Net) -> RewriteReport:
             continue  # of a Gemm: no kernel adds its bias in INT32
         step, per_channel = (np.asarray(scale, dtype=np.float64) for scale in scales)
         grid = step.reshape(()) * per_channel.reshape(-1)
+        if grid.size not in (1, bias.size):
+            continue  # of a ConvTranspose with groups, which share scales
         exact = bias.astype(np.float64)
         add_to_bias(node, np.rint(exact / grid) * grid - exact, taken)
         changed.append(node.name)
