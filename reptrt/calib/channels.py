@@ -28,6 +28,14 @@ class ChannelStats:
         """E[x^2] - E[x]^2 of each channel."""
         return np.maximum(self.mean_square - np.square(self.mean), 0.0)
 
+    def merged(self, other: "ChannelStats", share: float) -> "ChannelStats":
+        """Return the statistics over both sets of images; ``share`` of them are the other's."""
+        return ChannelStats(
+            np.maximum(self.maximum, other.maximum),
+            (1 - share) * self.mean_square + share * other.mean_square,
+            (1 - share) * self.mean + share * other.mean,
+        )
+
     def scaled(self, factors: npt.NDArray[np.floating]) -> "ChannelStats":
         """Return the statistics after each channel is multiplied by its factor."""
         return ChannelStats(

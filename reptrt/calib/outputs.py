@@ -1,8 +1,9 @@
 """What quantization does to the outputs of a net, on a few images: the judge of choices.
 
 Choices that theory leaves open (a threshold rule and its margin, whether biases are corrected) are
-made by the least sum of (quantized output - float output)^2. A judge of thresholds must not know
-the images that the ranges are from: on those nothing lies beyond the largest value seen.
+made by the least sum of (quantized output - float output)^2. On images that the ranges are from
+nothing lies beyond them, so a judge of thresholds has to make them as narrow as they would be
+without its images.
 """
 
 import functools
@@ -14,10 +15,11 @@ from torch import Tensor
 
 from reptrt.calib.collect import compute_batch
 from reptrt.data import Dataset
-from reptrt.torchgraph import TorchGraph
+from reptrt.torchgraph import Override, TorchGraph
 
 _JUDGED = 64  # images, of hundreds
 _NOTHING: Mapping[str, Tensor] = MappingProxyType({})
+_NO_OVERRIDES: Mapping[str, Override] = MappingProxyType({})
 
 
 def stride_of(length: int) -> int:
@@ -26,6 +28,11 @@ def stride_of(length: int) -> int:
     An eighth of the images, but no more than 64 of them; of fewer than 64 images 8, at most half.
     """
     return max(2, min(8, length // 8), length // _JUDGED)
+
+
+def judges_of(dataset: Dataset) -> Dataset:
+    """Return the images that judge."""
+    return dataset if dataset.length == 1 else dataset.parted(stride_of(dataset.length))[1]
 
 
 class Outputs:
@@ -45,9 +52,14 @@ class Outputs:
         """Images and outputs, made when they are asked for."""
         batches = self._dataset.batches(compute_batch(self._graph))
         images = [torch.from_numpy(batch) for batch in batches]
-        return [(x, self._run(self._graph, x, _NOTHING)) for x in images]
+        return [(x, self._run(self._graph, x)) for x in images]
 
-    def error(self, graph: TorchGraph, given: Mapping[str, Tensor] = _NOTHING) -> float:
+    def error(
+        self,
+        graph: TorchGraph,
+        given: Mapping[str, Tensor] = _NOTHING,
+        overrides: Mapping[str, Override] = _NO_OVERRIDES,
+    ) -> float:
         """Return the squared error of another graph's outputs, summed over images and outputs.
 
         Outputs that are no numbers to compare (indices, truth values) do not count.
@@ -55,10 +67,11 @@ class Outputs:
         Args:
             graph: one with the same input and outputs.
             given: constants to replace, by name.
+            overrides: tensor name -> function of the tensor, in the other graph.
         """
         total = 0.0
         for x, exact in self._exact:
-            found = self._run(graph, x, given)
+            found = self._run(graph, x, given, overrides)
             total += sum(
                 float((found[name] - value).square().sum())
                 for name, value in exact.items()
@@ -67,5 +80,11 @@ class Outputs:
         return total
 
     @staticmethod
-    def _run(graph: TorchGraph, x: Tensor, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return graph.run({graph.input_names[0]: x, **given}, graph.output_names)
+    def _run(
+        graph: TorchGraph,
+        x: Tensor,
+        given: Mapping[str, Tensor] = _NOTHING,
+        overrides: Mapping[str, Override] = _NO_OVERRIDES,
+    ) -> dict[str, Tensor]:
+        inputs = {graph.input_names[0]: x, **given}
+        return graph.run(inputs, graph.output_names, overrides=overrides)

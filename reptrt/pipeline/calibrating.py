@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from reptrt.artifacts import (
 from reptrt.calib.bias import bias_errors, deployed_weights
 from reptrt.calib.collect import Statistics, collect, merge_groups
 from reptrt.calib.histogram import NUM_BINS, Histogram
-from reptrt.calib.outputs import Outputs
+from reptrt.calib.outputs import Outputs, judges_of
 from reptrt.calib.saturation import without_dead_values
 from reptrt.calib.thresholds import ThresholdOptions, amax_from_histogram
 from reptrt.choices import Threshold
@@ -40,7 +40,7 @@ from reptrt.graph import (
     refuse_not_finite,
 )
 from reptrt.pipeline.options import CalibrateOptions, recorded_options
-from reptrt.pipeline.preparing import parts, prepare, torch_device
+from reptrt.pipeline.preparing import Prepared, prepare, torch_device
 from reptrt.placement import Placement
 from reptrt.preprocess import read_preprocess
 from reptrt.qdq import QuantizedWeight, insert_qdq, quantize_weights
@@ -137,7 +137,7 @@ def _calibrate(model: Path, data: Path, output: Path, options: CalibrateOptions)
     clock.lap("prepare")
     placement, full_range = prepared.placement, full_range_of(prepared.ranges)
     reference = net.copy()
-    found = _quantities(net, placement, dataset, full_range, options, clock)
+    found = _quantities(net, prepared, dataset, options, clock)
     tensors, rule, margin, weights = found
     scales = {tensor.tensor: tensor.scale for tensor in tensors}
     insert_qdq(net, placement, scales, weights, options.grids[0], full_range)
@@ -192,29 +192,24 @@ def _calibrate(model: Path, data: Path, output: Path, options: CalibrateOptions)
 
 
 def _quantities(
-    net: Net,
-    placement: Placement,
-    dataset: Dataset,
-    full_range: Collection[str],
-    options: CalibrateOptions,
-    clock: "_Clock",
+    net: Net, prepared: Prepared, dataset: Dataset, options: CalibrateOptions, clock: "_Clock"
 ) -> tuple[tuple[TensorScale, ...], Threshold, float, dict[str, QuantizedWeight]]:
     """Return the scales of activations, by which rule and margin, and the codes of weights.
 
     The biases of ``net`` are corrected, if that is asked for and helps.
     """
-    seen, judged = parts(dataset, options)
+    placement = prepared.placement
     with torch.inference_mode():
         graph = TorchGraph(net, torch_device(options.device))
-        statistics = _collect(graph, net, placement, seen, options)
+        seen = _collect(graph, net, placement, dataset, options)
         clock.lap("collect")
-        outputs = Outputs(graph, judged)
-        histograms = without_dead_values(net, statistics.histograms)
-        found = _thresholds(net, placement, histograms, outputs, full_range, options)
+        outputs = Outputs(graph, judges_of(dataset))
+        histograms = without_dead_values(net, seen.histograms)
+        found = _thresholds(net, prepared, histograms, outputs, options)
         clock.lap("thresholds")
         weights = quantize_weights(net, placement, options.grids[1])
         if options.correct_bias:
-            _correct_biases(net, graph, statistics.means, outputs, weights)
+            _correct_biases(net, graph, seen.means, outputs, weights)
             clock.lap("biases")
     return *found, weights
 
@@ -229,10 +224,9 @@ def _collect(
 
 def _thresholds(
     net: Net,
-    placement: Placement,
+    prepared: Prepared,
     histograms: Mapping[str, Histogram],
     outputs: Outputs,
-    full_range: Collection[str],
     options: CalibrateOptions,
 ) -> tuple[tuple[TensorScale, ...], Threshold, float]:
     """Return the scales of all activations, the rule, and by how much they are wider than by it.
@@ -241,13 +235,19 @@ def _thresholds(
     come nearer in steps of an eighth of an octave.
     """
     grid = options.grids[0]
+    placement, full_range = prepared.placement, full_range_of(prepared.ranges)
 
     def error(tensors: tuple[TensorScale, ...]) -> float:
-        """Of a net with quantized activations and float weights."""
+        """Of a net with quantized activations and float weights, ranges not the judges'."""
         trial = net.copy()
         scales = {tensor.tensor: tensor.scale for tensor in tensors}
         insert_qdq(trial, replace(placement, weights=()), scales, {}, grid, full_range)
-        return outputs.error(TorchGraph(trial, torch_device(options.device)))
+        limits = {
+            tensor.tensor: _clamp(tensor.amax * prepared.without_judges[tensor.tensor])
+            for tensor in tensors
+            if tensor.tensor in prepared.without_judges
+        }
+        return outputs.error(TorchGraph(trial, torch_device(options.device)), overrides=limits)
 
     found = [
         (_tensor_scales(placement, histograms, rule, grid, full_range), rule.rule)
@@ -265,6 +265,18 @@ def _thresholds(
             break
         margin, kept, least = margin * _WIDER, wider, now
     return kept, rule, margin
+
+
+def _clamp(limits: Float64Array) -> Callable[[Tensor], Tensor]:
+    """Return a function that clamps the channels of (N, C, ...) to limits (C,)."""
+
+    def clamp(x: Tensor) -> Tensor:
+        if x.dim() < 2 or x.shape[1] != len(limits):
+            return x  # a net for one image that folds the batch
+        limit = torch.from_numpy(limits).to(x).reshape(1, -1, *[1] * (x.dim() - 2))
+        return torch.minimum(torch.maximum(x, -limit), limit)
+
+    return clamp
 
 
 def _tensor_scales(

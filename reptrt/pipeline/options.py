@@ -121,6 +121,11 @@ class CalibrateOptions:
         return Grid.activation(self.activation_bits), Grid.weight(self.weight_bits)
 
     @property
+    def is_auto(self) -> bool:
+        """Whether the outputs choose thresholds."""
+        return self.threshold.rule == "auto"
+
+    @property
     def simulation(self) -> str | None:
         """Why the result is a simulation that no engine can run; None if it is not."""
         if self.weight_bits == self.activation_bits == 8:

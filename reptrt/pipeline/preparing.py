@@ -1,8 +1,10 @@
 """What is done to a float graph before it is quantized: equalize, split, choose code ranges."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from reptrt.calib.channels import ChannelStats, collect_channels
@@ -14,12 +16,14 @@ from reptrt.errors import ConfigError
 from reptrt.graph import Net, weighted_nodes
 from reptrt.pipeline.options import CalibrateOptions
 from reptrt.placement import Placement, exactly, place
-from reptrt.rewrite.equalize import equalize, find_links
+from reptrt.rewrite.equalize import equalize, find_links, range_of_channels
 from reptrt.rewrite.recentre import full_range_obstacle
 from reptrt.rewrite.split_coarse_fine import split_coarse_fine
 from reptrt.rewrite.split_identity import split_identity
 from reptrt.splits import Split, read_splits
 from reptrt.torchgraph import TorchGraph
+
+Float64Array = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,17 +36,8 @@ class Prepared:
     ranges: tuple[RangeDecision, ...]  # of all activations that can take all codes
     overhead: float  # extra multiply-accumulates that were chosen, of the net's own
     placement: Placement  # where Q/DQ pairs go in the net as it is now
-
-
-def parts(dataset: Dataset, options: CalibrateOptions) -> tuple[Dataset, Dataset]:
-    """Return the images that ranges are taken from, and those that judge.
-
-    A rule that is given sees all of them.
-    """
-    if dataset.length == 1:
-        return dataset, dataset
-    others, judged = dataset.parted(stride_of(dataset.length))
-    return others if options.threshold.rule == "auto" else dataset, judged
+    without_judges: Mapping[str, Float64Array]  # tensor -> by how much each channel's range would
+    # be smaller without the images that judge, (C,), at most 1
 
 
 def prepare(net: Net, dataset: Dataset, options: CalibrateOptions) -> Prepared:
@@ -50,10 +45,9 @@ def prepare(net: Net, dataset: Dataset, options: CalibrateOptions) -> Prepared:
 
     Args:
         net: a float net.
-        dataset: all calibration images; ranges are taken from their first part (`parts`).
+        dataset: calibration images.
         options: of calibration.
     """
-    seen, _ = parts(dataset, options)
     excluded = place(net, options.exclude).excluded
     unsplit = exactly(excluded)
     layers = {
@@ -61,13 +55,14 @@ def prepare(net: Net, dataset: Dataset, options: CalibrateOptions) -> Prepared:
         for node in weighted_nodes(net.graph)
         if node.name not in excluded
     }
+    linked = [link.tensor.name for link in find_links(net)[0]] if options.equalize else []
     stats: dict[str, ChannelStats] = {}
-    if options.equalize or options.split == "auto" or options.full_range:
-        linked = [link.tensor.name for link in find_links(net)[0]]
+    shares: dict[str, Float64Array] = {}
+    if options.equalize or options.split == "auto" or options.full_range or options.is_auto:
         wanted = sorted({*layers.values(), *linked})
         with torch.inference_mode():
             graph = TorchGraph(net, torch_device(options.device))
-            stats = collect_channels(graph, seen, wanted)
+            stats, shares = _statistics(graph, dataset, wanted, linked)
     inputs = {layer: stats[name] for layer, name in layers.items() if name in stats}
     equalized = 0
     if options.equalize:
@@ -101,7 +96,28 @@ def prepare(net: Net, dataset: Dataset, options: CalibrateOptions) -> Prepared:
     extra = replace(choice, ranges=ranges).extra_macs
     overhead = extra / total if total else 0.0
     placement = place(net, unsplit)
-    return Prepared(equalized, read_splits(net), decisions, ranges, overhead, placement)
+    return Prepared(equalized, read_splits(net), decisions, ranges, overhead, placement, shares)
+
+
+def _statistics(
+    graph: TorchGraph, dataset: Dataset, tensors: Sequence[str], equalized: Collection[str]
+) -> tuple[dict[str, ChannelStats], dict[str, Float64Array]]:
+    """Return statistics over all images, and what part of the ranges is not the judges'."""
+    if dataset.length == 1:
+        return collect_channels(graph, dataset, tensors), {}
+    others, judges = dataset.parted(stride_of(dataset.length))
+    without = collect_channels(graph, others, tensors)
+    alone = collect_channels(graph, judges, tensors)
+    share = judges.length / dataset.length
+    stats = {name: without[name].merged(alone[name], share) for name in tensors}
+    shares = {}
+    for name, found in stats.items():
+        smaller, whole = (
+            range_of_channels(part) if name in equalized else np.full(len(part), part.max())
+            for part in (without[name].maximum, found.maximum)
+        )
+        shares[name] = np.divide(smaller, whole, out=np.ones(len(whole)), where=whole > 0)
+    return stats, shares
 
 
 def _can_have_full_range(net: Net, exclude: Collection[str]) -> list[str]:

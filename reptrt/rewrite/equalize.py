@@ -128,13 +128,19 @@ def _is_one_by_one(tensor: gs.Tensor) -> bool:
     return maker is not None and maker.op in ("GlobalAveragePool", "GlobalMaxPool")
 
 
+def range_of_channels(channel_max: FloatArray) -> npt.NDArray[np.float64]:
+    """Return the range that each channel is given, (C,): its largest value, or a little at least.
+
+    All zero if the tensor is.
+    """
+    return np.maximum(channel_max.astype(np.float64), _QUIETEST * float(channel_max.max()))
+
+
 def _factors(channel_max: FloatArray, strength: float) -> FloatArray:
     """Return r, normalised to a geometric mean of 1 so that the net's numbers keep their size."""
-    loudest = float(channel_max.max())
-    if loudest == 0.0:
+    if not channel_max.any():
         return np.ones(channel_max.shape)
-    kept = np.maximum(channel_max.astype(np.float64), _QUIETEST * loudest)
-    logs = -strength * np.log(kept)
+    logs = -strength * np.log(range_of_channels(channel_max))
     return np.asarray(np.exp(logs - logs.mean()))
 
 
