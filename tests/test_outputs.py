@@ -1,23 +1,25 @@
 """What the outputs choose: --threshold auto, against every choice tried by hand in onnxruntime."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_graphsurgeon as gs
 import pytest
 
 from reptrt.calib.outputs import stride_of
 from reptrt.calib.thresholds import ThresholdOptions
 from reptrt.data import open_dataset
 from reptrt.graph import model_from_net, net_from_model
-from reptrt.pipeline import CalibrateOptions, CalibrateReport, calibrate
+from reptrt.pipeline import CalibrateOptions, CalibrateReport, calibrate, prepare
 from reptrt.placement import place
 from reptrt.preprocess import read_preprocess
 from reptrt.qdq import insert_qdq
 from tests.helpers import ort_run
 from tests.learned_nets import SIZE, rep_net, write_images, write_net
+from tests.qdq_nets import with_outputs
 
 RULES = ("max", "percentile", "mse", "kl")
 COUNT = 96
@@ -32,23 +34,39 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_images(tmp_path_factory.mktemp("images") / "d.npz", COUNT)
 
 
-def parts(path: Path, data: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Return the images that ranges are from, and every eighth, which judges."""
+def parted(path: Path, data: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Return the images but every eighth, and those, which judge."""
     preprocess = read_preprocess(net_from_model(onnx.load(str(path))))
     (x,) = open_dataset(data, preprocess).batches(COUNT)
     judges = np.arange(COUNT) % 8 == 7
     return x[~judges], x[judges]
 
 
+def shares_of(path: Path, parts: Sequence[np.ndarray], names: Sequence[str]) -> dict[str, float]:
+    """Return what is left of each tensor's range without the images that judge."""
+    model = with_outputs(onnx.load(str(path)), list(names))
+    found = [ort_run(model, {"x": x}, optimize=False) | {"x": x} for x in parts]
+    others, judges = ({name: np.abs(one[name]).max() for name in names} for one in found)
+    return {name: others[name] / max(others[name], judges[name]) for name in names}
+
+
 def error_of(
-    path: Path, x: np.ndarray, scales: Mapping[str, float], full_range: tuple[str, ...]
+    path: Path, x: np.ndarray, report: CalibrateReport, margin: float, shares: Mapping[str, float]
 ) -> float:
-    """Of the outputs with quantized activations, weights in float."""
+    """Of the outputs with quantized activations, clipped as without ``x``, weights in float."""
     model = onnx.load(str(path))
     net = net_from_model(model)
     (exact,) = ort_run(model, {"x": x}, optimize=False).values()
     placement = replace(place(net), weights=())
-    insert_qdq(net, placement, scales, {}, OPTIONS.grids[0], full_range)
+    insert_qdq(net, placement, scales_of(report, margin), {}, OPTIONS.grids[0], report.full_range)
+    limits = {t.tensor: np.float32(margin * t.amax * shares[t.tensor]) for t in report.tensors}
+    for quantize in [node for node in net.graph.nodes if node.op == "QuantizeLinear"]:
+        tensor = quantize.inputs[0]
+        limit = limits[tensor.name.removesuffix(".clipped")]  # of the simulation of 5 bits
+        bounds = [gs.Constant(f"{tensor.name}.{s}", np.asarray(s * limit)) for s in (-1, 1)]
+        limited = gs.Variable(f"{tensor.name}.limited", np.float32)
+        net.graph.nodes.append(gs.Node("Clip", limited.name, {}, [tensor, *bounds], [limited]))
+        quantize.inputs[0] = limited
     (found,) = ort_run(model_from_net(net), {"x": x}, optimize=False).values()
     return float(np.square(found.astype(float) - exact).sum())
 
@@ -63,17 +81,19 @@ def test_auto_takes_the_rule_and_margin_that_keep_outputs_nearest_on_images_not_
     seed: int, full_range: bool, data: Path, tmp_path: Path
 ) -> None:
     path = write_net(tmp_path / "m.onnx", rep_net(3, seed))
-    seen, judges = parts(path, data)
-    np.savez(tmp_path / "seen.npz", x=seen)
+    parts = parted(path, data)
     options = replace(OPTIONS, full_range=full_range)
     by_rule, errors = {}, {}
+    shares: dict[str, float] = {}
     for rule in RULES:
-        given = replace(options, images=len(seen), threshold=ThresholdOptions(rule))  # type: ignore[arg-type]
-        report = calibrate(path, tmp_path / "seen.npz", tmp_path / "o.onnx", given)
+        given = replace(options, threshold=ThresholdOptions(rule))  # type: ignore[arg-type]
+        report = calibrate(path, data, tmp_path / "o.onnx", given)
         assert (report.threshold, report.margin) == (rule, 1.0)
         assert bool(report.full_range) == full_range
+        shares = shares or shares_of(path, parts, [t.tensor for t in report.tensors])
         by_rule[rule] = report
-        errors[rule] = error_of(path, judges, scales_of(report), report.full_range)
+        errors[rule] = error_of(path, parts[1], report, 1.0, shares)
+    assert min(shares.values()) < 1
     chosen = calibrate(path, data, tmp_path / "o.onnx", options)
     assert errors[chosen.threshold] == pytest.approx(min(errors.values()), rel=1e-3)
     assert max(errors.values()) > 1.05 * min(errors.values())
@@ -82,12 +102,27 @@ def test_auto_takes_the_rule_and_margin_that_keep_outputs_nearest_on_images_not_
     assert scales_of(chosen) == pytest.approx(scales_of(found, chosen.margin), rel=1e-6)
     steps = round(8 * np.log2(chosen.margin))
     assert chosen.margin == pytest.approx(STEP**steps)
-    tried = [
-        error_of(path, judges, scales_of(found, STEP**k), found.full_range)
-        for k in range(steps + 2)
-    ]
+    tried = [error_of(path, parts[1], found, STEP**k, shares) for k in range(steps + 2)]
     assert all(np.diff(tried[:-1]) < 0)  # every step came nearer
     assert tried[-1] > (1 - 1e-3) * tried[-2]  # and the next one did not
+
+
+def test_ranges_without_the_judges_are_channel_by_channel_where_channels_are_equalized(
+    data: Path, tmp_path: Path
+) -> None:
+    path = write_net(tmp_path / "m.onnx", rep_net(3))
+    others, judges = parted(path, data)
+    model = with_outputs(onnx.load(str(path)), ["stem.relu", "block0.relu"])
+    net = net_from_model(onnx.load(str(path)))
+    dataset = open_dataset(data, read_preprocess(net))
+    found = prepare(net, dataset, replace(OPTIONS, equalize=True)).without_judges
+    runs = [ort_run(model, {"x": x}, optimize=False) for x in (others, judges)]
+    for name in ("stem.relu", "block0.relu"):
+        without, alone = (np.abs(run[name]).max((0, 2, 3)) for run in runs)
+        whole = np.maximum(without, alone)
+        expected = np.maximum(without, 1e-3 * without.max()) / np.maximum(whole, 1e-3 * whole.max())
+        np.testing.assert_allclose(found[name], expected, rtol=1e-4)
+        assert 0 < (found[name] < 1).sum() < len(expected)
 
 
 def test_few_images_get_a_wide_margin(tmp_path: Path) -> None:

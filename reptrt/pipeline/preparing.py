@@ -48,7 +48,8 @@ def prepare(net: Net, dataset: Dataset, options: CalibrateOptions) -> Prepared:
         dataset: calibration images.
         options: of calibration.
     """
-    excluded = place(net, options.exclude).excluded
+    placement = place(net, options.exclude)
+    excluded = placement.excluded
     unsplit = exactly(excluded)
     layers = {
         node.name: node.inputs[0].name
@@ -59,7 +60,8 @@ def prepare(net: Net, dataset: Dataset, options: CalibrateOptions) -> Prepared:
     stats: dict[str, ChannelStats] = {}
     shares: dict[str, Float64Array] = {}
     if options.equalize or options.split == "auto" or options.full_range or options.is_auto:
-        wanted = sorted({*layers.values(), *linked})
+        quantized = (activation.tensor for activation in placement.activations)
+        wanted = sorted({*layers.values(), *linked, *quantized})
         with torch.inference_mode():
             graph = TorchGraph(net, torch_device(options.device))
             stats, shares = _statistics(graph, dataset, wanted, linked)
