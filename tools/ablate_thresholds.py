@@ -9,6 +9,7 @@ writes them.
 
 import itertools
 import tempfile
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import get_args
@@ -31,29 +32,33 @@ Row = npt.NDArray[np.float64]  # a value for every rule
 @click.option("--data", required=True, type=click.Path(path_type=Path, exists=True))
 @click.option("--bits", default="8,6", show_default=True, help="Of weights and activations.")
 @click.option("--seeds", default="0,1,2", show_default=True, help="Of the halves.")
-def main(nets: tuple[Path, ...], data: Path, bits: str, seeds: str) -> None:
+@click.option("--rules", "names", default=",".join(get_args(Threshold)), show_default=True)
+def main(nets: tuple[Path, ...], data: Path, bits: str, seeds: str, names: str) -> None:
     """Print SQNR in dB for every net, bit width, preparation and rule, and each rule's means."""
-    rules = get_args(Threshold)
-    click.echo("  ".join([f"{'net':16s} bits equalize", *(f"{rule:>10s}" for rule in rules)]))
+    rules = [ThresholdOptions(name) for name in names.split(",")]  # type: ignore[arg-type]
+    click.echo("  ".join([f"{'net':16s} bits equalize", *(f"{one.rule:>10s}" for one in rules)]))
     table: dict[bool, list[Row]] = {True: [], False: []}
     for net, width, equal in itertools.product(nets, map(int, bits.split(",")), table):
         options = CalibrateOptions(equalize=equal, weight_bits=width, activation_bits=width)
-        row = np.mean([_row(net, data, options, int(seed)) for seed in seeds.split(",")], axis=0)
+        samples = [_row(net, data, options, rules, int(seed)) for seed in seeds.split(",")]
+        row = np.mean(samples, axis=0)
         table[equal].append(row)
         _print(f"{net.stem:16s} {width:4d} {'yes' if equal else 'no':>8s}", row)
     _print(f"{'mean, equalized':30s}", np.mean(table[True], axis=0))
     _print(f"{'mean':30s}", np.mean([*table[True], *table[False]], axis=0))
 
 
-def _row(net: Path, data: Path, base: CalibrateOptions, seed: int) -> Row:
+def _row(
+    net: Path, data: Path, base: CalibrateOptions, rules: Sequence[ThresholdOptions], seed: int
+) -> Row:
     """Return the SQNR of every rule for one sample of images."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         calibrating, judging = halves(net, data, folder, seed)
         found = []
-        for rule in get_args(Threshold):
+        for rule in rules:
             images = len(np.load(calibrating)["x"])
-            options = replace(base, images=images, threshold=ThresholdOptions(rule))
+            options = replace(base, images=images, threshold=rule)
             calibrate(net, calibrating, folder / "q.onnx", options)
             report = evaluate([folder / "q.onnx"], judging, reference=net)
             found.append(report.results[0].sqnr_db or float("nan"))
