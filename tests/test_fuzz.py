@@ -300,7 +300,7 @@ def test_a_good_file_is_not_blamed_for_a_bug(
     def bug(*arguments: object) -> None:
         raise error("a bug")
 
-    monkeypatch.setattr("reptrt.pipeline.calibrating.place", bug)
+    monkeypatch.setattr("reptrt.pipeline.preparing.place", bug)
     arguments = save(plain_chain(), tmp_path / "m.onnx"), write_images(tmp_path), tmp_path / "o"
     with pytest.raises(error, match=r"^a bug$"):
         calibrate(*arguments, CalibrateOptions(images=8))
