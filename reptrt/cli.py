@@ -242,8 +242,8 @@ def calibrate_options(command: Command) -> Command:
             type=rules,
             default="auto",
             show_default=True,
-            help="Rule that clips activations; auto: of max, percentile, mse and kl the one, and "
-            "by a margin, that keeps the outputs nearest on images not seen.",
+            help="Rule that clips activations; auto: of max, percentile, mse and kl the one that "
+            "keeps the outputs nearest on images not seen, with a margin.",
         ),
         click.option(
             "--percentile",

@@ -30,9 +30,11 @@ def stride_of(length: int) -> int:
     return max(2, min(8, length // 8), length // _JUDGED)
 
 
-def judges_of(dataset: Dataset) -> Dataset:
-    """Return the images that judge."""
-    return dataset if dataset.length == 1 else dataset.parted(stride_of(dataset.length))[1]
+def parts(dataset: Dataset) -> tuple[Dataset, Dataset]:
+    """Return the images that do not judge and those that do; a single one does both."""
+    if dataset.length == 1:
+        return dataset, dataset
+    return dataset.parted(stride_of(dataset.length))
 
 
 class Outputs:

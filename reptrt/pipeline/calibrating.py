@@ -24,7 +24,7 @@ from reptrt.artifacts import (
 from reptrt.calib.bias import bias_errors, deployed_weights
 from reptrt.calib.collect import Statistics, collect, merge_groups
 from reptrt.calib.histogram import NUM_BINS, Histogram
-from reptrt.calib.outputs import Outputs, judges_of
+from reptrt.calib.outputs import Outputs, parts
 from reptrt.calib.saturation import without_dead_values
 from reptrt.calib.thresholds import ThresholdOptions, amax_from_histogram
 from reptrt.choices import Threshold
@@ -203,7 +203,8 @@ def _quantities(
         graph = TorchGraph(net, torch_device(options.device))
         seen = _collect(graph, net, placement, dataset, options)
         clock.lap("collect")
-        outputs = Outputs(graph, judges_of(dataset))
+        _, judges = parts(dataset)
+        outputs = Outputs(graph, judges)
         histograms = without_dead_values(net, seen.histograms)
         found = _thresholds(net, prepared, histograms, outputs, options)
         clock.lap("thresholds")

@@ -8,7 +8,7 @@ import numpy.typing as npt
 import torch
 
 from reptrt.calib.channels import ChannelStats, collect_channels
-from reptrt.calib.outputs import stride_of
+from reptrt.calib.outputs import parts
 from reptrt.choices import SplitForm
 from reptrt.choose import Decision, RangeDecision, choose, int8_pays, num_macs
 from reptrt.data import Dataset
@@ -105,9 +105,7 @@ def _statistics(
     graph: TorchGraph, dataset: Dataset, tensors: Sequence[str], equalized: Collection[str]
 ) -> tuple[dict[str, ChannelStats], dict[str, Float64Array]]:
     """Return statistics over all images, and what part of the ranges is not the judges'."""
-    if dataset.length == 1:
-        return collect_channels(graph, dataset, tensors), {}
-    others, judges = dataset.parted(stride_of(dataset.length))
+    others, judges = parts(dataset)
     without = collect_channels(graph, others, tensors)
     alone = collect_channels(graph, judges, tensors)
     share = judges.length / dataset.length
