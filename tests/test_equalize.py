@@ -125,3 +125,16 @@ def test_channel_statistics_are_those_of_numpy(images: Dataset) -> None:
         stats = collect_channels(graph, images, [name])[name]
     np.testing.assert_allclose(stats.maximum, np.abs(value).max(axis=(0, 2, 3)), rtol=1e-6)
     np.testing.assert_allclose(stats.mean_square, (value**2).mean(axis=(0, 2, 3)), rtol=1e-5)
+
+
+def test_statistics_of_two_parts_are_those_of_all(images: Dataset) -> None:
+    graph, names = TorchGraph(net_of(Chain())), list(maxima(net_of(Chain()), images))
+    others, judges = images.parted(3)
+    first, second, whole = (
+        collect_channels(graph, part, names) for part in (others, judges, images)
+    )
+    for name, expected in whole.items():
+        found = first[name].merged(second[name], judges.length / images.length)
+        np.testing.assert_array_equal(found.maximum, expected.maximum)
+        np.testing.assert_allclose(found.mean_square, expected.mean_square, rtol=1e-6)
+        np.testing.assert_allclose(found.mean, expected.mean, rtol=1e-6, atol=1e-7)
