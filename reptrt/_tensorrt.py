@@ -28,7 +28,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from reptrt.errors import ConfigError, EngineError, MissingDependencyError
+from reptrt.core.errors import ConfigError, EngineError, MissingDependencyError
 
 BackendName = Literal["auto", "tensorrt", "tensorrt-rtx"]
 CURRENT = "current"  # a target: whatever GPU this machine has

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from reptrt.errors import ConfigError, EngineError
+from reptrt.core.errors import ConfigError, EngineError
 from reptrt.graph import read_model
 from reptrt.inspect import Inspection, inspect_engine
 from reptrt.inspector import UNKNOWN, Layer

@@ -20,8 +20,8 @@ import numpy.typing as npt
 from reptrt.bench_report import BenchReport, Timing
 from reptrt.conditions import Conditions, read_conditions, remarks
 from reptrt.conditions import cpu_name as cpu_name
-from reptrt.errors import ConfigError
-from reptrt.intervals import Float64Array, percentile_interval
+from reptrt.core.errors import ConfigError
+from reptrt.core.intervals import Float64Array, percentile_interval
 from reptrt.runner import (
     Device,
     EventTimer,

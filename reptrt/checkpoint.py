@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from reptrt.errors import CheckpointError
+from reptrt.core.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
 

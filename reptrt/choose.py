@@ -26,9 +26,9 @@ import numpy as np
 import numpy.typing as npt
 import onnx_graphsurgeon as gs
 
-from reptrt.affine import Grid, channel_amax, dequantize
 from reptrt.calib.channels import ChannelStats
-from reptrt.choices import SplitForm, SplitPrecision
+from reptrt.core.choices import SplitForm, SplitPrecision
+from reptrt.core.grid import Grid, channel_amax, dequantize
 from reptrt.graph import Net, constant_value, weighted_nodes
 from reptrt.qdq import quantize_weight
 from reptrt.rewrite import split_coarse_fine as coarse_fine

@@ -17,8 +17,9 @@ from typing import Any, TypeVar, get_args
 import click
 from click.core import ParameterSource
 
-from reptrt import __version__, choices
-from reptrt.errors import ConfigError, ReptrtError
+from reptrt import __version__
+from reptrt.core import choices
+from reptrt.core.errors import ConfigError, ReptrtError
 
 T = TypeVar("T")
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -116,7 +117,7 @@ def _json_target(ctx: click.Context, param: click.Parameter, value: str | None) 
     """Refuse, before any work, a JSON file that cannot be written or that has another meaning."""
     if value is None or value == "-":
         return value
-    from reptrt.artifacts import require_folder
+    from reptrt.core.artifacts import require_folder
 
     path = Path(value)
     require_folder(path)
@@ -131,7 +132,7 @@ def _emit(text: str, content: Any, json_path: str | None) -> None:
         click.echo(json.dumps(content, indent=2))
         return
     if json_path is not None:
-        from reptrt.artifacts import write_json
+        from reptrt.core.artifacts import write_json
 
         write_json(Path(json_path), content)
     click.echo(text)

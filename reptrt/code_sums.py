@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_graphsurgeon as gs
 
-from reptrt.affine import along_axis
+from reptrt.core.grid import along_axis
 from reptrt.graph import constant_of, constant_value, producer
 
 AnyArray = npt.NDArray[Any]

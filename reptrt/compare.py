@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from reptrt.errors import ArtifactError
+from reptrt.core.errors import ArtifactError
 from reptrt.graph import Net
 from reptrt.quantized import LayerWeight, activation_scales, layer_weights
 from reptrt.splits import read_splits

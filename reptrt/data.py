@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from reptrt.errors import ConfigError, DataError
+from reptrt.core.errors import ConfigError, DataError
 from reptrt.images import ImageFiles, list_images
 from reptrt.preprocess import Preprocess
 

@@ -20,7 +20,8 @@ import onnx
 
 from reptrt import _tensorrt, timing_cache
 from reptrt._tensorrt import CURRENT, Backend, Gpu, Messages
-from reptrt.artifacts import require_folder, sha256_of, write_artifact
+from reptrt.core.artifacts import require_folder, sha256_of, write_artifact
+from reptrt.core.errors import ConfigError, EngineError
 from reptrt.engine_input import Rest, metadata_of, read_buildable, with_rest
 from reptrt.engine_options import (
     BuildOptions,
@@ -28,7 +29,6 @@ from reptrt.engine_options import (
     check_options,
     profile_shapes,
 )
-from reptrt.errors import ConfigError, EngineError
 from reptrt.graph import bytes_from_model
 from reptrt.intent import planned_int8
 

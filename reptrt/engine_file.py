@@ -15,8 +15,8 @@ from typing import Any, Literal
 
 from reptrt import _tensorrt
 from reptrt._tensorrt import CURRENT, Backend, Gpu, Messages, capability
-from reptrt.artifacts import Sidecar, read_sidecar
-from reptrt.errors import ArtifactError, EngineError
+from reptrt.core.artifacts import Sidecar, read_sidecar
+from reptrt.core.errors import ArtifactError, EngineError
 
 _TAGS = (b"ftrt", b"vtrt")
 _HEADER_BYTES = 28

@@ -13,9 +13,9 @@ from typing import Literal
 
 import onnx
 
-from reptrt.artifacts import read_sidecar
-from reptrt.choices import HighPrecision
-from reptrt.errors import EngineError
+from reptrt.core.artifacts import read_sidecar
+from reptrt.core.choices import HighPrecision
+from reptrt.core.errors import EngineError
 from reptrt.graph import WEIGHTED_OPS, get_json, model_from_net, net_from_model, read_model
 from reptrt.intent import runtime_scale_node, uint8_node
 from reptrt.rewrite.contract import Skipped

@@ -8,8 +8,8 @@ from typing import Literal
 
 from reptrt import _tensorrt
 from reptrt._tensorrt import CURRENT, Backend, BackendName, Gpu, capability
-from reptrt.choices import HighPrecision
-from reptrt.errors import ConfigError
+from reptrt.core.choices import HighPrecision
+from reptrt.core.errors import ConfigError
 
 HardwareCompatibility = Literal["none", "ampere+", "same-compute-capability"]
 Shape = tuple[int, ...]

@@ -22,13 +22,13 @@ import numpy as np
 import numpy.typing as npt
 from rich.table import Table
 
-from reptrt.artifacts import read_sidecar
+from reptrt.core.artifacts import read_sidecar
+from reptrt.core.errors import ArtifactError, ConfigError, DataError
+from reptrt.core.metrics import agreement, sqnr_db, top_k_accuracy
+from reptrt.core.progress import track
 from reptrt.data import Dataset, open_dataset
-from reptrt.errors import ArtifactError, ConfigError, DataError
 from reptrt.graph import net_from_model, read_model
-from reptrt.metrics import agreement, sqnr_db, top_k_accuracy
 from reptrt.preprocess import Preprocess, read_preprocess
-from reptrt.progress import track
 from reptrt.runner import Device, Runner, RunnerKind, open_runner
 
 Float32Array = npt.NDArray[np.float32]

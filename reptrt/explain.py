@@ -13,12 +13,12 @@ from typing import Any
 
 import onnx
 
-from reptrt.artifacts import read_sidecar, sha256_of
 from reptrt.audit import Audit, audit
 from reptrt.bench_report import BenchReport, Timing
+from reptrt.core.artifacts import read_sidecar, sha256_of
+from reptrt.core.errors import ReptrtError
 from reptrt.cost import LayerCost, layer_costs
 from reptrt.engine_input import is_half
-from reptrt.errors import ReptrtError
 from reptrt.graph import net_from_model, read_model
 from reptrt.inspect import inspect_engine
 from reptrt.intent import planned_int8

@@ -21,7 +21,7 @@ import onnx
 import torch
 from torch import nn
 
-from reptrt.errors import ConfigError, RewriteError
+from reptrt.core.errors import ConfigError, RewriteError
 from reptrt.graph import QUANTIZED_OPS, Net, net_from_model, read_model, refuse_not_finite
 from reptrt.preprocess import Preprocess, write_preprocess
 from reptrt.rewrite.contract import RewriteReport

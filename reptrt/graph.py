@@ -19,7 +19,7 @@ from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import DecodeError, Message
 from onnx_graphsurgeon.logger import G_LOGGER
 
-from reptrt.errors import ArtifactError, RewriteError
+from reptrt.core.errors import ArtifactError, RewriteError
 
 Parsed = TypeVar("Parsed")
 

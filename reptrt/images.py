@@ -19,8 +19,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
-from reptrt.choices import Resize
-from reptrt.errors import DataError
+from reptrt.core.choices import Resize
+from reptrt.core.errors import DataError
 from reptrt.preprocess import Preprocess
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff"})

@@ -10,10 +10,10 @@ from pathlib import Path
 import onnx
 from onnx.external_data_helper import ExternalDataInfo, uses_external_data
 
-from reptrt.artifacts import sha256_of
-from reptrt.errors import ArtifactError, DataError
+from reptrt.core.artifacts import sha256_of
+from reptrt.core.errors import ArtifactError, DataError
+from reptrt.core.progress import track
 from reptrt.images import list_images
-from reptrt.progress import track
 from reptrt.sources import Source
 
 

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from reptrt import _tensorrt
 from reptrt._tensorrt import Gpu
-from reptrt.artifacts import Sidecar, read_sidecar
+from reptrt.core.artifacts import Sidecar, read_sidecar
 from reptrt.engine_file import OpenEngine, PlanHeader, open_engine, read_header
 from reptrt.graph import read_model
 from reptrt.inspector import UNKNOWN, Layer, Tensor, parse_inspector, type_in

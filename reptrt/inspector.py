@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from reptrt.errors import EngineError
+from reptrt.core.errors import EngineError
 
 UNKNOWN = "?"
 TYPES = {

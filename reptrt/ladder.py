@@ -26,15 +26,15 @@ import torch
 from torch import nn
 
 from reptrt import _tensorrt
-from reptrt.artifacts import write_json
+from reptrt.core.artifacts import write_json
+from reptrt.core.errors import ArtifactError, ConfigError, EngineError
+from reptrt.core.options_json import options_from_json
 from reptrt.data import open_dataset
 from reptrt.engine import build_engine
-from reptrt.errors import ArtifactError, ConfigError, EngineError
 from reptrt.export import model_from_file
 from reptrt.graph import Net, bytes_from_model, model_from_net, net_from_model, read_model
 from reptrt.inputs import check_data, check_source, source_files
 from reptrt.manifest import FILE, LADDER_FILE, Manifest, check_made, read_finished
-from reptrt.options_json import options_from_json
 from reptrt.pipeline import CalibrateOptions, calibrate, export, prepare, split_layers, torch_device
 from reptrt.preprocess import Preprocess, read_preprocess
 from reptrt.run import ENGINE_FILE, FLOAT_FILE, INT8_FILE, RunOptions

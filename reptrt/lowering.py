@@ -36,8 +36,8 @@ import numpy.typing as npt
 import onnx
 import onnx_graphsurgeon as gs
 
-from reptrt.affine import along_axis
 from reptrt.code_sums import quantize_behind, sum_codes
+from reptrt.core.grid import along_axis
 from reptrt.graph import constant_value, model_from_net, net_from_model, producer
 from reptrt.placement import moves_values
 from reptrt.recentred import restore

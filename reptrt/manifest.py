@@ -19,11 +19,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from reptrt.artifacts import package_versions, sha256_of, write_json
 from reptrt.conditions import cpu_name
-from reptrt.errors import ArtifactError
+from reptrt.core.artifacts import package_versions, sha256_of, write_json
+from reptrt.core.errors import ArtifactError
+from reptrt.core.options_json import json_from_options, options_from_json
 from reptrt.inputs import DataRecord, FileRecord
-from reptrt.options_json import json_from_options, options_from_json
 from reptrt.runner import usable_cores
 
 FILE = "run.json"

@@ -19,10 +19,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from reptrt.artifacts import Sidecar, read_sidecar
+from reptrt.core.artifacts import Sidecar, read_sidecar
+from reptrt.core.errors import ArtifactError, ConfigError
 from reptrt.engine_file import PlanHeader, read_header
 from reptrt.engine_options import parse_shapes
-from reptrt.errors import ArtifactError, ConfigError
 
 _TYPES = {
     "FLOAT": "TYPE_FP32",

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from reptrt.errors import ConfigError
+from reptrt.core.errors import ConfigError
 from reptrt.graph import (
     QUANTIZED_OPS,
     WEIGHTED_OPS,

@@ -4,8 +4,8 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any, get_args
 
-from reptrt.choices import Resize
-from reptrt.errors import ConfigError
+from reptrt.core.choices import Resize
+from reptrt.core.errors import ConfigError
 from reptrt.graph import Net, get_json, set_json
 
 _KEY = "preprocess"

@@ -4,7 +4,7 @@
     weight      INT8 codes (initializer) -> DequantizeLinear(scale per output channel) -> layer
     bias        stays float
 
-Zero points are 0 and INT8 everywhere. Placement is `reptrt.placement`, arithmetic `reptrt.affine`.
+Zero points are 0 and INT8 everywhere. Placement is `reptrt.placement`, arithmetic `reptrt.core.grid`.
 """
 
 from collections.abc import Collection, Mapping
@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 import onnx_graphsurgeon as gs
 
-from reptrt.affine import Grid, channel_amax, quantize, scale_from_amax
-from reptrt.errors import CalibrationError
+from reptrt.core.errors import CalibrationError
+from reptrt.core.grid import Grid, channel_amax, quantize, scale_from_amax
 from reptrt.graph import Net, constant_value
 from reptrt.placement import Placement, Weight
 

@@ -15,12 +15,12 @@ from typing import Any, Literal
 
 from rich.table import Table
 
-from reptrt.artifacts import sha256_of
 from reptrt.compare import Change, changes
-from reptrt.errors import ConfigError
+from reptrt.core.artifacts import sha256_of
+from reptrt.core.errors import ConfigError
+from reptrt.core.options_json import options_from_json
 from reptrt.inputs import check_data, check_source, source_files
 from reptrt.manifest import FILE, STAGES, Manifest, read_finished
-from reptrt.options_json import options_from_json
 from reptrt.run import RunOptions, run
 from reptrt.sources import Source
 

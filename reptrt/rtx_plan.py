@@ -13,7 +13,7 @@ convolution is decided on the GPU; the types of what it reads and writes are fix
 import re
 from collections.abc import Iterator, Mapping
 
-from reptrt.errors import EngineError
+from reptrt.core.errors import EngineError
 from reptrt.inspector import UNKNOWN, Layer, Tensor, onnx_names, type_in
 
 _START = b"header {\n"

@@ -18,16 +18,16 @@ from pathlib import Path
 from typing import Any
 
 from reptrt import manifest
-from reptrt.artifacts import remove_parts, sha256_of, write_json
 from reptrt.bench import bench
+from reptrt.core.artifacts import remove_parts, sha256_of, write_json
+from reptrt.core.errors import ArtifactError, ConfigError, MissingDependencyError, ReptrtError
+from reptrt.core.options_json import json_from_options, options_from_json
 from reptrt.diagnose import diagnose
 from reptrt.engine import build_engine
 from reptrt.engine_options import BuildOptions
-from reptrt.errors import ArtifactError, ConfigError, MissingDependencyError, ReptrtError
 from reptrt.evaluate import evaluate
 from reptrt.inputs import record_data, record_files, source_files
 from reptrt.manifest import CALIBRATE_FILE, FORMAT, Manifest, StageRecord
-from reptrt.options_json import json_from_options, options_from_json
 from reptrt.pipeline import (
     CalibrateOptions,
     CalibrateReport,

@@ -12,10 +12,10 @@ import numpy as np
 import numpy.typing as npt
 from rich.table import Table
 
+from reptrt.core.errors import ArtifactError, DataError, EngineError, MissingDependencyError
+from reptrt.core.metrics import agreement, sqnr_db, top_k_accuracy
 from reptrt.data import Dataset
-from reptrt.errors import ArtifactError, DataError, EngineError, MissingDependencyError
 from reptrt.evaluate import run_dataset
-from reptrt.metrics import agreement, sqnr_db, top_k_accuracy
 from reptrt.runner import Runner
 
 Float32Array = npt.NDArray[np.float32]

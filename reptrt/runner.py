@@ -22,7 +22,7 @@ from google.protobuf.message import DecodeError
 
 from reptrt.code_sums import SUMS
 from reptrt.conditions import may_saturate
-from reptrt.errors import ArtifactError, ConfigError, DataError, MissingDependencyError
+from reptrt.core.errors import ArtifactError, ConfigError, DataError, MissingDependencyError
 from reptrt.graph import bytes_from_model, read_model
 from reptrt.lowering import lower
 
@@ -285,7 +285,7 @@ def _session(where: str, content: bytes, options: Any, device: Device) -> Any:
 def _onnxruntime() -> ModuleType:
     try:
         with _quiet_stderr() if "onnxruntime" not in sys.modules else contextlib.nullcontext():
-            import onnxruntime  # noqa: TID251
+            import onnxruntime
     except ImportError as err:
         raise MissingDependencyError(
             f"onnxruntime cannot be imported ({err}); install it with: pip install onnxruntime "

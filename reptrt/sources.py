@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 
 from reptrt.checkpoint import load_state_dict, load_weights
-from reptrt.errors import ConfigError
+from reptrt.core.errors import ConfigError
 from reptrt.graph import first_free
 from reptrt.models import (
     ArchitectureOptions,

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
-from reptrt.choices import SplitPrecision
+from reptrt.core.choices import SplitPrecision
 from reptrt.graph import Net, get_json, set_json
 
 _KEY = "splits"

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from reptrt._tensorrt import Backend, Messages
-from reptrt.artifacts import write_bytes
-from reptrt.errors import ArtifactError, ConfigError, EngineError
+from reptrt.core.artifacts import write_bytes
+from reptrt.core.errors import ArtifactError, ConfigError, EngineError
 
 _LOG = logging.getLogger(__name__)
 

@@ -24,7 +24,7 @@ import onnx
 import torch
 from torch import Tensor
 
-from reptrt.errors import ConfigError, DataError, RewriteError
+from reptrt.core.errors import ConfigError, DataError, RewriteError
 from reptrt.graph import Net, net_from_model
 from reptrt.torchops import OPERATORS
 from reptrt.torchops.node import Precision

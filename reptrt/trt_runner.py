@@ -9,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from reptrt import _tensorrt
+from reptrt.core.errors import ConfigError, DataError, EngineError
 from reptrt.engine_file import OpenEngine, open_engine
-from reptrt.errors import ConfigError, DataError, EngineError
 
 AnyArray = npt.NDArray[Any]
 

@@ -12,7 +12,7 @@ import onnx
 from hypothesis import strategies as st
 from onnx import numpy_helper
 
-from reptrt.affine import Grid, channel_amax, quantize, scale_from_amax
+from reptrt.core.grid import Grid, channel_amax, quantize, scale_from_amax
 from reptrt.graph import Net, constant_value, model_from_net, net_from_model
 from reptrt.placement import Placement, place
 from reptrt.qdq import QuantizedWeight, insert_qdq, quantize_weights

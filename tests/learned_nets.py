@@ -8,7 +8,7 @@ import onnx
 import torch
 from onnx import numpy_helper
 
-from reptrt.affine import Grid, scale_from_amax
+from reptrt.core.grid import Grid, scale_from_amax
 from reptrt.data import Dataset, open_dataset
 from reptrt.graph import Net, model_from_net, net_from_model
 from reptrt.placement import Placement, place

@@ -3,7 +3,7 @@
 import numpy as np
 import onnx
 
-from reptrt.affine import Grid, scale_from_amax
+from reptrt.core.grid import Grid, scale_from_amax
 from reptrt.graph import model_from_net, net_from_model
 from reptrt.placement import place
 from reptrt.qdq import insert_qdq, quantize_weights

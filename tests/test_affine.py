@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from onnx import TensorProto, helper, numpy_helper
 
-from reptrt.affine import Grid, along_axis, channel_amax, dequantize, quantize, scale_from_amax
+from reptrt.core.grid import Grid, along_axis, channel_amax, dequantize, quantize, scale_from_amax
 from tests.helpers import ort_run
 
 INT8 = Grid.activation(8)

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reptrt.affine import Grid
 from reptrt.affines import read_affines
+from reptrt.core.grid import Grid
 from reptrt.graph import Net, constant_of, maker_of, model_from_net, net_from_model
 from reptrt.rewrite.fold_affine import fold_affine
 from reptrt.rewrite.insert_affine import insert_affine

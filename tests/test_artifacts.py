@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from reptrt.artifacts import (
+from reptrt.core.artifacts import (
     Sidecar,
     package_versions,
     read_sidecar,
@@ -23,7 +23,7 @@ from reptrt.artifacts import (
     write_bytes,
     write_json,
 )
-from reptrt.errors import ArtifactError
+from reptrt.core.errors import ArtifactError
 
 
 def write(path: Path, content: bytes = b"new") -> Sidecar:
@@ -159,7 +159,9 @@ def test_a_folder_without_permission_is_a_stated_failure(
     def refused(**_: object) -> None:
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr("reptrt.artifacts.tempfile.mkstemp", refused)  # root may write anywhere
+    monkeypatch.setattr(
+        "reptrt.core.artifacts.tempfile.mkstemp", refused
+    )  # root may write anywhere
     with pytest.raises(ArtifactError, match=r"cannot be written \(Permission denied\)"):
         write(tmp_path / "M.onnx")
 

@@ -10,11 +10,11 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from reptrt.affine import Grid
 from reptrt.calib.bias import bias_errors, deployed_weights
 from reptrt.calib.collect import collect
 from reptrt.calib.outputs import Outputs
 from reptrt.calib.thresholds import ThresholdOptions
+from reptrt.core.grid import Grid
 from reptrt.data import Dataset, open_dataset
 from reptrt.graph import Net, model_from_net, net_from_model
 from reptrt.pipeline import CalibrateOptions, calibrate, calibrating

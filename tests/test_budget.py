@@ -12,9 +12,9 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from reptrt.affine import Grid
 from reptrt.calib.channels import ChannelStats
 from reptrt.choose import Choice, Decision, Option, choose, num_macs
+from reptrt.core.grid import Grid
 from reptrt.graph import Net, net_from_model
 from reptrt.pipeline import CalibrateOptions, calibrate, preparing
 from reptrt.placement import place

@@ -11,9 +11,9 @@ import pytest
 from onnx import helper, numpy_helper
 from PIL import Image
 
-from reptrt.artifacts import read_sidecar, sha256_of
 from reptrt.calib.thresholds import ThresholdOptions
-from reptrt.errors import ArtifactError, CalibrationError, ConfigError, DataError, ReptrtError
+from reptrt.core.artifacts import read_sidecar, sha256_of
+from reptrt.core.errors import ArtifactError, CalibrationError, ConfigError, DataError, ReptrtError
 from reptrt.evaluate import evaluate
 from reptrt.graph import net_from_model
 from reptrt.models.options import ArchitectureOptions

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from reptrt.checkpoint import load_state_dict, load_weights
-from reptrt.errors import CheckpointError
+from reptrt.core.errors import CheckpointError
 
 
 class CreatesFile:

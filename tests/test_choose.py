@@ -4,9 +4,9 @@ import numpy as np
 import onnx_graphsurgeon as gs
 import pytest
 
-from reptrt.affine import Grid
 from reptrt.calib.channels import ChannelStats
 from reptrt.choose import Decision, choose, num_macs
+from reptrt.core.grid import Grid
 from reptrt.graph import Net, model_from_net, net_from_model
 from tests.test_splits import conv_net, rep_weight
 

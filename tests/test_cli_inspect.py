@@ -7,8 +7,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 from reptrt import _tensorrt
-from reptrt.artifacts import sidecar_path
 from reptrt.cli import main
+from reptrt.core.artifacts import sidecar_path
 from tests.qdq_graphs import qdq_model, save
 
 

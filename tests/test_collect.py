@@ -13,8 +13,8 @@ import torch
 from reptrt.calib.channels import collect_channels
 from reptrt.calib.collect import COMPUTE_BATCH, collect, merge_groups
 from reptrt.calib.histogram import Histogram, histogram_of
+from reptrt.core.errors import CalibrationError
 from reptrt.data import Dataset, open_dataset
-from reptrt.errors import CalibrationError
 from reptrt.placement import Activation
 from reptrt.preprocess import Preprocess
 from reptrt.torchgraph import TorchGraph

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from reptrt.core.errors import ConfigError, DataError
 from reptrt.data import Dataset, open_dataset
-from reptrt.errors import ConfigError, DataError
 from reptrt.images import ImageFiles, list_images, resized
 from reptrt.preprocess import Preprocess
 from tests.helpers import SHARED, needs_shared

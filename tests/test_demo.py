@@ -14,10 +14,10 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from reptrt.artifacts import read_sidecar, sha256_of
+from reptrt.core.artifacts import read_sidecar, sha256_of
+from reptrt.core.errors import MissingDependencyError
 from reptrt.demo import comparison, digits
 from reptrt.demo.__main__ import main
-from reptrt.errors import MissingDependencyError
 from reptrt.pipeline import ExportOptions, Source, export
 
 HAS_RTX = importlib.util.find_spec("tensorrt_rtx") is not None

@@ -14,14 +14,14 @@ from rich.console import Console
 
 from reptrt.calib.thresholds import ThresholdOptions
 from reptrt.cli import main
+from reptrt.core.errors import ConfigError
+from reptrt.core.metrics import sqnr_db
 from reptrt.data import open_dataset
 from reptrt.demo import digits
 from reptrt.diagnose import diagnose
 from reptrt.diagnose.report import Diagnosis, LayerDiagnosis
-from reptrt.errors import ConfigError
 from reptrt.evaluate import evaluate
 from reptrt.graph import model_from_net, net_from_model
-from reptrt.metrics import sqnr_db
 from reptrt.pipeline import CalibrateOptions, ExportOptions, Source, calibrate, export, prepare
 from reptrt.preprocess import read_preprocess
 from tests.helpers import ort_run

@@ -11,8 +11,8 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from reptrt.artifacts import sha256_of
 from reptrt.compare import changes, compare_nets
+from reptrt.core.artifacts import sha256_of
 from reptrt.graph import net_from_model
 from reptrt.quantized import activation_scales, layer_weights
 from tests.qdq_graphs import model_of, qdq_model, save

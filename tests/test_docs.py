@@ -17,10 +17,10 @@ from pathlib import Path
 import click
 import pytest
 
-from reptrt.artifacts import read_sidecar
 from reptrt.cli import main
+from reptrt.core.artifacts import read_sidecar
+from reptrt.core.errors import ReptrtError
 from reptrt.demo import comparison, digits
-from reptrt.errors import ReptrtError
 from reptrt.lint.rules import RULES
 from tests.helpers import load_tool
 from tests.pages import GENERATED, REPOSITORY, Block, Page, commands, pages

@@ -16,10 +16,10 @@ from onnx import helper
 
 from reptrt import _tensorrt
 from reptrt._tensorrt import Gpu
-from reptrt.artifacts import read_sidecar, sha256_of, sidecar_path, write_artifact
+from reptrt.core.artifacts import read_sidecar, sha256_of, sidecar_path, write_artifact
+from reptrt.core.errors import ArtifactError, ConfigError, EngineError
 from reptrt.engine import TensorInfo, build_engine
 from reptrt.engine_options import BuildOptions, parse_shapes
-from reptrt.errors import ArtifactError, ConfigError, EngineError
 from reptrt.rtx_plan import layers_of_plan
 from tests.fake_tensorrt import API, FULL_RELEASES, FakeTensorrt
 from tests.qdq_graphs import model_of, qdq_model, save

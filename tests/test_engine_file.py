@@ -7,11 +7,11 @@ import pytest
 
 from reptrt import _tensorrt
 from reptrt._tensorrt import Gpu
-from reptrt.artifacts import write_artifact
+from reptrt.core.artifacts import write_artifact
+from reptrt.core.errors import ArtifactError, EngineError
 from reptrt.engine import build_engine
 from reptrt.engine_file import open_engine, read_header
 from reptrt.engine_options import BuildOptions
-from reptrt.errors import ArtifactError, EngineError
 from tests.fake_tensorrt import API, FakeTensorrt, plan_of
 from tests.qdq_graphs import qdq_model, save
 

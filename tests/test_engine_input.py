@@ -11,15 +11,15 @@ import pytest
 from click.testing import CliRunner
 from onnx import TensorProto, helper, numpy_helper
 
-from reptrt.artifacts import read_sidecar
 from reptrt.cli import main
+from reptrt.core.artifacts import read_sidecar
+from reptrt.core.errors import RewriteError
+from reptrt.core.metrics import sqnr_db
 from reptrt.engine import build_engine
 from reptrt.engine_input import Rest, is_half, with_rest
 from reptrt.engine_options import BuildOptions
-from reptrt.errors import RewriteError
 from reptrt.inspect import inspect_onnx
 from reptrt.intent import planned_int8
-from reptrt.metrics import sqnr_db
 from reptrt.rtx_plan import layers_of_plan
 from tests.helpers import ort_run
 from tests.onnx_nets import plain_chain

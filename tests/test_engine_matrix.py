@@ -14,9 +14,9 @@ from pathlib import Path
 import onnx
 import pytest
 
-from reptrt.artifacts import read_sidecar
 from reptrt.audit import compare
-from reptrt.choices import HighPrecision
+from reptrt.core.artifacts import read_sidecar
+from reptrt.core.choices import HighPrecision
 from reptrt.engine import build_engine
 from reptrt.engine_input import read_buildable, with_rest
 from reptrt.engine_options import BuildOptions, parse_shapes

@@ -2,6 +2,7 @@
 
 import pytest
 
+from reptrt.core.errors import ConfigError
 from reptrt.engine_options import (
     BuildOptions,
     ShapeRange,
@@ -9,7 +10,6 @@ from reptrt.engine_options import (
     parse_targets,
     profile_shapes,
 )
-from reptrt.errors import ConfigError
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,8 @@ import pytest
 from onnx import helper
 from PIL import Image
 
-from reptrt.artifacts import write_artifact
-from reptrt.errors import ArtifactError, ConfigError, DataError
+from reptrt.core.artifacts import write_artifact
+from reptrt.core.errors import ArtifactError, ConfigError, DataError
 from reptrt.evaluate import EvalReport, FileResult, evaluate, preprocess_of
 from reptrt.images import ImageFiles
 from reptrt.preprocess import Preprocess
@@ -237,7 +237,7 @@ def test_the_table_shows_percent_and_gaps(nets: tuple[Path, Path], data: Path) -
     from rich.console import Console
 
     report = evaluate(list(nets), data, reference=nets[0], threads=1)
-    console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console = Console(width=200, record=True, file=open("/dev/null", "w"))
     console.print(report.to_table())
     text = console.export_text()
     console.file.close()

@@ -10,14 +10,14 @@ import pytest
 from click.testing import CliRunner
 
 from reptrt import explain as explain_module
-from reptrt.affine import Grid
 from reptrt.bench_report import BenchReport, Timing
 from reptrt.cli import main
 from reptrt.conditions import Conditions
+from reptrt.core.errors import ArtifactError
+from reptrt.core.grid import Grid
 from reptrt.cost import LayerCost
 from reptrt.engine import build_engine
 from reptrt.engine_options import BuildOptions
-from reptrt.errors import ArtifactError
 from reptrt.explain import Evidence, evidence, explain, explain_all
 from reptrt.graph import model_from_net, net_from_model
 from reptrt.placement import place

@@ -14,8 +14,14 @@ import torch
 from onnx import helper, numpy_helper
 from torch import nn
 
-from reptrt.artifacts import read_sidecar, sha256_of
-from reptrt.errors import ArtifactError, CheckpointError, ConfigError, ReptrtError, RewriteError
+from reptrt.core.artifacts import read_sidecar, sha256_of
+from reptrt.core.errors import (
+    ArtifactError,
+    CheckpointError,
+    ConfigError,
+    ReptrtError,
+    RewriteError,
+)
 from reptrt.graph import net_from_model
 from reptrt.models import build
 from reptrt.models.options import ArchitectureOptions

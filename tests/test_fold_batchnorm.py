@@ -7,7 +7,7 @@ import onnx
 import pytest
 from onnx import helper
 
-from reptrt.errors import RewriteError
+from reptrt.core.errors import RewriteError
 from reptrt.graph import Net, model_from_net, net_from_model
 from reptrt.rewrite.contract import RewriteReport
 from reptrt.rewrite.fold_batchnorm import affine_of, fold_batchnorm

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from reptrt.errors import RewriteError
+from reptrt.core.errors import RewriteError
 from reptrt.export import ExportSettings, fuse, onnx_from_module
 from reptrt.graph import Net, model_from_net, net_from_model
 from reptrt.preprocess import Preprocess

@@ -18,10 +18,10 @@ import torch
 from onnx import helper, numpy_helper
 
 from reptrt.affines import read_affines
-from reptrt.artifacts import read_sidecar, sidecar_path, write_artifact
+from reptrt.core.artifacts import read_sidecar, sidecar_path, write_artifact
+from reptrt.core.errors import ArtifactError, DataError, EngineError, ReptrtError
 from reptrt.data import open_dataset
 from reptrt.engine_input import read_buildable
-from reptrt.errors import ArtifactError, DataError, EngineError, ReptrtError
 from reptrt.graph import Net, net_from_model, read_model
 from reptrt.pipeline import CalibrateOptions, ExportOptions, Source, calibrate, export
 from reptrt.preprocess import Preprocess, read_preprocess

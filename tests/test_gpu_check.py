@@ -12,9 +12,10 @@ import onnx
 import pytest
 from click.testing import CliRunner
 
-from reptrt import _tensorrt, choices
+from reptrt import _tensorrt
 from reptrt._tensorrt import Gpu
 from reptrt.cli import main as reptrt_main
+from reptrt.core import choices
 from tests.helpers import TOOLS, load_tool
 from tests.onnx_nets import plain_chain
 

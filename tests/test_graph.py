@@ -9,7 +9,7 @@ import pytest
 from onnx import numpy_helper
 from onnx_graphsurgeon.logger import G_LOGGER
 
-from reptrt.errors import ArtifactError, RewriteError
+from reptrt.core.errors import ArtifactError, RewriteError
 from reptrt.graph import (
     Net,
     bytes_from_model,

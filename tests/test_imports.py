@@ -7,7 +7,8 @@ import click
 import pytest
 
 import reptrt
-from reptrt import cli, errors, pipeline
+from reptrt import cli, pipeline
+from reptrt.core import errors
 
 OPTIONAL = ("torch", "onnxruntime", "tensorrt", "tensorrt_rtx", "pycuda")
 HEAVY = (*OPTIONAL, "onnx", "onnx_graphsurgeon", "sklearn", "PIL")
@@ -41,7 +42,9 @@ def test_the_block_blocks(name: str) -> None:
 
 
 def test_import_needs_nothing_heavy() -> None:
-    done = python(f"{BLOCKED}\nimport reptrt, reptrt.cli, reptrt.errors; print(reptrt.__version__)")
+    done = python(
+        f"{BLOCKED}\nimport reptrt, reptrt.cli, reptrt.core.errors; print(reptrt.__version__)"
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == reptrt.__version__
 

@@ -10,7 +10,7 @@ import onnx
 import pytest
 from PIL import Image
 
-from reptrt.errors import ArtifactError, DataError
+from reptrt.core.errors import ArtifactError, DataError
 from reptrt.inputs import (
     DataRecord,
     check_data,

@@ -8,11 +8,11 @@ import pytest
 
 from reptrt import _tensorrt
 from reptrt._tensorrt import Gpu
-from reptrt.artifacts import write_artifact
 from reptrt.audit import audit, compare
+from reptrt.core.artifacts import write_artifact
+from reptrt.core.errors import ConfigError, EngineError
 from reptrt.engine import build_engine
 from reptrt.engine_options import BuildOptions
-from reptrt.errors import ConfigError, EngineError
 from reptrt.inspect import Inspection, inspect, inspect_onnx
 from reptrt.inspector import onnx_names, parse_inspector
 from reptrt.rtx_plan import layers_of_plan
@@ -249,7 +249,7 @@ shape_main {
   function={ name=__myl_No input_args={ "c" } output_args={ "c.q" } layers="" }
 }
 \0more
-"""  # noqa: E501
+"""
 
 
 def test_launches_of_a_hand_written_program(tmp_path):

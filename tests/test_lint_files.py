@@ -10,9 +10,9 @@ import pytest
 from click.testing import CliRunner
 from onnx import TensorProto, helper
 
-from reptrt.affine import Grid
 from reptrt.cli import main
-from reptrt.errors import ArtifactError
+from reptrt.core.errors import ArtifactError
+from reptrt.core.grid import Grid
 from reptrt.graph import bytes_from_model, model_from_net, net_from_model, read_model
 from reptrt.lint import RULES, lint, lint_net
 from reptrt.models.options import ArchitectureOptions

@@ -12,7 +12,7 @@ import pytest
 import torch
 from onnx import numpy_helper
 
-from reptrt.affine import Grid
+from reptrt.core.grid import Grid
 from reptrt.graph import model_from_net, net_from_model
 from reptrt.lowering import lower
 from reptrt.rewrite.split_coarse_fine import split_coarse_fine

@@ -6,7 +6,7 @@ from torch import nn
 
 from reptrt import models
 from reptrt.checkpoint import load_state_dict, load_weights
-from reptrt.errors import ConfigError
+from reptrt.core.errors import ConfigError
 from reptrt.models import ArchitectureOptions
 from tests.helpers import SHARED, needs_shared
 

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from reptrt.core.errors import ArtifactError, ConfigError
+from reptrt.core.options_json import json_from_options, options_from_json
 from reptrt.engine_options import BuildOptions, ShapeRange
-from reptrt.errors import ArtifactError, ConfigError
-from reptrt.options_json import json_from_options, options_from_json
 from reptrt.pipeline import CalibrateOptions, ExportOptions
 from reptrt.run import RunOptions
 

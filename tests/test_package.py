@@ -12,9 +12,9 @@ from click.testing import CliRunner, Result
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format
 
 from reptrt import package as module
-from reptrt.artifacts import sidecar_path, write_artifact
 from reptrt.cli import main
-from reptrt.errors import ArtifactError, ConfigError, EngineError
+from reptrt.core.artifacts import sidecar_path, write_artifact
+from reptrt.core.errors import ArtifactError, ConfigError, EngineError
 from reptrt.package import PackageOptions, package
 from tests.qdq_graphs import qdq_model, save
 

@@ -7,8 +7,8 @@ import onnx
 import pytest
 from onnx import helper, numpy_helper
 
-from reptrt.affine import Grid
-from reptrt.errors import ConfigError
+from reptrt.core.errors import ConfigError
+from reptrt.core.grid import Grid
 from reptrt.graph import Net, model_from_net, net_from_model
 from reptrt.placement import Placement, output_axis, place
 from reptrt.rewrite.split_coarse_fine import split_coarse_fine

@@ -3,8 +3,8 @@ import io
 import pytest
 from rich.console import Console
 
-from reptrt import progress
-from reptrt.progress import track
+from reptrt.core import progress
+from reptrt.core.progress import track
 
 
 def terminal() -> tuple[Console, io.StringIO]:

@@ -6,8 +6,8 @@ import pytest
 import torch
 from onnx import TensorProto, numpy_helper
 
-from reptrt.affine import Grid, channel_amax, dequantize
-from reptrt.errors import CalibrationError
+from reptrt.core.errors import CalibrationError
+from reptrt.core.grid import Grid, channel_amax, dequantize
 from reptrt.graph import model_from_net, net_from_model
 from reptrt.placement import Placement, place
 from reptrt.qdq import insert_qdq, quantize_weight, quantize_weights

@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import numpy_helper
 
-from reptrt.errors import RewriteError
+from reptrt.core.errors import RewriteError
+from reptrt.core.metrics import sqnr_db
 from reptrt.graph import Net, constant_value, model_from_net, net_from_model
 from reptrt.lint import lint_net
 from reptrt.lowering import lower
-from reptrt.metrics import sqnr_db
 from reptrt.placement import place
 from reptrt.recentred import read_recentred
 from reptrt.rewrite.recentre import full_range_obstacle, padded_readers, recentre

@@ -14,9 +14,9 @@ from click.testing import CliRunner, Result
 
 from reptrt.calib.thresholds import ThresholdOptions
 from reptrt.cli import main
+from reptrt.core.errors import ConfigError, DataError, EngineError
 from reptrt.data import open_dataset
 from reptrt.engine_input import read_buildable
-from reptrt.errors import ConfigError, DataError, EngineError
 from reptrt.evaluate import evaluate
 from reptrt.graph import get_json, model_from_net, net_from_model, read_model
 from reptrt.pipeline import CalibrateOptions, calibrate

@@ -14,9 +14,9 @@ import onnx_graphsurgeon as gs
 import pytest
 import torch
 
-from reptrt.affine import Grid
+from reptrt.core.errors import CalibrationError, DataError, ReptrtError
+from reptrt.core.grid import Grid
 from reptrt.data import open_dataset
-from reptrt.errors import CalibrationError, DataError, ReptrtError
 from reptrt.graph import (
     Net,
     bytes_from_model,

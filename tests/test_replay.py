@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from reptrt.artifacts import sha256_of
+from reptrt.core.artifacts import sha256_of
 from tests.small_run import make_run, refused, reptrt, write_data, write_factory
 
 MUST = ("float.onnx", "int8.onnx", "eval.json")

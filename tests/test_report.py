@@ -17,7 +17,7 @@ import pytest
 from onnx import numpy_helper
 from PIL import Image
 
-from reptrt.artifacts import sha256_of
+from reptrt.core.artifacts import sha256_of
 from reptrt.data import open_dataset
 from reptrt.graph import net_from_model, read_model
 from reptrt.preprocess import read_preprocess

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reptrt.errors import ArtifactError
+from reptrt.core.errors import ArtifactError
 from reptrt.pipeline import CalibrateOptions, CalibrateReport, calibrate
 from reptrt.reconstruct import LearnOptions, UnitReport, driver
 from reptrt.reconstruct.learn import Task, learn

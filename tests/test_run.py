@@ -16,8 +16,8 @@ import torch
 from click.testing import CliRunner
 from PIL import Image
 
-from reptrt.artifacts import sha256_of
 from reptrt.cli import main
+from reptrt.core.artifacts import sha256_of
 from reptrt.demo.digits import WEIGHTS
 from reptrt.pipeline import CalibrateOptions
 

@@ -11,7 +11,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from reptrt import conditions
-from reptrt.errors import ArtifactError, ConfigError, DataError, MissingDependencyError
+from reptrt.core.errors import ArtifactError, ConfigError, DataError, MissingDependencyError
 from reptrt.runner import OrtRunner, open_runner, optimized_op_counts, ort_version, usable_cores
 from tests.helpers import ort_run
 from tests.tiny_nets import classifier, quantized_conv

@@ -7,7 +7,7 @@ import onnx
 import pytest
 from onnx import helper, numpy_helper
 
-from reptrt.errors import RewriteError
+from reptrt.core.errors import RewriteError
 from reptrt.graph import Net, model_from_net, net_from_model
 from reptrt.rewrite.simplify import narrow_to_float32, simplify
 from tests.helpers import ort_run

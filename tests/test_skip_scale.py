@@ -13,12 +13,12 @@ import pytest
 from click.testing import CliRunner
 from onnx import numpy_helper
 
-from reptrt.affine import Grid, dequantize, quantize
 from reptrt.calib.histogram import histogram_of
 from reptrt.calib.saturation import without_dead_values
 from reptrt.calib.thresholds import ThresholdOptions
 from reptrt.choose import int8_pays
 from reptrt.cli import main
+from reptrt.core.grid import Grid, dequantize, quantize
 from reptrt.graph import Net, constant_of, model_from_net, net_from_model, read_model
 from reptrt.pipeline import CalibrateOptions, calibrate
 from reptrt.placement import place

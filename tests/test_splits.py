@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reptrt.affine import Grid
+from reptrt.core.grid import Grid
 from reptrt.graph import Net, model_from_net
 from reptrt.placement import place
 from reptrt.qdq import quantize_weight

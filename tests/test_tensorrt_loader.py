@@ -9,7 +9,7 @@ import pytest
 
 from reptrt import _tensorrt
 from reptrt._tensorrt import Gpu, Messages, load
-from reptrt.errors import ConfigError, MissingDependencyError
+from reptrt.core.errors import ConfigError, MissingDependencyError
 from tests.fake_tensorrt import API, FakeTensorrt
 
 RTX_RELEASES = [release for release in API if release.startswith("tensorrt-rtx")]
@@ -160,25 +160,25 @@ class FakeCuda:
     def __init__(self, init=0):
         self.init = init
 
-    def cuInit(self, flags):  # noqa: N802
+    def cuInit(self, flags):
         return self.init
 
-    def cuDeviceGet(self, device, ordinal):  # noqa: N802
+    def cuDeviceGet(self, device, ordinal):
         return 0
 
-    def cuDeviceGetName(self, name, length, device):  # noqa: N802
+    def cuDeviceGetName(self, name, length, device):
         name.value = b"NVIDIA GeForce RTX 4090"
         return 0
 
-    def cuDeviceGetPCIBusId(self, text, length, device):  # noqa: N802
+    def cuDeviceGetPCIBusId(self, text, length, device):
         text.value = b"0000:01:00.0"
         return 0
 
-    def cuDriverGetVersion(self, version):  # noqa: N802
+    def cuDriverGetVersion(self, version):
         version._obj.value = 12080
         return 0
 
-    def cuDeviceGetAttribute(self, number, attribute, device):  # noqa: N802
+    def cuDeviceGetAttribute(self, number, attribute, device):
         number._obj.value = {75: 8, 76: 9}[attribute]
         return 0
 

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from click.testing import CliRunner
 
-from reptrt.artifacts import read_sidecar
 from reptrt.cli import main
+from reptrt.core.artifacts import read_sidecar
 
 NET = """
 import torch

@@ -11,14 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, numpy_helper
 
+from reptrt.core.errors import RewriteError
+from reptrt.core.metrics import sqnr_db
 from reptrt.engine import build_engine
 from reptrt.engine_options import BuildOptions
-from reptrt.errors import RewriteError
 from reptrt.graph import model_from_net, net_from_model
 from reptrt.intent import planned_int8
 from reptrt.lint import lint_net
 from reptrt.lowering import lower
-from reptrt.metrics import sqnr_db
 from reptrt.pipeline import CalibrateOptions, ExportOptions, Source, calibrate, export
 from reptrt.rewrite.contract import RewriteReport
 from reptrt.rewrite.to_fp16 import to_fp16

@@ -13,7 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
 from torch.nn import functional as F
 
-from reptrt.errors import ConfigError, DataError, RewriteError
+from reptrt.core.errors import ConfigError, DataError, RewriteError
 from reptrt.graph import net_from_model
 from reptrt.torchgraph import TorchGraph, compute, exact_math
 from reptrt.torchops.program import Step

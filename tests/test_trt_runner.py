@@ -8,7 +8,7 @@ import pytest
 from reptrt import _tensorrt
 from reptrt._tensorrt import Gpu
 from reptrt.bench import bench
-from reptrt.errors import ConfigError, DataError, EngineError, MissingDependencyError
+from reptrt.core.errors import ConfigError, DataError, EngineError, MissingDependencyError
 from reptrt.runner import open_runner
 from reptrt.trt_runner import TrtRunner
 from tests.fake_tensorrt import API, FakeTensorrt, plan_of

@@ -11,10 +11,10 @@ import torch
 from onnx import numpy_helper
 
 from reptrt.calib.thresholds import ThresholdOptions
+from reptrt.core.metrics import sqnr_db
 from reptrt.diagnose import diagnose
 from reptrt.graph import model_from_net, net_from_model, read_model
 from reptrt.lowering import lower
-from reptrt.metrics import sqnr_db
 from reptrt.pipeline import CalibrateOptions, CalibrateReport, calibrate
 from reptrt.runner import OrtRunner
 from reptrt.torch_runner import int8_runner

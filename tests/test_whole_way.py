@@ -16,12 +16,12 @@ from onnx import numpy_helper
 from PIL import Image
 from torch import nn
 
-from reptrt.artifacts import read_sidecar, sha256_of
 from reptrt.calib.thresholds import ThresholdOptions
+from reptrt.core.artifacts import read_sidecar, sha256_of
+from reptrt.core.metrics import sqnr_db
 from reptrt.evaluate import evaluate
 from reptrt.graph import net_from_model, read_model
 from reptrt.lint import lint
-from reptrt.metrics import sqnr_db
 from reptrt.pipeline import CalibrateOptions, ExportOptions, Source, calibrate, export
 from reptrt.runner import OrtRunner
 from reptrt.torch_runner import graph_runner

@@ -28,7 +28,7 @@ import click
 import numpy as np
 from held_out import halves
 
-from reptrt.choices import SplitMode
+from reptrt.core.choices import SplitMode
 from reptrt.evaluate import evaluate
 from reptrt.pipeline import CalibrateOptions, calibrate
 from reptrt.reconstruct import LearnOptions

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from held_out import halves
 
 from reptrt.calib.thresholds import ThresholdOptions
-from reptrt.choices import Threshold
+from reptrt.core.choices import Threshold
 from reptrt.evaluate import evaluate
 from reptrt.pipeline import CalibrateOptions, calibrate
 

@@ -14,12 +14,12 @@ import click
 import numpy as np
 import numpy.typing as npt
 import onnx
-import onnxruntime  # noqa: TID251  # OrtRunner would widen FP16, which hides its rounding
+import onnxruntime  # OrtRunner would widen FP16, which hides its rounding
 
+from reptrt.core.metrics import agreement, sqnr_db
 from reptrt.data import Dataset, open_dataset
 from reptrt.engine_input import with_rest
 from reptrt.graph import net_from_model, read_model
-from reptrt.metrics import agreement, sqnr_db
 from reptrt.preprocess import read_preprocess
 
 _BATCH = 50

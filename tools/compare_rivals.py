@@ -27,9 +27,9 @@ from rivals.measure import Bench, Result
 from rivals.rows import ADAROUND_ITERATIONS, Row, rows
 from rivals.table import firsts, table
 
-from reptrt.artifacts import package_versions, sha256_of, write_bytes, write_json
 from reptrt.conditions import cpu_name
-from reptrt.errors import ReptrtError
+from reptrt.core.artifacts import package_versions, sha256_of, write_bytes, write_json
+from reptrt.core.errors import ReptrtError
 from reptrt.evaluate import evaluate
 
 Batches = tuple[int, ...]

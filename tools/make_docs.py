@@ -18,9 +18,9 @@ import click
 import numpy as np
 import numpy.typing as npt
 
-from reptrt.affine import Grid, channel_amax, scale_from_amax
-from reptrt.artifacts import write_bytes
 from reptrt.cli import main as reptrt
+from reptrt.core.artifacts import write_bytes
+from reptrt.core.grid import Grid, channel_amax, scale_from_amax
 from reptrt.demo import digits
 from reptrt.graph import net_from_model, read_model, weighted_nodes
 from reptrt.lint.rules import RULES

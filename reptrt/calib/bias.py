@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from reptrt.affine import dequantize
+from reptrt.core.grid import dequantize
 from reptrt.qdq import QuantizedWeight
 from reptrt.torchgraph import TorchGraph
 

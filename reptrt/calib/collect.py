@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from reptrt.calib.histogram import Histogram, histogram_of
+from reptrt.core.errors import CalibrationError
+from reptrt.core.progress import track
 from reptrt.data import Dataset
-from reptrt.errors import CalibrationError
 from reptrt.placement import Activation
-from reptrt.progress import track
 from reptrt.torchgraph import TorchGraph
 
 COMPUTE_BATCH = 32

@@ -38,10 +38,10 @@ from typing import get_args
 import numpy as np
 import numpy.typing as npt
 
-from reptrt.affine import Grid
 from reptrt.calib.histogram import Histogram
-from reptrt.choices import Rule, Threshold
-from reptrt.errors import ConfigError
+from reptrt.core.choices import Rule, Threshold
+from reptrt.core.errors import ConfigError
+from reptrt.core.grid import Grid
 
 FloatArray = npt.NDArray[np.float64]
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import click
 from rich.console import Console
 
-from reptrt.errors import ArtifactError, ReptrtError
+from reptrt.core.errors import ArtifactError, ReptrtError
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -26,7 +26,7 @@ def main(output: Path, json_path: Path | None) -> None:
     The net reads scikit-learn's handwritten digits. Calibration sees training images only, the
     table is about images held out from both.
     """
-    from reptrt.artifacts import write_json
+    from reptrt.core.artifacts import write_json
     from reptrt.demo.comparison import compare
 
     try:

@@ -9,10 +9,10 @@ from rich.table import Table
 
 from reptrt import pipeline
 from reptrt.bench import bench
+from reptrt.core.errors import MissingDependencyError
 from reptrt.demo import digits
 from reptrt.engine import EngineSummary, build_engine
 from reptrt.engine_options import BuildOptions
-from reptrt.errors import MissingDependencyError
 from reptrt.evaluate import evaluate
 from reptrt.ladder import Files, climb
 from reptrt.run import RunOptions

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from reptrt.errors import MissingDependencyError
+from reptrt.core.errors import MissingDependencyError
 from reptrt.models.options import ArchitectureOptions
 
 WEIGHTS = Path(__file__).with_name("digits_repvgg.pt")

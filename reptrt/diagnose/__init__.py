@@ -16,11 +16,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from reptrt.core.errors import ConfigError
 from reptrt.data import Dataset, open_dataset
 from reptrt.diagnose.measure import Halves, Powers, closeness, halves_of, layer_powers, probes_of
 from reptrt.diagnose.parts import WeightRange, bits_left, range_of_branches, range_of_kernel
 from reptrt.diagnose.report import Corner, Diagnosis, LayerDiagnosis, Noise
-from reptrt.errors import ConfigError
 from reptrt.graph import Net, constant_value, net_from_model, read_model, weighted_nodes
 from reptrt.pipeline import (
     PLAIN_INT8,

@@ -15,13 +15,13 @@ import onnx_graphsurgeon as gs
 import torch
 from torch import Tensor
 
-from reptrt.affine import Grid
 from reptrt.calib.collect import compute_batch
+from reptrt.core.grid import Grid
+from reptrt.core.metrics import agreement, db_from_powers
+from reptrt.core.progress import track
 from reptrt.data import Dataset
 from reptrt.graph import Net, producer
-from reptrt.metrics import agreement, db_from_powers
 from reptrt.placement import Placement, moves_values
-from reptrt.progress import track
 from reptrt.qdq import insert_qdq, quantize_weights
 from reptrt.splits import Split, read_splits
 from reptrt.torchgraph import TorchGraph

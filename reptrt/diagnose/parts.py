@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_graphsurgeon as gs
 
-from reptrt.affine import Grid, channel_amax, scale_from_amax
+from reptrt.core.grid import Grid, channel_amax, scale_from_amax
 from reptrt.graph import constant_value
 from reptrt.provenance import Branch
 from reptrt.rewrite import split_identity

@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from reptrt.errors import ConfigError
+from reptrt.core.errors import ConfigError
 from reptrt.models import mobileone, repvgg
 from reptrt.models.options import Architecture, ArchitectureOptions, flag
 

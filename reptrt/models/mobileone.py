@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from reptrt.errors import ConfigError
+from reptrt.core.errors import ConfigError
 from reptrt.models.layers import (
     ConvSpec,
     classifier,

@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 
 from torch import nn
 
-from reptrt.errors import ConfigError
+from reptrt.core.errors import ConfigError
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from reptrt.errors import ConfigError
+from reptrt.core.errors import ConfigError
 from reptrt.models.layers import (
     ConvSpec,
     classifier,

@@ -12,8 +12,14 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from reptrt.affine import Grid, scale_from_amax
-from reptrt.artifacts import (
+from reptrt.calib.bias import bias_errors, deployed_weights
+from reptrt.calib.collect import Statistics, collect, merge_groups
+from reptrt.calib.histogram import NUM_BINS, Histogram
+from reptrt.calib.outputs import Outputs, parts
+from reptrt.calib.saturation import without_dead_values
+from reptrt.calib.thresholds import ThresholdOptions, amax_from_histogram
+from reptrt.choose import Decision, RangeDecision, full_range_of
+from reptrt.core.artifacts import (
     package_versions,
     read_sidecar,
     refuse_overwriting,
@@ -21,14 +27,8 @@ from reptrt.artifacts import (
     sha256_of,
     write_artifact,
 )
-from reptrt.calib.bias import bias_errors, deployed_weights
-from reptrt.calib.collect import Statistics, collect, merge_groups
-from reptrt.calib.histogram import NUM_BINS, Histogram
-from reptrt.calib.outputs import Outputs, parts
-from reptrt.calib.saturation import without_dead_values
-from reptrt.calib.thresholds import ThresholdOptions, amax_from_histogram
-from reptrt.choices import Threshold
-from reptrt.choose import Decision, RangeDecision, full_range_of
+from reptrt.core.choices import Threshold
+from reptrt.core.grid import Grid, scale_from_amax
 from reptrt.data import Dataset, open_dataset
 from reptrt.graph import (
     Net,

@@ -8,7 +8,7 @@ from typing import Any
 
 import onnx
 
-from reptrt.artifacts import (
+from reptrt.core.artifacts import (
     read_sidecar,
     refuse_overwriting,
     require_folder,

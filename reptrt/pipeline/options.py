@@ -5,9 +5,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from reptrt.affine import Grid
 from reptrt.calib.thresholds import ThresholdOptions
-from reptrt.choices import (
+from reptrt.core.choices import (
     HighPrecision,
     Recipe,
     Resize,
@@ -16,7 +15,8 @@ from reptrt.choices import (
     SplitMode,
     SplitPrecision,
 )
-from reptrt.errors import ConfigError
+from reptrt.core.errors import ConfigError
+from reptrt.core.grid import Grid
 from reptrt.reconstruct.options import LearnOptions
 
 _RECIPES: Mapping[Recipe, LearnOptions | None] = {

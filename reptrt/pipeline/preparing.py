@@ -9,10 +9,10 @@ import torch
 
 from reptrt.calib.channels import ChannelStats, collect_channels
 from reptrt.calib.outputs import parts
-from reptrt.choices import SplitForm
 from reptrt.choose import Decision, RangeDecision, choose, int8_pays, num_macs
+from reptrt.core.choices import SplitForm
+from reptrt.core.errors import ConfigError
 from reptrt.data import Dataset
-from reptrt.errors import ConfigError
 from reptrt.graph import Net, weighted_nodes
 from reptrt.pipeline.options import CalibrateOptions
 from reptrt.placement import Placement, exactly, place

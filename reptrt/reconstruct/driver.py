@@ -14,13 +14,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from reptrt.affine import Grid
 from reptrt.calib.collect import COMPUTE_BATCH
+from reptrt.core.errors import CalibrationError, DataError
+from reptrt.core.grid import Grid
+from reptrt.core.progress import track
 from reptrt.data import Dataset
-from reptrt.errors import CalibrationError, DataError
 from reptrt.graph import Net
 from reptrt.placement import Placement
-from reptrt.progress import track
 from reptrt.reconstruct.cache import (
     Storage,
     Store,

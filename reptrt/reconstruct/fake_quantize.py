@@ -5,11 +5,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reptrt.affine import Grid
+from reptrt.core.grid import Grid
 
 
 def fake_quantize(x: Tensor, step: Tensor, grid: Grid) -> Tensor:
-    """Return clip(round(x / step), qmin, qmax) * step, the values of `reptrt.affine`.
+    """Return clip(round(x / step), qmin, qmax) * step, the values of `reptrt.core.grid`.
 
     Gradients: of x, 1 inside the range and 0 where x is clipped; of the step, round(x / step) -
     x / step inside and qmin or qmax where x is clipped (learned step size, arXiv 1902.08153).

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from reptrt.errors import CalibrationError
+from reptrt.core.errors import CalibrationError
 from reptrt.reconstruct.options import LearnOptions
 from reptrt.reconstruct.rounding import SoftCodes, beta_at
 from reptrt.reconstruct.state import Sites, State, deployed_weights, simulation

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from reptrt.errors import ConfigError
+from reptrt.core.errors import ConfigError
 
 Kept = Literal["learned", "nearest"]
 

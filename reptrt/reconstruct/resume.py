@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from reptrt.artifacts import write_bytes
-from reptrt.errors import ArtifactError
+from reptrt.core.artifacts import write_bytes
+from reptrt.core.errors import ArtifactError
 from reptrt.reconstruct.options import UnitReport
 from reptrt.reconstruct.state import State
 

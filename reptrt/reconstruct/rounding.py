@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-from reptrt.affine import Grid
+from reptrt.core.grid import Grid
 from reptrt.reconstruct.state import WeightSite
 
 _STRETCH, _SHIFT = 1.2, 0.1

@@ -13,8 +13,8 @@ import onnx_graphsurgeon as gs
 import torch
 from torch import Tensor
 
-from reptrt.affine import Grid, along_axis
 from reptrt.affines import read_affines
+from reptrt.core.grid import Grid, along_axis
 from reptrt.graph import Net, constant_of, maker_of, producer
 from reptrt.placement import Placement
 from reptrt.qdq import is_simulation

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import jinja2
 
-from reptrt.artifacts import refuse_overwriting, require_folder, write_bytes
+from reptrt.core.artifacts import refuse_overwriting, require_folder, write_bytes
 from reptrt.report import environment, layers, results
 from reptrt.report.content import AS_RECORDED, RunContent, read_run
 from reptrt.report.page import Page, Section

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from reptrt.artifacts import sha256_of
-from reptrt.errors import ArtifactError
+from reptrt.core.artifacts import sha256_of
+from reptrt.core.errors import ArtifactError
 from reptrt.manifest import (
     CALIBRATE_FILE,
     FILE,

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 from markupsafe import Markup
 
-from reptrt.errors import ArtifactError
+from reptrt.core.errors import ArtifactError
 from reptrt.report.charts import Scale, axis, change, scale_of, strips
 from reptrt.report.content import JsonObject, RunContent
 from reptrt.report.page import (

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from reptrt.affine import Grid, channel_amax, scale_from_amax
+from reptrt.core.grid import Grid, channel_amax, scale_from_amax
 from reptrt.graph import Net, net_from_model, read_model
 from reptrt.provenance import Branch, read_provenance
 from reptrt.quantized import layer_weights

@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 import onnx_graphsurgeon as gs
 
-from reptrt.affine import along_axis
 from reptrt.affines import Affine, read_affines, record_affines
+from reptrt.core.grid import along_axis
 from reptrt.graph import Net, constant_of, constant_value, first_free, maker_of
 from reptrt.rewrite.contract import RewriteReport
 from reptrt.splits import Split, read_splits

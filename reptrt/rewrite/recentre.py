@@ -33,7 +33,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_graphsurgeon as gs
 
-from reptrt.errors import RewriteError
+from reptrt.core.errors import RewriteError
 from reptrt.graph import Net, constant_value, first_free, is_private, producer
 from reptrt.placement import Activation, Placement
 from reptrt.recentred import (

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import onnx_graphsurgeon as gs
 from onnx.reference import ReferenceEvaluator
 
-from reptrt.errors import RewriteError
+from reptrt.core.errors import RewriteError
 from reptrt.graph import Net, constant_value, weighted_nodes
 from reptrt.rewrite.contract import RewriteReport
 

@@ -24,8 +24,8 @@ import numpy as np
 import numpy.typing as npt
 import onnx_graphsurgeon as gs
 
-from reptrt.affine import Grid
-from reptrt.choices import SplitPrecision
+from reptrt.core.choices import SplitPrecision
+from reptrt.core.grid import Grid
 from reptrt.graph import Net, constant_value, weighted_nodes
 from reptrt.rewrite.contract import RewriteReport, Skipped
 from reptrt.splits import Split, record_splits

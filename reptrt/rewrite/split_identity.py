@@ -21,8 +21,8 @@ import numpy as np
 import numpy.typing as npt
 import onnx_graphsurgeon as gs
 
-from reptrt.affine import Grid, along_axis, channel_amax
-from reptrt.choices import SplitPrecision
+from reptrt.core.choices import SplitPrecision
+from reptrt.core.grid import Grid, along_axis, channel_amax
 from reptrt.graph import Net, constant_of, constant_value, weighted_nodes
 from reptrt.rewrite.contract import RewriteReport, Skipped
 from reptrt.rewrite.split_coarse_fine import centre_of, centre_pads

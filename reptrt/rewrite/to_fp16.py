@@ -24,7 +24,7 @@ import numpy.typing as npt
 import onnx
 import onnx_graphsurgeon as gs
 
-from reptrt.errors import RewriteError
+from reptrt.core.errors import RewriteError
 from reptrt.graph import (
     WEIGHTED_OPS,
     Net,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from reptrt.errors import RewriteError
+from reptrt.core.errors import RewriteError
 from reptrt.torchops.node import Builder, NodeView, Operator, Precision, plain, together
 
 _FLOATING = (

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from reptrt.errors import RewriteError
+from reptrt.core.errors import RewriteError
 from reptrt.torchops.node import Builder, NodeView, Operator, plain
 from reptrt.torchops.window import pad_with, padding_of, same_pads, spatial_layout
 

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from reptrt.errors import RewriteError
+from reptrt.core.errors import RewriteError
 
 # Takes the node's inputs in order (None where one is omitted); returns a tensor or a tuple of them.
 Operator: TypeAlias = Callable[..., Any]

@@ -3,7 +3,7 @@
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from reptrt.errors import ConfigError
+from reptrt.core.errors import ConfigError
 from reptrt.torchops.program import Program, Step
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from reptrt.errors import RewriteError
+from reptrt.core.errors import RewriteError
 from reptrt.torchops.node import Builder, NodeView, Operator
 from reptrt.torchops.window import Ints, each, pad_with, padding_of, same_pads, spatial_layout
 

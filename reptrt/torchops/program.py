@@ -10,7 +10,7 @@ import onnx_graphsurgeon as gs
 import torch
 from torch import Tensor
 
-from reptrt.errors import RewriteError
+from reptrt.core.errors import RewriteError
 from reptrt.graph import Net
 from reptrt.torchops.node import Builder, NodeView, Operator, Precision
 

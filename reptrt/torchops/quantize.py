@@ -12,7 +12,7 @@ import onnx
 import torch
 from torch import Tensor
 
-from reptrt.errors import RewriteError
+from reptrt.core.errors import RewriteError
 from reptrt.torchops.elementwise import torch_dtype
 from reptrt.torchops.node import Builder, NodeView, Operator, along
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from reptrt.errors import RewriteError
+from reptrt.core.errors import RewriteError
 from reptrt.torchops.node import Builder, NodeView, Operator
 
 _COORDINATES = ("half_pixel", "pytorch_half_pixel", "align_corners", "asymmetric")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from reptrt.errors import RewriteError
+from reptrt.core.errors import RewriteError
 from reptrt.torchops.node import Builder, NodeView, Operator, plain, together
 
 _PAD_MODES = {"constant": "constant", "reflect": "reflect", "edge": "replicate"}

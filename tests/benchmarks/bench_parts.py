@@ -12,10 +12,10 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
-from reptrt.affine import Grid
 from reptrt.calib.histogram import histogram_of
 from reptrt.calib.thresholds import ThresholdOptions, amax_from_histogram
-from reptrt.choices import Rule
+from reptrt.core.choices import Rule
+from reptrt.core.grid import Grid
 from reptrt.data import Dataset
 from reptrt.graph import Net
 from reptrt.reconstruct.fake_quantize import fake_quantize

@@ -9,8 +9,8 @@ from typing import Any
 
 from rivals.rows import Environment
 
-from reptrt.artifacts import write_json
-from reptrt.errors import ReptrtError
+from reptrt.core.artifacts import write_json
+from reptrt.core.errors import ReptrtError
 
 _MADE = "reptrt-rival.json"  # in an environment that is complete: its key and its versions
 

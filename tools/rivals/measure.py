@@ -16,10 +16,10 @@ from rivals import environments
 from rivals.rows import Row
 
 import reptrt
-from reptrt.artifacts import package_versions, replacing, sha256_of, write_json
 from reptrt.bench import bench
+from reptrt.core.artifacts import package_versions, replacing, sha256_of, write_json
+from reptrt.core.errors import ReptrtError
 from reptrt.data import open_dataset
-from reptrt.errors import ReptrtError
 from reptrt.evaluate import evaluate
 from reptrt.graph import net_from_model, read_model
 from reptrt.lint import lint

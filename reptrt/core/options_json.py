@@ -12,7 +12,7 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from reptrt.errors import ArtifactError
+from reptrt.core.errors import ArtifactError
 
 Options = TypeVar("Options")
 

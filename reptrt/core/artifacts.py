@@ -19,7 +19,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from reptrt.errors import ArtifactError
+from reptrt.core.errors import ArtifactError
 
 _RECORDED_PACKAGES = (
     "reptrt",

@@ -1,0 +1,1 @@
+"""The floor everything stands on: errors, choices, artifacts, metrics, the INT8 grid."""
