@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from reptrt.core.errors import ConfigError, EngineError
-from reptrt.graph import read_model
+from reptrt.graph.intent import planned_int8
+from reptrt.graph.net import read_model
 from reptrt.inspect import Inspection, inspect_engine
 from reptrt.inspector import UNKNOWN, Layer
-from reptrt.intent import planned_int8
 
 _NARROW = 16  # channels below which INT8 kernels are padded
 

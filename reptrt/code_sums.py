@@ -21,7 +21,7 @@ import numpy.typing as npt
 import onnx_graphsurgeon as gs
 
 from reptrt.core.grid import along_axis
-from reptrt.graph import constant_of, constant_value, producer
+from reptrt.graph.net import constant_of, constant_value, producer
 
 AnyArray = npt.NDArray[Any]
 Float64Array = npt.NDArray[np.float64]

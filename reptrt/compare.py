@@ -8,9 +8,9 @@ import numpy as np
 import numpy.typing as npt
 
 from reptrt.core.errors import ArtifactError
-from reptrt.graph import Net
-from reptrt.quantized import LayerWeight, activation_scales, layer_weights
-from reptrt.splits import read_splits
+from reptrt.graph.net import Net
+from reptrt.graph.quantized import LayerWeight, activation_scales, layer_weights
+from reptrt.graph.splits import read_splits
 
 _NAMED = 5  # names in a line
 _NEAR = 1.0005  # below, four digits do not show a ratio's distance from 1

@@ -17,8 +17,8 @@ from typing import NamedTuple
 
 import onnx
 
-from reptrt.graph import WEIGHTED_OPS
-from reptrt.intent import node_name, planned_int8
+from reptrt.graph.intent import node_name, planned_int8
+from reptrt.graph.net import WEIGHTED_OPS
 
 _DEFAULT_BYTES = 4
 _BYTES: dict[int, int] = {

@@ -10,7 +10,7 @@ from rich.table import Table
 from reptrt.compare import Change, Comparison, WeightChange, changes, compare_nets, ratio_text
 from reptrt.core.artifacts import Sidecar, read_sidecar, sha256_of
 from reptrt.core.errors import ArtifactError, ConfigError
-from reptrt.graph import Net, net_from_model, read_model
+from reptrt.graph.net import Net, net_from_model, read_model
 from reptrt.manifest import STAGES, Manifest, check_made, read_finished, read_json
 from reptrt.run import FLOAT_FILE, INT8_FILE
 

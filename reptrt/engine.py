@@ -29,8 +29,8 @@ from reptrt.engine_options import (
     check_options,
     profile_shapes,
 )
-from reptrt.graph import bytes_from_model
-from reptrt.intent import planned_int8
+from reptrt.graph.intent import planned_int8
+from reptrt.graph.net import bytes_from_model
 
 _LOG = logging.getLogger(__name__)
 _MIB = 1 << 20

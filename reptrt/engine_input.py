@@ -16,8 +16,8 @@ import onnx
 from reptrt.core.artifacts import read_sidecar
 from reptrt.core.choices import HighPrecision
 from reptrt.core.errors import EngineError
-from reptrt.graph import WEIGHTED_OPS, get_json, model_from_net, net_from_model, read_model
-from reptrt.intent import runtime_scale_node, uint8_node
+from reptrt.graph.intent import runtime_scale_node, uint8_node
+from reptrt.graph.net import WEIGHTED_OPS, get_json, model_from_net, net_from_model, read_model
 from reptrt.rewrite.contract import Skipped
 from reptrt.rewrite.to_fp16 import to_fp16
 

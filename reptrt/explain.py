@@ -19,12 +19,12 @@ from reptrt.core.artifacts import read_sidecar, sha256_of
 from reptrt.core.errors import ReptrtError
 from reptrt.cost import LayerCost, layer_costs
 from reptrt.engine_input import is_half
-from reptrt.graph import net_from_model, read_model
+from reptrt.graph.intent import planned_int8
+from reptrt.graph.net import net_from_model, read_model
+from reptrt.graph.splits import read_splits
 from reptrt.inspect import inspect_engine
-from reptrt.intent import planned_int8
 from reptrt.lint import lint_net
 from reptrt.runner import optimized_nodes
-from reptrt.splits import read_splits
 
 _HELPS = 0.9  # ratio below which INT8 is worth no explanation
 _NAMED = 3

@@ -22,8 +22,8 @@ import torch
 from torch import nn
 
 from reptrt.core.errors import ConfigError, RewriteError
-from reptrt.graph import QUANTIZED_OPS, Net, net_from_model, read_model, refuse_not_finite
-from reptrt.preprocess import Preprocess, write_preprocess
+from reptrt.graph.net import QUANTIZED_OPS, Net, net_from_model, read_model, refuse_not_finite
+from reptrt.graph.preprocess import Preprocess, write_preprocess
 from reptrt.rewrite.contract import RewriteReport
 from reptrt.rewrite.fold_batchnorm import fold_batchnorm
 from reptrt.rewrite.fuse_branches import fuse_branches

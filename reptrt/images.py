@@ -21,7 +21,7 @@ from PIL import Image, UnidentifiedImageError
 
 from reptrt.core.choices import Resize
 from reptrt.core.errors import DataError
-from reptrt.preprocess import Preprocess
+from reptrt.graph.preprocess import Preprocess
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff"})
 CACHE_BYTES = 512 << 20  # decoded pixels up to this size are kept for the next pass

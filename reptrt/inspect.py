@@ -13,9 +13,9 @@ from reptrt import _tensorrt
 from reptrt._tensorrt import Gpu
 from reptrt.core.artifacts import Sidecar, read_sidecar
 from reptrt.engine_file import OpenEngine, PlanHeader, open_engine, read_header
-from reptrt.graph import read_model
+from reptrt.graph.intent import node_name, planned_int8
+from reptrt.graph.net import read_model
 from reptrt.inspector import UNKNOWN, Layer, Tensor, parse_inspector, type_in
-from reptrt.intent import node_name, planned_int8
 from reptrt.rtx_plan import layers_of_plan
 
 

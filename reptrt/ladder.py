@@ -32,11 +32,11 @@ from reptrt.core.options_json import options_from_json
 from reptrt.data import open_dataset
 from reptrt.engine import build_engine
 from reptrt.export import model_from_file
-from reptrt.graph import Net, bytes_from_model, model_from_net, net_from_model, read_model
+from reptrt.graph.net import Net, bytes_from_model, model_from_net, net_from_model, read_model
+from reptrt.graph.preprocess import Preprocess, read_preprocess
 from reptrt.inputs import check_data, check_source, source_files
 from reptrt.manifest import FILE, LADDER_FILE, Manifest, check_made, read_finished
 from reptrt.pipeline import CalibrateOptions, calibrate, export, prepare, split_layers, torch_device
-from reptrt.preprocess import Preprocess, read_preprocess
 from reptrt.run import ENGINE_FILE, FLOAT_FILE, INT8_FILE, RunOptions
 from reptrt.rungs import Ladder, Step, measure
 from reptrt.runner import OrtRunner, Runner, open_runner

@@ -38,9 +38,9 @@ import onnx_graphsurgeon as gs
 
 from reptrt.code_sums import quantize_behind, sum_codes
 from reptrt.core.grid import along_axis
-from reptrt.graph import constant_value, model_from_net, net_from_model, producer
-from reptrt.placement import moves_values
-from reptrt.recentred import restore
+from reptrt.graph.net import constant_value, model_from_net, net_from_model, producer
+from reptrt.graph.placement import moves_values
+from reptrt.graph.recentred import restore
 
 _MAX_BIAS_CODE = 1 << 30  # leaves room for the sum in an INT32 accumulator
 _LONE_BIAS_CODE = 1 << 22  # of a channel without weights: sums in float are exact below 2^24

@@ -23,7 +23,7 @@ from google.protobuf.message import DecodeError
 from reptrt.code_sums import SUMS
 from reptrt.conditions import may_saturate
 from reptrt.core.errors import ArtifactError, ConfigError, DataError, MissingDependencyError
-from reptrt.graph import bytes_from_model, read_model
+from reptrt.graph.net import bytes_from_model, read_model
 from reptrt.lowering import lower
 
 Device = Literal["cpu", "cuda", "tensorrt"]

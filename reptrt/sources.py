@@ -17,7 +17,7 @@ from torch import nn
 
 from reptrt.checkpoint import load_state_dict, load_weights
 from reptrt.core.errors import ConfigError
-from reptrt.graph import first_free
+from reptrt.graph.net import first_free
 from reptrt.models import (
     ArchitectureOptions,
     build,

@@ -12,11 +12,11 @@ import onnx_graphsurgeon as gs
 import torch
 from torch import Tensor, nn
 
-from reptrt.graph import Net, constant_of, net_from_model
-from reptrt.lint.tensors import is_dequantize, is_quantize, value_of
+from reptrt.graph.net import Net, constant_of, net_from_model
+from reptrt.graph.qdq import is_simulation
+from reptrt.graph.queries import is_dequantize, is_quantize, value_of
+from reptrt.graph.recentred import read_recentred
 from reptrt.lowering import lower
-from reptrt.qdq import is_simulation
-from reptrt.recentred import read_recentred
 from reptrt.torchgraph import TorchGraph
 
 AnyArray = npt.NDArray[Any]
@@ -99,7 +99,7 @@ def float_activations(net: Net) -> Replacements:
     """Return replacements that leave every activation of a Q/DQ graph in float.
 
     Weights keep their codes. The pair is skipped, and the Clip of a simulation before it. Where the
-    saturation of a Q stands in for a ReLU (`reptrt.recentred`), that is all that is left of it.
+    saturation of a Q stands in for a ReLU (`reptrt.graph.recentred`), that is all that is left of it.
     """
     codes = {one.quantize: one.code for one in read_recentred(net)}
     replacements: dict[str, Callable[..., Tensor]] = {}

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from reptrt.core.errors import ConfigError, DataError, RewriteError
-from reptrt.graph import Net, net_from_model
+from reptrt.graph.net import Net, net_from_model
 from reptrt.torchops import OPERATORS
 from reptrt.torchops.node import Precision
 from reptrt.torchops.plan import Plan, plan_of

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from onnx import numpy_helper
 
 from reptrt.core.grid import Grid, channel_amax, quantize, scale_from_amax
-from reptrt.graph import Net, constant_value, model_from_net, net_from_model
-from reptrt.placement import Placement, place
-from reptrt.qdq import QuantizedWeight, insert_qdq, quantize_weights
+from reptrt.graph.net import Net, constant_value, model_from_net, net_from_model
+from reptrt.graph.placement import Placement, place
+from reptrt.graph.qdq import QuantizedWeight, insert_qdq, quantize_weights
 from reptrt.rewrite.recentre import full_range_obstacle
 from reptrt.rewrite.split_coarse_fine import split_coarse_fine
 from reptrt.rewrite.split_identity import split_identity

@@ -10,10 +10,10 @@ from onnx import numpy_helper
 
 from reptrt.core.grid import Grid, scale_from_amax
 from reptrt.data import Dataset, open_dataset
-from reptrt.graph import Net, model_from_net, net_from_model
-from reptrt.placement import Placement, place
-from reptrt.preprocess import Preprocess, write_preprocess
-from reptrt.qdq import insert_qdq, quantize_weights
+from reptrt.graph.net import Net, model_from_net, net_from_model
+from reptrt.graph.placement import Placement, place
+from reptrt.graph.preprocess import Preprocess, write_preprocess
+from reptrt.graph.qdq import insert_qdq, quantize_weights
 from reptrt.reconstruct import LearnOptions, Quantized, ReconstructReport, reconstruct
 from reptrt.reconstruct.resume import Finished
 from reptrt.rewrite.fold_affine import fold_affine

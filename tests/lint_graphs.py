@@ -8,7 +8,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from reptrt import _tensorrt
-from reptrt.graph import bytes_from_model, net_from_model
+from reptrt.graph.net import bytes_from_model, net_from_model
 from reptrt.lint import LintReport, lint_net
 
 C = 16  # channels

@@ -6,7 +6,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from reptrt.graph import Net, constant_of
+from reptrt.graph.net import Net, constant_of
 
 Array = np.ndarray
 

@@ -4,9 +4,9 @@ import numpy as np
 import onnx
 
 from reptrt.core.grid import Grid, scale_from_amax
-from reptrt.graph import model_from_net, net_from_model
-from reptrt.placement import place
-from reptrt.qdq import insert_qdq, quantize_weights
+from reptrt.graph.net import model_from_net, net_from_model
+from reptrt.graph.placement import place
+from reptrt.graph.qdq import insert_qdq, quantize_weights
 from tests.helpers import ort_run
 from tests.onnx_nets import Builder
 

@@ -10,14 +10,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reptrt.affines import read_affines
 from reptrt.core.grid import Grid
-from reptrt.graph import Net, constant_of, maker_of, model_from_net, net_from_model
+from reptrt.graph.affines import read_affines
+from reptrt.graph.net import Net, constant_of, maker_of, model_from_net, net_from_model
+from reptrt.graph.splits import read_splits
 from reptrt.rewrite.fold_affine import fold_affine
 from reptrt.rewrite.insert_affine import insert_affine
 from reptrt.rewrite.split_coarse_fine import split_coarse_fine
 from reptrt.rewrite.split_identity import split_identity
-from reptrt.splits import read_splits
 from tests.helpers import ort_run
 from tests.onnx_nets import Builder, basic_block, plain_chain
 from tests.qdq_nets import images, quantized, residual_net

@@ -15,9 +15,9 @@ from onnx import numpy_helper
 from reptrt.calib.channels import ChannelStats
 from reptrt.choose import Choice, Decision, Option, choose, num_macs
 from reptrt.core.grid import Grid
-from reptrt.graph import Net, net_from_model
+from reptrt.graph.net import Net, net_from_model
+from reptrt.graph.placement import place
 from reptrt.pipeline import CalibrateOptions, calibrate, preparing
-from reptrt.placement import place
 from reptrt.rewrite.recentre import full_range_obstacle
 from tests.helpers import ort_run
 from tests.learned_nets import write_images, write_net

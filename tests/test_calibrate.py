@@ -15,10 +15,10 @@ from reptrt.calib.thresholds import ThresholdOptions
 from reptrt.core.artifacts import read_sidecar, sha256_of
 from reptrt.core.errors import ArtifactError, CalibrationError, ConfigError, DataError, ReptrtError
 from reptrt.evaluate import evaluate
-from reptrt.graph import net_from_model
+from reptrt.graph.net import net_from_model
+from reptrt.graph.preprocess import Preprocess, write_preprocess
 from reptrt.models.options import ArchitectureOptions
 from reptrt.pipeline import PLAIN_INT8, CalibrateOptions, ExportOptions, calibrate, export
-from reptrt.preprocess import Preprocess, write_preprocess
 from reptrt.runner import optimized_op_counts
 from reptrt.sources import Source
 from tests.helpers import SHARED, needs_shared, ort_run

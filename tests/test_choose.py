@@ -7,7 +7,7 @@ import pytest
 from reptrt.calib.channels import ChannelStats
 from reptrt.choose import Decision, choose, num_macs
 from reptrt.core.grid import Grid
-from reptrt.graph import Net, model_from_net, net_from_model
+from reptrt.graph.net import Net, model_from_net, net_from_model
 from tests.test_splits import conv_net, rep_weight
 
 GRIDS = (Grid.activation(8), Grid.weight(8))

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from reptrt.code_sums import sum_codes
-from reptrt.graph import Net, model_from_net
+from reptrt.graph.net import Net, model_from_net
 from reptrt.torchgraph import TorchGraph
 from tests.helpers import ort_run
 

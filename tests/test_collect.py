@@ -15,8 +15,8 @@ from reptrt.calib.collect import COMPUTE_BATCH, collect, merge_groups
 from reptrt.calib.histogram import Histogram, histogram_of
 from reptrt.core.errors import CalibrationError
 from reptrt.data import Dataset, open_dataset
-from reptrt.placement import Activation
-from reptrt.preprocess import Preprocess
+from reptrt.graph.placement import Activation
+from reptrt.graph.preprocess import Preprocess
 from reptrt.torchgraph import TorchGraph
 from tests.helpers import ort_run
 from tests.onnx_nets import Builder, basic_block
@@ -159,7 +159,7 @@ import resource, sys
 import numpy as np, torch
 from tests.test_collect import Dataset, PREPROCESS, Path, TorchGraph, collect
 from tests.onnx_nets import Builder
-from reptrt.preprocess import Preprocess
+from reptrt.graph.preprocess import Preprocess
 
 class Made:
     def read(self, start, stop):

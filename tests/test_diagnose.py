@@ -21,9 +21,9 @@ from reptrt.demo import digits
 from reptrt.diagnose import diagnose
 from reptrt.diagnose.report import Diagnosis, LayerDiagnosis
 from reptrt.evaluate import evaluate
-from reptrt.graph import model_from_net, net_from_model
+from reptrt.graph.net import model_from_net, net_from_model
+from reptrt.graph.preprocess import read_preprocess
 from reptrt.pipeline import CalibrateOptions, ExportOptions, Source, calibrate, export, prepare
-from reptrt.preprocess import read_preprocess
 from tests.helpers import ort_run
 from tests.onnx_nets import Builder, plain_chain
 from tests.qdq_nets import residual_net, with_outputs

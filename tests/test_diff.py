@@ -13,8 +13,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from reptrt.compare import changes, compare_nets
 from reptrt.core.artifacts import sha256_of
-from reptrt.graph import net_from_model
-from reptrt.quantized import activation_scales, layer_weights
+from reptrt.graph.net import net_from_model
+from reptrt.graph.quantized import activation_scales, layer_weights
 from tests.qdq_graphs import model_of, qdq_model, save
 from tests.qdq_nets import images, quantized, residual_net
 from tests.small_run import make_run, refused, reptrt, write_data, write_factory

@@ -18,8 +18,8 @@ from reptrt.core.metrics import sqnr_db
 from reptrt.engine import build_engine
 from reptrt.engine_input import Rest, is_half, with_rest
 from reptrt.engine_options import BuildOptions
+from reptrt.graph.intent import planned_int8
 from reptrt.inspect import inspect_onnx
-from reptrt.intent import planned_int8
 from reptrt.rtx_plan import layers_of_plan
 from tests.helpers import ort_run
 from tests.onnx_nets import plain_chain

@@ -20,15 +20,15 @@ from reptrt.core.choices import HighPrecision
 from reptrt.engine import build_engine
 from reptrt.engine_input import read_buildable, with_rest
 from reptrt.engine_options import BuildOptions, parse_shapes
-from reptrt.graph import net_from_model
+from reptrt.graph.intent import planned_int8
+from reptrt.graph.net import net_from_model
+from reptrt.graph.splits import read_splits
 from reptrt.inspect import Inspection
-from reptrt.intent import planned_int8
 from reptrt.lint import LintReport, lint_net
 from reptrt.models.options import ArchitectureOptions
 from reptrt.pipeline import CalibrateOptions, ExportOptions, Source, calibrate, export
 from reptrt.reconstruct import LearnOptions
 from reptrt.rtx_plan import layers_of_plan
-from reptrt.splits import read_splits
 from tests.helpers import SHARED, needs_shared
 
 pytestmark = [

@@ -9,8 +9,8 @@ from torch import nn
 from reptrt.calib.channels import collect_channels
 from reptrt.data import Dataset, open_dataset
 from reptrt.export import ExportSettings, fuse, onnx_from_module
-from reptrt.graph import Net, model_from_net, net_from_model
-from reptrt.preprocess import Preprocess
+from reptrt.graph.net import Net, model_from_net, net_from_model
+from reptrt.graph.preprocess import Preprocess
 from reptrt.rewrite.equalize import equalize, find_links
 from reptrt.torchgraph import TorchGraph
 from tests.helpers import ort_run

@@ -19,9 +19,9 @@ from reptrt.cost import LayerCost
 from reptrt.engine import build_engine
 from reptrt.engine_options import BuildOptions
 from reptrt.explain import Evidence, evidence, explain, explain_all
-from reptrt.graph import model_from_net, net_from_model
-from reptrt.placement import place
-from reptrt.qdq import insert_qdq, quantize_weights
+from reptrt.graph.net import model_from_net, net_from_model
+from reptrt.graph.placement import place
+from reptrt.graph.qdq import insert_qdq, quantize_weights
 from reptrt.rewrite.split_coarse_fine import split_coarse_fine
 from tests import lint_graphs as graphs
 from tests.onnx_nets import plain_chain

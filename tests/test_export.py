@@ -22,12 +22,12 @@ from reptrt.core.errors import (
     ReptrtError,
     RewriteError,
 )
-from reptrt.graph import net_from_model
+from reptrt.graph.net import net_from_model
+from reptrt.graph.preprocess import Preprocess, read_preprocess
+from reptrt.graph.provenance import read_provenance
 from reptrt.models import build
 from reptrt.models.options import ArchitectureOptions
 from reptrt.pipeline import ExportOptions, ExportReport, export
-from reptrt.preprocess import Preprocess, read_preprocess
-from reptrt.provenance import read_provenance
 from reptrt.sources import Source
 from tests.helpers import ort_run
 from tests.onnx_nets import Builder, basic_block, plain_chain

@@ -8,7 +8,7 @@ import pytest
 from onnx import helper
 
 from reptrt.core.errors import RewriteError
-from reptrt.graph import Net, model_from_net, net_from_model
+from reptrt.graph.net import Net, model_from_net, net_from_model
 from reptrt.rewrite.contract import RewriteReport
 from reptrt.rewrite.fold_batchnorm import affine_of, fold_batchnorm
 from reptrt.rewrite.simplify import narrow_to_float32

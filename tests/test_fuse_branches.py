@@ -10,9 +10,9 @@ from torch import nn
 
 from reptrt.core.errors import RewriteError
 from reptrt.export import ExportSettings, fuse, onnx_from_module
-from reptrt.graph import Net, model_from_net, net_from_model
-from reptrt.preprocess import Preprocess
-from reptrt.provenance import read_provenance
+from reptrt.graph.net import Net, model_from_net, net_from_model
+from reptrt.graph.preprocess import Preprocess
+from reptrt.graph.provenance import read_provenance
 from reptrt.rewrite.contract import RewriteReport
 from reptrt.rewrite.fuse_branches import fuse_branches
 from tests.helpers import ort_run

@@ -10,7 +10,7 @@ from onnx import numpy_helper
 from onnx_graphsurgeon.logger import G_LOGGER
 
 from reptrt.core.errors import ArtifactError, RewriteError
-from reptrt.graph import (
+from reptrt.graph.net import (
     Net,
     bytes_from_model,
     constant_value,

@@ -20,10 +20,10 @@ from reptrt.core.errors import ArtifactError, DataError, EngineError, MissingDep
 from reptrt.data import Dataset, open_dataset
 from reptrt.demo import digits
 from reptrt.export import ExportSettings, onnx_from_module
-from reptrt.graph import Net, model_from_net, net_from_model
+from reptrt.graph.net import Net, model_from_net, net_from_model
+from reptrt.graph.preprocess import Preprocess
+from reptrt.graph.quantized import activation_scales
 from reptrt.pipeline import CalibrateOptions, ExportOptions
-from reptrt.preprocess import Preprocess
-from reptrt.quantized import activation_scales
 from reptrt.rewrite.recentre import recentre
 from reptrt.run import RunOptions
 from reptrt.rungs import Step, measure

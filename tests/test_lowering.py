@@ -13,7 +13,7 @@ import torch
 from onnx import numpy_helper
 
 from reptrt.core.grid import Grid
-from reptrt.graph import model_from_net, net_from_model
+from reptrt.graph.net import model_from_net, net_from_model
 from reptrt.lowering import lower
 from reptrt.rewrite.split_coarse_fine import split_coarse_fine
 from reptrt.runner import OrtRunner, optimized_nodes, optimized_op_counts

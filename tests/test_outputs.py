@@ -12,11 +12,11 @@ import pytest
 from reptrt.calib.outputs import stride_of
 from reptrt.calib.thresholds import ThresholdOptions
 from reptrt.data import open_dataset
-from reptrt.graph import model_from_net, net_from_model
+from reptrt.graph.net import model_from_net, net_from_model
+from reptrt.graph.placement import place
+from reptrt.graph.preprocess import read_preprocess
+from reptrt.graph.qdq import insert_qdq
 from reptrt.pipeline import CalibrateOptions, CalibrateReport, calibrate, prepare
-from reptrt.placement import place
-from reptrt.preprocess import read_preprocess
-from reptrt.qdq import insert_qdq
 from tests.helpers import ort_run
 from tests.learned_nets import SIZE, rep_net, write_images, write_net
 from tests.qdq_nets import with_outputs

@@ -9,11 +9,11 @@ from onnx import helper, numpy_helper
 
 from reptrt.core.errors import ConfigError
 from reptrt.core.grid import Grid
-from reptrt.graph import Net, model_from_net, net_from_model
-from reptrt.placement import Placement, output_axis, place
+from reptrt.graph.net import Net, model_from_net, net_from_model
+from reptrt.graph.placement import Placement, output_axis, place
+from reptrt.graph.splits import read_splits
 from reptrt.rewrite.split_coarse_fine import split_coarse_fine
 from reptrt.rewrite.split_identity import split_identity
-from reptrt.splits import read_splits
 from tests.onnx_nets import Builder, basic_block, give_identity, plain_chain, without_names
 
 Pairs = dict[str, set[tuple[str, int]]]

@@ -11,11 +11,11 @@ from onnx import numpy_helper
 
 from reptrt.core.errors import RewriteError
 from reptrt.core.metrics import sqnr_db
-from reptrt.graph import Net, constant_value, model_from_net, net_from_model
+from reptrt.graph.net import Net, constant_value, model_from_net, net_from_model
+from reptrt.graph.placement import place
+from reptrt.graph.recentred import read_recentred
 from reptrt.lint import lint_net
 from reptrt.lowering import lower
-from reptrt.placement import place
-from reptrt.recentred import read_recentred
 from reptrt.rewrite.recentre import full_range_obstacle, padded_readers, recentre
 from reptrt.rewrite.to_fp16 import to_fp16
 from reptrt.runner import OrtRunner, optimized_op_counts

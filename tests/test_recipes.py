@@ -18,10 +18,10 @@ from reptrt.core.errors import ConfigError, DataError, EngineError
 from reptrt.data import open_dataset
 from reptrt.engine_input import read_buildable
 from reptrt.evaluate import evaluate
-from reptrt.graph import get_json, model_from_net, net_from_model, read_model
+from reptrt.graph.net import get_json, model_from_net, net_from_model, read_model
+from reptrt.graph.preprocess import read_preprocess
+from reptrt.graph.quantized import layer_weights
 from reptrt.pipeline import CalibrateOptions, calibrate
-from reptrt.preprocess import read_preprocess
-from reptrt.quantized import layer_weights
 from reptrt.runner import OrtRunner
 from reptrt.torchgraph import TorchGraph
 from tests.helpers import ort_run

@@ -17,7 +17,7 @@ import torch
 from reptrt.core.errors import CalibrationError, DataError, ReptrtError
 from reptrt.core.grid import Grid
 from reptrt.data import open_dataset
-from reptrt.graph import (
+from reptrt.graph.net import (
     Net,
     bytes_from_model,
     constant_of,
@@ -25,6 +25,7 @@ from reptrt.graph import (
     model_from_net,
     net_from_model,
 )
+from reptrt.graph.splits import read_splits
 from reptrt.pipeline import CalibrateOptions, calibrate
 from reptrt.reconstruct import LearnOptions, ReconstructReport, driver
 from reptrt.reconstruct.cache import Store
@@ -32,7 +33,6 @@ from reptrt.reconstruct.learn import Task, learn, relative_error
 from reptrt.reconstruct.state import State
 from reptrt.rewrite.split_coarse_fine import split_coarse_fine
 from reptrt.rewrite.split_identity import split_identity
-from reptrt.splits import read_splits
 from reptrt.torchgraph import TorchGraph
 from tests.helpers import ort_run
 from tests.learned_nets import Case, nearest, rep_net, write_images, write_net

@@ -19,8 +19,8 @@ from PIL import Image
 
 from reptrt.core.artifacts import sha256_of
 from reptrt.data import open_dataset
-from reptrt.graph import net_from_model, read_model
-from reptrt.preprocess import read_preprocess
+from reptrt.graph.net import net_from_model, read_model
+from reptrt.graph.preprocess import read_preprocess
 from reptrt.report import write_report
 from reptrt.report.charts import HistogramView, Scale, histogram, scale_of
 from reptrt.report.environment import clipped

@@ -8,7 +8,7 @@ import onnx_graphsurgeon as gs
 import pytest
 import torch
 
-from reptrt.graph import constant_of, maker_of, net_from_model
+from reptrt.graph.net import constant_of, maker_of, net_from_model
 from reptrt.lowering import lower
 from reptrt.pipeline import CalibrateOptions, calibrate
 from reptrt.rewrite.round_biases import round_biases

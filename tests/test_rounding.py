@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 from reptrt.core.grid import Grid, dequantize, quantize
-from reptrt.qdq import quantize_weight
+from reptrt.graph.qdq import quantize_weight
 from reptrt.reconstruct.fake_quantize import fake_quantize
 from reptrt.reconstruct.rounding import SoftCodes, beta_at
 from reptrt.reconstruct.state import WeightSite

@@ -10,9 +10,9 @@ import torch
 from onnx import numpy_helper
 
 from reptrt.data import open_dataset
-from reptrt.graph import net_from_model
+from reptrt.graph.net import net_from_model
+from reptrt.graph.preprocess import read_preprocess
 from reptrt.pipeline import CalibrateOptions, calibrate
-from reptrt.preprocess import read_preprocess
 from reptrt.runner import OrtRunner
 from reptrt.torch_runner import graph_runner, int8_runner
 from reptrt.torchgraph import TorchGraph

@@ -8,7 +8,7 @@ import pytest
 from onnx import helper, numpy_helper
 
 from reptrt.core.errors import RewriteError
-from reptrt.graph import Net, model_from_net, net_from_model
+from reptrt.graph.net import Net, model_from_net, net_from_model
 from reptrt.rewrite.simplify import narrow_to_float32, simplify
 from tests.helpers import ort_run
 from tests.onnx_nets import Builder

@@ -19,10 +19,10 @@ from reptrt.calib.thresholds import ThresholdOptions
 from reptrt.choose import int8_pays
 from reptrt.cli import main
 from reptrt.core.grid import Grid, dequantize, quantize
-from reptrt.graph import Net, constant_of, model_from_net, net_from_model, read_model
+from reptrt.graph.net import Net, constant_of, model_from_net, net_from_model, read_model
+from reptrt.graph.placement import place
+from reptrt.graph.qdq import insert_qdq, quantize_weights
 from reptrt.pipeline import CalibrateOptions, calibrate
-from reptrt.placement import place
-from reptrt.qdq import insert_qdq, quantize_weights
 from reptrt.rewrite.fold_skip_scale import fold_skip_scale
 from reptrt.rewrite.recentre import recentre
 from reptrt.rewrite.split_identity import split_identity

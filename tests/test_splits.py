@@ -8,12 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reptrt.core.grid import Grid
-from reptrt.graph import Net, model_from_net
-from reptrt.placement import place
-from reptrt.qdq import quantize_weight
+from reptrt.graph.net import Net, model_from_net
+from reptrt.graph.placement import place
+from reptrt.graph.qdq import quantize_weight
+from reptrt.graph.splits import read_splits
 from reptrt.rewrite.split_coarse_fine import coarse_and_fine, split_coarse_fine
 from reptrt.rewrite.split_identity import best_scalar, diagonal_of, split_identity, without_diagonal
-from reptrt.splits import read_splits
 from tests.helpers import ort_run
 
 INT8 = Grid.weight(8)

@@ -15,8 +15,8 @@ from reptrt.core.errors import RewriteError
 from reptrt.core.metrics import sqnr_db
 from reptrt.engine import build_engine
 from reptrt.engine_options import BuildOptions
-from reptrt.graph import model_from_net, net_from_model
-from reptrt.intent import planned_int8
+from reptrt.graph.intent import planned_int8
+from reptrt.graph.net import model_from_net, net_from_model
 from reptrt.lint import lint_net
 from reptrt.lowering import lower
 from reptrt.pipeline import CalibrateOptions, ExportOptions, Source, calibrate, export
@@ -299,8 +299,8 @@ def test_tensorrt_rtx_builds_it(
 def test_a_trained_net_loses_nothing(tmp_path: Path) -> None:
     """mobileone: 19.37 dB with an FP32 rest, 19.35 with FP16, 27.7 between the two (512 images)."""
     from reptrt.data import open_dataset
+    from reptrt.graph.preprocess import read_preprocess
     from reptrt.models.options import ArchitectureOptions
-    from reptrt.preprocess import read_preprocess
 
     architecture = ArchitectureOptions(
         blocks=(2, 4, 6, 1),

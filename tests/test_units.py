@@ -10,8 +10,8 @@ import onnx
 import pytest
 import torch
 
-from reptrt.graph import Net, net_from_model
-from reptrt.placement import place
+from reptrt.graph.net import Net, net_from_model
+from reptrt.graph.placement import place
 from reptrt.reconstruct.cache import Store, batches, choose_storage, peak_bytes
 from reptrt.reconstruct.units import MAX_LAYERS, Layout, Unit, find_units, stage_end
 from reptrt.torchgraph import TorchGraph

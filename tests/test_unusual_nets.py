@@ -13,7 +13,7 @@ from onnx import numpy_helper
 from reptrt.calib.thresholds import ThresholdOptions
 from reptrt.core.metrics import sqnr_db
 from reptrt.diagnose import diagnose
-from reptrt.graph import model_from_net, net_from_model, read_model
+from reptrt.graph.net import model_from_net, net_from_model, read_model
 from reptrt.lowering import lower
 from reptrt.pipeline import CalibrateOptions, CalibrateReport, calibrate
 from reptrt.runner import OrtRunner

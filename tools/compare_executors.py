@@ -18,8 +18,8 @@ from compare_rests import logits
 
 from reptrt.core.metrics import agreement, sqnr_db
 from reptrt.data import Dataset, open_dataset
-from reptrt.graph import net_from_model, read_model
-from reptrt.preprocess import read_preprocess
+from reptrt.graph.net import net_from_model, read_model
+from reptrt.graph.preprocess import read_preprocess
 from reptrt.runner import OrtRunner, Runner
 from reptrt.torch_runner import graph_runner, int8_runner
 

@@ -19,8 +19,8 @@ import onnxruntime  # OrtRunner would widen FP16, which hides its rounding
 from reptrt.core.metrics import agreement, sqnr_db
 from reptrt.data import Dataset, open_dataset
 from reptrt.engine_input import with_rest
-from reptrt.graph import net_from_model, read_model
-from reptrt.preprocess import read_preprocess
+from reptrt.graph.net import net_from_model, read_model
+from reptrt.graph.preprocess import read_preprocess
 
 _BATCH = 50
 

@@ -74,8 +74,8 @@ from reptrt.core.errors import MissingDependencyError, ReptrtError
 from reptrt.core.metrics import agreement, sqnr_db
 from reptrt.data import Dataset, open_dataset
 from reptrt.engine_input import with_rest
-from reptrt.graph import bytes_from_model, net_from_model, read_model
-from reptrt.preprocess import read_preprocess
+from reptrt.graph.net import bytes_from_model, net_from_model, read_model
+from reptrt.graph.preprocess import read_preprocess
 from reptrt.runner import Runner, open_runner
 
 # Each net with what its FP16 rest is made from, None: its rest is FP32.

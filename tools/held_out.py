@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 
 from reptrt.data import open_dataset
-from reptrt.graph import net_from_model, read_model
-from reptrt.preprocess import read_preprocess
+from reptrt.graph.net import net_from_model, read_model
+from reptrt.graph.preprocess import read_preprocess
 
 
 def halves(net: Path, data: Path, folder: Path, seed: int) -> tuple[Path, Path]:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from reptrt.core.grid import dequantize
-from reptrt.qdq import QuantizedWeight
+from reptrt.graph.qdq import QuantizedWeight
 from reptrt.torchgraph import TorchGraph
 
 Float64Array = npt.NDArray[np.float64]

@@ -14,7 +14,7 @@ from reptrt.calib.histogram import Histogram, histogram_of
 from reptrt.core.errors import CalibrationError
 from reptrt.core.progress import track
 from reptrt.data import Dataset
-from reptrt.placement import Activation
+from reptrt.graph.placement import Activation
 from reptrt.torchgraph import TorchGraph
 
 COMPUTE_BATCH = 32

@@ -13,8 +13,8 @@ far below zero in channels that are mostly off. Ours.
 from collections.abc import Mapping
 
 from reptrt.calib.histogram import Histogram
-from reptrt.graph import Net, constant_of, is_private
-from reptrt.splits import read_splits
+from reptrt.graph.net import Net, constant_of, is_private
+from reptrt.graph.splits import read_splits
 
 
 def without_dead_values(net: Net, histograms: Mapping[str, Histogram]) -> dict[str, Histogram]:

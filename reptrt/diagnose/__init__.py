@@ -21,7 +21,11 @@ from reptrt.data import Dataset, open_dataset
 from reptrt.diagnose.measure import Halves, Powers, closeness, halves_of, layer_powers, probes_of
 from reptrt.diagnose.parts import WeightRange, bits_left, range_of_branches, range_of_kernel
 from reptrt.diagnose.report import Corner, Diagnosis, LayerDiagnosis, Noise
-from reptrt.graph import Net, constant_value, net_from_model, read_model, weighted_nodes
+from reptrt.graph.net import Net, constant_value, net_from_model, read_model, weighted_nodes
+from reptrt.graph.placement import Placement, place
+from reptrt.graph.preprocess import read_preprocess
+from reptrt.graph.provenance import read_provenance
+from reptrt.graph.splits import read_splits
 from reptrt.pipeline import (
     PLAIN_INT8,
     CalibrateOptions,
@@ -30,10 +34,6 @@ from reptrt.pipeline import (
     prepare,
     torch_device,
 )
-from reptrt.placement import Placement, place
-from reptrt.preprocess import read_preprocess
-from reptrt.provenance import read_provenance
-from reptrt.splits import read_splits
 from reptrt.torchgraph import TorchGraph
 
 

@@ -1,6 +1,6 @@
 """Run images and measure what quantizing the weights alone, and the activations alone, costs.
 
-Both come from the graphs that `reptrt.qdq` writes, so placement and arithmetic are those of the
+Both come from the graphs that `reptrt.graph.qdq` writes, so placement and arithmetic are those of the
 deployed file. Only sums of squares are kept: memory is one batch of activations.
 """
 
@@ -20,10 +20,10 @@ from reptrt.core.grid import Grid
 from reptrt.core.metrics import agreement, db_from_powers
 from reptrt.core.progress import track
 from reptrt.data import Dataset
-from reptrt.graph import Net, producer
-from reptrt.placement import Placement, moves_values
-from reptrt.qdq import insert_qdq, quantize_weights
-from reptrt.splits import Split, read_splits
+from reptrt.graph.net import Net, producer
+from reptrt.graph.placement import Placement, moves_values
+from reptrt.graph.qdq import insert_qdq, quantize_weights
+from reptrt.graph.splits import Split, read_splits
 from reptrt.torchgraph import TorchGraph
 
 Float64Array = npt.NDArray[np.float64]

@@ -1,7 +1,7 @@
 """Which branch sets the weight range of a fused kernel, and what that leaves for the others.
 
 An output channel has one scale, amax / qmax. Where one branch is much larger than the others, their
-values use few codes. With records of the branches (`reptrt.provenance`) the largest value of each
+values use few codes. With records of the branches (`reptrt.graph.provenance`) the largest value of each
 kind of branch is known per channel:
 
     identity     |sum of the diagonals|
@@ -21,8 +21,8 @@ import numpy.typing as npt
 import onnx_graphsurgeon as gs
 
 from reptrt.core.grid import Grid, channel_amax, scale_from_amax
-from reptrt.graph import constant_value
-from reptrt.provenance import Branch
+from reptrt.graph.net import constant_value
+from reptrt.graph.provenance import Branch
 from reptrt.rewrite import split_identity
 from reptrt.rewrite.split_coarse_fine import centre_of
 

@@ -8,8 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from reptrt.lint.rule import Defect
-from reptrt.lint.tensors import (
+from reptrt.graph.queries import (
     codes_type,
     given,
     is_dequantize,
@@ -20,6 +19,7 @@ from reptrt.lint.tensors import (
     readers,
     value_of,
 )
+from reptrt.lint.rule import Defect
 from reptrt.lint.view import Parameters, View, codes_source
 
 _OTHER_FORMATS = ("float8", "float4", "int4")  # TensorRT has them, but not for convolutions

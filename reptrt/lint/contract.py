@@ -5,8 +5,7 @@ What is said of tensorrt_rtx was tried with 1.7.1 (parse, and build for sm89, wi
 
 from collections.abc import Iterator
 
-from reptrt.lint.rule import Defect
-from reptrt.lint.tensors import (
+from reptrt.graph.queries import (
     float_type,
     is_dequantize,
     is_integer_op,
@@ -16,6 +15,7 @@ from reptrt.lint.tensors import (
     scale_text,
     value_of,
 )
+from reptrt.lint.rule import Defect
 from reptrt.lint.view import View, parameters_of
 
 _OPSETS = range(13, 21)

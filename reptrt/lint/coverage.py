@@ -4,8 +4,8 @@ from collections.abc import Iterator
 
 import onnx_graphsurgeon as gs
 
+from reptrt.graph.queries import float_type, fuses, is_integer_op, label
 from reptrt.lint.rule import Defect
-from reptrt.lint.tensors import float_type, fuses, is_integer_op, label
 from reptrt.lint.view import Layer, View
 
 _NARROW = 16  # channels that one INT8 instruction works on

@@ -8,9 +8,8 @@ from collections.abc import Iterator
 
 import onnx_graphsurgeon as gs
 
-from reptrt.graph import WEIGHTED_OPS, producer
-from reptrt.lint.rule import Defect
-from reptrt.lint.tensors import (
+from reptrt.graph.net import WEIGHTED_OPS, producer
+from reptrt.graph.queries import (
     ACTIVATIONS,
     SUMS,
     base,
@@ -24,6 +23,7 @@ from reptrt.lint.tensors import (
     pair_readers,
     quantize_before,
 )
+from reptrt.lint.rule import Defect
 from reptrt.lint.view import View
 
 

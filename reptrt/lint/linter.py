@@ -5,7 +5,7 @@ from pathlib import Path
 
 from onnx_graphsurgeon.logger import G_LOGGER
 
-from reptrt.graph import Net, net_from_model, read_model
+from reptrt.graph.net import Net, net_from_model, read_model
 from reptrt.lint.report import SEVERITIES, Finding, LintReport
 from reptrt.lint.rule import Rule
 from reptrt.lint.rules import RULES

@@ -7,8 +7,7 @@ from collections.abc import Iterator
 
 import onnx_graphsurgeon as gs
 
-from reptrt.lint.rule import Defect
-from reptrt.lint.tensors import (
+from reptrt.graph.queries import (
     ACTIVATIONS,
     SUMS,
     dequantize_before,
@@ -25,6 +24,7 @@ from reptrt.lint.tensors import (
     scale_text,
     value_of,
 )
+from reptrt.lint.rule import Defect
 from reptrt.lint.view import View
 
 _GATES = ("Sigmoid", "HardSigmoid", "Softmax", "LogSoftmax", "Tanh")

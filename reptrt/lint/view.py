@@ -8,8 +8,8 @@ import numpy as np
 import numpy.typing as npt
 import onnx_graphsurgeon as gs
 
-from reptrt.graph import WEIGHTED_OPS, Net, producer
-from reptrt.lint.tensors import (
+from reptrt.graph.net import WEIGHTED_OPS, Net, producer
+from reptrt.graph.queries import (
     POOLS,
     codes_type,
     dequantize_before,

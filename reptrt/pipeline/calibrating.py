@@ -30,7 +30,7 @@ from reptrt.core.artifacts import (
 from reptrt.core.choices import Threshold
 from reptrt.core.grid import Grid, scale_from_amax
 from reptrt.data import Dataset, open_dataset
-from reptrt.graph import (
+from reptrt.graph.net import (
     Net,
     blaming,
     bytes_from_model,
@@ -39,12 +39,13 @@ from reptrt.graph import (
     read_model,
     refuse_not_finite,
 )
+from reptrt.graph.placement import Placement
+from reptrt.graph.preprocess import read_preprocess
+from reptrt.graph.qdq import QuantizedWeight, insert_qdq, quantize_weights
+from reptrt.graph.recentred import add_to_bias
+from reptrt.graph.splits import Split, read_splits
 from reptrt.pipeline.options import CalibrateOptions, recorded_options
 from reptrt.pipeline.preparing import Prepared, prepare, torch_device
-from reptrt.placement import Placement
-from reptrt.preprocess import read_preprocess
-from reptrt.qdq import QuantizedWeight, insert_qdq, quantize_weights
-from reptrt.recentred import add_to_bias
 from reptrt.reconstruct import LearnOptions, Quantized, ReconstructReport, reconstruct
 from reptrt.reconstruct.resume import Finished
 from reptrt.rewrite.fold_affine import fold_affine
@@ -53,7 +54,6 @@ from reptrt.rewrite.insert_affine import insert_affine
 from reptrt.rewrite.recentre import recentre, round_scales
 from reptrt.rewrite.round_biases import round_biases
 from reptrt.rewrite.to_fp16 import to_fp16
-from reptrt.splits import Split, read_splits
 from reptrt.torchgraph import TorchGraph
 
 _LOG = logging.getLogger(__name__)

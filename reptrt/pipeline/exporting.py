@@ -24,9 +24,9 @@ from reptrt.export import (
     onnx_from_module,
     prove,
 )
-from reptrt.graph import blaming, bytes_from_model, model_from_net, net_from_model
+from reptrt.graph.net import blaming, bytes_from_model, model_from_net, net_from_model
+from reptrt.graph.preprocess import Preprocess, read_preprocess
 from reptrt.pipeline.options import ExportOptions, recorded_options
-from reptrt.preprocess import Preprocess, read_preprocess
 from reptrt.rewrite.contract import Skipped
 from reptrt.sources import Source, module_from_source
 

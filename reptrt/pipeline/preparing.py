@@ -13,14 +13,14 @@ from reptrt.choose import Decision, RangeDecision, choose, int8_pays, num_macs
 from reptrt.core.choices import SplitForm
 from reptrt.core.errors import ConfigError
 from reptrt.data import Dataset
-from reptrt.graph import Net, weighted_nodes
+from reptrt.graph.net import Net, weighted_nodes
+from reptrt.graph.placement import Placement, exactly, place
+from reptrt.graph.splits import Split, read_splits
 from reptrt.pipeline.options import CalibrateOptions
-from reptrt.placement import Placement, exactly, place
 from reptrt.rewrite.equalize import equalize, find_links, range_of_channels
 from reptrt.rewrite.recentre import full_range_obstacle
 from reptrt.rewrite.split_coarse_fine import split_coarse_fine
 from reptrt.rewrite.split_identity import split_identity
-from reptrt.splits import Split, read_splits
 from reptrt.torchgraph import TorchGraph
 
 Float64Array = npt.NDArray[np.float64]

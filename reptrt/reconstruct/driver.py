@@ -19,8 +19,9 @@ from reptrt.core.errors import CalibrationError, DataError
 from reptrt.core.grid import Grid
 from reptrt.core.progress import track
 from reptrt.data import Dataset
-from reptrt.graph import Net
-from reptrt.placement import Placement
+from reptrt.graph.net import Net
+from reptrt.graph.placement import Placement
+from reptrt.graph.splits import read_splits
 from reptrt.reconstruct.cache import (
     Storage,
     Store,
@@ -40,7 +41,6 @@ from reptrt.reconstruct.state import (
     write,
 )
 from reptrt.reconstruct.units import find_units, stage_end
-from reptrt.splits import read_splits
 from reptrt.torchgraph import TorchGraph
 
 _LOG = logging.getLogger(__name__)

@@ -13,13 +13,13 @@ import onnx_graphsurgeon as gs
 import torch
 from torch import Tensor
 
-from reptrt.affines import read_affines
 from reptrt.core.grid import Grid, along_axis
-from reptrt.graph import Net, constant_of, maker_of, producer
-from reptrt.placement import Placement
-from reptrt.qdq import is_simulation
+from reptrt.graph.affines import read_affines
+from reptrt.graph.net import Net, constant_of, maker_of, producer
+from reptrt.graph.placement import Placement
+from reptrt.graph.qdq import is_simulation
+from reptrt.graph.splits import read_splits
 from reptrt.reconstruct.fake_quantize import fake_quantize
-from reptrt.splits import read_splits
 
 _SAME_CODE = 1e-3  # of a step: a weight this near to its code has nothing to round
 

@@ -18,10 +18,10 @@ import numpy as np
 import numpy.typing as npt
 
 from reptrt.core.grid import Grid, channel_amax, scale_from_amax
-from reptrt.graph import Net, net_from_model, read_model
-from reptrt.provenance import Branch, read_provenance
-from reptrt.quantized import layer_weights
-from reptrt.splits import read_splits
+from reptrt.graph.net import Net, net_from_model, read_model
+from reptrt.graph.provenance import Branch, read_provenance
+from reptrt.graph.quantized import layer_weights
+from reptrt.graph.splits import read_splits
 
 FloatArray = npt.NDArray[np.floating]
 Mask = npt.NDArray[np.bool_]

@@ -1,4 +1,4 @@
-"""Graph rewrites on `reptrt.graph.Net`: one rewrite, one file; each changes the net in place.
+"""Graph rewrites on `reptrt.graph.net.Net`: one rewrite, one file; each changes the net in place.
 
 Every rewrite is a function ``verb(net, ...) -> RewriteReport``. It states in its docstring what it
 requires and what it ensures, keeps the values of all tensors that other nodes or the caller can

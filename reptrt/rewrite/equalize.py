@@ -25,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_graphsurgeon as gs
 
-from reptrt.graph import Net, constant_value, is_private, producer, weighted_nodes
+from reptrt.graph.net import Net, constant_value, is_private, producer, weighted_nodes
 from reptrt.rewrite.contract import RewriteReport, Skipped
 
 FloatArray = npt.NDArray[np.floating]

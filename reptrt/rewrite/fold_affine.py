@@ -15,11 +15,11 @@ import numpy as np
 import numpy.typing as npt
 import onnx_graphsurgeon as gs
 
-from reptrt.affines import Affine, read_affines, record_affines
 from reptrt.core.grid import along_axis
-from reptrt.graph import Net, constant_of, constant_value, first_free, maker_of
+from reptrt.graph.affines import Affine, read_affines, record_affines
+from reptrt.graph.net import Net, constant_of, constant_value, first_free, maker_of
+from reptrt.graph.splits import Split, read_splits
 from reptrt.rewrite.contract import RewriteReport
-from reptrt.splits import Split, read_splits
 
 FloatArray = npt.NDArray[np.float32]
 

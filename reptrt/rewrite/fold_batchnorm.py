@@ -12,7 +12,7 @@ import numpy.typing as npt
 import onnx_graphsurgeon as gs
 
 from reptrt.core.errors import RewriteError
-from reptrt.graph import Net, constant_value, first_free, is_private, producer
+from reptrt.graph.net import Net, constant_value, first_free, is_private, producer
 from reptrt.rewrite.contract import RewriteReport, Skipped
 
 Float64Array = npt.NDArray[np.float64]

@@ -13,9 +13,9 @@ since a scale has to be; `reptrt.rewrite.split_identity` makes none.
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from reptrt.graph import Net, constant_of, first_free, producer
+from reptrt.graph.net import Net, constant_of, first_free, producer
+from reptrt.graph.splits import read_splits
 from reptrt.rewrite.contract import RewriteReport, Skipped
-from reptrt.splits import read_splits
 
 
 def fold_skip_scale(net: Net) -> RewriteReport:

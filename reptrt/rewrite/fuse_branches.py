@@ -13,7 +13,7 @@ no class or parameter name is looked at.
 
 Requires: constant weights. Ensures: every Add keeps its output tensor, name and value; the fused
 convolution is named after the block. What looked like a block and was left alone is reported with
-the reason. Provenance of each fused kernel goes to the net's metadata (`reptrt.provenance`).
+the reason. Provenance of each fused kernel goes to the net's metadata (`reptrt.graph.provenance`).
 """
 
 from collections.abc import Sequence
@@ -22,8 +22,8 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from reptrt.graph import Net, constant_value, first_free, is_private, producer
-from reptrt.provenance import Branch, write_provenance
+from reptrt.graph.net import Net, constant_value, first_free, is_private, producer
+from reptrt.graph.provenance import Branch, write_provenance
 from reptrt.rewrite.contract import RewriteReport, Skipped
 from reptrt.rewrite.fold_batchnorm import refuse_training_mode
 from reptrt.rewrite.linear import LinearMap, add, compose, diagonal, identity

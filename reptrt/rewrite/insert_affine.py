@@ -17,10 +17,10 @@ import numpy as np
 import numpy.typing as npt
 import onnx_graphsurgeon as gs
 
-from reptrt.affines import Affine, read_affines, record_affines
-from reptrt.graph import Net, constant_value, first_free, producer
+from reptrt.graph.affines import Affine, read_affines, record_affines
+from reptrt.graph.net import Net, constant_value, first_free, producer
+from reptrt.graph.splits import Split, read_splits
 from reptrt.rewrite.contract import RewriteReport, Skipped
-from reptrt.splits import Split, read_splits
 
 
 def insert_affine(net: Net) -> RewriteReport:

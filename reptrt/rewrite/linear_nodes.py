@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from reptrt.graph import constant_value
+from reptrt.graph.net import constant_value
 from reptrt.rewrite.fold_batchnorm import affine_of
 from reptrt.rewrite.linear import Float64Array, LinearMap, average_pool, identity, per_channel
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import onnx_graphsurgeon as gs
 
-from reptrt.graph import Net, first_free, weighted_nodes
+from reptrt.graph.net import Net, first_free, weighted_nodes
 
 _FOLDED = re.compile(r"\.folded(_\d+)?$")  # what fold_batchnorm appends
 

@@ -17,7 +17,7 @@ and everything around it makes up for c, exactly:
     MaxPool  and what else moves values: hands c on
     average  pools without padding: c is added to the result
 
-It starts from UINT8 pairs with zero point 0, which `reptrt.qdq` writes for ``full_range``. The map
+It starts from UINT8 pairs with zero point 0, which `reptrt.graph.qdq` writes for ``full_range``. The map
 needs the height and width of its layer to be fixed, nothing else depends on shapes.
 
 FP16 rounds scales: then c and the sums of weights would no longer fit each other. So the scales
@@ -34,9 +34,9 @@ import numpy.typing as npt
 import onnx_graphsurgeon as gs
 
 from reptrt.core.errors import RewriteError
-from reptrt.graph import Net, constant_value, first_free, is_private, producer
-from reptrt.placement import Activation, Placement
-from reptrt.recentred import (
+from reptrt.graph.net import Net, constant_value, first_free, is_private, producer
+from reptrt.graph.placement import Activation, Placement
+from reptrt.graph.recentred import (
     Recentred,
     add_to_bias,
     dequantized_weight,

@@ -11,7 +11,7 @@ import onnx_graphsurgeon as gs
 from onnx.reference import ReferenceEvaluator
 
 from reptrt.core.errors import RewriteError
-from reptrt.graph import Net, constant_value, weighted_nodes
+from reptrt.graph.net import Net, constant_value, weighted_nodes
 from reptrt.rewrite.contract import RewriteReport
 
 _KEPT = (  # though their inputs are constant: codes of weights, and what is random

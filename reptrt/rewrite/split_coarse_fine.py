@@ -26,9 +26,9 @@ import onnx_graphsurgeon as gs
 
 from reptrt.core.choices import SplitPrecision
 from reptrt.core.grid import Grid
-from reptrt.graph import Net, constant_value, weighted_nodes
+from reptrt.graph.net import Net, constant_value, weighted_nodes
+from reptrt.graph.splits import Split, record_splits
 from reptrt.rewrite.contract import RewriteReport, Skipped
-from reptrt.splits import Split, record_splits
 
 FloatArray = npt.NDArray[np.floating]
 
@@ -48,7 +48,7 @@ def split_coarse_fine(
         layers: names of Conv nodes.
         grid: codes of the weights; the coarse part is put on this grid.
         whole_kernel: split every tap, not the centre alone.
-        precision: of the two summands in the quantized graph, for `reptrt.placement`.
+        precision: of the two summands in the quantized graph, for `reptrt.graph.placement`.
     """
     changed, skipped, splits = [], [], []
     for node in [n for n in weighted_nodes(net.graph) if n.name in layers]:

@@ -23,10 +23,10 @@ import onnx_graphsurgeon as gs
 
 from reptrt.core.choices import SplitPrecision
 from reptrt.core.grid import Grid, along_axis, channel_amax
-from reptrt.graph import Net, constant_of, constant_value, weighted_nodes
+from reptrt.graph.net import Net, constant_of, constant_value, weighted_nodes
+from reptrt.graph.splits import Split, record_splits
 from reptrt.rewrite.contract import RewriteReport, Skipped
 from reptrt.rewrite.split_coarse_fine import centre_of, centre_pads
-from reptrt.splits import Split, record_splits
 
 Form = Literal["per-channel", "scalar"]
 FloatArray = npt.NDArray[np.floating]
@@ -47,7 +47,7 @@ def split_identity(
         layers: names of Conv nodes.
         grid: codes of the weights; the scalar form chooses d0 for it.
         form: one factor per channel, or one per layer.
-        precision: of the two summands in the quantized graph, for `reptrt.placement`.
+        precision: of the two summands in the quantized graph, for `reptrt.graph.placement`.
     """
     changed, skipped, splits = [], [], []
     for node in [n for n in weighted_nodes(net.graph) if n.name in layers]:

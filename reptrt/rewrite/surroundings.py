@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 
 import onnx_graphsurgeon as gs
 
-from reptrt.graph import Net, constant_value, is_private, producer
-from reptrt.placement import moves_values
-from reptrt.recentred import dequantized_weight, has_bias
+from reptrt.graph.net import Net, constant_value, is_private, producer
+from reptrt.graph.placement import moves_values
+from reptrt.graph.recentred import dequantized_weight, has_bias
+from reptrt.graph.splits import Split, read_splits
 from reptrt.rewrite.borders import pads_of
-from reptrt.splits import Split, read_splits
 
 _AVERAGES = ("AveragePool", "GlobalAveragePool", "ReduceMean")
 

@@ -25,7 +25,7 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from reptrt.core.errors import RewriteError
-from reptrt.graph import (
+from reptrt.graph.net import (
     WEIGHTED_OPS,
     Net,
     first_free,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from reptrt.core.errors import RewriteError
-from reptrt.graph import Net
+from reptrt.graph.net import Net
 from reptrt.torchops.node import Builder, NodeView, Operator, Precision
 
 _STANDARD_DOMAINS = (None, "", "ai.onnx")

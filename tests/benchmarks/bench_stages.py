@@ -20,10 +20,10 @@ from reptrt.calib.channels import collect_channels
 from reptrt.calib.collect import collect
 from reptrt.data import Dataset
 from reptrt.export import ExportSettings, onnx_from_module
-from reptrt.graph import Net
+from reptrt.graph.net import Net
+from reptrt.graph.placement import place
+from reptrt.graph.preprocess import Preprocess
 from reptrt.pipeline import PLAIN_INT8, CalibrateOptions, calibrate, export
-from reptrt.placement import place
-from reptrt.preprocess import Preprocess
 from reptrt.sources import module_from_source
 from reptrt.torchgraph import TorchGraph
 from tests.benchmarks.conftest import EXPORT, IMAGES, SOURCE

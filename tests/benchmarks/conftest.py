@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from reptrt.data import Dataset, open_dataset
-from reptrt.graph import Net, net_from_model, read_model
+from reptrt.graph.net import Net, net_from_model, read_model
+from reptrt.graph.preprocess import read_preprocess
 from reptrt.models import ArchitectureOptions
 from reptrt.pipeline import CalibrateOptions, ExportOptions, calibrate, export
-from reptrt.preprocess import read_preprocess
 from reptrt.sources import Source
 
 IMAGES = 128

@@ -21,9 +21,9 @@ from reptrt.core.artifacts import package_versions, replacing, sha256_of, write_
 from reptrt.core.errors import ReptrtError
 from reptrt.data import open_dataset
 from reptrt.evaluate import evaluate
-from reptrt.graph import net_from_model, read_model
+from reptrt.graph.net import net_from_model, read_model
+from reptrt.graph.preprocess import read_preprocess
 from reptrt.lint import lint
-from reptrt.preprocess import read_preprocess
 
 HERE = Path(__file__).resolve().parent
 _PREPROCESS = "reptrt.preprocess"

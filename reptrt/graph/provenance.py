@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from reptrt.graph import Net, get_json, set_json
+from reptrt.graph.net import Net, get_json, set_json
 
 _KEY = "provenance"
 

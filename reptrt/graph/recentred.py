@@ -15,7 +15,15 @@ import numpy as np
 import numpy.typing as npt
 import onnx_graphsurgeon as gs
 
-from reptrt.graph import Net, constant_of, constant_value, first_free, get_json, producer, set_json
+from reptrt.graph.net import (
+    Net,
+    constant_of,
+    constant_value,
+    first_free,
+    get_json,
+    producer,
+    set_json,
+)
 
 Float64Array = npt.NDArray[np.float64]
 

@@ -4,7 +4,7 @@
     weight      INT8 codes (initializer) -> DequantizeLinear(scale per output channel) -> layer
     bias        stays float
 
-Zero points are 0 and INT8 everywhere. Placement is `reptrt.placement`, arithmetic `reptrt.core.grid`.
+Zero points are 0 and INT8 everywhere. Placement is `reptrt.graph.placement`, arithmetic `reptrt.core.grid`.
 """
 
 from collections.abc import Collection, Mapping
@@ -16,8 +16,8 @@ import onnx_graphsurgeon as gs
 
 from reptrt.core.errors import CalibrationError
 from reptrt.core.grid import Grid, channel_amax, quantize, scale_from_amax
-from reptrt.graph import Net, constant_value
-from reptrt.placement import Placement, Weight
+from reptrt.graph.net import Net, constant_value
+from reptrt.graph.placement import Placement, Weight
 
 _INT8 = Grid.activation(8)
 _WHOLE = (_INT8, _INT8.full_range)  # grids that saturation alone enforces
@@ -93,7 +93,7 @@ def insert_qdq(
 
 
 def is_simulation(clip: gs.Node) -> bool:
-    """Whether a Clip is the one that simulates fewer bits, which `reptrt.qdq` puts before a Q."""
+    """Whether a Clip is the one that simulates fewer bits, which `reptrt.graph.qdq` puts before a Q."""
     prefix, dot, role = clip.name.rpartition(".")
     readers = [reader.name for reader in clip.outputs[0].outputs]
     return clip.op == "Clip" and role == "clip" and readers == [f"{prefix}{dot}quantize"]

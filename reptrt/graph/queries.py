@@ -11,7 +11,7 @@ import numpy.typing as npt
 import onnx
 import onnx_graphsurgeon as gs
 
-from reptrt.graph import WEIGHTED_OPS, constant_value, producer
+from reptrt.graph.net import WEIGHTED_OPS, constant_value, producer
 
 LOOKED_THROUGH = ("Cast", "Identity")
 SUMS = ("Add", "Sum")

@@ -11,10 +11,10 @@ import numpy as np
 import numpy.typing as npt
 import onnx_graphsurgeon as gs
 
-from reptrt.graph import WEIGHTED_OPS, Net, constant_value, producer
-from reptrt.lint.tensors import base, dequantize_before, given, is_quantize, value_of
-from reptrt.qdq import is_simulation
-from reptrt.recentred import read_recentred
+from reptrt.graph.net import WEIGHTED_OPS, Net, constant_value, producer
+from reptrt.graph.qdq import is_simulation
+from reptrt.graph.queries import base, dequantize_before, given, is_quantize, value_of
+from reptrt.graph.recentred import read_recentred
 
 AnyArray = npt.NDArray[Any]
 Float64Array = npt.NDArray[np.float64]

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 import onnx
 
-from reptrt.graph import WEIGHTED_OPS
+from reptrt.graph.net import WEIGHTED_OPS
 
 _TRANSPARENT = ("Cast", "Transpose", "Identity", "Reshape", "Flatten")
 

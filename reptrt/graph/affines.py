@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
-from reptrt.graph import Net, get_json, set_json
+from reptrt.graph.net import Net, get_json, set_json
 
 _KEY = "affines"
 

@@ -23,7 +23,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from reptrt.core.errors import ConfigError
-from reptrt.graph import (
+from reptrt.graph.net import (
     QUANTIZED_OPS,
     WEIGHTED_OPS,
     Net,
@@ -32,7 +32,7 @@ from reptrt.graph import (
     producer,
     weighted_nodes,
 )
-from reptrt.splits import Split, read_splits
+from reptrt.graph.splits import Split, read_splits
 
 MOVING_OPS = ("MaxPool", "Flatten", "Reshape", "Squeeze", "Unsqueeze", "Transpose", "Identity")
 _ELEMENTWISE = ("Relu", "Clip", "LeakyRelu", "PRelu", "Sigmoid", "HardSwish", "HardSigmoid", "Mul")

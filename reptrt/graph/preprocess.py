@@ -6,7 +6,7 @@ from typing import Any, get_args
 
 from reptrt.core.choices import Resize
 from reptrt.core.errors import ConfigError
-from reptrt.graph import Net, get_json, set_json
+from reptrt.graph.net import Net, get_json, set_json
 
 _KEY = "preprocess"
 
