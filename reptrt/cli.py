@@ -178,9 +178,9 @@ def source_options(command: Command) -> Command:
 
 
 def _source_and_options(source: str, values: dict[str, Any]) -> tuple[Any, Any]:
-    from reptrt.models.options import ArchitectureOptions
     from reptrt.pipeline import ExportOptions
-    from reptrt.sources import Source
+    from reptrt.sources.models.options import ArchitectureOptions
+    from reptrt.sources.source import Source
 
     names = ("widths", "blocks", "strides", "groups", "branches", "num_classes")
     architecture = ArchitectureOptions(**{name: values[name] for name in names})

@@ -14,7 +14,7 @@ from reptrt.core.artifacts import sha256_of
 from reptrt.core.errors import ArtifactError, DataError
 from reptrt.core.progress import track
 from reptrt.images import list_images
-from reptrt.sources import Source
+from reptrt.sources.source import Source
 
 
 @dataclass(frozen=True, slots=True)

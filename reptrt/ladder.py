@@ -40,7 +40,7 @@ from reptrt.pipeline import CalibrateOptions, calibrate, export, prepare, split_
 from reptrt.run import ENGINE_FILE, FLOAT_FILE, INT8_FILE, RunOptions
 from reptrt.rungs import Ladder, Step, measure
 from reptrt.runner import OrtRunner, Runner, open_runner
-from reptrt.sources import Source, module_from_source
+from reptrt.sources.source import Source, module_from_source
 from reptrt.torch_runner import float_activations, graph_runner, int8_runner, module_runner
 
 _LOG = logging.getLogger(__name__)

@@ -1,7 +1,7 @@
 """The record of a run, ``run.json``: everything that is needed to do it again, and what came out.
 
     {"format": 1, "finished": true,
-     "source": {"name", "weights", "architecture", "seed"},   reptrt.sources.Source
+     "source": {"name", "weights", "architecture", "seed"},   reptrt.sources.source.Source
      "source_files": [{"path", "sha256"}],                    what the source consists of
      "data": {"path", "sha256", "files"}, "eval_data": ...,   calibration images; those judged on
      "options": {"export": {...}, "calibrate": {...}, ...},   reptrt.run.RunOptions, every field

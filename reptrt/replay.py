@@ -22,7 +22,7 @@ from reptrt.core.options_json import options_from_json
 from reptrt.inputs import check_data, check_source, source_files
 from reptrt.manifest import FILE, STAGES, Manifest, read_finished
 from reptrt.run import RunOptions, run
-from reptrt.sources import Source
+from reptrt.sources.source import Source
 
 State = Literal["equal", "differs", "not made"]
 

@@ -17,10 +17,10 @@ from reptrt.core.errors import ArtifactError, CalibrationError, ConfigError, Dat
 from reptrt.evaluate import evaluate
 from reptrt.graph.net import net_from_model
 from reptrt.graph.preprocess import Preprocess, write_preprocess
-from reptrt.models.options import ArchitectureOptions
 from reptrt.pipeline import PLAIN_INT8, CalibrateOptions, ExportOptions, calibrate, export
 from reptrt.runner import optimized_op_counts
-from reptrt.sources import Source
+from reptrt.sources.models.options import ArchitectureOptions
+from reptrt.sources.source import Source
 from tests.helpers import SHARED, needs_shared, ort_run
 from tests.onnx_nets import Builder, basic_block, plain_chain, without_names
 from tests.qdq_nets import residual_net, with_outputs

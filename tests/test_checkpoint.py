@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from reptrt.checkpoint import load_state_dict, load_weights
 from reptrt.core.errors import CheckpointError
+from reptrt.sources.checkpoint import load_state_dict, load_weights
 
 
 class CreatesFile:

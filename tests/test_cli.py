@@ -22,8 +22,8 @@ from PIL import Image
 from torch import nn
 
 from reptrt.cli import main
-from reptrt.models import build
-from reptrt.models.options import ArchitectureOptions
+from reptrt.sources.models import build
+from reptrt.sources.models.options import ArchitectureOptions
 from tests.helpers import SHARED, needs_shared
 from tests.onnx_nets import Builder, plain_chain
 

@@ -25,10 +25,10 @@ from reptrt.graph.net import net_from_model
 from reptrt.graph.splits import read_splits
 from reptrt.inspect import Inspection
 from reptrt.lint import LintReport, lint_net
-from reptrt.models.options import ArchitectureOptions
 from reptrt.pipeline import CalibrateOptions, ExportOptions, Source, calibrate, export
 from reptrt.reconstruct import LearnOptions
 from reptrt.rtx_plan import layers_of_plan
+from reptrt.sources.models.options import ArchitectureOptions
 from tests.helpers import SHARED, needs_shared
 
 pytestmark = [

@@ -25,10 +25,10 @@ from reptrt.core.errors import (
 from reptrt.graph.net import net_from_model
 from reptrt.graph.preprocess import Preprocess, read_preprocess
 from reptrt.graph.provenance import read_provenance
-from reptrt.models import build
-from reptrt.models.options import ArchitectureOptions
 from reptrt.pipeline import ExportOptions, ExportReport, export
-from reptrt.sources import Source
+from reptrt.sources.models import build
+from reptrt.sources.models.options import ArchitectureOptions
+from reptrt.sources.source import Source
 from tests.helpers import ort_run
 from tests.onnx_nets import Builder, basic_block, plain_chain
 

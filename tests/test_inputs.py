@@ -19,7 +19,7 @@ from reptrt.inputs import (
     record_files,
     source_files,
 )
-from reptrt.sources import Source
+from reptrt.sources.source import Source
 from tests.onnx_nets import plain_chain
 
 

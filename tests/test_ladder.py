@@ -28,7 +28,7 @@ from reptrt.rewrite.recentre import recentre
 from reptrt.run import RunOptions
 from reptrt.rungs import Step, measure
 from reptrt.runner import OrtRunner, Runner
-from reptrt.sources import Source, module_from_source
+from reptrt.sources.source import Source, module_from_source
 from reptrt.torch_runner import TorchRunner, float_activations, graph_runner
 from tests.full_range_nets import unsigned
 from tests.helpers import ort_run

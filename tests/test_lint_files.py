@@ -17,11 +17,11 @@ from reptrt.graph.net import bytes_from_model, model_from_net, net_from_model, r
 from reptrt.graph.placement import place
 from reptrt.graph.qdq import insert_qdq, quantize_weights
 from reptrt.lint import RULES, lint, lint_net
-from reptrt.models.options import ArchitectureOptions
 from reptrt.pipeline import CalibrateOptions, ExportOptions, calibrate, export
 from reptrt.rewrite.split_coarse_fine import split_coarse_fine
 from reptrt.rewrite.split_identity import split_identity
-from reptrt.sources import Source
+from reptrt.sources.models.options import ArchitectureOptions
+from reptrt.sources.source import Source
 from tests import lint_graphs as graphs
 from tests.data.lint.make import cat, rep, res
 from tests.helpers import SHARED, needs_shared

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from reptrt import models
-from reptrt.checkpoint import load_state_dict, load_weights
 from reptrt.core.errors import ConfigError
-from reptrt.models import ArchitectureOptions
+from reptrt.sources.checkpoint import load_state_dict, load_weights
+from reptrt.sources.models import ArchitectureOptions
+from reptrt.sources.source import models
 from tests.helpers import SHARED, needs_shared
 
 # Exactly what the command lines of the design document say.

@@ -18,8 +18,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from reptrt.demo import digits
-from reptrt.models import build
-from reptrt.models.repvgg import RepVGGBlock
+from reptrt.sources.models import build
+from reptrt.sources.models.repvgg import RepVGGBlock
 
 SEED = 0
 EPOCHS, BATCH = 80, 64

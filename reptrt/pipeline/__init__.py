@@ -7,7 +7,7 @@ from reptrt.pipeline.calibrating import CalibrateReport, TensorScale, calibrate
 from reptrt.pipeline.exporting import ExportReport, export
 from reptrt.pipeline.options import PLAIN_INT8, CalibrateOptions, ExportOptions, recorded_options
 from reptrt.pipeline.preparing import Prepared, prepare, split_layers, torch_device
-from reptrt.sources import Source
+from reptrt.sources.source import Source
 
 __all__ = [
     "PLAIN_INT8",

@@ -28,7 +28,7 @@ from reptrt.graph.net import blaming, bytes_from_model, model_from_net, net_from
 from reptrt.graph.preprocess import Preprocess, read_preprocess
 from reptrt.pipeline.options import ExportOptions, recorded_options
 from reptrt.rewrite.contract import Skipped
-from reptrt.sources import Source, module_from_source
+from reptrt.sources.source import Source, module_from_source
 
 _IMAGENET_SIZE = (3, 224, 224)
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

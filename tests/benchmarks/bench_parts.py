@@ -20,7 +20,7 @@ from reptrt.data import Dataset
 from reptrt.graph.net import Net
 from reptrt.reconstruct.fake_quantize import fake_quantize
 from reptrt.runner import OrtRunner
-from reptrt.sources import module_from_source
+from reptrt.sources.source import module_from_source
 from reptrt.torchgraph import TorchGraph
 from tests.benchmarks.conftest import FORMS, SOURCE
 

@@ -24,7 +24,7 @@ from reptrt.graph.net import Net
 from reptrt.graph.placement import place
 from reptrt.graph.preprocess import Preprocess
 from reptrt.pipeline import PLAIN_INT8, CalibrateOptions, calibrate, export
-from reptrt.sources import module_from_source
+from reptrt.sources.source import module_from_source
 from reptrt.torchgraph import TorchGraph
 from tests.benchmarks.conftest import EXPORT, IMAGES, SOURCE
 

@@ -9,9 +9,9 @@ import torch
 from reptrt.data import Dataset, open_dataset
 from reptrt.graph.net import Net, net_from_model, read_model
 from reptrt.graph.preprocess import read_preprocess
-from reptrt.models import ArchitectureOptions
 from reptrt.pipeline import CalibrateOptions, ExportOptions, calibrate, export
-from reptrt.sources import Source
+from reptrt.sources.models import ArchitectureOptions
+from reptrt.sources.source import Source
 
 IMAGES = 128
 SOURCE = Source(

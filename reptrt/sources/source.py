@@ -15,10 +15,10 @@ from typing import Any
 
 from torch import nn
 
-from reptrt.checkpoint import load_state_dict, load_weights
 from reptrt.core.errors import ConfigError
 from reptrt.graph.net import first_free
-from reptrt.models import (
+from reptrt.sources.checkpoint import load_state_dict, load_weights
+from reptrt.sources.models import (
     ArchitectureOptions,
     build,
     is_deploy_state,
@@ -26,7 +26,7 @@ from reptrt.models import (
     names,
     options_from_state,
 )
-from reptrt.models.options import flag
+from reptrt.sources.models.options import flag
 
 
 @dataclass(frozen=True, slots=True)

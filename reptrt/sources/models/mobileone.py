@@ -21,14 +21,20 @@ import torch
 from torch import nn
 
 from reptrt.core.errors import ConfigError
-from reptrt.models.layers import (
+from reptrt.sources.models.layers import (
     ConvSpec,
     classifier,
     conv_bn,
     fused_block,
     initialize,
 )
-from reptrt.models.options import Architecture, ArchitectureOptions, check_length, flag, show
+from reptrt.sources.models.options import (
+    Architecture,
+    ArchitectureOptions,
+    check_length,
+    flag,
+    show,
+)
 
 _BLOCKS = (2, 8, 10, 1)
 _S0_WIDTHS = (48, 128, 256, 1024)

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from reptrt.core.errors import ConfigError
-from reptrt.models import mobileone, repvgg
-from reptrt.models.options import Architecture, ArchitectureOptions, flag
+from reptrt.sources.models import mobileone, repvgg
+from reptrt.sources.models.options import Architecture, ArchitectureOptions, flag
 
 __all__ = [
     "ArchitectureOptions",

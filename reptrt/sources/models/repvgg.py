@@ -18,14 +18,14 @@ import torch
 from torch import nn
 
 from reptrt.core.errors import ConfigError
-from reptrt.models.layers import (
+from reptrt.sources.models.layers import (
     ConvSpec,
     classifier,
     conv_bn,
     fused_block,
     initialize,
 )
-from reptrt.models.options import Architecture, ArchitectureOptions, check_length, flag
+from reptrt.sources.models.options import Architecture, ArchitectureOptions, check_length, flag
 
 _BLOCKS_A = (2, 4, 14, 1)
 _BLOCKS_B = (4, 6, 16, 1)

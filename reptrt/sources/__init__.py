@@ -1,0 +1,1 @@
+"""What a net is read from: zoo, factories, checkpoints, ONNX files."""
