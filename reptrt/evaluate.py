@@ -26,7 +26,7 @@ from reptrt.core.artifacts import read_sidecar
 from reptrt.core.errors import ArtifactError, ConfigError, DataError
 from reptrt.core.metrics import agreement, sqnr_db, top_k_accuracy
 from reptrt.core.progress import track
-from reptrt.data import Dataset, open_dataset
+from reptrt.data.dataset import Dataset, open_dataset
 from reptrt.graph.net import net_from_model, read_model
 from reptrt.graph.preprocess import Preprocess, read_preprocess
 from reptrt.runner import Device, Runner, RunnerKind, open_runner
@@ -106,7 +106,7 @@ def evaluate(
 
     Args:
         files: .onnx and .engine files, in the order of the report.
-        data: a folder of images or an .npz, see `reptrt.data`.
+        data: a folder of images or an .npz, see `reptrt.data.dataset`.
         reference: the file to compare the outputs with; it need not be one of ``files``.
         limit: how many images to take, sampled by ``seed``; None takes all.
         batch_size: images at a time, where the network leaves it free.

@@ -13,7 +13,7 @@ from onnx.external_data_helper import ExternalDataInfo, uses_external_data
 from reptrt.core.artifacts import sha256_of
 from reptrt.core.errors import ArtifactError, DataError
 from reptrt.core.progress import track
-from reptrt.images import list_images
+from reptrt.data.images import list_images
 from reptrt.sources.source import Source
 
 

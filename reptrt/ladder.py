@@ -29,7 +29,7 @@ from reptrt import _tensorrt
 from reptrt.core.artifacts import write_json
 from reptrt.core.errors import ArtifactError, ConfigError, EngineError
 from reptrt.core.options_json import options_from_json
-from reptrt.data import open_dataset
+from reptrt.data.dataset import open_dataset
 from reptrt.engine import build_engine
 from reptrt.export import model_from_file
 from reptrt.graph.net import Net, bytes_from_model, model_from_net, net_from_model, read_model

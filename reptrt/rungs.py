@@ -14,7 +14,7 @@ from rich.table import Table
 
 from reptrt.core.errors import ArtifactError, DataError, EngineError, MissingDependencyError
 from reptrt.core.metrics import agreement, sqnr_db, top_k_accuracy
-from reptrt.data import Dataset
+from reptrt.data.dataset import Dataset
 from reptrt.evaluate import run_dataset
 from reptrt.runner import Runner
 

@@ -9,7 +9,7 @@ import torch
 from onnx import numpy_helper
 
 from reptrt.core.grid import Grid, scale_from_amax
-from reptrt.data import Dataset, open_dataset
+from reptrt.data.dataset import Dataset, open_dataset
 from reptrt.graph.net import Net, model_from_net, net_from_model
 from reptrt.graph.placement import Placement, place
 from reptrt.graph.preprocess import Preprocess, write_preprocess

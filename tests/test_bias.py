@@ -15,7 +15,7 @@ from reptrt.calib.collect import collect
 from reptrt.calib.outputs import Outputs
 from reptrt.calib.thresholds import ThresholdOptions
 from reptrt.core.grid import Grid
-from reptrt.data import Dataset, open_dataset
+from reptrt.data.dataset import Dataset, open_dataset
 from reptrt.graph.net import Net, model_from_net, net_from_model
 from reptrt.graph.placement import place
 from reptrt.graph.preprocess import Preprocess, read_preprocess, write_preprocess

@@ -14,7 +14,7 @@ from reptrt.calib.channels import collect_channels
 from reptrt.calib.collect import COMPUTE_BATCH, collect, merge_groups
 from reptrt.calib.histogram import Histogram, histogram_of
 from reptrt.core.errors import CalibrationError
-from reptrt.data import Dataset, open_dataset
+from reptrt.data.dataset import Dataset, open_dataset
 from reptrt.graph.placement import Activation
 from reptrt.graph.preprocess import Preprocess
 from reptrt.torchgraph import TorchGraph

@@ -9,9 +9,9 @@ import pytest
 from PIL import Image
 
 from reptrt.core.errors import ConfigError, DataError
-from reptrt.data import Dataset, open_dataset
+from reptrt.data.dataset import Dataset, open_dataset
+from reptrt.data.images import ImageFiles, list_images, resized
 from reptrt.graph.preprocess import Preprocess
-from reptrt.images import ImageFiles, list_images, resized
 from tests.helpers import SHARED, needs_shared
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)

@@ -16,7 +16,7 @@ from reptrt.calib.thresholds import ThresholdOptions
 from reptrt.cli import main
 from reptrt.core.errors import ConfigError
 from reptrt.core.metrics import sqnr_db
-from reptrt.data import open_dataset
+from reptrt.data.dataset import open_dataset
 from reptrt.demo import digits
 from reptrt.diagnose import diagnose
 from reptrt.diagnose.report import Diagnosis, LayerDiagnosis

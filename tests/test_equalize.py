@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from reptrt.calib.channels import collect_channels
-from reptrt.data import Dataset, open_dataset
+from reptrt.data.dataset import Dataset, open_dataset
 from reptrt.export import ExportSettings, fuse, onnx_from_module
 from reptrt.graph.net import Net, model_from_net, net_from_model
 from reptrt.graph.preprocess import Preprocess

@@ -19,7 +19,7 @@ from onnx import helper, numpy_helper
 
 from reptrt.core.artifacts import read_sidecar, sidecar_path, write_artifact
 from reptrt.core.errors import ArtifactError, DataError, EngineError, ReptrtError
-from reptrt.data import open_dataset
+from reptrt.data.dataset import open_dataset
 from reptrt.engine_input import read_buildable
 from reptrt.graph.affines import read_affines
 from reptrt.graph.net import Net, net_from_model, read_model

@@ -17,7 +17,7 @@ from onnx import numpy_helper
 from reptrt import ladder as ladder_module
 from reptrt._tensorrt import Gpu
 from reptrt.core.errors import ArtifactError, DataError, EngineError, MissingDependencyError
-from reptrt.data import Dataset, open_dataset
+from reptrt.data.dataset import Dataset, open_dataset
 from reptrt.demo import digits
 from reptrt.export import ExportSettings, onnx_from_module
 from reptrt.graph.net import Net, model_from_net, net_from_model

@@ -11,7 +11,7 @@ import pytest
 
 from reptrt.calib.outputs import stride_of
 from reptrt.calib.thresholds import ThresholdOptions
-from reptrt.data import open_dataset
+from reptrt.data.dataset import open_dataset
 from reptrt.graph.net import model_from_net, net_from_model
 from reptrt.graph.placement import place
 from reptrt.graph.preprocess import read_preprocess

@@ -15,7 +15,7 @@ from click.testing import CliRunner, Result
 from reptrt.calib.thresholds import ThresholdOptions
 from reptrt.cli import main
 from reptrt.core.errors import ConfigError, DataError, EngineError
-from reptrt.data import open_dataset
+from reptrt.data.dataset import open_dataset
 from reptrt.engine_input import read_buildable
 from reptrt.evaluate import evaluate
 from reptrt.graph.net import get_json, model_from_net, net_from_model, read_model

@@ -16,7 +16,7 @@ import torch
 
 from reptrt.core.errors import CalibrationError, DataError, ReptrtError
 from reptrt.core.grid import Grid
-from reptrt.data import open_dataset
+from reptrt.data.dataset import open_dataset
 from reptrt.graph.net import (
     Net,
     bytes_from_model,

@@ -18,7 +18,7 @@ from onnx import numpy_helper
 from PIL import Image
 
 from reptrt.core.artifacts import sha256_of
-from reptrt.data import open_dataset
+from reptrt.data.dataset import open_dataset
 from reptrt.graph.net import net_from_model, read_model
 from reptrt.graph.preprocess import read_preprocess
 from reptrt.report import write_report

@@ -9,7 +9,7 @@ import pytest
 import torch
 from onnx import numpy_helper
 
-from reptrt.data import open_dataset
+from reptrt.data.dataset import open_dataset
 from reptrt.graph.net import net_from_model
 from reptrt.graph.preprocess import read_preprocess
 from reptrt.pipeline import CalibrateOptions, calibrate

@@ -17,7 +17,7 @@ import torch
 from compare_rests import logits
 
 from reptrt.core.metrics import agreement, sqnr_db
-from reptrt.data import Dataset, open_dataset
+from reptrt.data.dataset import Dataset, open_dataset
 from reptrt.graph.net import net_from_model, read_model
 from reptrt.graph.preprocess import read_preprocess
 from reptrt.runner import OrtRunner, Runner

@@ -72,7 +72,7 @@ from reptrt.core.artifacts import (
 )
 from reptrt.core.errors import MissingDependencyError, ReptrtError
 from reptrt.core.metrics import agreement, sqnr_db
-from reptrt.data import Dataset, open_dataset
+from reptrt.data.dataset import Dataset, open_dataset
 from reptrt.engine_input import with_rest
 from reptrt.graph.net import bytes_from_model, net_from_model, read_model
 from reptrt.graph.preprocess import read_preprocess

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from reptrt.data import open_dataset
+from reptrt.data.dataset import open_dataset
 from reptrt.graph.net import net_from_model, read_model
 from reptrt.graph.preprocess import read_preprocess
 

@@ -9,7 +9,7 @@ import torch
 
 from reptrt.calib.collect import not_finite, watch
 from reptrt.calib.histogram import LARGEST
-from reptrt.data import Dataset
+from reptrt.data.dataset import Dataset
 from reptrt.torchgraph import TorchGraph
 
 Float64Array = npt.NDArray[np.float64]

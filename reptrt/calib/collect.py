@@ -13,7 +13,7 @@ from torch import Tensor
 from reptrt.calib.histogram import Histogram, histogram_of
 from reptrt.core.errors import CalibrationError
 from reptrt.core.progress import track
-from reptrt.data import Dataset
+from reptrt.data.dataset import Dataset
 from reptrt.graph.placement import Activation
 from reptrt.torchgraph import TorchGraph
 

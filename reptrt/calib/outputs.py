@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from reptrt.calib.collect import compute_batch
-from reptrt.data import Dataset
+from reptrt.data.dataset import Dataset
 from reptrt.torchgraph import Override, TorchGraph
 
 _JUDGED = 64  # images, of hundreds

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from reptrt.core.errors import ConfigError
-from reptrt.data import Dataset, open_dataset
+from reptrt.data.dataset import Dataset, open_dataset
 from reptrt.diagnose.measure import Halves, Powers, closeness, halves_of, layer_powers, probes_of
 from reptrt.diagnose.parts import WeightRange, bits_left, range_of_branches, range_of_kernel
 from reptrt.diagnose.report import Corner, Diagnosis, LayerDiagnosis, Noise

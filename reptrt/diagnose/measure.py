@@ -19,7 +19,7 @@ from reptrt.calib.collect import compute_batch
 from reptrt.core.grid import Grid
 from reptrt.core.metrics import agreement, db_from_powers
 from reptrt.core.progress import track
-from reptrt.data import Dataset
+from reptrt.data.dataset import Dataset
 from reptrt.graph.net import Net, producer
 from reptrt.graph.placement import Placement, moves_values
 from reptrt.graph.qdq import insert_qdq, quantize_weights

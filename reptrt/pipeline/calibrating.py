@@ -29,7 +29,7 @@ from reptrt.core.artifacts import (
 )
 from reptrt.core.choices import Threshold
 from reptrt.core.grid import Grid, scale_from_amax
-from reptrt.data import Dataset, open_dataset
+from reptrt.data.dataset import Dataset, open_dataset
 from reptrt.graph.net import (
     Net,
     blaming,

@@ -12,7 +12,7 @@ from reptrt.calib.outputs import parts
 from reptrt.choose import Decision, RangeDecision, choose, int8_pays, num_macs
 from reptrt.core.choices import SplitForm
 from reptrt.core.errors import ConfigError
-from reptrt.data import Dataset
+from reptrt.data.dataset import Dataset
 from reptrt.graph.net import Net, weighted_nodes
 from reptrt.graph.placement import Placement, exactly, place
 from reptrt.graph.splits import Split, read_splits

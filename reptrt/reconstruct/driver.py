@@ -18,7 +18,7 @@ from reptrt.calib.collect import COMPUTE_BATCH
 from reptrt.core.errors import CalibrationError, DataError
 from reptrt.core.grid import Grid
 from reptrt.core.progress import track
-from reptrt.data import Dataset
+from reptrt.data.dataset import Dataset
 from reptrt.graph.net import Net
 from reptrt.graph.placement import Placement
 from reptrt.graph.splits import read_splits

@@ -16,7 +16,7 @@ from reptrt.calib.histogram import histogram_of
 from reptrt.calib.thresholds import ThresholdOptions, amax_from_histogram
 from reptrt.core.choices import Rule
 from reptrt.core.grid import Grid
-from reptrt.data import Dataset
+from reptrt.data.dataset import Dataset
 from reptrt.graph.net import Net
 from reptrt.reconstruct.fake_quantize import fake_quantize
 from reptrt.runner import OrtRunner

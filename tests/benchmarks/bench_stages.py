@@ -18,7 +18,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 from reptrt.calib.channels import collect_channels
 from reptrt.calib.collect import collect
-from reptrt.data import Dataset
+from reptrt.data.dataset import Dataset
 from reptrt.export import ExportSettings, onnx_from_module
 from reptrt.graph.net import Net
 from reptrt.graph.placement import place

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from reptrt.data import Dataset, open_dataset
+from reptrt.data.dataset import Dataset, open_dataset
 from reptrt.graph.net import Net, net_from_model, read_model
 from reptrt.graph.preprocess import read_preprocess
 from reptrt.pipeline import CalibrateOptions, ExportOptions, calibrate, export

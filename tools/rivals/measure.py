@@ -19,7 +19,7 @@ import reptrt
 from reptrt.bench import bench
 from reptrt.core.artifacts import package_versions, replacing, sha256_of, write_json
 from reptrt.core.errors import ReptrtError
-from reptrt.data import open_dataset
+from reptrt.data.dataset import open_dataset
 from reptrt.evaluate import evaluate
 from reptrt.graph.net import net_from_model, read_model
 from reptrt.graph.preprocess import read_preprocess

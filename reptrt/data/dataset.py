@@ -18,8 +18,8 @@ import numpy as np
 import numpy.typing as npt
 
 from reptrt.core.errors import ConfigError, DataError
+from reptrt.data.images import ImageFiles, list_images
 from reptrt.graph.preprocess import Preprocess
-from reptrt.images import ImageFiles, list_images
 
 AnyArray = npt.NDArray[Any]
 Float32Array = npt.NDArray[np.float32]

@@ -1,0 +1,1 @@
+"""Images: folders and arrays as batches, prepared as the net says."""
