@@ -415,7 +415,7 @@ def lint(model: Path, json_path: str | None) -> None:
 
     Needs neither TensorRT nor a GPU. Exit 1 on errors.
     """
-    from reptrt.lint import lint as check
+    from reptrt.linter import lint as check
 
     report = check(model)
     lines = [_text(report.to_table()), *report.to_lines()] if report.findings else report.to_lines()

@@ -23,7 +23,7 @@ from reptrt.graph.intent import planned_int8
 from reptrt.graph.net import net_from_model, read_model
 from reptrt.graph.splits import read_splits
 from reptrt.inspect import inspect_engine
-from reptrt.lint import lint_net
+from reptrt.linter import lint_net
 from reptrt.runner import optimized_nodes
 
 _HELPS = 0.9  # ratio below which INT8 is worth no explanation

@@ -9,7 +9,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from reptrt import _tensorrt
 from reptrt.graph.net import bytes_from_model, net_from_model
-from reptrt.lint import LintReport, lint_net
+from reptrt.linter import LintReport, lint_net
 
 C = 16  # channels
 IMAGE = (1, C, 8, 8)

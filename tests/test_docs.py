@@ -21,7 +21,7 @@ from reptrt.cli import main
 from reptrt.core.artifacts import read_sidecar
 from reptrt.core.errors import ReptrtError
 from reptrt.demo import comparison, digits
-from reptrt.lint.rules import RULES
+from reptrt.linter.rules import RULES
 from tests.helpers import load_tool
 from tests.pages import GENERATED, REPOSITORY, Block, Page, commands, pages
 

@@ -24,7 +24,7 @@ from reptrt.graph.intent import planned_int8
 from reptrt.graph.net import net_from_model
 from reptrt.graph.splits import read_splits
 from reptrt.inspect import Inspection
-from reptrt.lint import LintReport, lint_net
+from reptrt.linter import LintReport, lint_net
 from reptrt.pipeline import CalibrateOptions, ExportOptions, Source, calibrate, export
 from reptrt.reconstruct import LearnOptions
 from reptrt.rtx_plan import layers_of_plan

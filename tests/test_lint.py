@@ -9,7 +9,7 @@ import onnx
 import pytest
 from onnx import TensorProto
 
-from reptrt.lint import RULES
+from reptrt.linter import RULES
 from tests import lint_graphs as graphs
 from tests.lint_graphs import C, QdqGraph, findings, needs_rtx, one_conv, refused_by_rtx, rules
 

@@ -16,7 +16,7 @@ from reptrt.core.grid import Grid
 from reptrt.graph.net import bytes_from_model, model_from_net, net_from_model, read_model
 from reptrt.graph.placement import place
 from reptrt.graph.qdq import insert_qdq, quantize_weights
-from reptrt.lint import RULES, lint, lint_net
+from reptrt.linter import RULES, lint, lint_net
 from reptrt.pipeline import CalibrateOptions, ExportOptions, calibrate, export
 from reptrt.rewrite.split_coarse_fine import split_coarse_fine
 from reptrt.rewrite.split_identity import split_identity

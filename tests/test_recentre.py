@@ -14,7 +14,7 @@ from reptrt.core.metrics import sqnr_db
 from reptrt.graph.net import Net, constant_value, model_from_net, net_from_model
 from reptrt.graph.placement import place
 from reptrt.graph.recentred import read_recentred
-from reptrt.lint import lint_net
+from reptrt.linter import lint_net
 from reptrt.lowering import lower
 from reptrt.rewrite.recentre import full_range_obstacle, padded_readers, recentre
 from reptrt.rewrite.to_fp16 import to_fp16

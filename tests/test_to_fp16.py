@@ -17,7 +17,7 @@ from reptrt.engine import build_engine
 from reptrt.engine_options import BuildOptions
 from reptrt.graph.intent import planned_int8
 from reptrt.graph.net import model_from_net, net_from_model
-from reptrt.lint import lint_net
+from reptrt.linter import lint_net
 from reptrt.lowering import lower
 from reptrt.pipeline import CalibrateOptions, ExportOptions, Source, calibrate, export
 from reptrt.rewrite.contract import RewriteReport

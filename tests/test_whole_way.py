@@ -21,7 +21,7 @@ from reptrt.core.artifacts import read_sidecar, sha256_of
 from reptrt.core.metrics import sqnr_db
 from reptrt.evaluate import evaluate
 from reptrt.graph.net import net_from_model, read_model
-from reptrt.lint import lint
+from reptrt.linter import lint
 from reptrt.pipeline import CalibrateOptions, ExportOptions, Source, calibrate, export
 from reptrt.runner import OrtRunner
 from reptrt.torch_runner import graph_runner

@@ -23,7 +23,7 @@ from reptrt.core.artifacts import write_bytes
 from reptrt.core.grid import Grid, channel_amax, scale_from_amax
 from reptrt.demo import digits
 from reptrt.graph.net import net_from_model, read_model, weighted_nodes
-from reptrt.lint.rules import RULES
+from reptrt.linter.rules import RULES
 from reptrt.pipeline import ExportOptions, Source, export
 from reptrt.rewrite.split_identity import diagonal_of, without_diagonal
 

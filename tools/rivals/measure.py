@@ -23,7 +23,7 @@ from reptrt.data.dataset import open_dataset
 from reptrt.evaluate import evaluate
 from reptrt.graph.net import net_from_model, read_model
 from reptrt.graph.preprocess import read_preprocess
-from reptrt.lint import lint
+from reptrt.linter import lint
 
 HERE = Path(__file__).resolve().parent
 _PREPROCESS = "reptrt.preprocess"

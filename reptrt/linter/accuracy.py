@@ -5,8 +5,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from reptrt.graph.queries import is_quantize, label, maker, value_of
-from reptrt.lint.rule import Defect
-from reptrt.lint.view import View
+from reptrt.linter.rule import Defect
+from reptrt.linter.view import View
 
 _FP16_NORMAL = float(np.finfo(np.float16).smallest_normal)  # 6.1e-5
 

@@ -6,9 +6,9 @@
 `RULES` holds all rules; the docstring of a rule's check (`Rule.doc`) is its documentation.
 """
 
-from reptrt.lint.linter import lint, lint_net
-from reptrt.lint.report import Finding, LintReport, Severity
-from reptrt.lint.rule import Rule
-from reptrt.lint.rules import RULES
+from reptrt.linter.linter import lint, lint_net
+from reptrt.linter.report import Finding, LintReport, Severity
+from reptrt.linter.rule import Rule
+from reptrt.linter.rules import RULES
 
 __all__ = ["RULES", "Finding", "LintReport", "Rule", "Severity", "lint", "lint_net"]

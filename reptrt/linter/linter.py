@@ -6,10 +6,10 @@ from pathlib import Path
 from onnx_graphsurgeon.logger import G_LOGGER
 
 from reptrt.graph.net import Net, net_from_model, read_model
-from reptrt.lint.report import SEVERITIES, Finding, LintReport
-from reptrt.lint.rule import Rule
-from reptrt.lint.rules import RULES
-from reptrt.lint.view import View
+from reptrt.linter.report import SEVERITIES, Finding, LintReport
+from reptrt.linter.rule import Rule
+from reptrt.linter.rules import RULES
+from reptrt.linter.view import View
 
 
 def lint(model: Path) -> LintReport:

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 import onnx_graphsurgeon as gs
 
 from reptrt.graph.queries import float_type, fuses, is_integer_op, label
-from reptrt.lint.rule import Defect
-from reptrt.lint.view import Layer, View
+from reptrt.linter.rule import Defect
+from reptrt.linter.view import Layer, View
 
 _NARROW = 16  # channels that one INT8 instruction works on
 _NAMED = 4

@@ -19,8 +19,8 @@ from reptrt.graph.queries import (
     readers,
     value_of,
 )
-from reptrt.lint.rule import Defect
-from reptrt.lint.view import Parameters, View, codes_source
+from reptrt.linter.rule import Defect
+from reptrt.linter.view import Parameters, View, codes_source
 
 _OTHER_FORMATS = ("float8", "float4", "int4")  # TensorRT has them, but not for convolutions
 

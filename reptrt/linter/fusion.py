@@ -23,8 +23,8 @@ from reptrt.graph.queries import (
     pair_readers,
     quantize_before,
 )
-from reptrt.lint.rule import Defect
-from reptrt.lint.view import View
+from reptrt.linter.rule import Defect
+from reptrt.linter.view import View
 
 
 def split_activation(view: View) -> Iterator[Defect]:

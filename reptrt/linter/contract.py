@@ -15,8 +15,8 @@ from reptrt.graph.queries import (
     scale_text,
     value_of,
 )
-from reptrt.lint.rule import Defect
-from reptrt.lint.view import View, parameters_of
+from reptrt.linter.rule import Defect
+from reptrt.linter.view import View, parameters_of
 
 _OPSETS = range(13, 21)
 

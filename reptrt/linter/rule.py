@@ -4,8 +4,8 @@ import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from reptrt.lint.report import Finding, Severity
-from reptrt.lint.view import View
+from reptrt.linter.report import Finding, Severity
+from reptrt.linter.view import View
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,8 +24,8 @@ from reptrt.graph.queries import (
     scale_text,
     value_of,
 )
-from reptrt.lint.rule import Defect
-from reptrt.lint.view import View
+from reptrt.linter.rule import Defect
+from reptrt.linter.view import View
 
 _GATES = ("Sigmoid", "HardSigmoid", "Softmax", "LogSoftmax", "Tanh")
 

@@ -5,8 +5,8 @@ numbers. An error is what TensorRT refuses or computes differently; a warning co
 accuracy; an info is worth knowing.
 """
 
-from reptrt.lint import accuracy, codes, contract, coverage, fusion, pairs
-from reptrt.lint.rule import Rule
+from reptrt.linter import accuracy, codes, contract, coverage, fusion, pairs
+from reptrt.linter.rule import Rule
 
 RULES: tuple[Rule, ...] = (
     Rule(
