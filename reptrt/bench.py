@@ -18,8 +18,6 @@ import numpy as np
 import numpy.typing as npt
 
 from reptrt.bench_report import BenchReport, Timing
-from reptrt.conditions import Conditions, read_conditions, remarks
-from reptrt.conditions import cpu_name as cpu_name
 from reptrt.core.errors import ConfigError
 from reptrt.core.intervals import Float64Array, percentile_interval
 from reptrt.runner import (
@@ -31,6 +29,8 @@ from reptrt.runner import (
     ort_version,
     usable_cores,
 )
+from reptrt.trt.machine import Conditions, read_conditions, remarks
+from reptrt.trt.machine import cpu_name as cpu_name
 
 Float32Array = npt.NDArray[np.float32]
 

@@ -14,7 +14,7 @@ The JSON form of a report:
 ``low`` and ``high`` bound a 95 % bootstrap interval. ``ratio`` is the median over rounds of (time
 of this file / time of the baseline in the same round); below 1 is faster than the baseline; null
 without one. ``before`` is when everything was warm, ``after`` right after the last run; what cannot
-be read is null (`reptrt.conditions`). ``explanations`` say why a file is not clearly faster than
+be read is null (`reptrt.trt.machine`). ``explanations`` say why a file is not clearly faster than
 the baseline (`reptrt.explain`).
 """
 
@@ -23,7 +23,7 @@ from typing import Any
 
 from rich.table import Table
 
-from reptrt.conditions import Conditions
+from reptrt.trt.machine import Conditions
 
 
 @dataclass(frozen=True, slots=True)

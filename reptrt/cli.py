@@ -478,8 +478,8 @@ def build_engine(
 
     With tensorrt-rtx this needs neither a GPU nor a driver.
     """
-    from reptrt.engine import build_engine as build
-    from reptrt.engine_options import BuildOptions, parse_shapes, parse_targets
+    from reptrt.trt.build import build_engine as build
+    from reptrt.trt.options import BuildOptions, parse_shapes, parse_targets
 
     options = BuildOptions(
         targets=parse_targets(target) if target else (),
@@ -510,8 +510,8 @@ def inspect(
 
     An engine of tensorrt-rtx is read without a GPU, one of tensorrt on the GPU it was built for.
     """
-    from reptrt.audit import audit as check
-    from reptrt.inspect import inspect as look
+    from reptrt.trt.audit import audit as check
+    from reptrt.trt.inspect import inspect as look
 
     found = check(file, plan) if audit or strict or plan is not None else None
     inspection = look(file)
@@ -541,8 +541,8 @@ def inspect(
 @_json_option
 def package(engine: Path, output: Path, json_path: str | None, **values: Any) -> None:
     """Write ENGINE into a model repository of Triton Inference Server."""
-    from reptrt.package import PackageOptions
-    from reptrt.package import package as pack
+    from reptrt.trt.triton import PackageOptions
+    from reptrt.trt.triton import package as pack
 
     report = pack(engine, output, PackageOptions(**values))
     if report.warning is not None:
@@ -694,8 +694,8 @@ def run(
 
 def _run_options(source: str, values: dict[str, Any]) -> tuple[Any, Any]:
     """Return the source, and the options of all stages that several commands take."""
-    from reptrt.engine_options import BuildOptions, parse_targets
     from reptrt.run import RunOptions
+    from reptrt.trt.options import BuildOptions, parse_targets
 
     what, exporting = _source_and_options(source, values)
     target = values["target"]

@@ -25,12 +25,10 @@ import onnx
 import torch
 from torch import nn
 
-from reptrt import _tensorrt
 from reptrt.core.artifacts import write_json
 from reptrt.core.errors import ArtifactError, ConfigError, EngineError
 from reptrt.core.options_json import options_from_json
 from reptrt.data.dataset import open_dataset
-from reptrt.engine import build_engine
 from reptrt.export import model_from_file
 from reptrt.graph.net import Net, bytes_from_model, model_from_net, net_from_model, read_model
 from reptrt.graph.preprocess import Preprocess, read_preprocess
@@ -42,6 +40,8 @@ from reptrt.rungs import Ladder, Step, measure
 from reptrt.runner import OrtRunner, Runner, open_runner
 from reptrt.sources.source import Source, module_from_source
 from reptrt.torch_runner import float_activations, graph_runner, int8_runner, module_runner
+from reptrt.trt import binding
+from reptrt.trt.build import build_engine
 
 _LOG = logging.getLogger(__name__)
 
@@ -246,7 +246,7 @@ def _open_engine(files: Files, options: RunOptions, folder: Path) -> Runner:
         EngineError: there is no GPU, or TensorRT refuses.
         MissingDependencyError: TensorRT or pycuda is not installed.
     """
-    gpu = _tensorrt.find_gpu()
+    gpu = binding.find_gpu()
     if isinstance(gpu, str):
         raise EngineError(gpu)
     engine = files.engine

@@ -23,8 +23,6 @@ from reptrt.core.artifacts import remove_parts, sha256_of, write_json
 from reptrt.core.errors import ArtifactError, ConfigError, MissingDependencyError, ReptrtError
 from reptrt.core.options_json import json_from_options, options_from_json
 from reptrt.diagnose import diagnose
-from reptrt.engine import build_engine
-from reptrt.engine_options import BuildOptions
 from reptrt.evaluate import evaluate
 from reptrt.inputs import record_data, record_files, source_files
 from reptrt.manifest import CALIBRATE_FILE, FORMAT, Manifest, StageRecord
@@ -37,6 +35,8 @@ from reptrt.pipeline import (
     export,
 )
 from reptrt.report import write_report
+from reptrt.trt.build import build_engine
+from reptrt.trt.options import BuildOptions
 
 _LOG = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""Run a network on real inputs: ONNX in onnxruntime here, engines in `reptrt.trt_runner`.
+"""Run a network on real inputs: ONNX in onnxruntime here, engines in `reptrt.trt.runner`.
 
 The only file that imports onnxruntime. A runner is a context manager; every runner has the
 attributes of `Runner`, so that judging and timing take .onnx and .engine files alike.
@@ -21,10 +21,10 @@ import onnx
 from google.protobuf.message import DecodeError
 
 from reptrt.code_sums import SUMS
-from reptrt.conditions import may_saturate
 from reptrt.core.errors import ArtifactError, ConfigError, DataError, MissingDependencyError
 from reptrt.graph.net import bytes_from_model, read_model
 from reptrt.lowering import lower
+from reptrt.trt.machine import may_saturate
 
 Device = Literal["cpu", "cuda", "tensorrt"]
 RunnerKind = Literal["auto", "ort", "tensorrt"]
@@ -170,7 +170,7 @@ def open_runner(
     if not is_engine and runner == "tensorrt":
         raise ConfigError(f"{path}: not an .engine file; make one with: reptrt build-engine {path}")
     if is_engine:
-        from reptrt.trt_runner import TrtRunner
+        from reptrt.trt.runner import TrtRunner
 
         return TrtRunner(path)
     return OrtRunner(path, threads=threads, device=device)

@@ -7,9 +7,9 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from reptrt import _tensorrt
 from reptrt.graph.net import bytes_from_model, net_from_model
 from reptrt.linter import LintReport, lint_net
+from reptrt.trt import binding
 
 C = 16  # channels
 IMAGE = (1, C, 8, 8)
@@ -35,15 +35,15 @@ def rules(report: LintReport, *severities: str) -> list[str]:
 
 def refused_by_rtx(model: onnx.ModelProto) -> bool:
     """Parse with tensorrt_rtx, and build for sm89 if that works."""
-    backend = _tensorrt.load("tensorrt-rtx")
-    with _tensorrt.Messages(backend) as messages:
-        builder = _tensorrt.create_builder(backend, messages)
-        network = _tensorrt.create_network(backend, builder)
+    backend = binding.load("tensorrt-rtx")
+    with binding.Messages(backend) as messages:
+        builder = binding.create_builder(backend, messages)
+        network = binding.create_network(backend, builder)
         parser = backend.trt.OnnxParser(network, messages.logger)
         if not parser.parse(bytes_from_model(model)) or parser.num_errors:
             return True
         config = builder.create_builder_config()
-        _tensorrt.set_targets(backend, config, ("sm89",))
+        binding.set_targets(backend, config, ("sm89",))
         profile = builder.create_optimization_profile()
         for index in range(network.num_inputs):
             tensor = network.get_input(index)

@@ -12,9 +12,9 @@ from onnx import helper, numpy_helper
 from reptrt import bench as bench_module
 from reptrt.bench import MIN_ROUNDS, bench
 from reptrt.bench_report import BenchReport
-from reptrt.conditions import Conditions, GpuState, cpu_name
 from reptrt.core.errors import ConfigError, DataError
 from reptrt.core.intervals import RESAMPLES, percentile_interval, resampled_percentiles
+from reptrt.trt.machine import Conditions, GpuState, cpu_name
 from tests.tiny_nets import classifier, make_model
 
 QUICK = {"min_seconds": 0.0, "warmup_seconds": 0.0, "threads": 1}

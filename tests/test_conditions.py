@@ -5,9 +5,16 @@ from pathlib import Path
 
 import pytest
 
-from reptrt import conditions
-from reptrt._tensorrt import Gpu
-from reptrt.conditions import Conditions, GpuState, read_conditions, read_cpu_mhz, read_gpu, remarks
+from reptrt.trt import machine
+from reptrt.trt.binding import Gpu
+from reptrt.trt.machine import (
+    Conditions,
+    GpuState,
+    read_conditions,
+    read_cpu_mhz,
+    read_gpu,
+    remarks,
+)
 
 GPU = Gpu("NVIDIA A10", "sm86", (12, 8), "0000:01:00.0")
 ROW = "00000000:01:00.0, 1695, 6251, 61, 148.20, 0x0000000000000004"
@@ -93,18 +100,18 @@ def test_nvidia_smi_may_be_missing_fail_or_hang(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert conditions.ask_nvidia_smi(["--x"]) is None
+    assert machine.ask_nvidia_smi(["--x"]) is None
     program = tmp_path / "nvidia-smi"
     program.write_text('#!/bin/sh\n[ "$1" = --x ] && echo said "$1"\n')
     program.chmod(0o755)
-    assert conditions.ask_nvidia_smi(["--x"]) == "said --x\n"
-    assert conditions.ask_nvidia_smi(["--y"]) is None
+    assert machine.ask_nvidia_smi(["--x"]) == "said --x\n"
+    assert machine.ask_nvidia_smi(["--y"]) is None
 
     def hanging(*_, **options):  # type: ignore[no-untyped-def]
         raise subprocess.TimeoutExpired("nvidia-smi", options["timeout"])
 
-    monkeypatch.setattr(conditions.subprocess, "run", hanging)
-    assert conditions.ask_nvidia_smi(["--x"]) is None
+    monkeypatch.setattr(machine.subprocess, "run", hanging)
+    assert machine.ask_nvidia_smi(["--x"]) is None
 
 
 def state(sm_mhz: float, *held: str) -> GpuState:

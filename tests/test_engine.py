@@ -14,13 +14,13 @@ import onnx
 import pytest
 from onnx import helper
 
-from reptrt import _tensorrt
-from reptrt._tensorrt import Gpu
 from reptrt.core.artifacts import read_sidecar, sha256_of, sidecar_path, write_artifact
 from reptrt.core.errors import ArtifactError, ConfigError, EngineError
-from reptrt.engine import TensorInfo, build_engine
-from reptrt.engine_options import BuildOptions, parse_shapes
-from reptrt.rtx_plan import layers_of_plan
+from reptrt.trt import binding
+from reptrt.trt.binding import Gpu
+from reptrt.trt.build import TensorInfo, build_engine
+from reptrt.trt.options import BuildOptions, parse_shapes
+from reptrt.trt.rtx_plan import layers_of_plan
 from tests.fake_tensorrt import API, FULL_RELEASES, FakeTensorrt
 from tests.qdq_graphs import model_of, qdq_model, save
 
@@ -28,7 +28,7 @@ needs_rtx = pytest.mark.skipif(
     importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt-rtx is not installed"
 )
 no_gpu = pytest.mark.skipif(
-    isinstance(_tensorrt.find_gpu(), Gpu), reason="states what happens without a GPU"
+    isinstance(binding.find_gpu(), Gpu), reason="states what happens without a GPU"
 )
 RTX = BuildOptions(backend="tensorrt-rtx", targets=("sm89",))
 
@@ -303,7 +303,7 @@ def test_a_changed_onnx_is_not_built(source, output, tmp_path):
 
 @needs_rtx
 def test_ctrl_c_ends_the_build_and_leaves_nothing(source, output, monkeypatch):
-    make_monitor = _tensorrt.make_monitor
+    make_monitor = binding.make_monitor
     stopped = []
 
     def pressing_ctrl_c(backend, stop):
@@ -318,7 +318,7 @@ def test_ctrl_c_ends_the_build_and_leaves_nothing(source, output, monkeypatch):
 
         return Pressing()
 
-    monkeypatch.setattr(_tensorrt, "make_monitor", pressing_ctrl_c)
+    monkeypatch.setattr(binding, "make_monitor", pressing_ctrl_c)
     before = files(output.parent)
     with pytest.raises(KeyboardInterrupt):
         build_engine(source, output, RTX)
@@ -329,10 +329,10 @@ def test_ctrl_c_ends_the_build_and_leaves_nothing(source, output, monkeypatch):
 
 _PRESSES_CTRL_C = """
 import signal, threading
-from reptrt import _tensorrt
+from reptrt.trt import binding
 from reptrt.cli import main
 
-make_monitor = _tensorrt.make_monitor
+make_monitor = binding.make_monitor
 
 def pressing(backend, stop):
     monitor = make_monitor(backend, stop)
@@ -346,7 +346,7 @@ def pressing(backend, stop):
 
     return Pressing()
 
-_tensorrt.make_monitor = pressing
+binding.make_monitor = pressing
 main()
 """
 
@@ -379,7 +379,7 @@ def test_rtx_builds_for_the_current_gpu_only_where_there_is_one(source, output):
 def test_the_current_gpu_is_named_in_the_sidecar(release, source, output, monkeypatch):
     fake = FakeTensorrt(release)
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", fake)
-    monkeypatch.setattr(_tensorrt, "find_gpu", lambda: Gpu("NVIDIA H100", "sm90", (13, 0)))
+    monkeypatch.setattr(binding, "find_gpu", lambda: Gpu("NVIDIA H100", "sm90", (13, 0)))
     options = BuildOptions("tensorrt-rtx", targets=("current",))
     summary = build_engine(source, output, options)
     assert fake.called("IBuilderConfig.num_compute_capabilities") == [(1,)]
@@ -398,7 +398,7 @@ def fake(request, monkeypatch):
     module = FakeTensorrt(request.param)
     monkeypatch.setitem(sys.modules, "tensorrt", module)
     gpu = Gpu("NVIDIA GeForce RTX 4090", "sm89", (12, 8))
-    monkeypatch.setattr(_tensorrt, "find_gpu", lambda: gpu)
+    monkeypatch.setattr(binding, "find_gpu", lambda: gpu)
     return module
 
 
@@ -455,7 +455,7 @@ def test_the_current_gpu_is_that_of_tensorrt_anyway(fake, source, output):
 
 
 def test_ampere_engines_need_an_ampere_gpu(fake, source, output, monkeypatch):
-    monkeypatch.setattr(_tensorrt, "find_gpu", lambda: Gpu("Tesla T4", "sm75", (12, 8)))
+    monkeypatch.setattr(binding, "find_gpu", lambda: Gpu("Tesla T4", "sm75", (12, 8)))
     options = BuildOptions(hardware_compatible="ampere+")
     with pytest.raises(ConfigError, match=r"Tesla T4 is sm75, before sm80"):
         build_engine(source, output, options)
@@ -466,7 +466,7 @@ def test_tensorrt_without_a_gpu(fake, source, output, monkeypatch):
         raise TypeError("pybind11::init(): factory function returned nullptr")
 
     monkeypatch.setattr(fake, "Builder", no_builder)
-    monkeypatch.setattr(_tensorrt, "find_gpu", lambda: "no NVIDIA driver on this machine")
+    monkeypatch.setattr(binding, "find_gpu", lambda: "no NVIDIA driver on this machine")
     options = BuildOptions(backend="tensorrt")
     expected = r"tensorrt 1\d\S* does not start: no NVIDIA driver on this machine; .*tensorrt-rtx"
     assert_refused(source, output, options, EngineError, expected)
@@ -525,8 +525,8 @@ def test_cancelled_build_raises_the_interrupt_not_an_error(fake, source, output,
         stop.wait(20)
         return make_monitor(backend, stop)
 
-    make_monitor = _tensorrt.make_monitor
-    monkeypatch.setattr(_tensorrt, "make_monitor", interrupted)
+    make_monitor = binding.make_monitor
+    monkeypatch.setattr(binding, "make_monitor", interrupted)
     with pytest.raises(KeyboardInterrupt):
         build_engine(source, output, BuildOptions())
     assert not output.exists()

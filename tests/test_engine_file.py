@@ -5,13 +5,13 @@ import sys
 
 import pytest
 
-from reptrt import _tensorrt
-from reptrt._tensorrt import Gpu
 from reptrt.core.artifacts import write_artifact
 from reptrt.core.errors import ArtifactError, EngineError
-from reptrt.engine import build_engine
-from reptrt.engine_file import open_engine, read_header
-from reptrt.engine_options import BuildOptions
+from reptrt.trt import binding
+from reptrt.trt.binding import Gpu
+from reptrt.trt.build import build_engine
+from reptrt.trt.file import open_engine, read_header
+from reptrt.trt.options import BuildOptions
 from tests.fake_tensorrt import API, FakeTensorrt, plan_of
 from tests.qdq_graphs import qdq_model, save
 
@@ -24,7 +24,7 @@ ADA = Gpu("NVIDIA GeForce RTX 4090", "sm89", (12, 8))
 def install(monkeypatch, release, gpu=ADA):
     fake = FakeTensorrt(release)
     monkeypatch.setitem(sys.modules, fake.__name__, fake)
-    monkeypatch.setattr(_tensorrt, "find_gpu", lambda: gpu)
+    monkeypatch.setattr(binding, "find_gpu", lambda: gpu)
     return fake
 
 

@@ -15,12 +15,12 @@ from reptrt.cli import main
 from reptrt.core.artifacts import read_sidecar
 from reptrt.core.errors import RewriteError
 from reptrt.core.metrics import sqnr_db
-from reptrt.engine import build_engine
-from reptrt.engine_input import Rest, is_half, with_rest
-from reptrt.engine_options import BuildOptions
 from reptrt.graph.intent import planned_int8
-from reptrt.inspect import inspect_onnx
-from reptrt.rtx_plan import layers_of_plan
+from reptrt.trt.build import build_engine
+from reptrt.trt.input import Rest, is_half, with_rest
+from reptrt.trt.inspect import inspect_onnx
+from reptrt.trt.options import BuildOptions
+from reptrt.trt.rtx_plan import layers_of_plan
 from tests.helpers import ort_run
 from tests.onnx_nets import plain_chain
 from tests.qdq_graphs import model_of, qdq_model, save

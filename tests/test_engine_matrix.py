@@ -14,21 +14,21 @@ from pathlib import Path
 import onnx
 import pytest
 
-from reptrt.audit import compare
 from reptrt.core.artifacts import read_sidecar
 from reptrt.core.choices import HighPrecision
-from reptrt.engine import build_engine
-from reptrt.engine_input import read_buildable, with_rest
-from reptrt.engine_options import BuildOptions, parse_shapes
 from reptrt.graph.intent import planned_int8
 from reptrt.graph.net import net_from_model
 from reptrt.graph.splits import read_splits
-from reptrt.inspect import Inspection
 from reptrt.linter import LintReport, lint_net
 from reptrt.pipeline import CalibrateOptions, ExportOptions, Source, calibrate, export
 from reptrt.reconstruct import LearnOptions
-from reptrt.rtx_plan import layers_of_plan
 from reptrt.sources.models.options import ArchitectureOptions
+from reptrt.trt.audit import compare
+from reptrt.trt.build import build_engine
+from reptrt.trt.input import read_buildable, with_rest
+from reptrt.trt.inspect import Inspection
+from reptrt.trt.options import BuildOptions, parse_shapes
+from reptrt.trt.rtx_plan import layers_of_plan
 from tests.helpers import SHARED, needs_shared
 
 pytestmark = [

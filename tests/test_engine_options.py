@@ -3,7 +3,7 @@
 import pytest
 
 from reptrt.core.errors import ConfigError
-from reptrt.engine_options import (
+from reptrt.trt.options import (
     BuildOptions,
     ShapeRange,
     parse_shapes,

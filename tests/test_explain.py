@@ -12,17 +12,17 @@ from click.testing import CliRunner
 from reptrt import explain as explain_module
 from reptrt.bench_report import BenchReport, Timing
 from reptrt.cli import main
-from reptrt.conditions import Conditions
 from reptrt.core.errors import ArtifactError
 from reptrt.core.grid import Grid
 from reptrt.cost import LayerCost
-from reptrt.engine import build_engine
-from reptrt.engine_options import BuildOptions
 from reptrt.explain import Evidence, evidence, explain, explain_all
 from reptrt.graph.net import model_from_net, net_from_model
 from reptrt.graph.placement import place
 from reptrt.graph.qdq import insert_qdq, quantize_weights
 from reptrt.rewrite.split_coarse_fine import split_coarse_fine
+from reptrt.trt.build import build_engine
+from reptrt.trt.machine import Conditions
+from reptrt.trt.options import BuildOptions
 from tests import lint_graphs as graphs
 from tests.onnx_nets import plain_chain
 from tests.qdq_graphs import qdq_model, save

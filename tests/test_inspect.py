@@ -6,16 +6,16 @@ import sys
 
 import pytest
 
-from reptrt import _tensorrt
-from reptrt._tensorrt import Gpu
-from reptrt.audit import audit, compare
 from reptrt.core.artifacts import write_artifact
 from reptrt.core.errors import ConfigError, EngineError
-from reptrt.engine import build_engine
-from reptrt.engine_options import BuildOptions
-from reptrt.inspect import Inspection, inspect, inspect_onnx
-from reptrt.inspector import onnx_names, parse_inspector
-from reptrt.rtx_plan import layers_of_plan
+from reptrt.trt import binding
+from reptrt.trt.audit import audit, compare
+from reptrt.trt.binding import Gpu
+from reptrt.trt.build import build_engine
+from reptrt.trt.inspect import Inspection, inspect, inspect_onnx
+from reptrt.trt.inspector import onnx_names, parse_inspector
+from reptrt.trt.options import BuildOptions
+from reptrt.trt.rtx_plan import layers_of_plan
 from tests import inspector_json
 from tests.fake_tensorrt import API, FakeTensorrt, plan_of
 from tests.qdq_graphs import qdq_model, save
@@ -137,7 +137,7 @@ def test_inspect_onnx_of_a_float_graph_plans_nothing(tmp_path):
 def fake(request, monkeypatch):
     module = FakeTensorrt(request.param)
     monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.setattr(_tensorrt, "find_gpu", lambda: Gpu("Fake GPU", "sm89", (12, 8)))
+    monkeypatch.setattr(binding, "find_gpu", lambda: Gpu("Fake GPU", "sm89", (12, 8)))
     old = request.param.startswith("tensorrt-10")
     module.inspector_text = SCHEMAS["10" if old else "11"]()
     return module
@@ -183,7 +183,7 @@ def test_audit_without_a_plan(fake, tmp_path):
 
 @pytest.fixture
 def no_gpu(monkeypatch):
-    monkeypatch.setattr(_tensorrt, "find_gpu", lambda: "no NVIDIA driver on this machine")
+    monkeypatch.setattr(binding, "find_gpu", lambda: "no NVIDIA driver on this machine")
 
 
 def build_rtx(model, folder):

@@ -15,7 +15,6 @@ import torch
 from onnx import numpy_helper
 
 from reptrt import ladder as ladder_module
-from reptrt._tensorrt import Gpu
 from reptrt.core.errors import ArtifactError, DataError, EngineError, MissingDependencyError
 from reptrt.data.dataset import Dataset, open_dataset
 from reptrt.demo import digits
@@ -30,6 +29,7 @@ from reptrt.rungs import Step, measure
 from reptrt.runner import OrtRunner, Runner
 from reptrt.sources.source import Source, module_from_source
 from reptrt.torch_runner import TorchRunner, float_activations, graph_runner
+from reptrt.trt.binding import Gpu
 from tests.full_range_nets import unsigned
 from tests.helpers import ort_run
 from tests.qdq_nets import images, quantized, residual_net

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from reptrt.core.errors import ArtifactError, ConfigError
 from reptrt.core.options_json import json_from_options, options_from_json
-from reptrt.engine_options import BuildOptions, ShapeRange
 from reptrt.pipeline import CalibrateOptions, ExportOptions
 from reptrt.run import RunOptions
+from reptrt.trt.options import BuildOptions, ShapeRange
 
 
 @dataclass(frozen=True, slots=True)

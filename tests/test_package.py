@@ -11,11 +11,11 @@ import pytest
 from click.testing import CliRunner, Result
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format
 
-from reptrt import package as module
 from reptrt.cli import main
 from reptrt.core.artifacts import sidecar_path, write_artifact
 from reptrt.core.errors import ArtifactError, ConfigError, EngineError
-from reptrt.package import PackageOptions, package
+from reptrt.trt import triton as module
+from reptrt.trt.triton import PackageOptions, package
 from tests.qdq_graphs import qdq_model, save
 
 DETAILS: dict[str, Any] = {

@@ -10,9 +10,9 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from reptrt import conditions
 from reptrt.core.errors import ArtifactError, ConfigError, DataError, MissingDependencyError
 from reptrt.runner import OrtRunner, open_runner, optimized_op_counts, ort_version, usable_cores
+from reptrt.trt import machine
 from tests.helpers import ort_run
 from tests.tiny_nets import classifier, quantized_conv
 
@@ -236,9 +236,9 @@ def test_open_sessions_leave_each_other_the_cores(net: Path) -> None:
 def test_products_do_not_saturate_without_vnni(
     net: Path, machine: str, flags: str | None, wanted: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(conditions.platform, "machine", lambda: machine)
-    monkeypatch.setattr(conditions, "_cpuinfo", lambda field: flags)
+    monkeypatch.setattr(machine.platform, "machine", lambda: machine)
+    monkeypatch.setattr(machine, "_cpuinfo", lambda field: flags)
     options = OrtRunner(net)._session.get_session_options()
     asked = options.get_session_config_entry("session.x64quantprecision") if wanted else ""
     assert asked == wanted
-    assert conditions.may_saturate() == bool(wanted)
+    assert machine.may_saturate() == bool(wanted)

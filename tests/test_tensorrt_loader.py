@@ -7,9 +7,9 @@ import sys
 
 import pytest
 
-from reptrt import _tensorrt
-from reptrt._tensorrt import Gpu, Messages, load
 from reptrt.core.errors import ConfigError, MissingDependencyError
+from reptrt.trt import binding
+from reptrt.trt.binding import Gpu, Messages, load
 from tests.fake_tensorrt import API, FakeTensorrt
 
 RTX_RELEASES = [release for release in API if release.startswith("tensorrt-rtx")]
@@ -20,7 +20,7 @@ def install(monkeypatch, tensorrt=None, tensorrt_rtx=None, gpu=GPU):
     """Make exactly these modules importable; None blocks one."""
     monkeypatch.setitem(sys.modules, "tensorrt", tensorrt)
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", tensorrt_rtx)
-    monkeypatch.setattr(_tensorrt, "find_gpu", lambda: gpu)
+    monkeypatch.setattr(binding, "find_gpu", lambda: gpu)
 
 
 @pytest.mark.parametrize("release", API, ids=str)
@@ -115,9 +115,7 @@ def test_unknown_backend_names_the_known_ones():
 
 
 def test_importing_the_loader_imports_no_tensorrt():
-    code = (
-        "import sys, reptrt._tensorrt; print([m for m in sys.modules if m.startswith('tensorrt')])"
-    )
+    code = "import sys, reptrt.trt.binding; print([m for m in sys.modules if m.startswith('tensorrt')])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
@@ -150,8 +148,8 @@ def test_find_gpu_without_a_driver(monkeypatch):
     def no_library(name):
         raise OSError(name)
 
-    monkeypatch.setattr(_tensorrt.ctypes, "CDLL", no_library)
-    assert re.fullmatch(r"no NVIDIA driver on this machine \(\S+ not found\)", _tensorrt.find_gpu())
+    monkeypatch.setattr(binding.ctypes, "CDLL", no_library)
+    assert re.fullmatch(r"no NVIDIA driver on this machine \(\S+ not found\)", binding.find_gpu())
 
 
 class FakeCuda:
@@ -197,5 +195,5 @@ class FakeCuda:
     ids=["gpu", "no device", "broken"],
 )
 def test_find_gpu(monkeypatch, init, expected):
-    monkeypatch.setattr(_tensorrt.ctypes, "CDLL", lambda name: FakeCuda(init))
-    assert re.fullmatch(expected, str(_tensorrt.find_gpu()))
+    monkeypatch.setattr(binding.ctypes, "CDLL", lambda name: FakeCuda(init))
+    assert re.fullmatch(expected, str(binding.find_gpu()))

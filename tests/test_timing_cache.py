@@ -7,7 +7,7 @@ import signal
 import time
 from pathlib import Path
 
-from reptrt import timing_cache
+from reptrt.trt import timing_cache
 from tests.fake_tensorrt import FakeTimingCache
 
 _SPAWN = multiprocessing.get_context("spawn")

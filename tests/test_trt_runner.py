@@ -5,12 +5,12 @@ import sys
 import numpy as np
 import pytest
 
-from reptrt import _tensorrt
-from reptrt._tensorrt import Gpu
 from reptrt.bench import bench
 from reptrt.core.errors import ConfigError, DataError, EngineError, MissingDependencyError
 from reptrt.runner import open_runner
-from reptrt.trt_runner import TrtRunner
+from reptrt.trt import binding
+from reptrt.trt.binding import Gpu
+from reptrt.trt.runner import TrtRunner
 from tests.fake_tensorrt import API, FakeTensorrt, plan_of
 
 
@@ -19,7 +19,7 @@ def fake(request, monkeypatch):
     module = FakeTensorrt(request.param)
     monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setitem(sys.modules, "pycuda.driver", module.cuda)
-    monkeypatch.setattr(_tensorrt, "find_gpu", lambda: Gpu("Fake GPU", "sm89", (12, 8)))
+    monkeypatch.setattr(binding, "find_gpu", lambda: Gpu("Fake GPU", "sm89", (12, 8)))
     return module
 
 
@@ -132,7 +132,7 @@ def test_without_pycuda(fake, engine, monkeypatch):
 
 
 def test_without_a_gpu(fake, engine, monkeypatch):
-    monkeypatch.setattr(_tensorrt, "find_gpu", lambda: "no NVIDIA driver on this machine")
+    monkeypatch.setattr(binding, "find_gpu", lambda: "no NVIDIA driver on this machine")
     with pytest.raises(EngineError, match=r"m\.engine: using an engine needs an NVIDIA GPU: no NV"):
         TrtRunner(engine)
 

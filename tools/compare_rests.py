@@ -18,9 +18,9 @@ import onnxruntime  # OrtRunner would widen FP16, which hides its rounding
 
 from reptrt.core.metrics import agreement, sqnr_db
 from reptrt.data.dataset import Dataset, open_dataset
-from reptrt.engine_input import with_rest
 from reptrt.graph.net import net_from_model, read_model
 from reptrt.graph.preprocess import read_preprocess
+from reptrt.trt.input import with_rest
 
 _BATCH = 50
 

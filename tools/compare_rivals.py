@@ -27,10 +27,10 @@ from rivals.measure import Bench, Result
 from rivals.rows import ADAROUND_ITERATIONS, Row, rows
 from rivals.table import firsts, table
 
-from reptrt.conditions import cpu_name
 from reptrt.core.artifacts import package_versions, sha256_of, write_bytes, write_json
 from reptrt.core.errors import ReptrtError
 from reptrt.evaluate import evaluate
+from reptrt.trt.machine import cpu_name
 
 Batches = tuple[int, ...]
 

@@ -59,8 +59,6 @@ if lacking(_NEEDED):  # before anything imports them
 import click
 import numpy as np
 
-from reptrt import _tensorrt
-from reptrt._tensorrt import Backend, Gpu
 from reptrt.cli import main as reptrt
 from reptrt.core import choices
 from reptrt.core.artifacts import (
@@ -73,10 +71,12 @@ from reptrt.core.artifacts import (
 from reptrt.core.errors import MissingDependencyError, ReptrtError
 from reptrt.core.metrics import agreement, sqnr_db
 from reptrt.data.dataset import Dataset, open_dataset
-from reptrt.engine_input import with_rest
 from reptrt.graph.net import bytes_from_model, net_from_model, read_model
 from reptrt.graph.preprocess import read_preprocess
 from reptrt.runner import Runner, open_runner
+from reptrt.trt import binding
+from reptrt.trt.binding import Backend, Gpu
+from reptrt.trt.input import with_rest
 
 # Each net with what its FP16 rest is made from, None: its rest is FP32.
 NETS = {
@@ -199,7 +199,7 @@ def needed(path: Path) -> Path:
 
 def environment() -> dict[str, Any]:
     """Return what the numbers depend on."""
-    gpu = _tensorrt.find_gpu()
+    gpu = binding.find_gpu()
     return {
         "gpu": gpu.name if isinstance(gpu, Gpu) else None,
         "target": gpu.target if isinstance(gpu, Gpu) else None,
@@ -219,7 +219,7 @@ def _version(name: Literal["tensorrt", "tensorrt-rtx"]) -> str:
 
 def _load(name: Literal["tensorrt", "tensorrt-rtx"]) -> Backend | str:
     try:
-        return _tensorrt.load(name)
+        return binding.load(name)
     except MissingDependencyError as err:
         return str(err).partition("): ")[0].removeprefix("no TensorRT (")
 
@@ -321,7 +321,7 @@ def engines(
         source, target = needed(check.net(net)), check.engine(backend, net)
         options = ["--backend", backend, "--shapes", shapes, "--high-precision"]
         options.append("fp32" if NETS[net] is None else "fp16")
-        if backend == "tensorrt-rtx" and isinstance(_tensorrt.find_gpu(), Gpu):
+        if backend == "tensorrt-rtx" and isinstance(binding.find_gpu(), Gpu):
             try:
                 return check.reptrt(
                     "build-engine", source, "-o", target, *options, "--target", "current"

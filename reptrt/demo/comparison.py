@@ -11,12 +11,12 @@ from reptrt import pipeline
 from reptrt.bench import bench
 from reptrt.core.errors import MissingDependencyError
 from reptrt.demo import digits
-from reptrt.engine import EngineSummary, build_engine
-from reptrt.engine_options import BuildOptions
 from reptrt.evaluate import evaluate
 from reptrt.ladder import Files, climb
 from reptrt.run import RunOptions
 from reptrt.rungs import Ladder
+from reptrt.trt.build import EngineSummary, build_engine
+from reptrt.trt.options import BuildOptions
 
 FLOAT, OURS = "float", "reptrt INT8"
 SOURCE = pipeline.Source("repvgg", digits.WEIGHTS, digits.ARCHITECTURE)

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from reptrt import _tensorrt
 from reptrt.core.errors import ConfigError, DataError, EngineError
-from reptrt.engine_file import OpenEngine, open_engine
+from reptrt.trt import binding
+from reptrt.trt.file import OpenEngine, open_engine
 
 AnyArray = npt.NDArray[Any]
 
@@ -41,7 +41,7 @@ class TrtRunner:
         self._device: dict[str, Any] = {}
         with contextlib.ExitStack() as stack:
             self._opened = stack.enter_context(open_engine(path))
-            self._cuda = _tensorrt.load_pycuda()
+            self._cuda = binding.load_pycuda()
             stack.enter_context(self._primary_context())
             self._stream = self._cuda.Stream()
             self._context = _execution_context(self._opened, cuda_graph)
@@ -192,7 +192,7 @@ class TrtRunner:
             yield
         except self._cuda.Error as err:
             raise EngineError(
-                f"{self._path}: CUDA failed on {self.device}: {_tensorrt.one_line(str(err))}; "
+                f"{self._path}: CUDA failed on {self.device}: {binding.one_line(str(err))}; "
                 "try a smaller batch"
             ) from err
 

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from reptrt import _tensorrt
-from reptrt._tensorrt import CURRENT, Backend, Gpu, Messages, capability
 from reptrt.core.artifacts import Sidecar, read_sidecar
 from reptrt.core.errors import ArtifactError, EngineError
+from reptrt.trt import binding
+from reptrt.trt.binding import CURRENT, Backend, Gpu, Messages, capability
 
 _TAGS = (b"ftrt", b"vtrt")
 _HEADER_BYTES = 28
@@ -106,10 +106,10 @@ def open_engine(path: Path) -> Iterator[OpenEngine]:
     """
     header = read_header(path)
     sidecar = read_sidecar(path)
-    gpu = _tensorrt.find_gpu()
+    gpu = binding.find_gpu()
     if not isinstance(gpu, Gpu):
         raise EngineError(f"{path}: using an engine needs an NVIDIA GPU: {gpu}")
-    backend = _tensorrt.load(header.backend)
+    backend = binding.load(header.backend)
     _check_version(path, header, backend, sidecar)
     if sidecar is not None and not backend.features.engine_validity:
         _check_gpu(path, sidecar, gpu)

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from reptrt import _tensorrt
-from reptrt._tensorrt import CURRENT, Backend, BackendName, Gpu, capability
 from reptrt.core.choices import HighPrecision
 from reptrt.core.errors import ConfigError
+from reptrt.trt import binding
+from reptrt.trt.binding import CURRENT, Backend, BackendName, Gpu, capability
 
 HardwareCompatibility = Literal["none", "ampere+", "same-compute-capability"]
 Shape = tuple[int, ...]
@@ -126,7 +126,7 @@ def check_options(backend: Backend, options: BuildOptions) -> tuple[str, ...]:
         ConfigError: an option that the backend or the GPU of this machine cannot follow.
     """
     features = backend.features
-    gpu = _tensorrt.find_gpu()
+    gpu = binding.find_gpu()
     if features.targets:
         _check_portable(backend, options, gpu)
     elif isinstance(gpu, Gpu):

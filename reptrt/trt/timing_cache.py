@@ -13,9 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from reptrt._tensorrt import Backend, Messages
 from reptrt.core.artifacts import write_bytes
 from reptrt.core.errors import ArtifactError, ConfigError, EngineError
+from reptrt.trt.binding import Backend, Messages
 
 _LOG = logging.getLogger(__name__)
 

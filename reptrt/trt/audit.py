@@ -9,8 +9,8 @@ from typing import Any
 from reptrt.core.errors import ConfigError, EngineError
 from reptrt.graph.intent import planned_int8
 from reptrt.graph.net import read_model
-from reptrt.inspect import Inspection, inspect_engine
-from reptrt.inspector import UNKNOWN, Layer
+from reptrt.trt.inspect import Inspection, inspect_engine
+from reptrt.trt.inspector import UNKNOWN, Layer
 
 _NARROW = 16  # channels below which INT8 kernels are padded
 

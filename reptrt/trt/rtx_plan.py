@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterator, Mapping
 
 from reptrt.core.errors import EngineError
-from reptrt.inspector import UNKNOWN, Layer, Tensor, onnx_names, type_in
+from reptrt.trt.inspector import UNKNOWN, Layer, Tensor, onnx_names, type_in
 
 _START = b"header {\n"
 _KINDS = {"corrltn": "Convolution", "fully_connected": "Gemm", "function": "Kernel"}

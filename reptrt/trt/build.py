@@ -1,7 +1,7 @@
 """ONNX to engine: strongly typed, one optimisation profile, a sidecar that says what was built.
 
 Strongly typed means that TensorRT takes every tensor's type from the graph: INT8 is where the graph
-has Q/DQ, FP16 where it has FP16, and no builder option changes that. `reptrt.engine_input` gives
+has Q/DQ, FP16 where it has FP16, and no builder option changes that. `reptrt.trt.input` gives
 the graph those types.
 """
 
@@ -18,19 +18,19 @@ from typing import Any, TypeVar
 
 import onnx
 
-from reptrt import _tensorrt, timing_cache
-from reptrt._tensorrt import CURRENT, Backend, Gpu, Messages
 from reptrt.core.artifacts import require_folder, sha256_of, write_artifact
 from reptrt.core.errors import ConfigError, EngineError
-from reptrt.engine_input import Rest, metadata_of, read_buildable, with_rest
-from reptrt.engine_options import (
+from reptrt.graph.intent import planned_int8
+from reptrt.graph.net import bytes_from_model
+from reptrt.trt import binding, timing_cache
+from reptrt.trt.binding import CURRENT, Backend, Gpu, Messages
+from reptrt.trt.input import Rest, metadata_of, read_buildable, with_rest
+from reptrt.trt.options import (
     BuildOptions,
     ShapeRange,
     check_options,
     profile_shapes,
 )
-from reptrt.graph.intent import planned_int8
-from reptrt.graph.net import bytes_from_model
 
 _LOG = logging.getLogger(__name__)
 _MIB = 1 << 20
@@ -108,7 +108,7 @@ def build_engine(onnx_path: Path, output: Path, options: BuildOptions) -> Engine
         EngineError: TensorRT refused the graph; the message quotes its reason.
         RewriteError: the rest of the graph cannot be FP16.
     """
-    backend = _tensorrt.load(options.backend)
+    backend = binding.load(options.backend)
     without_effect = check_options(backend, options)
     for name in without_effect:
         _LOG.warning("--%s: %s has no use for it", name.replace("_", "-"), backend.label)
@@ -144,7 +144,7 @@ def _targets(backend: Backend, options: BuildOptions) -> tuple[str, ...]:
     """Return the compute capabilities that an engine was built for, () for the default of rtx."""
     if backend.features.builds_without_gpu and options.targets != (CURRENT,):
         return options.targets
-    gpu = _tensorrt.find_gpu()
+    gpu = binding.find_gpu()
     return (gpu.target,) if isinstance(gpu, Gpu) else options.targets
 
 
@@ -215,13 +215,13 @@ def _open(
     stop: threading.Event,
 ) -> _Session:
     """Parse the model into a strongly typed network."""
-    builder = _tensorrt.create_builder(backend, messages)
-    network = _tensorrt.create_network(backend, builder)
+    builder = binding.create_builder(backend, messages)
+    network = binding.create_network(backend, builder)
     parser = backend.trt.OnnxParser(network, messages.logger)
     if not parser.parse(bytes_from_model(model)) or parser.num_errors:
         raise EngineError(f"{path}: {backend.label} cannot take {_parser_error(parser, messages)}")
     config = builder.create_builder_config()
-    monitor = _tensorrt.make_monitor(backend, stop)
+    monitor = binding.make_monitor(backend, stop)
     config.progress_monitor = monitor
     return _Session(backend, messages, builder, network, parser, config, monitor)
 
@@ -247,7 +247,7 @@ def _parser_error(parser: Any, messages: Messages) -> str:
     if not parser.num_errors:
         return f"the graph: {messages.reason()}"
     error = parser.get_error(0)
-    reason = _tensorrt.one_line(error.desc())
+    reason = binding.one_line(error.desc())
     if reason in ("", "false"):  # all that it says of an operator it does not know
         reason = f"the operator is not supported ({error.code().name})"
     more = f" (and {parser.num_errors - 1} more)" if parser.num_errors > 1 else ""
@@ -277,8 +277,8 @@ def _configure(session: _Session, options: BuildOptions) -> None:
     if options.workspace_mib is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace_mib * _MIB)
     if features.targets:
-        _tensorrt.set_targets(session.backend, config, options.targets)
-    _tensorrt.set_hardware_compatibility(session.backend, config, options.hardware_compatible)
+        binding.set_targets(session.backend, config, options.targets)
+    binding.set_hardware_compatibility(session.backend, config, options.hardware_compatible)
     wanted = {
         "VERSION_COMPATIBLE": options.version_compatible,
         "REFIT": options.refit,
@@ -286,7 +286,7 @@ def _configure(session: _Session, options: BuildOptions) -> None:
         "EDITABLE_TIMING_CACHE": features.timing_cache and options.timing_cache is not None,
         "ERROR_ON_TIMING_CACHE_MISS": options.pinned_tactics,
     }
-    _tensorrt.set_flags(session.backend, config, [name for name, on in wanted.items() if on])
+    binding.set_flags(session.backend, config, [name for name, on in wanted.items() if on])
 
 
 def _hint(options: BuildOptions) -> str:

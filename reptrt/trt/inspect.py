@@ -9,14 +9,14 @@ from typing import Any, Literal
 import onnx
 from rich.table import Table
 
-from reptrt import _tensorrt
-from reptrt._tensorrt import Gpu
 from reptrt.core.artifacts import Sidecar, read_sidecar
-from reptrt.engine_file import OpenEngine, PlanHeader, open_engine, read_header
 from reptrt.graph.intent import node_name, planned_int8
 from reptrt.graph.net import read_model
-from reptrt.inspector import UNKNOWN, Layer, Tensor, parse_inspector, type_in
-from reptrt.rtx_plan import layers_of_plan
+from reptrt.trt import binding
+from reptrt.trt.binding import Gpu
+from reptrt.trt.file import OpenEngine, PlanHeader, open_engine, read_header
+from reptrt.trt.inspector import UNKNOWN, Layer, Tensor, parse_inspector, type_in
+from reptrt.trt.rtx_plan import layers_of_plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,14 +104,14 @@ def inspect_engine(path: Path) -> Inspection:
     """Return the layers of an engine, as TensorRT's inspector tells them.
 
     Dynamic inputs are set to the shape that the engine is optimised for, so that formats are known.
-    On a machine without a GPU an engine of tensorrt_rtx is read by `reptrt.rtx_plan`.
+    On a machine without a GPU an engine of tensorrt_rtx is read by `reptrt.trt.rtx_plan`.
 
     Raises:
         ArtifactError: the file cannot be read.
         EngineError: an engine that cannot be used on this machine.
     """
     header = read_header(path)
-    if header.backend == "tensorrt-rtx" and not isinstance(_tensorrt.find_gpu(), Gpu):
+    if header.backend == "tensorrt-rtx" and not isinstance(binding.find_gpu(), Gpu):
         return _inspect_without_gpu(path, header)
     with open_engine(path) as opened:
         text = _inspector_text(opened)

@@ -21,8 +21,8 @@ from typing import Any
 
 from reptrt.core.artifacts import Sidecar, read_sidecar
 from reptrt.core.errors import ArtifactError, ConfigError
-from reptrt.engine_file import PlanHeader, read_header
-from reptrt.engine_options import parse_shapes
+from reptrt.trt.file import PlanHeader, read_header
+from reptrt.trt.options import parse_shapes
 
 _TYPES = {
     "FLOAT": "TYPE_FP32",

@@ -1,0 +1,1 @@
+"""TensorRT: building engines, looking into them, running and packaging them."""
