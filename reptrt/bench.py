@@ -20,7 +20,7 @@ import numpy.typing as npt
 from reptrt.bench_report import BenchReport, Timing
 from reptrt.core.errors import ConfigError
 from reptrt.core.intervals import Float64Array, percentile_interval
-from reptrt.runner import (
+from reptrt.execute.runner import (
     Device,
     EventTimer,
     Runner,

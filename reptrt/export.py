@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from reptrt.core.errors import ConfigError, RewriteError
+from reptrt.execute.runner import OrtRunner
 from reptrt.graph.net import QUANTIZED_OPS, Net, net_from_model, read_model, refuse_not_finite
 from reptrt.graph.preprocess import Preprocess, write_preprocess
 from reptrt.rewrite.contract import RewriteReport
@@ -29,7 +30,6 @@ from reptrt.rewrite.fold_batchnorm import fold_batchnorm
 from reptrt.rewrite.fuse_branches import fuse_branches
 from reptrt.rewrite.naming import name_layers
 from reptrt.rewrite.simplify import narrow_to_float32, simplify
-from reptrt.runner import OrtRunner
 
 MIN_OPSET, MAX_OPSET = 13, 20  # per-channel DequantizeLinear .. what TensorRT 10 and 11 both parse
 _PROBE_IMAGES = 2

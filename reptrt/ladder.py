@@ -29,6 +29,8 @@ from reptrt.core.artifacts import write_json
 from reptrt.core.errors import ArtifactError, ConfigError, EngineError
 from reptrt.core.options_json import options_from_json
 from reptrt.data.dataset import open_dataset
+from reptrt.execute.runner import OrtRunner, Runner, open_runner
+from reptrt.execute.torch_runner import float_activations, graph_runner, int8_runner, module_runner
 from reptrt.export import model_from_file
 from reptrt.graph.net import Net, bytes_from_model, model_from_net, net_from_model, read_model
 from reptrt.graph.preprocess import Preprocess, read_preprocess
@@ -37,9 +39,7 @@ from reptrt.manifest import FILE, LADDER_FILE, Manifest, check_made, read_finish
 from reptrt.pipeline import CalibrateOptions, calibrate, export, prepare, split_layers, torch_device
 from reptrt.run import ENGINE_FILE, FLOAT_FILE, INT8_FILE, RunOptions
 from reptrt.rungs import Ladder, Step, measure
-from reptrt.runner import OrtRunner, Runner, open_runner
 from reptrt.sources.source import Source, module_from_source
-from reptrt.torch_runner import float_activations, graph_runner, int8_runner, module_runner
 from reptrt.trt import binding
 from reptrt.trt.build import build_engine
 

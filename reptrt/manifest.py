@@ -22,8 +22,8 @@ from typing import Any
 from reptrt.core.artifacts import package_versions, sha256_of, write_json
 from reptrt.core.errors import ArtifactError
 from reptrt.core.options_json import json_from_options, options_from_json
+from reptrt.execute.runner import usable_cores
 from reptrt.inputs import DataRecord, FileRecord
-from reptrt.runner import usable_cores
 from reptrt.trt.machine import cpu_name
 
 FILE = "run.json"

@@ -16,7 +16,7 @@ from reptrt.core.errors import ArtifactError, DataError, EngineError, MissingDep
 from reptrt.core.metrics import agreement, sqnr_db, top_k_accuracy
 from reptrt.data.dataset import Dataset
 from reptrt.evaluate import run_dataset
-from reptrt.runner import Runner
+from reptrt.execute.runner import Runner
 
 Float32Array = npt.NDArray[np.float32]
 

@@ -1,4 +1,4 @@
-"""One-node graphs for every operator that reptrt.torchops can run."""
+"""One-node graphs for every operator that reptrt.execute.torchops can run."""
 
 from dataclasses import dataclass, field
 from typing import Any

@@ -16,13 +16,13 @@ from reptrt.calib.outputs import Outputs
 from reptrt.calib.thresholds import ThresholdOptions
 from reptrt.core.grid import Grid
 from reptrt.data.dataset import Dataset, open_dataset
+from reptrt.execute.torchgraph import TorchGraph
 from reptrt.graph.net import Net, model_from_net, net_from_model
 from reptrt.graph.placement import place
 from reptrt.graph.preprocess import Preprocess, read_preprocess, write_preprocess
 from reptrt.graph.qdq import QuantizedWeight, quantize_weights
 from reptrt.graph.splits import read_splits
 from reptrt.pipeline import CalibrateOptions, calibrate, calibrating
-from reptrt.torchgraph import TorchGraph
 from tests.helpers import ort_run
 from tests.learned_nets import rep_net, write_images, write_net
 from tests.onnx_nets import Builder

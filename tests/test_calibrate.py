@@ -15,10 +15,10 @@ from reptrt.calib.thresholds import ThresholdOptions
 from reptrt.core.artifacts import read_sidecar, sha256_of
 from reptrt.core.errors import ArtifactError, CalibrationError, ConfigError, DataError, ReptrtError
 from reptrt.evaluate import evaluate
+from reptrt.execute.runner import optimized_op_counts
 from reptrt.graph.net import net_from_model
 from reptrt.graph.preprocess import Preprocess, write_preprocess
 from reptrt.pipeline import PLAIN_INT8, CalibrateOptions, ExportOptions, calibrate, export
-from reptrt.runner import optimized_op_counts
 from reptrt.sources.models.options import ArchitectureOptions
 from reptrt.sources.source import Source
 from tests.helpers import SHARED, needs_shared, ort_run

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from reptrt.code_sums import sum_codes
+from reptrt.execute.code_sums import sum_codes
+from reptrt.execute.torchgraph import TorchGraph
 from reptrt.graph.net import Net, model_from_net
-from reptrt.torchgraph import TorchGraph
 from tests.helpers import ort_run
 
 F32 = np.float32

@@ -20,6 +20,7 @@ from onnx import helper, numpy_helper
 from reptrt.core.artifacts import read_sidecar, sidecar_path, write_artifact
 from reptrt.core.errors import ArtifactError, DataError, EngineError, ReptrtError
 from reptrt.data.dataset import open_dataset
+from reptrt.execute.runner import OrtRunner
 from reptrt.graph.affines import read_affines
 from reptrt.graph.net import Net, net_from_model, read_model
 from reptrt.graph.preprocess import Preprocess, read_preprocess
@@ -27,7 +28,6 @@ from reptrt.graph.provenance import read_provenance
 from reptrt.graph.recentred import read_recentred
 from reptrt.graph.splits import read_splits
 from reptrt.pipeline import CalibrateOptions, ExportOptions, Source, calibrate, export
-from reptrt.runner import OrtRunner
 from reptrt.trt.input import read_buildable
 from tests import fuzzing
 from tests.onnx_nets import Builder, plain_chain

@@ -84,7 +84,7 @@ def test_demo_help_loads_nothing_heavy() -> None:
 
 def test_without_onnxruntime_one_line_says_what_to_install() -> None:
     code = BLOCKED.replace(repr(OPTIONAL), repr(("onnxruntime",)))
-    code += "\nfrom reptrt.runner import open_runner\nfrom pathlib import Path\n"
+    code += "\nfrom reptrt.execute.runner import open_runner\nfrom pathlib import Path\n"
     code += "open_runner(Path('missing.onnx'))"
     done = python(code)
     assert "MissingDependencyError" in done.stderr

@@ -18,6 +18,8 @@ from reptrt import ladder as ladder_module
 from reptrt.core.errors import ArtifactError, DataError, EngineError, MissingDependencyError
 from reptrt.data.dataset import Dataset, open_dataset
 from reptrt.demo import digits
+from reptrt.execute.runner import OrtRunner, Runner
+from reptrt.execute.torch_runner import TorchRunner, float_activations, graph_runner
 from reptrt.export import ExportSettings, onnx_from_module
 from reptrt.graph.net import Net, model_from_net, net_from_model
 from reptrt.graph.preprocess import Preprocess
@@ -26,9 +28,7 @@ from reptrt.pipeline import CalibrateOptions, ExportOptions
 from reptrt.rewrite.recentre import recentre
 from reptrt.run import RunOptions
 from reptrt.rungs import Step, measure
-from reptrt.runner import OrtRunner, Runner
 from reptrt.sources.source import Source, module_from_source
-from reptrt.torch_runner import TorchRunner, float_activations, graph_runner
 from reptrt.trt.binding import Gpu
 from tests.full_range_nets import unsigned
 from tests.helpers import ort_run

@@ -8,10 +8,10 @@ from onnx import TensorProto, numpy_helper
 
 from reptrt.core.errors import CalibrationError
 from reptrt.core.grid import Grid, channel_amax, dequantize
+from reptrt.execute.torchgraph import TorchGraph
 from reptrt.graph.net import model_from_net, net_from_model
 from reptrt.graph.placement import Placement, place
 from reptrt.graph.qdq import insert_qdq, quantize_weight, quantize_weights
-from reptrt.torchgraph import TorchGraph
 from tests.helpers import ort_run
 from tests.onnx_nets import Builder, basic_block, plain_chain, without_names
 from tests.qdq_nets import images, quantized, residual_net, with_outputs

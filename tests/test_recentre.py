@@ -11,15 +11,15 @@ from onnx import numpy_helper
 
 from reptrt.core.errors import RewriteError
 from reptrt.core.metrics import sqnr_db
+from reptrt.execute.lowering import lower
+from reptrt.execute.runner import OrtRunner, optimized_op_counts
+from reptrt.execute.torchgraph import TorchGraph
 from reptrt.graph.net import Net, constant_value, model_from_net, net_from_model
 from reptrt.graph.placement import place
 from reptrt.graph.recentred import read_recentred
 from reptrt.linter import lint_net
-from reptrt.lowering import lower
 from reptrt.rewrite.recentre import full_range_obstacle, padded_readers, recentre
 from reptrt.rewrite.to_fp16 import to_fp16
-from reptrt.runner import OrtRunner, optimized_op_counts
-from reptrt.torchgraph import TorchGraph
 from tests.full_range_nets import Case, cases, on_grid, split_net, unsigned
 from tests.helpers import ort_run
 from tests.lint_graphs import needs_rtx, refused_by_rtx

@@ -17,12 +17,12 @@ from reptrt.cli import main
 from reptrt.core.errors import ConfigError, DataError, EngineError
 from reptrt.data.dataset import open_dataset
 from reptrt.evaluate import evaluate
+from reptrt.execute.runner import OrtRunner
+from reptrt.execute.torchgraph import TorchGraph
 from reptrt.graph.net import get_json, model_from_net, net_from_model, read_model
 from reptrt.graph.preprocess import read_preprocess
 from reptrt.graph.quantized import layer_weights
 from reptrt.pipeline import CalibrateOptions, calibrate
-from reptrt.runner import OrtRunner
-from reptrt.torchgraph import TorchGraph
 from reptrt.trt.input import read_buildable
 from tests.helpers import ort_run
 from tests.learned_nets import rep_net, write_images, write_net

@@ -17,6 +17,7 @@ import torch
 from reptrt.core.errors import CalibrationError, DataError, ReptrtError
 from reptrt.core.grid import Grid
 from reptrt.data.dataset import open_dataset
+from reptrt.execute.torchgraph import TorchGraph
 from reptrt.graph.net import (
     Net,
     bytes_from_model,
@@ -33,7 +34,6 @@ from reptrt.reconstruct.learn import Task, learn, relative_error
 from reptrt.reconstruct.state import State
 from reptrt.rewrite.split_coarse_fine import split_coarse_fine
 from reptrt.rewrite.split_identity import split_identity
-from reptrt.torchgraph import TorchGraph
 from tests.helpers import ort_run
 from tests.learned_nets import Case, nearest, rep_net, write_images, write_net
 from tests.onnx_nets import basic_block

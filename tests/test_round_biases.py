@@ -8,12 +8,12 @@ import onnx_graphsurgeon as gs
 import pytest
 import torch
 
+from reptrt.execute.lowering import lower
+from reptrt.execute.runner import OrtRunner
+from reptrt.execute.torch_runner import graph_runner
 from reptrt.graph.net import constant_of, maker_of, net_from_model
-from reptrt.lowering import lower
 from reptrt.pipeline import CalibrateOptions, calibrate
 from reptrt.rewrite.round_biases import round_biases
-from reptrt.runner import OrtRunner
-from reptrt.torch_runner import graph_runner
 from tests.helpers import ort_run
 from tests.learned_nets import SIZE, rep_net, write_images, write_net
 from tests.onnx_nets import plain_chain

@@ -11,7 +11,13 @@ import pytest
 from onnx import TensorProto, helper
 
 from reptrt.core.errors import ArtifactError, ConfigError, DataError, MissingDependencyError
-from reptrt.runner import OrtRunner, open_runner, optimized_op_counts, ort_version, usable_cores
+from reptrt.execute.runner import (
+    OrtRunner,
+    open_runner,
+    optimized_op_counts,
+    ort_version,
+    usable_cores,
+)
 from reptrt.trt import machine
 from tests.helpers import ort_run
 from tests.tiny_nets import classifier, quantized_conv
@@ -161,12 +167,12 @@ def test_a_missing_onnxruntime_says_how_to_install_it(
 
 
 def test_importing_the_module_does_not_import_onnxruntime() -> None:
-    code = "import sys, reptrt.runner; sys.exit('onnxruntime' in sys.modules)"
+    code = "import sys, reptrt.execute.runner; sys.exit('onnxruntime' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_stderr_works_again_after_the_first_import(tmp_path: Path) -> None:
-    code = "import os, reptrt.runner as r; r.ort_version(); os.write(2, b'still here')"
+    code = "import os, reptrt.execute.runner as r; r.ort_version(); os.write(2, b'still here')"
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
     assert done.stderr == b"still here"
     assert ort_version().count(".") >= 2

@@ -10,12 +10,12 @@ import torch
 from onnx import numpy_helper
 
 from reptrt.data.dataset import open_dataset
+from reptrt.execute.runner import OrtRunner
+from reptrt.execute.torch_runner import graph_runner, int8_runner
+from reptrt.execute.torchgraph import TorchGraph
 from reptrt.graph.net import net_from_model
 from reptrt.graph.preprocess import read_preprocess
 from reptrt.pipeline import CalibrateOptions, calibrate
-from reptrt.runner import OrtRunner
-from reptrt.torch_runner import graph_runner, int8_runner
-from reptrt.torchgraph import TorchGraph
 from tests.helpers import ort_run
 from tests.learned_nets import SIZE, rep_net, write_images, write_net
 from tests.onnx_nets import basic_block

@@ -19,6 +19,8 @@ from reptrt.calib.thresholds import ThresholdOptions
 from reptrt.choose import int8_pays
 from reptrt.cli import main
 from reptrt.core.grid import Grid, dequantize, quantize
+from reptrt.execute.runner import OrtRunner, optimized_op_counts
+from reptrt.execute.torch_runner import float_activations, graph_runner
 from reptrt.graph.net import Net, constant_of, model_from_net, net_from_model, read_model
 from reptrt.graph.placement import place
 from reptrt.graph.qdq import insert_qdq, quantize_weights
@@ -26,8 +28,6 @@ from reptrt.pipeline import CalibrateOptions, calibrate
 from reptrt.rewrite.fold_skip_scale import fold_skip_scale
 from reptrt.rewrite.recentre import recentre
 from reptrt.rewrite.split_identity import split_identity
-from reptrt.runner import OrtRunner, optimized_op_counts
-from reptrt.torch_runner import float_activations, graph_runner
 from tests.helpers import ort_run
 from tests.learned_nets import SIZE, rep_net, write_images, write_net
 from tests.qdq_nets import images

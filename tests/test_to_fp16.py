@@ -13,14 +13,14 @@ from onnx import TensorProto, numpy_helper
 
 from reptrt.core.errors import RewriteError
 from reptrt.core.metrics import sqnr_db
+from reptrt.execute.lowering import lower
+from reptrt.execute.runner import OrtRunner, optimized_op_counts
 from reptrt.graph.intent import planned_int8
 from reptrt.graph.net import model_from_net, net_from_model
 from reptrt.linter import lint_net
-from reptrt.lowering import lower
 from reptrt.pipeline import CalibrateOptions, ExportOptions, Source, calibrate, export
 from reptrt.rewrite.contract import RewriteReport
 from reptrt.rewrite.to_fp16 import to_fp16
-from reptrt.runner import OrtRunner, optimized_op_counts
 from reptrt.trt.build import build_engine
 from reptrt.trt.options import BuildOptions
 from tests.helpers import SHARED, needs_shared, ort_run

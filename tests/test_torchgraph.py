@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from reptrt.core.errors import ConfigError, DataError, RewriteError
+from reptrt.execute.torchgraph import TorchGraph, compute, exact_math
+from reptrt.execute.torchops.program import Step
 from reptrt.graph.net import net_from_model
-from reptrt.torchgraph import TorchGraph, compute, exact_math
-from reptrt.torchops.program import Step
 from tests.helpers import ort_run
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from reptrt.torchgraph import TorchGraph
+from reptrt.execute.torchgraph import TorchGraph
 from tests.helpers import ort_run
 
 

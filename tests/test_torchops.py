@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from onnx import TensorProto
 
 from reptrt.core.errors import RewriteError
-from reptrt.torchgraph import TorchGraph
-from reptrt.torchops import OPERATORS
+from reptrt.execute.torchgraph import TorchGraph
+from reptrt.execute.torchops import OPERATORS
 from tests.helpers import ort_run
 from tests.operator_cases import (
     BINARY,

@@ -7,7 +7,7 @@ import pytest
 
 from reptrt.bench import bench
 from reptrt.core.errors import ConfigError, DataError, EngineError, MissingDependencyError
-from reptrt.runner import open_runner
+from reptrt.execute.runner import open_runner
 from reptrt.trt import binding
 from reptrt.trt.binding import Gpu
 from reptrt.trt.runner import TrtRunner

@@ -13,11 +13,11 @@ from onnx import numpy_helper
 from reptrt.calib.thresholds import ThresholdOptions
 from reptrt.core.metrics import sqnr_db
 from reptrt.diagnose import diagnose
+from reptrt.execute.lowering import lower
+from reptrt.execute.runner import OrtRunner
+from reptrt.execute.torch_runner import int8_runner
 from reptrt.graph.net import model_from_net, net_from_model, read_model
-from reptrt.lowering import lower
 from reptrt.pipeline import CalibrateOptions, CalibrateReport, calibrate
-from reptrt.runner import OrtRunner
-from reptrt.torch_runner import int8_runner
 from tests.helpers import ort_run
 from tests.onnx_nets import Builder, give_identity
 

@@ -18,10 +18,10 @@ from compare_rests import logits
 
 from reptrt.core.metrics import agreement, sqnr_db
 from reptrt.data.dataset import Dataset, open_dataset
+from reptrt.execute.runner import OrtRunner, Runner
+from reptrt.execute.torch_runner import graph_runner, int8_runner
 from reptrt.graph.net import net_from_model, read_model
 from reptrt.graph.preprocess import read_preprocess
-from reptrt.runner import OrtRunner, Runner
-from reptrt.torch_runner import graph_runner, int8_runner
 
 _BATCH = 100
 

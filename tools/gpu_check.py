@@ -71,9 +71,9 @@ from reptrt.core.artifacts import (
 from reptrt.core.errors import MissingDependencyError, ReptrtError
 from reptrt.core.metrics import agreement, sqnr_db
 from reptrt.data.dataset import Dataset, open_dataset
+from reptrt.execute.runner import Runner, open_runner
 from reptrt.graph.net import bytes_from_model, net_from_model, read_model
 from reptrt.graph.preprocess import read_preprocess
-from reptrt.runner import Runner, open_runner
 from reptrt.trt import binding
 from reptrt.trt.binding import Backend, Gpu
 from reptrt.trt.input import with_rest
@@ -545,8 +545,8 @@ def parity(engine: Path, model: Path, data: Path, images: int, answer: Path) -> 
 @_json_option
 def simulation(model: Path, device: str, data: Path, images: int, answer: Path) -> None:
     """Compare the first output of an INT8 file in torch with onnxruntime."""
+    from reptrt.execute.torch_runner import int8_runner
     from reptrt.pipeline import torch_device
-    from reptrt.torch_runner import int8_runner
 
     with _one_line():
         dataset = _images_of(model, data, images)

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from reptrt.core.grid import dequantize
+from reptrt.execute.torchgraph import TorchGraph
 from reptrt.graph.qdq import QuantizedWeight
-from reptrt.torchgraph import TorchGraph
 
 Float64Array = npt.NDArray[np.float64]
 

@@ -10,7 +10,7 @@ import torch
 from reptrt.calib.collect import not_finite, watch
 from reptrt.calib.histogram import LARGEST
 from reptrt.data.dataset import Dataset
-from reptrt.torchgraph import TorchGraph
+from reptrt.execute.torchgraph import TorchGraph
 
 Float64Array = npt.NDArray[np.float64]
 

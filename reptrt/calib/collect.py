@@ -14,8 +14,8 @@ from reptrt.calib.histogram import Histogram, histogram_of
 from reptrt.core.errors import CalibrationError
 from reptrt.core.progress import track
 from reptrt.data.dataset import Dataset
+from reptrt.execute.torchgraph import TorchGraph
 from reptrt.graph.placement import Activation
-from reptrt.torchgraph import TorchGraph
 
 COMPUTE_BATCH = 32
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from reptrt.calib.collect import compute_batch
 from reptrt.data.dataset import Dataset
-from reptrt.torchgraph import Override, TorchGraph
+from reptrt.execute.torchgraph import Override, TorchGraph
 
 _JUDGED = 64  # images, of hundreds
 _NOTHING: Mapping[str, Tensor] = MappingProxyType({})

@@ -21,6 +21,7 @@ from reptrt.data.dataset import Dataset, open_dataset
 from reptrt.diagnose.measure import Halves, Powers, closeness, halves_of, layer_powers, probes_of
 from reptrt.diagnose.parts import WeightRange, bits_left, range_of_branches, range_of_kernel
 from reptrt.diagnose.report import Corner, Diagnosis, LayerDiagnosis, Noise
+from reptrt.execute.torchgraph import TorchGraph
 from reptrt.graph.net import Net, constant_value, net_from_model, read_model, weighted_nodes
 from reptrt.graph.placement import Placement, place
 from reptrt.graph.preprocess import read_preprocess
@@ -34,7 +35,6 @@ from reptrt.pipeline import (
     prepare,
     torch_device,
 )
-from reptrt.torchgraph import TorchGraph
 
 
 def diagnose(

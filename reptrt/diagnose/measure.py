@@ -20,11 +20,11 @@ from reptrt.core.grid import Grid
 from reptrt.core.metrics import agreement, db_from_powers
 from reptrt.core.progress import track
 from reptrt.data.dataset import Dataset
+from reptrt.execute.torchgraph import TorchGraph
 from reptrt.graph.net import Net, producer
 from reptrt.graph.placement import Placement, moves_values
 from reptrt.graph.qdq import insert_qdq, quantize_weights
 from reptrt.graph.splits import Split, read_splits
-from reptrt.torchgraph import TorchGraph
 
 Float64Array = npt.NDArray[np.float64]
 

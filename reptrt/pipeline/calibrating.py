@@ -30,6 +30,7 @@ from reptrt.core.artifacts import (
 from reptrt.core.choices import Threshold
 from reptrt.core.grid import Grid, scale_from_amax
 from reptrt.data.dataset import Dataset, open_dataset
+from reptrt.execute.torchgraph import TorchGraph
 from reptrt.graph.net import (
     Net,
     blaming,
@@ -54,7 +55,6 @@ from reptrt.rewrite.insert_affine import insert_affine
 from reptrt.rewrite.recentre import recentre, round_scales
 from reptrt.rewrite.round_biases import round_biases
 from reptrt.rewrite.to_fp16 import to_fp16
-from reptrt.torchgraph import TorchGraph
 
 _LOG = logging.getLogger(__name__)
 

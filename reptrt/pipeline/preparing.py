@@ -13,6 +13,7 @@ from reptrt.choose import Decision, RangeDecision, choose, int8_pays, num_macs
 from reptrt.core.choices import SplitForm
 from reptrt.core.errors import ConfigError
 from reptrt.data.dataset import Dataset
+from reptrt.execute.torchgraph import TorchGraph
 from reptrt.graph.net import Net, weighted_nodes
 from reptrt.graph.placement import Placement, exactly, place
 from reptrt.graph.splits import Split, read_splits
@@ -21,7 +22,6 @@ from reptrt.rewrite.equalize import equalize, find_links, range_of_channels
 from reptrt.rewrite.recentre import full_range_obstacle
 from reptrt.rewrite.split_coarse_fine import split_coarse_fine
 from reptrt.rewrite.split_identity import split_identity
-from reptrt.torchgraph import TorchGraph
 
 Float64Array = npt.NDArray[np.float64]
 

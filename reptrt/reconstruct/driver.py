@@ -19,6 +19,7 @@ from reptrt.core.errors import CalibrationError, DataError
 from reptrt.core.grid import Grid
 from reptrt.core.progress import track
 from reptrt.data.dataset import Dataset
+from reptrt.execute.torchgraph import TorchGraph
 from reptrt.graph.net import Net
 from reptrt.graph.placement import Placement
 from reptrt.graph.splits import read_splits
@@ -41,7 +42,6 @@ from reptrt.reconstruct.state import (
     write,
 )
 from reptrt.reconstruct.units import find_units, stage_end
-from reptrt.torchgraph import TorchGraph
 
 _LOG = logging.getLogger(__name__)
 

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from reptrt.core.errors import CalibrationError
+from reptrt.execute.torchgraph import TorchGraph, exact_math
 from reptrt.reconstruct.options import LearnOptions
 from reptrt.reconstruct.rounding import SoftCodes, beta_at
 from reptrt.reconstruct.state import Sites, State, deployed_weights, simulation
-from reptrt.torchgraph import TorchGraph, exact_math
 
 Batch = Callable[[Tensor], Mapping[str, Tensor]]  # image indices -> tensors by name
 

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 
 import torch
 
-from reptrt.torchgraph import TorchGraph
-from reptrt.torchops.program import Step
+from reptrt.execute.torchgraph import TorchGraph
+from reptrt.execute.torchops.program import Step
 
 MAX_LAYERS = 8  # of a unit, if no single tensor passes earlier
 

@@ -16,7 +16,7 @@ AnyArray = npt.NDArray[Any]
 
 
 class TrtRunner:
-    """An engine on the first GPU, with the contract of `reptrt.runner.Runner`.
+    """An engine on the first GPU, with the contract of `reptrt.execute.runner.Runner`.
 
     Host buffers are pinned and, like the device's, kept for as long as the batch has one shape.
 

@@ -17,11 +17,11 @@ from reptrt.calib.thresholds import ThresholdOptions, amax_from_histogram
 from reptrt.core.choices import Rule
 from reptrt.core.grid import Grid
 from reptrt.data.dataset import Dataset
+from reptrt.execute.runner import OrtRunner
+from reptrt.execute.torchgraph import TorchGraph
 from reptrt.graph.net import Net
 from reptrt.reconstruct.fake_quantize import fake_quantize
-from reptrt.runner import OrtRunner
 from reptrt.sources.source import module_from_source
-from reptrt.torchgraph import TorchGraph
 from tests.benchmarks.conftest import FORMS, SOURCE
 
 X = torch.randn(32, 64, 16, 16, generator=torch.Generator().manual_seed(0))

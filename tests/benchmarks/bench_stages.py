@@ -19,13 +19,13 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from reptrt.calib.channels import collect_channels
 from reptrt.calib.collect import collect
 from reptrt.data.dataset import Dataset
+from reptrt.execute.torchgraph import TorchGraph
 from reptrt.export import ExportSettings, onnx_from_module
 from reptrt.graph.net import Net
 from reptrt.graph.placement import place
 from reptrt.graph.preprocess import Preprocess
 from reptrt.pipeline import PLAIN_INT8, CalibrateOptions, calibrate, export
 from reptrt.sources.source import module_from_source
-from reptrt.torchgraph import TorchGraph
 from tests.benchmarks.conftest import EXPORT, IMAGES, SOURCE
 
 ROUNDS = 3

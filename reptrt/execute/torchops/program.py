@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from reptrt.core.errors import RewriteError
+from reptrt.execute.torchops.node import Builder, NodeView, Operator, Precision
 from reptrt.graph.net import Net
-from reptrt.torchops.node import Builder, NodeView, Operator, Precision
 
 _STANDARD_DOMAINS = (None, "", "ai.onnx")
 _CONSTANT_FIELDS = ("value", "value_float", "value_int", "value_floats", "value_ints")

@@ -4,7 +4,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from reptrt.core.errors import ConfigError
-from reptrt.torchops.program import Program, Step
+from reptrt.execute.torchops.program import Program, Step
 
 
 @dataclass(frozen=True, slots=True)

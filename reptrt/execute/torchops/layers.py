@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from reptrt.core.errors import RewriteError
-from reptrt.torchops.node import Builder, NodeView, Operator, plain
-from reptrt.torchops.window import pad_with, padding_of, same_pads, spatial_layout
+from reptrt.execute.torchops.node import Builder, NodeView, Operator, plain
+from reptrt.execute.torchops.window import pad_with, padding_of, same_pads, spatial_layout
 
 # By the weight's number of dimensions; resolved per call, since a weight may be computed.
 _CONV = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from reptrt.core.errors import RewriteError
-from reptrt.torchops.elementwise import torch_dtype
-from reptrt.torchops.node import Builder, NodeView, Operator, along
+from reptrt.execute.torchops.elementwise import torch_dtype
+from reptrt.execute.torchops.node import Builder, NodeView, Operator, along
 
 _CODES = (torch.int8, torch.uint8, torch.int16)
 

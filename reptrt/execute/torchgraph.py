@@ -1,7 +1,7 @@
 """An ONNX graph as a torch module: named tensors, any sub-graph, differentiable.
 
 `TorchGraph` is the one executor of calibration and reconstruction. Operators are compiled once
-(`reptrt.torchops`); a run executes the nodes between the tensors it is given and those it is asked
+(`reptrt.execute.torchops`); a run executes the nodes between the tensors it is given and those it is asked
 for, and drops every tensor after its last reader, so memory is that of the widest point.
 
 Number formats: every floating tensor is computed in the module's type, float32 unless ``.double()``
@@ -25,12 +25,12 @@ import torch
 from torch import Tensor
 
 from reptrt.core.errors import ConfigError, DataError, RewriteError
+from reptrt.execute.torchops import OPERATORS
+from reptrt.execute.torchops.node import Precision
+from reptrt.execute.torchops.plan import Plan, plan_of
+from reptrt.execute.torchops.program import Step, program_from_net
+from reptrt.execute.torchops.window import spatial_layout
 from reptrt.graph.net import Net, net_from_model
-from reptrt.torchops import OPERATORS
-from reptrt.torchops.node import Precision
-from reptrt.torchops.plan import Plan, plan_of
-from reptrt.torchops.program import Step, program_from_net
-from reptrt.torchops.window import spatial_layout
 
 Override = Callable[[Tensor], Tensor]
 Observer = Callable[[Tensor], None]

@@ -20,10 +20,10 @@ import numpy.typing as npt
 import onnx
 from google.protobuf.message import DecodeError
 
-from reptrt.code_sums import SUMS
 from reptrt.core.errors import ArtifactError, ConfigError, DataError, MissingDependencyError
+from reptrt.execute.code_sums import SUMS
+from reptrt.execute.lowering import lower
 from reptrt.graph.net import bytes_from_model, read_model
-from reptrt.lowering import lower
 from reptrt.trt.machine import may_saturate
 
 Device = Literal["cpu", "cuda", "tensorrt"]
@@ -35,7 +35,9 @@ _PROVIDERS: dict[Device, list[str]] = {
     "cuda": ["CUDAExecutionProvider", "CPUExecutionProvider"],
     "tensorrt": ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"],
 }
-_INEXACT = ["ConvMulFusion"]  # would turn weights that are codes into floats (`reptrt.code_sums`)
+_INEXACT = [
+    "ConvMulFusion"
+]  # would turn weights that are codes into floats (`reptrt.execute.code_sums`)
 _LOG_FATAL = 4  # errors come as exceptions; printing them as well says everything twice
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from reptrt.torchops.node import NodeView
+from reptrt.execute.torchops.node import NodeView
 
 Ints = Sequence[int]
 

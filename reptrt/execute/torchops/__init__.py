@@ -9,14 +9,14 @@ program.py       a graph -> constants and steps
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from reptrt.torchops.elementwise import ELEMENTWISE
-from reptrt.torchops.layers import LAYERS
-from reptrt.torchops.node import Builder
-from reptrt.torchops.pooling import POOLING
-from reptrt.torchops.quantize import QUANTIZE
-from reptrt.torchops.reductions import REDUCTIONS
-from reptrt.torchops.resize import RESIZE
-from reptrt.torchops.shapes import SHAPES
+from reptrt.execute.torchops.elementwise import ELEMENTWISE
+from reptrt.execute.torchops.layers import LAYERS
+from reptrt.execute.torchops.node import Builder
+from reptrt.execute.torchops.pooling import POOLING
+from reptrt.execute.torchops.quantize import QUANTIZE
+from reptrt.execute.torchops.reductions import REDUCTIONS
+from reptrt.execute.torchops.resize import RESIZE
+from reptrt.execute.torchops.shapes import SHAPES
 
 OPERATORS: Mapping[str, Builder] = MappingProxyType(
     {**ELEMENTWISE, **LAYERS, **POOLING, **REDUCTIONS, **SHAPES, **RESIZE, **QUANTIZE}

@@ -8,8 +8,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from reptrt.core.errors import RewriteError
-from reptrt.torchops.node import Builder, NodeView, Operator
-from reptrt.torchops.window import Ints, each, pad_with, padding_of, same_pads, spatial_layout
+from reptrt.execute.torchops.node import Builder, NodeView, Operator
+from reptrt.execute.torchops.window import (
+    Ints,
+    each,
+    pad_with,
+    padding_of,
+    same_pads,
+    spatial_layout,
+)
 
 _MAX = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
 _AVERAGE = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}

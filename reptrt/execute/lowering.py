@@ -22,8 +22,8 @@ follows it directly. Run as it is, the graph would compute every convolution in 
    kernels for x86 take unsigned activations. It does the same by itself, but not wherever a tensor
    is read twice, and then computes that layer in float.
 6. Layers for which there is no INT8 kernel, because no Q follows, sum codes all the same, in float
-   operators (`reptrt.code_sums`): exact, and no weight is dequantized when it runs. For a runtime
-   without any INT8 kernels, `reptrt.torchgraph`, all layers do. Then the codes and the outputs
+   operators (`reptrt.execute.code_sums`): exact, and no weight is dequantized when it runs. For a runtime
+   without any INT8 kernels, `reptrt.execute.torchgraph`, all layers do. Then the codes and the outputs
    are those of onnxruntime, to the bit, of all that has no kernel of yet another kind there
    (average pools, sums of INT8 summands; see docs/methods.md).
 
@@ -36,8 +36,8 @@ import numpy.typing as npt
 import onnx
 import onnx_graphsurgeon as gs
 
-from reptrt.code_sums import quantize_behind, sum_codes
 from reptrt.core.grid import along_axis
+from reptrt.execute.code_sums import quantize_behind, sum_codes
 from reptrt.graph.net import constant_value, model_from_net, net_from_model, producer
 from reptrt.graph.placement import moves_values
 from reptrt.graph.recentred import restore

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from reptrt.core.errors import RewriteError
-from reptrt.torchops.node import Builder, NodeView, Operator, plain, together
+from reptrt.execute.torchops.node import Builder, NodeView, Operator, plain, together
 
 _PAD_MODES = {"constant": "constant", "reflect": "reflect", "edge": "replicate"}
 

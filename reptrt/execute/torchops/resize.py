@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from reptrt.core.errors import RewriteError
-from reptrt.torchops.node import Builder, NodeView, Operator
+from reptrt.execute.torchops.node import Builder, NodeView, Operator
 
 _COORDINATES = ("half_pixel", "pytorch_half_pixel", "align_corners", "asymmetric")
 _ROUNDINGS: Mapping[str, Callable[[np.ndarray], np.ndarray]] = {

@@ -1,4 +1,4 @@
-"""Run a torch module, or an ONNX graph in torch, with the contract of `reptrt.runner.Runner`."""
+"""Run a torch module, or an ONNX graph in torch, with the contract of `reptrt.execute.runner.Runner`."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -12,12 +12,12 @@ import onnx_graphsurgeon as gs
 import torch
 from torch import Tensor, nn
 
+from reptrt.execute.lowering import lower
+from reptrt.execute.torchgraph import TorchGraph
 from reptrt.graph.net import Net, constant_of, net_from_model
 from reptrt.graph.qdq import is_simulation
 from reptrt.graph.queries import is_dequantize, is_quantize, value_of
 from reptrt.graph.recentred import read_recentred
-from reptrt.lowering import lower
-from reptrt.torchgraph import TorchGraph
 
 AnyArray = npt.NDArray[Any]
 Replacements = Mapping[str, Callable[..., Any]]
@@ -91,7 +91,7 @@ def graph_runner(net: Net, device: torch.device, replace: Replacements = _NOTHIN
 
 
 def int8_runner(model: onnx.ModelProto, device: torch.device) -> TorchRunner:
-    """Return a runner of a Q/DQ model that has the codes of INT8 kernels (`reptrt.lowering`)."""
+    """Return a runner of a Q/DQ model that has the codes of INT8 kernels (`reptrt.execute.lowering`)."""
     return graph_runner(net_from_model(lower(model, kernels=False)), device)
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from reptrt.torchops.node import Builder, NodeView, Operator, plain
+from reptrt.execute.torchops.node import Builder, NodeView, Operator, plain
 
 _Reduction = Callable[[Tensor, list[int], bool], Tensor]
 

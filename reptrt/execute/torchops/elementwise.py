@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from reptrt.core.errors import RewriteError
-from reptrt.torchops.node import Builder, NodeView, Operator, Precision, plain, together
+from reptrt.execute.torchops.node import Builder, NodeView, Operator, Precision, plain, together
 
 _FLOATING = (
     onnx.TensorProto.FLOAT,

@@ -1,0 +1,1 @@
+"""Running graphs: in torch, in onnxruntime, with the codes of INT8 kernels."""
