@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from reptrt.core.errors import RewriteError
-from reptrt.export import ExportSettings, fuse, onnx_from_module
+from reptrt.exporter.export import ExportSettings, fuse, onnx_from_module
 from reptrt.graph.net import Net, model_from_net, net_from_model
 from reptrt.graph.preprocess import Preprocess
 from reptrt.graph.provenance import read_provenance

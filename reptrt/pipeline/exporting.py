@@ -15,7 +15,7 @@ from reptrt.core.artifacts import (
     sha256_of,
     write_artifact,
 )
-from reptrt.export import (
+from reptrt.exporter.export import (
     ExportSettings,
     Proof,
     block_outputs,

@@ -20,7 +20,7 @@ from reptrt.calib.channels import collect_channels
 from reptrt.calib.collect import collect
 from reptrt.data.dataset import Dataset
 from reptrt.execute.torchgraph import TorchGraph
-from reptrt.export import ExportSettings, onnx_from_module
+from reptrt.exporter.export import ExportSettings, onnx_from_module
 from reptrt.graph.net import Net
 from reptrt.graph.placement import place
 from reptrt.graph.preprocess import Preprocess

@@ -1,0 +1,1 @@
+"""A module or ONNX file as one fused float ONNX graph, and the proof."""
