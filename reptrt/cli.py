@@ -96,7 +96,9 @@ def main(verbose: bool) -> None:
     logger.handlers[:] = [handler]
     logger.setLevel(logging.INFO if verbose else logging.WARNING)
     # What learning will cost is said before it starts; what became of each unit, with -v.
-    logging.getLogger("reptrt.reconstruct").setLevel(logging.DEBUG if verbose else logging.INFO)
+    logging.getLogger("reptrt.quantize.reconstruct").setLevel(
+        logging.DEBUG if verbose else logging.INFO
+    )
 
 
 def _choice(literal: Any) -> click.Choice[str]:
@@ -354,8 +356,8 @@ def calibrate_options(command: Command) -> Command:
 
 
 def _calibrate_options(values: dict[str, Any]) -> Any:
-    from reptrt.calib.thresholds import ThresholdOptions
     from reptrt.pipeline import CalibrateOptions
+    from reptrt.quantize.calib.thresholds import ThresholdOptions
 
     threshold = ThresholdOptions(values["threshold"], values["percentile"])
     named = {field.name for field in fields(CalibrateOptions)} - {"threshold"}

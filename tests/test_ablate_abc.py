@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 from reptrt.evaluate import evaluate
 from reptrt.pipeline import CalibrateOptions, calibrate
-from reptrt.reconstruct import LearnOptions
+from reptrt.quantize.reconstruct import LearnOptions
 from tests.helpers import load_tool
 from tests.learned_nets import rep_net, write_images, write_net
 

@@ -10,10 +10,6 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from reptrt.calib.bias import bias_errors, deployed_weights
-from reptrt.calib.collect import collect
-from reptrt.calib.outputs import Outputs
-from reptrt.calib.thresholds import ThresholdOptions
 from reptrt.core.grid import Grid
 from reptrt.data.dataset import Dataset, open_dataset
 from reptrt.execute.torchgraph import TorchGraph
@@ -23,6 +19,10 @@ from reptrt.graph.preprocess import Preprocess, read_preprocess, write_preproces
 from reptrt.graph.qdq import QuantizedWeight, quantize_weights
 from reptrt.graph.splits import read_splits
 from reptrt.pipeline import CalibrateOptions, calibrate, calibrating
+from reptrt.quantize.calib.bias import bias_errors, deployed_weights
+from reptrt.quantize.calib.collect import collect
+from reptrt.quantize.calib.outputs import Outputs
+from reptrt.quantize.calib.thresholds import ThresholdOptions
 from tests.helpers import ort_run
 from tests.learned_nets import rep_net, write_images, write_net
 from tests.onnx_nets import Builder
@@ -186,7 +186,7 @@ def test_the_size_of_a_batch_does_not_matter(
     net, data = net_from_model(many_layers()), dataset(tmp_path)
     found = []
     for size in (32, 7, 64):
-        monkeypatch.setattr("reptrt.calib.collect.COMPUTE_BATCH", size)
+        monkeypatch.setattr("reptrt.quantize.calib.collect.COMPUTE_BATCH", size)
         found.append(errors_of(net, data)[0])
     for other in found[1:]:
         for name, wanted in found[0].items():

@@ -1,4 +1,4 @@
-"""What the budget of `reptrt.choose` is spent on, against all combinations and real noise."""
+"""What the budget of `reptrt.quantize.choose` is spent on, against all combinations and real noise."""
 
 import itertools
 import json
@@ -12,12 +12,12 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from reptrt.calib.channels import ChannelStats
-from reptrt.choose import Choice, Decision, Option, choose, num_macs
 from reptrt.core.grid import Grid
 from reptrt.graph.net import Net, net_from_model
 from reptrt.graph.placement import place
 from reptrt.pipeline import CalibrateOptions, calibrate, preparing
+from reptrt.quantize.calib.channels import ChannelStats
+from reptrt.quantize.choose import Choice, Decision, Option, choose, num_macs
 from reptrt.rewrite.recentre import full_range_obstacle
 from tests.helpers import ort_run
 from tests.learned_nets import write_images, write_net

@@ -11,7 +11,6 @@ import pytest
 from onnx import helper, numpy_helper
 from PIL import Image
 
-from reptrt.calib.thresholds import ThresholdOptions
 from reptrt.core.artifacts import read_sidecar, sha256_of
 from reptrt.core.errors import ArtifactError, CalibrationError, ConfigError, DataError, ReptrtError
 from reptrt.evaluate import evaluate
@@ -19,6 +18,7 @@ from reptrt.execute.runner import optimized_op_counts
 from reptrt.graph.net import net_from_model
 from reptrt.graph.preprocess import Preprocess, write_preprocess
 from reptrt.pipeline import PLAIN_INT8, CalibrateOptions, ExportOptions, calibrate, export
+from reptrt.quantize.calib.thresholds import ThresholdOptions
 from reptrt.sources.models.options import ArchitectureOptions
 from reptrt.sources.source import Source
 from tests.helpers import SHARED, needs_shared, ort_run

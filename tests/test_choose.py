@@ -4,10 +4,10 @@ import numpy as np
 import onnx_graphsurgeon as gs
 import pytest
 
-from reptrt.calib.channels import ChannelStats
-from reptrt.choose import Decision, choose, num_macs
 from reptrt.core.grid import Grid
 from reptrt.graph.net import Net, model_from_net, net_from_model
+from reptrt.quantize.calib.channels import ChannelStats
+from reptrt.quantize.choose import Decision, choose, num_macs
 from tests.test_splits import conv_net, rep_weight
 
 GRIDS = (Grid.activation(8), Grid.weight(8))

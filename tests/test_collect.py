@@ -10,14 +10,14 @@ import onnx
 import pytest
 import torch
 
-from reptrt.calib.channels import collect_channels
-from reptrt.calib.collect import COMPUTE_BATCH, collect, merge_groups
-from reptrt.calib.histogram import Histogram, histogram_of
 from reptrt.core.errors import CalibrationError
 from reptrt.data.dataset import Dataset, open_dataset
 from reptrt.execute.torchgraph import TorchGraph
 from reptrt.graph.placement import Activation
 from reptrt.graph.preprocess import Preprocess
+from reptrt.quantize.calib.channels import collect_channels
+from reptrt.quantize.calib.collect import COMPUTE_BATCH, collect, merge_groups
+from reptrt.quantize.calib.histogram import Histogram, histogram_of
 from tests.helpers import ort_run
 from tests.onnx_nets import Builder, basic_block
 from tests.qdq_nets import residual_net, with_outputs

@@ -12,7 +12,6 @@ from click.testing import CliRunner
 from onnx import helper, numpy_helper
 from rich.console import Console
 
-from reptrt.calib.thresholds import ThresholdOptions
 from reptrt.cli import main
 from reptrt.core.errors import ConfigError
 from reptrt.core.metrics import sqnr_db
@@ -24,6 +23,7 @@ from reptrt.evaluate import evaluate
 from reptrt.graph.net import model_from_net, net_from_model
 from reptrt.graph.preprocess import read_preprocess
 from reptrt.pipeline import CalibrateOptions, ExportOptions, Source, calibrate, export, prepare
+from reptrt.quantize.calib.thresholds import ThresholdOptions
 from tests.helpers import ort_run
 from tests.onnx_nets import Builder, plain_chain
 from tests.qdq_nets import residual_net, with_outputs

@@ -21,7 +21,7 @@ from reptrt.graph.net import net_from_model
 from reptrt.graph.splits import read_splits
 from reptrt.linter import LintReport, lint_net
 from reptrt.pipeline import CalibrateOptions, ExportOptions, Source, calibrate, export
-from reptrt.reconstruct import LearnOptions
+from reptrt.quantize.reconstruct import LearnOptions
 from reptrt.sources.models.options import ArchitectureOptions
 from reptrt.trt.audit import compare
 from reptrt.trt.build import build_engine

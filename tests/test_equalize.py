@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from reptrt.calib.channels import collect_channels
 from reptrt.data.dataset import Dataset, open_dataset
 from reptrt.execute.torchgraph import TorchGraph
 from reptrt.exporter.export import ExportSettings, fuse, onnx_from_module
 from reptrt.graph.net import Net, model_from_net, net_from_model
 from reptrt.graph.preprocess import Preprocess
+from reptrt.quantize.calib.channels import collect_channels
 from reptrt.rewrite.equalize import equalize, find_links
 from tests.helpers import ort_run
 

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from reptrt.calib import histogram as module
-from reptrt.calib.histogram import NUM_BINS, Histogram, histogram_of
+from reptrt.quantize.calib import histogram as module
+from reptrt.quantize.calib.histogram import NUM_BINS, Histogram, histogram_of
 
 
 def counted(values: np.ndarray, width: float) -> np.ndarray:

@@ -9,14 +9,14 @@ import onnx
 import onnx_graphsurgeon as gs
 import pytest
 
-from reptrt.calib.outputs import stride_of
-from reptrt.calib.thresholds import ThresholdOptions
 from reptrt.data.dataset import open_dataset
 from reptrt.graph.net import model_from_net, net_from_model
 from reptrt.graph.placement import place
 from reptrt.graph.preprocess import read_preprocess
 from reptrt.graph.qdq import insert_qdq
 from reptrt.pipeline import CalibrateOptions, CalibrateReport, calibrate, prepare
+from reptrt.quantize.calib.outputs import stride_of
+from reptrt.quantize.calib.thresholds import ThresholdOptions
 from tests.helpers import ort_run
 from tests.learned_nets import SIZE, rep_net, write_images, write_net
 from tests.qdq_nets import with_outputs

@@ -12,7 +12,6 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
-from reptrt.calib.thresholds import ThresholdOptions
 from reptrt.cli import main
 from reptrt.core.errors import ConfigError, DataError, EngineError
 from reptrt.data.dataset import open_dataset
@@ -23,6 +22,7 @@ from reptrt.graph.net import get_json, model_from_net, net_from_model, read_mode
 from reptrt.graph.preprocess import read_preprocess
 from reptrt.graph.quantized import layer_weights
 from reptrt.pipeline import CalibrateOptions, calibrate
+from reptrt.quantize.calib.thresholds import ThresholdOptions
 from reptrt.trt.input import read_buildable
 from tests.helpers import ort_run
 from tests.learned_nets import rep_net, write_images, write_net

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 from reptrt.core.errors import ArtifactError
 from reptrt.pipeline import CalibrateOptions, CalibrateReport, calibrate
-from reptrt.reconstruct import LearnOptions, UnitReport, driver
-from reptrt.reconstruct.learn import Task, learn
-from reptrt.reconstruct.resume import Finished
-from reptrt.reconstruct.state import State
+from reptrt.quantize.reconstruct import LearnOptions, UnitReport, driver
+from reptrt.quantize.reconstruct.learn import Task, learn
+from reptrt.quantize.reconstruct.resume import Finished
+from reptrt.quantize.reconstruct.state import State
 from tests.learned_nets import rep_net, write_images, write_net
 
 CPU = torch.device("cpu")

@@ -10,9 +10,9 @@ from onnx import TensorProto, helper, numpy_helper
 
 from reptrt.core.grid import Grid, dequantize, quantize
 from reptrt.graph.qdq import quantize_weight
-from reptrt.reconstruct.fake_quantize import fake_quantize
-from reptrt.reconstruct.rounding import SoftCodes, beta_at
-from reptrt.reconstruct.state import WeightSite
+from reptrt.quantize.reconstruct.fake_quantize import fake_quantize
+from reptrt.quantize.reconstruct.rounding import SoftCodes, beta_at
+from reptrt.quantize.reconstruct.state import WeightSite
 from tests.helpers import ort_run
 
 GRIDS = {

@@ -13,10 +13,6 @@ import pytest
 from click.testing import CliRunner
 from onnx import numpy_helper
 
-from reptrt.calib.histogram import histogram_of
-from reptrt.calib.saturation import without_dead_values
-from reptrt.calib.thresholds import ThresholdOptions
-from reptrt.choose import int8_pays
 from reptrt.cli import main
 from reptrt.core.grid import Grid, dequantize, quantize
 from reptrt.execute.runner import OrtRunner, optimized_op_counts
@@ -25,6 +21,10 @@ from reptrt.graph.net import Net, constant_of, model_from_net, net_from_model, r
 from reptrt.graph.placement import place
 from reptrt.graph.qdq import insert_qdq, quantize_weights
 from reptrt.pipeline import CalibrateOptions, calibrate
+from reptrt.quantize.calib.histogram import histogram_of
+from reptrt.quantize.calib.saturation import without_dead_values
+from reptrt.quantize.calib.thresholds import ThresholdOptions
+from reptrt.quantize.choose import int8_pays
 from reptrt.rewrite.fold_skip_scale import fold_skip_scale
 from reptrt.rewrite.recentre import recentre
 from reptrt.rewrite.split_identity import split_identity

@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from reptrt.calib.histogram import Histogram, histogram_of
-from reptrt.calib.thresholds import ThresholdOptions, amax_from_histogram
 from reptrt.core.choices import Rule
 from reptrt.core.errors import ConfigError
 from reptrt.core.grid import Grid, dequantize, quantize
+from reptrt.quantize.calib.histogram import Histogram, histogram_of
+from reptrt.quantize.calib.thresholds import ThresholdOptions, amax_from_histogram
 
 INT8 = Grid.activation(8)
 RULES: tuple[Rule, ...] = ("max", "percentile", "mse", "mae", "entropy", "kl")

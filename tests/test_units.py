@@ -13,8 +13,8 @@ import torch
 from reptrt.execute.torchgraph import TorchGraph
 from reptrt.graph.net import Net, net_from_model
 from reptrt.graph.placement import place
-from reptrt.reconstruct.cache import Store, batches, choose_storage, peak_bytes
-from reptrt.reconstruct.units import MAX_LAYERS, Layout, Unit, find_units, stage_end
+from reptrt.quantize.reconstruct.cache import Store, batches, choose_storage, peak_bytes
+from reptrt.quantize.reconstruct.units import MAX_LAYERS, Layout, Unit, find_units, stage_end
 from tests.onnx_nets import Builder, basic_block, plain_chain
 from tests.qdq_nets import images, residual_net
 

@@ -10,7 +10,6 @@ import pytest
 import torch
 from onnx import numpy_helper
 
-from reptrt.calib.thresholds import ThresholdOptions
 from reptrt.core.metrics import sqnr_db
 from reptrt.diagnose import diagnose
 from reptrt.execute.lowering import lower
@@ -18,6 +17,7 @@ from reptrt.execute.runner import OrtRunner
 from reptrt.execute.torch_runner import int8_runner
 from reptrt.graph.net import model_from_net, net_from_model, read_model
 from reptrt.pipeline import CalibrateOptions, CalibrateReport, calibrate
+from reptrt.quantize.calib.thresholds import ThresholdOptions
 from tests.helpers import ort_run
 from tests.onnx_nets import Builder, give_identity
 

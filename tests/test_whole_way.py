@@ -16,7 +16,6 @@ from onnx import numpy_helper
 from PIL import Image
 from torch import nn
 
-from reptrt.calib.thresholds import ThresholdOptions
 from reptrt.core.artifacts import read_sidecar, sha256_of
 from reptrt.core.metrics import sqnr_db
 from reptrt.evaluate import evaluate
@@ -25,6 +24,7 @@ from reptrt.execute.torch_runner import graph_runner
 from reptrt.graph.net import net_from_model, read_model
 from reptrt.linter import lint
 from reptrt.pipeline import CalibrateOptions, ExportOptions, Source, calibrate, export
+from reptrt.quantize.calib.thresholds import ThresholdOptions
 from tests.helpers import ort_run
 from tests.lint_graphs import rules
 from tests.random_nets import SIZE, BlockPlan, Plan, plans

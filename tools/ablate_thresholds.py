@@ -19,10 +19,10 @@ import numpy as np
 import numpy.typing as npt
 from held_out import halves
 
-from reptrt.calib.thresholds import ThresholdOptions
 from reptrt.core.choices import Threshold
 from reptrt.evaluate import evaluate
 from reptrt.pipeline import CalibrateOptions, calibrate
+from reptrt.quantize.calib.thresholds import ThresholdOptions
 
 Row = npt.NDArray[np.float64]  # a value for every rule
 

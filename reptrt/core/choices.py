@@ -4,11 +4,15 @@ from typing import Literal
 
 HighPrecision = Literal["fp32", "fp16"]  # reptrt.rewrite.to_fp16
 Recipe = Literal["fast", "balanced", "accurate"]
-Rounding = Literal["nearest", "learned"]  # reptrt.reconstruct
-Rule = Literal["max", "percentile", "mse", "mae", "entropy", "kl"]  # reptrt.calib.thresholds
+Rounding = Literal["nearest", "learned"]  # reptrt.quantize.reconstruct
+Rule = Literal[
+    "max", "percentile", "mse", "mae", "entropy", "kl"
+]  # reptrt.quantize.calib.thresholds
 Threshold = Literal["auto", Rule]
 Resize = Literal["none", "stretch", "crop"]  # reptrt.graph.preprocess
 SplitForm = Literal["none", "identity-scalar", "identity", "coarse-fine"]
-SplitMode = Literal["auto", "none", "identity-scalar", "identity", "coarse-fine"]  # reptrt.choose
+SplitMode = Literal[
+    "auto", "none", "identity-scalar", "identity", "coarse-fine"
+]  # reptrt.quantize.choose
 SplitPrecision = Literal["float", "int8"]  # reptrt.graph.splits
 TorchDevice = Literal["cpu", "cuda"]

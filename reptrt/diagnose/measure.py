@@ -15,7 +15,6 @@ import onnx_graphsurgeon as gs
 import torch
 from torch import Tensor
 
-from reptrt.calib.collect import compute_batch
 from reptrt.core.grid import Grid
 from reptrt.core.metrics import agreement, db_from_powers
 from reptrt.core.progress import track
@@ -25,6 +24,7 @@ from reptrt.graph.net import Net, producer
 from reptrt.graph.placement import Placement, moves_values
 from reptrt.graph.qdq import insert_qdq, quantize_weights
 from reptrt.graph.splits import Split, read_splits
+from reptrt.quantize.calib.collect import compute_batch
 
 Float64Array = npt.NDArray[np.float64]
 

@@ -12,13 +12,6 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from reptrt.calib.bias import bias_errors, deployed_weights
-from reptrt.calib.collect import Statistics, collect, merge_groups
-from reptrt.calib.histogram import NUM_BINS, Histogram
-from reptrt.calib.outputs import Outputs, parts
-from reptrt.calib.saturation import without_dead_values
-from reptrt.calib.thresholds import ThresholdOptions, amax_from_histogram
-from reptrt.choose import Decision, RangeDecision, full_range_of
 from reptrt.core.artifacts import (
     package_versions,
     read_sidecar,
@@ -47,8 +40,15 @@ from reptrt.graph.recentred import add_to_bias
 from reptrt.graph.splits import Split, read_splits
 from reptrt.pipeline.options import CalibrateOptions, recorded_options
 from reptrt.pipeline.preparing import Prepared, prepare, torch_device
-from reptrt.reconstruct import LearnOptions, Quantized, ReconstructReport, reconstruct
-from reptrt.reconstruct.resume import Finished
+from reptrt.quantize.calib.bias import bias_errors, deployed_weights
+from reptrt.quantize.calib.collect import Statistics, collect, merge_groups
+from reptrt.quantize.calib.histogram import NUM_BINS, Histogram
+from reptrt.quantize.calib.outputs import Outputs, parts
+from reptrt.quantize.calib.saturation import without_dead_values
+from reptrt.quantize.calib.thresholds import ThresholdOptions, amax_from_histogram
+from reptrt.quantize.choose import Decision, RangeDecision, full_range_of
+from reptrt.quantize.reconstruct import LearnOptions, Quantized, ReconstructReport, reconstruct
+from reptrt.quantize.reconstruct.resume import Finished
 from reptrt.rewrite.fold_affine import fold_affine
 from reptrt.rewrite.fold_skip_scale import fold_skip_scale
 from reptrt.rewrite.insert_affine import insert_affine

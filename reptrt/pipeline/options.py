@@ -5,7 +5,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from reptrt.calib.thresholds import ThresholdOptions
 from reptrt.core.choices import (
     HighPrecision,
     Recipe,
@@ -17,7 +16,8 @@ from reptrt.core.choices import (
 )
 from reptrt.core.errors import ConfigError
 from reptrt.core.grid import Grid
-from reptrt.reconstruct.options import LearnOptions
+from reptrt.quantize.calib.thresholds import ThresholdOptions
+from reptrt.quantize.reconstruct.options import LearnOptions
 
 _RECIPES: Mapping[Recipe, LearnOptions | None] = {
     "fast": None,

@@ -7,9 +7,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from reptrt.calib.channels import ChannelStats, collect_channels
-from reptrt.calib.outputs import parts
-from reptrt.choose import Decision, RangeDecision, choose, int8_pays, num_macs
 from reptrt.core.choices import SplitForm
 from reptrt.core.errors import ConfigError
 from reptrt.data.dataset import Dataset
@@ -18,6 +15,9 @@ from reptrt.graph.net import Net, weighted_nodes
 from reptrt.graph.placement import Placement, exactly, place
 from reptrt.graph.splits import Split, read_splits
 from reptrt.pipeline.options import CalibrateOptions
+from reptrt.quantize.calib.channels import ChannelStats, collect_channels
+from reptrt.quantize.calib.outputs import parts
+from reptrt.quantize.choose import Decision, RangeDecision, choose, int8_pays, num_macs
 from reptrt.rewrite.equalize import equalize, find_links, range_of_channels
 from reptrt.rewrite.recentre import full_range_obstacle
 from reptrt.rewrite.split_coarse_fine import split_coarse_fine

@@ -12,15 +12,15 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
-from reptrt.calib.histogram import histogram_of
-from reptrt.calib.thresholds import ThresholdOptions, amax_from_histogram
 from reptrt.core.choices import Rule
 from reptrt.core.grid import Grid
 from reptrt.data.dataset import Dataset
 from reptrt.execute.runner import OrtRunner
 from reptrt.execute.torchgraph import TorchGraph
 from reptrt.graph.net import Net
-from reptrt.reconstruct.fake_quantize import fake_quantize
+from reptrt.quantize.calib.histogram import histogram_of
+from reptrt.quantize.calib.thresholds import ThresholdOptions, amax_from_histogram
+from reptrt.quantize.reconstruct.fake_quantize import fake_quantize
 from reptrt.sources.source import module_from_source
 from tests.benchmarks.conftest import FORMS, SOURCE
 

@@ -16,8 +16,6 @@ from onnxruntime.quantization import (  # the rival
 )
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from reptrt.calib.channels import collect_channels
-from reptrt.calib.collect import collect
 from reptrt.data.dataset import Dataset
 from reptrt.execute.torchgraph import TorchGraph
 from reptrt.exporter.export import ExportSettings, onnx_from_module
@@ -25,6 +23,8 @@ from reptrt.graph.net import Net
 from reptrt.graph.placement import place
 from reptrt.graph.preprocess import Preprocess
 from reptrt.pipeline import PLAIN_INT8, CalibrateOptions, calibrate, export
+from reptrt.quantize.calib.channels import collect_channels
+from reptrt.quantize.calib.collect import collect
 from reptrt.sources.source import module_from_source
 from tests.benchmarks.conftest import EXPORT, IMAGES, SOURCE
 

@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from reptrt.calib.collect import COMPUTE_BATCH
 from reptrt.core.errors import CalibrationError, DataError
 from reptrt.core.grid import Grid
 from reptrt.core.progress import track
@@ -23,7 +22,8 @@ from reptrt.execute.torchgraph import TorchGraph
 from reptrt.graph.net import Net
 from reptrt.graph.placement import Placement
 from reptrt.graph.splits import read_splits
-from reptrt.reconstruct.cache import (
+from reptrt.quantize.calib.collect import COMPUTE_BATCH
+from reptrt.quantize.reconstruct.cache import (
     Storage,
     Store,
     batches,
@@ -31,17 +31,17 @@ from reptrt.reconstruct.cache import (
     peak_bytes,
     working_bytes,
 )
-from reptrt.reconstruct.learn import Task, learn, relative_error
-from reptrt.reconstruct.options import LearnOptions, ReconstructReport, UnitReport
-from reptrt.reconstruct.resume import Finished
-from reptrt.reconstruct.state import (
+from reptrt.quantize.reconstruct.learn import Task, learn, relative_error
+from reptrt.quantize.reconstruct.options import LearnOptions, ReconstructReport, UnitReport
+from reptrt.quantize.reconstruct.resume import Finished
+from reptrt.quantize.reconstruct.state import (
     State,
     deployed_weights,
     find_sites,
     simulation,
     write,
 )
-from reptrt.reconstruct.units import find_units, stage_end
+from reptrt.quantize.reconstruct.units import find_units, stage_end
 
 _LOG = logging.getLogger(__name__)
 

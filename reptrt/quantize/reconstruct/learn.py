@@ -16,9 +16,9 @@ from torch import Tensor
 
 from reptrt.core.errors import CalibrationError
 from reptrt.execute.torchgraph import TorchGraph, exact_math
-from reptrt.reconstruct.options import LearnOptions
-from reptrt.reconstruct.rounding import SoftCodes, beta_at
-from reptrt.reconstruct.state import Sites, State, deployed_weights, simulation
+from reptrt.quantize.reconstruct.options import LearnOptions
+from reptrt.quantize.reconstruct.rounding import SoftCodes, beta_at
+from reptrt.quantize.reconstruct.state import Sites, State, deployed_weights, simulation
 
 Batch = Callable[[Tensor], Mapping[str, Tensor]]  # image indices -> tensors by name
 

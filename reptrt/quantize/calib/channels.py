@@ -7,10 +7,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from reptrt.calib.collect import not_finite, watch
-from reptrt.calib.histogram import LARGEST
 from reptrt.data.dataset import Dataset
 from reptrt.execute.torchgraph import TorchGraph
+from reptrt.quantize.calib.collect import not_finite, watch
+from reptrt.quantize.calib.histogram import LARGEST
 
 Float64Array = npt.NDArray[np.float64]
 

@@ -10,7 +10,7 @@ shift of each layer (QPRep), steps of activations. Data flow:
     driver       unit after unit; what is not better on held-out images is not kept
 """
 
-from reptrt.reconstruct.driver import Quantized, reconstruct
-from reptrt.reconstruct.options import LearnOptions, ReconstructReport, UnitReport
+from reptrt.quantize.reconstruct.driver import Quantized, reconstruct
+from reptrt.quantize.reconstruct.options import LearnOptions, ReconstructReport, UnitReport
 
 __all__ = ["LearnOptions", "Quantized", "ReconstructReport", "UnitReport", "reconstruct"]

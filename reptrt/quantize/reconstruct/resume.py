@@ -19,8 +19,8 @@ import torch
 
 from reptrt.core.artifacts import write_bytes
 from reptrt.core.errors import ArtifactError
-from reptrt.reconstruct.options import UnitReport
-from reptrt.reconstruct.state import State
+from reptrt.quantize.reconstruct.options import UnitReport
+from reptrt.quantize.reconstruct.state import State
 
 _FIELDS = ("codes", "gain", "shift", "step")
 _BROKEN = (  # what reading a damaged .npz raises; RuntimeError: it seems to be encrypted

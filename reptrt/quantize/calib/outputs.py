@@ -13,9 +13,9 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from reptrt.calib.collect import compute_batch
 from reptrt.data.dataset import Dataset
 from reptrt.execute.torchgraph import Override, TorchGraph
+from reptrt.quantize.calib.collect import compute_batch
 
 _JUDGED = 64  # images, of hundreds
 _NOTHING: Mapping[str, Tensor] = MappingProxyType({})

@@ -10,12 +10,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from reptrt.calib.histogram import Histogram, histogram_of
 from reptrt.core.errors import CalibrationError
 from reptrt.core.progress import track
 from reptrt.data.dataset import Dataset
 from reptrt.execute.torchgraph import TorchGraph
 from reptrt.graph.placement import Activation
+from reptrt.quantize.calib.histogram import Histogram, histogram_of
 
 COMPUTE_BATCH = 32
 

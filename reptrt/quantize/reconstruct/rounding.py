@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from reptrt.core.grid import Grid
-from reptrt.reconstruct.state import WeightSite
+from reptrt.quantize.reconstruct.state import WeightSite
 
 _STRETCH, _SHIFT = 1.2, 0.1
 _WARM_UP = 0.2  # of all steps, without the regularizer

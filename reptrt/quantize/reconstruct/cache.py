@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from reptrt.reconstruct.units import Layout
+from reptrt.quantize.reconstruct.units import Layout
 
 Storage = Literal["float32", "float16", "disk"]
 _LARGEST = 65504.0  # of float16

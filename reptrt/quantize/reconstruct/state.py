@@ -19,7 +19,7 @@ from reptrt.graph.net import Net, constant_of, maker_of, producer
 from reptrt.graph.placement import Placement
 from reptrt.graph.qdq import is_simulation
 from reptrt.graph.splits import read_splits
-from reptrt.reconstruct.fake_quantize import fake_quantize
+from reptrt.quantize.reconstruct.fake_quantize import fake_quantize
 
 _SAME_CODE = 1e-3  # of a step: a weight this near to its code has nothing to round
 

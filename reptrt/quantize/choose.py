@@ -26,11 +26,11 @@ import numpy as np
 import numpy.typing as npt
 import onnx_graphsurgeon as gs
 
-from reptrt.calib.channels import ChannelStats
 from reptrt.core.choices import SplitForm, SplitPrecision
 from reptrt.core.grid import Grid, channel_amax, dequantize
 from reptrt.graph.net import Net, constant_value, weighted_nodes
 from reptrt.graph.qdq import quantize_weight
+from reptrt.quantize.calib.channels import ChannelStats
 from reptrt.rewrite import split_coarse_fine as coarse_fine
 from reptrt.rewrite import split_identity as identity
 from reptrt.rewrite.recentre import padded_readers

@@ -12,9 +12,9 @@ far below zero in channels that are mostly off. Ours.
 
 from collections.abc import Mapping
 
-from reptrt.calib.histogram import Histogram
 from reptrt.graph.net import Net, constant_of, is_private
 from reptrt.graph.splits import read_splits
+from reptrt.quantize.calib.histogram import Histogram
 
 
 def without_dead_values(net: Net, histograms: Mapping[str, Histogram]) -> dict[str, Histogram]:

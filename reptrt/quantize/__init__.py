@@ -1,0 +1,1 @@
+"""Decisions of calibration: splits, ranges, thresholds, biases, learned constants."""
