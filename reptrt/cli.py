@@ -400,7 +400,7 @@ def calibrate(
         text += f"\nsimulation only, no engine can run it: {report.simulation}"
     content = report.to_json()
     if diagnose:
-        from reptrt.diagnose import diagnose as look
+        from reptrt.judge.diagnose import diagnose as look
 
         found = look(model, data, options, report)
         tables = [_text(table) + "\n" for table in found.to_tables()]
@@ -593,7 +593,7 @@ def evaluate(
     files: Sequence[Path], data: Path, reference: Path | None, json_path: str | None, **values: Any
 ) -> None:
     """Judge FILES on the same images: top-1, top-5, agreement and SQNR with a reference."""
-    from reptrt.evaluate import evaluate as judge
+    from reptrt.judge.evaluate import evaluate as judge
 
     report = judge(list(files), data, reference=reference, **values)
     _emit(_text(report.to_table()), report.to_json(), json_path)
@@ -632,8 +632,8 @@ def bench(files: Sequence[Path], json_path: str | None, **values: Any) -> None:
 
     With a baseline it says of every file that is not clearly faster why not.
     """
-    from reptrt.bench import bench as measure
-    from reptrt.explain import explain_all
+    from reptrt.judge.bench import bench as measure
+    from reptrt.judge.explain import explain_all
 
     report = measure(list(files), **values)
     explanations = explain_all(report)

@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from reptrt import manifest
-from reptrt.bench import bench
 from reptrt.core.artifacts import remove_parts, sha256_of, write_json
 from reptrt.core.errors import ArtifactError, ConfigError, MissingDependencyError, ReptrtError
 from reptrt.core.options_json import json_from_options, options_from_json
-from reptrt.diagnose import diagnose
-from reptrt.evaluate import evaluate
 from reptrt.inputs import record_data, record_files, source_files
+from reptrt.judge.bench import bench
+from reptrt.judge.diagnose import diagnose
+from reptrt.judge.evaluate import evaluate
 from reptrt.manifest import CALIBRATE_FILE, FORMAT, Manifest, StageRecord
 from reptrt.pipeline import (
     CalibrateOptions,

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from reptrt.evaluate import evaluate
+from reptrt.judge.evaluate import evaluate
 from reptrt.pipeline import CalibrateOptions, calibrate
 from reptrt.quantize.reconstruct import LearnOptions
 from tests.helpers import load_tool

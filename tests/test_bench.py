@@ -9,11 +9,11 @@ import onnx
 import pytest
 from onnx import helper, numpy_helper
 
-from reptrt import bench as bench_module
-from reptrt.bench import MIN_ROUNDS, bench
-from reptrt.bench_report import BenchReport
 from reptrt.core.errors import ConfigError, DataError
 from reptrt.core.intervals import RESAMPLES, percentile_interval, resampled_percentiles
+from reptrt.judge import bench as bench_module
+from reptrt.judge.bench import MIN_ROUNDS, bench
+from reptrt.judge.bench_report import BenchReport
 from reptrt.trt.machine import Conditions, GpuState, cpu_name
 from tests.tiny_nets import classifier, make_model
 

@@ -13,10 +13,10 @@ from PIL import Image
 
 from reptrt.core.artifacts import read_sidecar, sha256_of
 from reptrt.core.errors import ArtifactError, CalibrationError, ConfigError, DataError, ReptrtError
-from reptrt.evaluate import evaluate
 from reptrt.execute.runner import optimized_op_counts
 from reptrt.graph.net import net_from_model
 from reptrt.graph.preprocess import Preprocess, write_preprocess
+from reptrt.judge.evaluate import evaluate
 from reptrt.pipeline import PLAIN_INT8, CalibrateOptions, ExportOptions, calibrate, export
 from reptrt.quantize.calib.thresholds import ThresholdOptions
 from reptrt.sources.models.options import ArchitectureOptions

@@ -15,7 +15,7 @@ import onnx
 import pytest
 from click.testing import CliRunner
 
-from reptrt.evaluate import evaluate
+from reptrt.judge.evaluate import evaluate
 from reptrt.pipeline import CalibrateOptions, calibrate
 from tests.helpers import TOOLS, load_tool
 from tests.onnx_nets import Builder, plain_chain

@@ -5,7 +5,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from reptrt.cost import LayerCost, layer_costs
+from reptrt.judge.cost import LayerCost, layer_costs
 from tests.lint_graphs import QdqGraph
 from tests.onnx_nets import basic_block
 from tests.qdq_graphs import qdq_model

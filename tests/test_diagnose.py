@@ -17,11 +17,11 @@ from reptrt.core.errors import ConfigError
 from reptrt.core.metrics import sqnr_db
 from reptrt.data.dataset import open_dataset
 from reptrt.demo import digits
-from reptrt.diagnose import diagnose
-from reptrt.diagnose.report import Diagnosis, LayerDiagnosis
-from reptrt.evaluate import evaluate
 from reptrt.graph.net import model_from_net, net_from_model
 from reptrt.graph.preprocess import read_preprocess
+from reptrt.judge.diagnose import diagnose
+from reptrt.judge.diagnose.report import Diagnosis, LayerDiagnosis
+from reptrt.judge.evaluate import evaluate
 from reptrt.pipeline import CalibrateOptions, ExportOptions, Source, calibrate, export, prepare
 from reptrt.quantize.calib.thresholds import ThresholdOptions
 from tests.helpers import ort_run

@@ -10,8 +10,8 @@ from PIL import Image
 from reptrt.core.artifacts import write_artifact
 from reptrt.core.errors import ArtifactError, ConfigError, DataError
 from reptrt.data.images import ImageFiles
-from reptrt.evaluate import EvalReport, FileResult, evaluate, preprocess_of
 from reptrt.graph.preprocess import Preprocess
+from reptrt.judge.evaluate import EvalReport, FileResult, evaluate, preprocess_of
 from tests.helpers import ort_run
 from tests.tiny_nets import classifier, quantized_conv
 

@@ -9,16 +9,16 @@ import onnx
 import pytest
 from click.testing import CliRunner
 
-from reptrt import explain as explain_module
-from reptrt.bench_report import BenchReport, Timing
 from reptrt.cli import main
 from reptrt.core.errors import ArtifactError
 from reptrt.core.grid import Grid
-from reptrt.cost import LayerCost
-from reptrt.explain import Evidence, evidence, explain, explain_all
 from reptrt.graph.net import model_from_net, net_from_model
 from reptrt.graph.placement import place
 from reptrt.graph.qdq import insert_qdq, quantize_weights
+from reptrt.judge import explain as explain_module
+from reptrt.judge.bench_report import BenchReport, Timing
+from reptrt.judge.cost import LayerCost
+from reptrt.judge.explain import Evidence, evidence, explain, explain_all
 from reptrt.rewrite.split_coarse_fine import split_coarse_fine
 from reptrt.trt.build import build_engine
 from reptrt.trt.machine import Conditions
@@ -265,7 +265,7 @@ def test_the_command_says_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         nothing = Conditions(None, None, None)
         return BenchReport(rows, BASE.file, "cpu", None, 0, 0.0, 0.0, nothing, nothing, ())
 
-    monkeypatch.setattr("reptrt.bench.bench", measured)
+    monkeypatch.setattr("reptrt.judge.bench.bench", measured)
     command = ["bench", "q.onnx", "--no-host-copies", "--json", str(tmp_path / "j")]
     result = CliRunner().invoke(main, command)
     assert result.exit_code == 0

@@ -24,10 +24,10 @@ from reptrt.exporter.export import ExportSettings, onnx_from_module
 from reptrt.graph.net import Net, model_from_net, net_from_model
 from reptrt.graph.preprocess import Preprocess
 from reptrt.graph.quantized import activation_scales
+from reptrt.judge.rungs import Step, measure
 from reptrt.pipeline import CalibrateOptions, ExportOptions
 from reptrt.rewrite.recentre import recentre
 from reptrt.run import RunOptions
-from reptrt.rungs import Step, measure
 from reptrt.sources.source import Source, module_from_source
 from reptrt.trt.binding import Gpu
 from tests.full_range_nets import unsigned

@@ -15,12 +15,12 @@ from click.testing import CliRunner, Result
 from reptrt.cli import main
 from reptrt.core.errors import ConfigError, DataError, EngineError
 from reptrt.data.dataset import open_dataset
-from reptrt.evaluate import evaluate
 from reptrt.execute.runner import OrtRunner
 from reptrt.execute.torchgraph import TorchGraph
 from reptrt.graph.net import get_json, model_from_net, net_from_model, read_model
 from reptrt.graph.preprocess import read_preprocess
 from reptrt.graph.quantized import layer_weights
+from reptrt.judge.evaluate import evaluate
 from reptrt.pipeline import CalibrateOptions, calibrate
 from reptrt.quantize.calib.thresholds import ThresholdOptions
 from reptrt.trt.input import read_buildable

@@ -5,9 +5,9 @@ import sys
 import numpy as np
 import pytest
 
-from reptrt.bench import bench
 from reptrt.core.errors import ConfigError, DataError, EngineError, MissingDependencyError
 from reptrt.execute.runner import open_runner
+from reptrt.judge.bench import bench
 from reptrt.trt import binding
 from reptrt.trt.binding import Gpu
 from reptrt.trt.runner import TrtRunner

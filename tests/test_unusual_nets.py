@@ -11,11 +11,11 @@ import torch
 from onnx import numpy_helper
 
 from reptrt.core.metrics import sqnr_db
-from reptrt.diagnose import diagnose
 from reptrt.execute.lowering import lower
 from reptrt.execute.runner import OrtRunner
 from reptrt.execute.torch_runner import int8_runner
 from reptrt.graph.net import model_from_net, net_from_model, read_model
+from reptrt.judge.diagnose import diagnose
 from reptrt.pipeline import CalibrateOptions, CalibrateReport, calibrate
 from reptrt.quantize.calib.thresholds import ThresholdOptions
 from tests.helpers import ort_run

@@ -18,10 +18,10 @@ from torch import nn
 
 from reptrt.core.artifacts import read_sidecar, sha256_of
 from reptrt.core.metrics import sqnr_db
-from reptrt.evaluate import evaluate
 from reptrt.execute.runner import OrtRunner
 from reptrt.execute.torch_runner import graph_runner
 from reptrt.graph.net import net_from_model, read_model
+from reptrt.judge.evaluate import evaluate
 from reptrt.linter import lint
 from reptrt.pipeline import CalibrateOptions, ExportOptions, Source, calibrate, export
 from reptrt.quantize.calib.thresholds import ThresholdOptions

@@ -29,7 +29,7 @@ import numpy as np
 from held_out import halves
 
 from reptrt.core.choices import SplitMode
-from reptrt.evaluate import evaluate
+from reptrt.judge.evaluate import evaluate
 from reptrt.pipeline import CalibrateOptions, calibrate
 from reptrt.quantize.reconstruct import LearnOptions
 

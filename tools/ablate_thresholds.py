@@ -20,7 +20,7 @@ import numpy.typing as npt
 from held_out import halves
 
 from reptrt.core.choices import Threshold
-from reptrt.evaluate import evaluate
+from reptrt.judge.evaluate import evaluate
 from reptrt.pipeline import CalibrateOptions, calibrate
 from reptrt.quantize.calib.thresholds import ThresholdOptions
 

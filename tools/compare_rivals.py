@@ -29,7 +29,7 @@ from rivals.table import firsts, table
 
 from reptrt.core.artifacts import package_versions, sha256_of, write_bytes, write_json
 from reptrt.core.errors import ReptrtError
-from reptrt.evaluate import evaluate
+from reptrt.judge.evaluate import evaluate
 from reptrt.trt.machine import cpu_name
 
 Batches = tuple[int, ...]

@@ -30,7 +30,10 @@ from reptrt.rewrite.split_identity import diagonal_of, without_diagonal
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 
 _ORDER = ("export", "calibrate", "lint", "build-engine", "inspect", "eval", "bench", "package")
-_JSON = {"eval": "reptrt.evaluate", "bench": "reptrt.bench_report"}  # they describe their JSON
+_JSON = {
+    "eval": "reptrt.judge.evaluate",
+    "bench": "reptrt.judge.bench_report",
+}  # they describe their JSON
 _JSON_STARTS = "The JSON form of a report:"
 
 _COMMANDS = """\

@@ -8,13 +8,13 @@ from typing import Any
 from rich.table import Table
 
 from reptrt import pipeline
-from reptrt.bench import bench
 from reptrt.core.errors import MissingDependencyError
 from reptrt.demo import digits
-from reptrt.evaluate import evaluate
+from reptrt.judge.bench import bench
+from reptrt.judge.evaluate import evaluate
+from reptrt.judge.rungs import Ladder
 from reptrt.ladder import Files, climb
 from reptrt.run import RunOptions
-from reptrt.rungs import Ladder
 from reptrt.trt.build import EngineSummary, build_engine
 from reptrt.trt.options import BuildOptions
 

@@ -16,13 +16,13 @@ from rivals import environments
 from rivals.rows import Row
 
 import reptrt
-from reptrt.bench import bench
 from reptrt.core.artifacts import package_versions, replacing, sha256_of, write_json
 from reptrt.core.errors import ReptrtError
 from reptrt.data.dataset import open_dataset
-from reptrt.evaluate import evaluate
 from reptrt.graph.net import net_from_model, read_model
 from reptrt.graph.preprocess import read_preprocess
+from reptrt.judge.bench import bench
+from reptrt.judge.evaluate import evaluate
 from reptrt.linter import lint
 
 HERE = Path(__file__).resolve().parent

@@ -15,7 +15,7 @@ The JSON form of a report:
 of this file / time of the baseline in the same round); below 1 is faster than the baseline; null
 without one. ``before`` is when everything was warm, ``after`` right after the last run; what cannot
 be read is null (`reptrt.trt.machine`). ``explanations`` say why a file is not clearly faster than
-the baseline (`reptrt.explain`).
+the baseline (`reptrt.judge.explain`).
 """
 
 from dataclasses import asdict, dataclass

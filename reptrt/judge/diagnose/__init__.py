@@ -18,15 +18,22 @@ import torch
 
 from reptrt.core.errors import ConfigError
 from reptrt.data.dataset import Dataset, open_dataset
-from reptrt.diagnose.measure import Halves, Powers, closeness, halves_of, layer_powers, probes_of
-from reptrt.diagnose.parts import WeightRange, bits_left, range_of_branches, range_of_kernel
-from reptrt.diagnose.report import Corner, Diagnosis, LayerDiagnosis, Noise
 from reptrt.execute.torchgraph import TorchGraph
 from reptrt.graph.net import Net, constant_value, net_from_model, read_model, weighted_nodes
 from reptrt.graph.placement import Placement, place
 from reptrt.graph.preprocess import read_preprocess
 from reptrt.graph.provenance import read_provenance
 from reptrt.graph.splits import read_splits
+from reptrt.judge.diagnose.measure import (
+    Halves,
+    Powers,
+    closeness,
+    halves_of,
+    layer_powers,
+    probes_of,
+)
+from reptrt.judge.diagnose.parts import WeightRange, bits_left, range_of_branches, range_of_kernel
+from reptrt.judge.diagnose.report import Corner, Diagnosis, LayerDiagnosis, Noise
 from reptrt.pipeline import (
     PLAIN_INT8,
     CalibrateOptions,

@@ -15,8 +15,8 @@ from rich.table import Table
 from reptrt.core.errors import ArtifactError, DataError, EngineError, MissingDependencyError
 from reptrt.core.metrics import agreement, sqnr_db, top_k_accuracy
 from reptrt.data.dataset import Dataset
-from reptrt.evaluate import run_dataset
 from reptrt.execute.runner import Runner
+from reptrt.judge.evaluate import run_dataset
 
 Float32Array = npt.NDArray[np.float32]
 

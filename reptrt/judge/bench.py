@@ -17,7 +17,6 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from reptrt.bench_report import BenchReport, Timing
 from reptrt.core.errors import ConfigError
 from reptrt.core.intervals import Float64Array, percentile_interval
 from reptrt.execute.runner import (
@@ -29,6 +28,7 @@ from reptrt.execute.runner import (
     ort_version,
     usable_cores,
 )
+from reptrt.judge.bench_report import BenchReport, Timing
 from reptrt.trt.machine import Conditions, read_conditions, remarks
 from reptrt.trt.machine import cpu_name as cpu_name
 

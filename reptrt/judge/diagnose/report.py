@@ -22,7 +22,7 @@ from typing import Any
 
 from rich.table import Table
 
-from reptrt.diagnose.parts import Part, Source
+from reptrt.judge.diagnose.parts import Part, Source
 
 _ENOUGH_DB = 30.0  # noise is a thousandth of the signal: hardly any top-1 changes
 _EQUAL_DB = 1.0  # differences smaller than this are not worth a word

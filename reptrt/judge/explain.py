@@ -13,14 +13,14 @@ from typing import Any
 
 import onnx
 
-from reptrt.bench_report import BenchReport, Timing
 from reptrt.core.artifacts import read_sidecar, sha256_of
 from reptrt.core.errors import ReptrtError
-from reptrt.cost import LayerCost, layer_costs
 from reptrt.execute.runner import optimized_nodes
 from reptrt.graph.intent import planned_int8
 from reptrt.graph.net import net_from_model, read_model
 from reptrt.graph.splits import read_splits
+from reptrt.judge.bench_report import BenchReport, Timing
+from reptrt.judge.cost import LayerCost, layer_costs
 from reptrt.linter import lint_net
 from reptrt.trt.audit import Audit, audit
 from reptrt.trt.input import is_half
