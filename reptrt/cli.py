@@ -678,7 +678,7 @@ def run(
     **values: Any,
 ) -> None:
     """Take SOURCE the whole way into one folder; a run that was stopped continues."""
-    from reptrt.run import run as run_all
+    from reptrt.runs.run import run as run_all
 
     what, options = _run_options(source, values)
     kept = {name: values[name] for name in ("batches", "bench_seconds", "diagnose")}
@@ -696,7 +696,7 @@ def run(
 
 def _run_options(source: str, values: dict[str, Any]) -> tuple[Any, Any]:
     """Return the source, and the options of all stages that several commands take."""
-    from reptrt.run import RunOptions
+    from reptrt.runs.run import RunOptions
     from reptrt.trt.options import BuildOptions, parse_targets
 
     what, exporting = _source_and_options(source, values)
@@ -719,7 +719,7 @@ def report(folder: Path, output: Path | None, json_path: str | None) -> None:
 
     Only files in RUN_DIR are read. A part that is not there is named, with the reason.
     """
-    from reptrt.report import write_report
+    from reptrt.runs.report import write_report
 
     written = write_report(folder, output)
     lines = [f"{s.title}: not here: {s.absent}" for s in written.sections if s.absent is not None]
@@ -751,7 +751,7 @@ def ladder(
     RUN_DIR is the folder of a finished `run`, with its options, images and files; only --data and
     --limit may be given.
     """
-    from reptrt import ladder as rungs
+    from reptrt.runs import ladder as rungs
 
     if Path(source).is_dir():
         _refuse_given(("source", "data", "eval_limit", "json_path"), f"{source} is a run")
@@ -787,8 +787,8 @@ def replay(folder: Path, output: Path | None, json_path: str | None, **values: A
 
     Inputs must be what they were; they may have moved. Exit 1 if a file that must be equal is not.
     """
-    from reptrt.replay import Moved
-    from reptrt.replay import replay as repeat
+    from reptrt.runs.replay import Moved
+    from reptrt.runs.replay import replay as repeat
 
     report = repeat(folder, output, Moved(**values))
     lines = [_text(report.to_table()), *report.to_lines()]
@@ -807,7 +807,7 @@ def diff(a: Path, b: Path, json_path: str | None) -> None:
     Options, inputs, versions and files that differ; scales and weight codes layer by layer; the
     results of both.
     """
-    from reptrt.diff import diff as compare
+    from reptrt.runs.diff import diff as compare
 
     report = compare(a, b)
     lines = [*(_text(table) for table in report.to_tables()), *report.to_lines()]

@@ -19,7 +19,7 @@ from pathlib import Path
 import onnxruntime  # what a run needs is imported before the first fork
 import torch
 
-import reptrt.run
+import reptrt.runs.run
 from reptrt.cli import main
 from tests.learned_nets import rep_net, write_images, write_net
 

@@ -11,10 +11,10 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from reptrt.compare import changes, compare_nets
 from reptrt.core.artifacts import sha256_of
 from reptrt.graph.net import net_from_model
 from reptrt.graph.quantized import activation_scales, layer_weights
+from reptrt.runs.compare import changes, compare_nets
 from tests.qdq_graphs import model_of, qdq_model, save
 from tests.qdq_nets import images, quantized, residual_net
 from tests.small_run import make_run, refused, reptrt, write_data, write_factory

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from reptrt.core.errors import ArtifactError, DataError
-from reptrt.inputs import (
+from reptrt.runs.inputs import (
     DataRecord,
     check_data,
     check_source,

@@ -14,7 +14,6 @@ import pytest
 import torch
 from onnx import numpy_helper
 
-from reptrt import ladder as ladder_module
 from reptrt.core.errors import ArtifactError, DataError, EngineError, MissingDependencyError
 from reptrt.data.dataset import Dataset, open_dataset
 from reptrt.demo import digits
@@ -27,7 +26,8 @@ from reptrt.graph.quantized import activation_scales
 from reptrt.judge.rungs import Step, measure
 from reptrt.pipeline import CalibrateOptions, ExportOptions
 from reptrt.rewrite.recentre import recentre
-from reptrt.run import RunOptions
+from reptrt.runs import ladder as ladder_module
+from reptrt.runs.run import RunOptions
 from reptrt.sources.source import Source, module_from_source
 from reptrt.trt.binding import Gpu
 from tests.full_range_nets import unsigned

@@ -21,10 +21,10 @@ from reptrt.core.artifacts import sha256_of
 from reptrt.data.dataset import open_dataset
 from reptrt.graph.net import net_from_model, read_model
 from reptrt.graph.preprocess import read_preprocess
-from reptrt.report import write_report
-from reptrt.report.charts import HistogramView, Scale, histogram, scale_of
-from reptrt.report.environment import clipped
-from reptrt.report.ranges import weight_ranges
+from reptrt.runs.report import write_report
+from reptrt.runs.report.charts import HistogramView, Scale, histogram, scale_of
+from reptrt.runs.report.environment import clipped
+from reptrt.runs.report.ranges import weight_ranges
 from tests.pages import REPOSITORY
 from tests.small_run import make_run, refused, reptrt, write_data, write_factory
 

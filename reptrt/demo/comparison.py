@@ -13,8 +13,8 @@ from reptrt.demo import digits
 from reptrt.judge.bench import bench
 from reptrt.judge.evaluate import evaluate
 from reptrt.judge.rungs import Ladder
-from reptrt.ladder import Files, climb
-from reptrt.run import RunOptions
+from reptrt.runs.ladder import Files, climb
+from reptrt.runs.run import RunOptions
 from reptrt.trt.build import EngineSummary, build_engine
 from reptrt.trt.options import BuildOptions
 

@@ -15,13 +15,13 @@ from typing import Any, Literal
 
 from rich.table import Table
 
-from reptrt.compare import Change, changes
 from reptrt.core.artifacts import sha256_of
 from reptrt.core.errors import ConfigError
 from reptrt.core.options_json import options_from_json
-from reptrt.inputs import check_data, check_source, source_files
-from reptrt.manifest import FILE, STAGES, Manifest, read_finished
-from reptrt.run import RunOptions, run
+from reptrt.runs.compare import Change, changes
+from reptrt.runs.inputs import check_data, check_source, source_files
+from reptrt.runs.manifest import FILE, STAGES, Manifest, read_finished
+from reptrt.runs.run import RunOptions, run
 from reptrt.sources.source import Source
 
 State = Literal["equal", "differs", "not made"]

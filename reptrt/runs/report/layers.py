@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from markupsafe import Markup
 
 from reptrt.core.errors import ArtifactError
-from reptrt.report.charts import Scale, axis, change, scale_of, strips
-from reptrt.report.content import JsonObject, RunContent
-from reptrt.report.page import (
+from reptrt.runs.report.charts import Scale, axis, change, scale_of, strips
+from reptrt.runs.report.content import JsonObject, RunContent
+from reptrt.runs.report.page import (
     Block,
     Cell,
     Column,
@@ -20,8 +20,8 @@ from reptrt.report.page import (
     number,
     percent,
 )
-from reptrt.report.ranges import PARTS, LayerRanges, Range, weight_ranges
-from reptrt.report.results import BEFORE_AFTER
+from reptrt.runs.report.ranges import PARTS, LayerRanges, Range, weight_ranges
+from reptrt.runs.report.results import BEFORE_AFTER
 
 _CODES = Scale(0.5, 128.0, is_log=True)
 _CODE_TICKS = (0.5, 2, 8, 32, 128)

@@ -34,11 +34,11 @@ from reptrt.execute.torch_runner import float_activations, graph_runner, int8_ru
 from reptrt.exporter.export import model_from_file
 from reptrt.graph.net import Net, bytes_from_model, model_from_net, net_from_model, read_model
 from reptrt.graph.preprocess import Preprocess, read_preprocess
-from reptrt.inputs import check_data, check_source, source_files
 from reptrt.judge.rungs import Ladder, Step, measure
-from reptrt.manifest import FILE, LADDER_FILE, Manifest, check_made, read_finished
 from reptrt.pipeline import CalibrateOptions, calibrate, export, prepare, split_layers, torch_device
-from reptrt.run import ENGINE_FILE, FLOAT_FILE, INT8_FILE, RunOptions
+from reptrt.runs.inputs import check_data, check_source, source_files
+from reptrt.runs.manifest import FILE, LADDER_FILE, Manifest, check_made, read_finished
+from reptrt.runs.run import ENGINE_FILE, FLOAT_FILE, INT8_FILE, RunOptions
 from reptrt.sources.source import Source, module_from_source
 from reptrt.trt import binding
 from reptrt.trt.build import build_engine

@@ -4,9 +4,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import PurePath
 from typing import Any
 
-from reptrt.report.charts import HistogramView, histogram
-from reptrt.report.content import JsonObject, RunContent
-from reptrt.report.page import (
+from reptrt.runs.report.charts import HistogramView, histogram
+from reptrt.runs.report.content import JsonObject, RunContent
+from reptrt.runs.report.page import (
     Block,
     Cell,
     Column,

@@ -5,7 +5,7 @@ from typing import ClassVar, Literal, TypeAlias
 
 from markupsafe import Markup
 
-Cell: TypeAlias = str | Markup  # Markup is a chart of `reptrt.report.charts`, nothing else
+Cell: TypeAlias = str | Markup  # Markup is a chart of `reptrt.runs.report.charts`, nothing else
 Kind = Literal["name", "text", "words", "number", "chart", "code"]
 
 

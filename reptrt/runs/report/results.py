@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
-from reptrt.report.charts import Scale, bar, interval, scale_of
-from reptrt.report.content import JsonObject, RunContent
-from reptrt.report.page import (
+from reptrt.runs.report.charts import Scale, bar, interval, scale_of
+from reptrt.runs.report.content import JsonObject, RunContent
+from reptrt.runs.report.page import (
     Block,
     Cell,
     Column,

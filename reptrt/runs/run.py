@@ -3,7 +3,7 @@
     float.onnx -> int8.onnx -> model.engine
     then eval.json, diagnosis.json, bench.json, report.json, report.html
 
-``run.json`` (`reptrt.manifest`) records what was asked for, from which inputs, and for every
+``run.json`` (`reptrt.runs.manifest`) records what was asked for, from which inputs, and for every
 finished stage a key (sha256 of its options, the content of its inputs and the package versions) and
 the sha256 of its file. A stage whose key and file still agree is kept; any other is done again.
 Files are written whole or not at all, so a killed run continues.
@@ -17,15 +17,12 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from reptrt import manifest
 from reptrt.core.artifacts import remove_parts, sha256_of, write_json
 from reptrt.core.errors import ArtifactError, ConfigError, MissingDependencyError, ReptrtError
 from reptrt.core.options_json import json_from_options, options_from_json
-from reptrt.inputs import record_data, record_files, source_files
 from reptrt.judge.bench import bench
 from reptrt.judge.diagnose import diagnose
 from reptrt.judge.evaluate import evaluate
-from reptrt.manifest import CALIBRATE_FILE, FORMAT, Manifest, StageRecord
 from reptrt.pipeline import (
     CalibrateOptions,
     CalibrateReport,
@@ -34,7 +31,10 @@ from reptrt.pipeline import (
     calibrate,
     export,
 )
-from reptrt.report import write_report
+from reptrt.runs import manifest
+from reptrt.runs.inputs import record_data, record_files, source_files
+from reptrt.runs.manifest import CALIBRATE_FILE, FORMAT, Manifest, StageRecord
+from reptrt.runs.report import write_report
 from reptrt.trt.build import build_engine
 from reptrt.trt.options import BuildOptions
 

@@ -7,12 +7,12 @@ from typing import Any
 
 from rich.table import Table
 
-from reptrt.compare import Change, Comparison, WeightChange, changes, compare_nets, ratio_text
 from reptrt.core.artifacts import Sidecar, read_sidecar, sha256_of
 from reptrt.core.errors import ArtifactError, ConfigError
 from reptrt.graph.net import Net, net_from_model, read_model
-from reptrt.manifest import STAGES, Manifest, check_made, read_finished, read_json
-from reptrt.run import FLOAT_FILE, INT8_FILE
+from reptrt.runs.compare import Change, Comparison, WeightChange, changes, compare_nets, ratio_text
+from reptrt.runs.manifest import STAGES, Manifest, check_made, read_finished, read_json
+from reptrt.runs.run import FLOAT_FILE, INT8_FILE
 
 _SHOWN = 20  # rows of a table for people; the JSON has all
 _METRICS = ("top1", "top5", "agreement", "sqnr_db")

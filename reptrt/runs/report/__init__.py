@@ -16,9 +16,9 @@ from typing import Any, TypeVar
 import jinja2
 
 from reptrt.core.artifacts import refuse_overwriting, require_folder, write_bytes
-from reptrt.report import environment, layers, results
-from reptrt.report.content import AS_RECORDED, RunContent, read_run
-from reptrt.report.page import Page, Section
+from reptrt.runs.report import environment, layers, results
+from reptrt.runs.report.content import AS_RECORDED, RunContent, read_run
+from reptrt.runs.report.page import Page, Section
 
 Made = TypeVar("Made")
 
@@ -100,7 +100,7 @@ def page_of(run: RunContent) -> Page:
 
 def render(page: Page) -> str:
     """Return a page as HTML; every text in it is escaped."""
-    loader = jinja2.PackageLoader("reptrt.report", "")
+    loader = jinja2.PackageLoader("reptrt.runs.report", "")
     templates = jinja2.Environment(
         loader=loader,
         autoescape=True,

@@ -12,7 +12,7 @@ from typing import Any, Generic, TypeVar
 
 from reptrt.core.artifacts import sha256_of
 from reptrt.core.errors import ArtifactError
-from reptrt.manifest import (
+from reptrt.runs.manifest import (
     CALIBRATE_FILE,
     FILE,
     LADDER_FILE,

@@ -4,7 +4,7 @@
      "source": {"name", "weights", "architecture", "seed"},   reptrt.sources.source.Source
      "source_files": [{"path", "sha256"}],                    what the source consists of
      "data": {"path", "sha256", "files"}, "eval_data": ...,   calibration images; those judged on
-     "options": {"export": {...}, "calibrate": {...}, ...},   reptrt.run.RunOptions, every field
+     "options": {"export": {...}, "calibrate": {...}, ...},   reptrt.runs.run.RunOptions, every field
      "stages": {"export": {"key", "file", "sha256"}, ...},    what each stage wrote
      "versions": {package: version}, "machine": {"python", "system", "cpu", "cores"}}
 
@@ -23,7 +23,7 @@ from reptrt.core.artifacts import package_versions, sha256_of, write_json
 from reptrt.core.errors import ArtifactError
 from reptrt.core.options_json import json_from_options, options_from_json
 from reptrt.execute.runner import usable_cores
-from reptrt.inputs import DataRecord, FileRecord
+from reptrt.runs.inputs import DataRecord, FileRecord
 from reptrt.trt.machine import cpu_name
 
 FILE = "run.json"

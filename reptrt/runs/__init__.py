@@ -1,0 +1,1 @@
+"""Whole runs: their stages, records, repetition, comparison and report."""
