@@ -261,17 +261,17 @@ class FakeCuda(types.ModuleType):
     def init(self) -> None:
         self.contexts.append("init")
 
-    def Device(self, number: int) -> Any:
+    def Device(self, number: int) -> Any:  # noqa: N802
         says = self.contexts.append
         context = types.SimpleNamespace(
             push=lambda: says("push"), pop=lambda: says("pop"), detach=lambda: says("detach")
         )
         return types.SimpleNamespace(retain_primary_context=lambda: context)
 
-    def Stream(self) -> Any:
+    def Stream(self) -> Any:  # noqa: N802
         return types.SimpleNamespace(handle=7, synchronize=lambda: None)
 
-    def Event(self) -> Any:
+    def Event(self) -> Any:  # noqa: N802
         event = types.SimpleNamespace(at=None)
 
         def record(stream: Any) -> None:

@@ -58,7 +58,7 @@ def make_inputs(folder: Path) -> None:
     good("export", "repvgg", "--weights", folder / "new.pt", *ARCHITECTURE, "-o", float_file)
     good("calibrate", float_file, "--data", folder / "d.npz", "-n", IMAGES, "-o", int8_file)
     with contextlib.suppress(ImportError):
-        import tensorrt_rtx
+        import tensorrt_rtx  # noqa: F401
 
         good("build-engine", int8_file, "-o", folder / "e.engine", "--backend", "tensorrt-rtx")
     good("run", float_file, "--data", folder / "d.npz", *RUN, "-o", folder / "run")

@@ -16,10 +16,10 @@ import time
 import traceback
 from pathlib import Path
 
-import onnxruntime  # what a run needs is imported before the first fork
+import onnxruntime  # noqa: F401  # what a run needs is imported before the first fork
 import torch
 
-import reptrt.runs.run
+import reptrt.runs.run  # noqa: F401
 from reptrt.cli import main
 from tests.learned_nets import rep_net, write_images, write_net
 

@@ -1,4 +1,4 @@
-"""What the budget of `reptrt.quantize.choose` is spent on, against all combinations and real noise."""
+"""What the budget of `quantize.choose` is spent on, against all combinations and real noise."""
 
 import itertools
 import json

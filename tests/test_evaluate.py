@@ -237,7 +237,7 @@ def test_the_table_shows_percent_and_gaps(nets: tuple[Path, Path], data: Path) -
     from rich.console import Console
 
     report = evaluate(list(nets), data, reference=nets[0], threads=1)
-    console = Console(width=200, record=True, file=open("/dev/null", "w"))
+    console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(report.to_table())
     text = console.export_text()
     console.file.close()

@@ -249,7 +249,7 @@ shape_main {
   function={ name=__myl_No input_args={ "c" } output_args={ "c.q" } layers="" }
 }
 \0more
-"""
+"""  # noqa: E501
 
 
 def test_launches_of_a_hand_written_program(tmp_path):

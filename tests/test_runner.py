@@ -18,7 +18,7 @@ from reptrt.execute.runner import (
     ort_version,
     usable_cores,
 )
-from reptrt.trt import machine
+from reptrt.trt import machine as conditions
 from tests.helpers import ort_run
 from tests.tiny_nets import classifier, quantized_conv
 
@@ -242,9 +242,9 @@ def test_open_sessions_leave_each_other_the_cores(net: Path) -> None:
 def test_products_do_not_saturate_without_vnni(
     net: Path, machine: str, flags: str | None, wanted: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(machine.platform, "machine", lambda: machine)
-    monkeypatch.setattr(machine, "_cpuinfo", lambda field: flags)
+    monkeypatch.setattr(conditions.platform, "machine", lambda: machine)
+    monkeypatch.setattr(conditions, "_cpuinfo", lambda field: flags)
     options = OrtRunner(net)._session.get_session_options()
     asked = options.get_session_config_entry("session.x64quantprecision") if wanted else ""
     assert asked == wanted
-    assert machine.may_saturate() == bool(wanted)
+    assert conditions.may_saturate() == bool(wanted)

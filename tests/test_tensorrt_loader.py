@@ -115,7 +115,8 @@ def test_unknown_backend_names_the_known_ones():
 
 
 def test_importing_the_loader_imports_no_tensorrt():
-    code = "import sys, reptrt.trt.binding; print([m for m in sys.modules if m.startswith('tensorrt')])"
+    found = "[m for m in sys.modules if m.startswith('tensorrt')]"
+    code = f"import sys, reptrt.trt.binding; print({found})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
@@ -158,25 +159,25 @@ class FakeCuda:
     def __init__(self, init=0):
         self.init = init
 
-    def cuInit(self, flags):
+    def cuInit(self, flags):  # noqa: N802
         return self.init
 
-    def cuDeviceGet(self, device, ordinal):
+    def cuDeviceGet(self, device, ordinal):  # noqa: N802
         return 0
 
-    def cuDeviceGetName(self, name, length, device):
+    def cuDeviceGetName(self, name, length, device):  # noqa: N802
         name.value = b"NVIDIA GeForce RTX 4090"
         return 0
 
-    def cuDeviceGetPCIBusId(self, text, length, device):
+    def cuDeviceGetPCIBusId(self, text, length, device):  # noqa: N802
         text.value = b"0000:01:00.0"
         return 0
 
-    def cuDriverGetVersion(self, version):
+    def cuDriverGetVersion(self, version):  # noqa: N802
         version._obj.value = 12080
         return 0
 
-    def cuDeviceGetAttribute(self, number, attribute, device):
+    def cuDeviceGetAttribute(self, number, attribute, device):  # noqa: N802
         number._obj.value = {75: 8, 76: 9}[attribute]
         return 0
 

@@ -14,7 +14,7 @@ import click
 import numpy as np
 import numpy.typing as npt
 import onnx
-import onnxruntime  # OrtRunner would widen FP16, which hides its rounding
+import onnxruntime  # noqa: TID251  # OrtRunner would widen FP16, which hides its rounding
 
 from reptrt.core.metrics import agreement, sqnr_db
 from reptrt.data.dataset import Dataset, open_dataset

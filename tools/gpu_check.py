@@ -56,27 +56,27 @@ def lacking(names: Sequence[str]) -> list[str]:
 if lacking(_NEEDED):  # before anything imports them
     sys.exit(f"error: cannot be imported: {', '.join(lacking(_NEEDED))}; install them first")
 
-import click
-import numpy as np
+import click  # noqa: E402
+import numpy as np  # noqa: E402
 
-from reptrt.cli import main as reptrt
-from reptrt.core import choices
-from reptrt.core.artifacts import (
+from reptrt.cli import main as reptrt  # noqa: E402
+from reptrt.core import choices  # noqa: E402
+from reptrt.core.artifacts import (  # noqa: E402
     package_versions,
     sha256_of,
     sidecar_path,
     write_artifact,
     write_json,
 )
-from reptrt.core.errors import MissingDependencyError, ReptrtError
-from reptrt.core.metrics import agreement, sqnr_db
-from reptrt.data.dataset import Dataset, open_dataset
-from reptrt.execute.runner import Runner, open_runner
-from reptrt.graph.net import bytes_from_model, net_from_model, read_model
-from reptrt.graph.preprocess import read_preprocess
-from reptrt.trt import binding
-from reptrt.trt.binding import Backend, Gpu
-from reptrt.trt.input import with_rest
+from reptrt.core.errors import MissingDependencyError, ReptrtError  # noqa: E402
+from reptrt.core.metrics import agreement, sqnr_db  # noqa: E402
+from reptrt.data.dataset import Dataset, open_dataset  # noqa: E402
+from reptrt.execute.runner import Runner, open_runner  # noqa: E402
+from reptrt.graph.net import bytes_from_model, net_from_model, read_model  # noqa: E402
+from reptrt.graph.preprocess import read_preprocess  # noqa: E402
+from reptrt.trt import binding  # noqa: E402
+from reptrt.trt.binding import Backend, Gpu  # noqa: E402
+from reptrt.trt.input import with_rest  # noqa: E402
 
 # Each net with what its FP16 rest is made from, None: its rest is FP32.
 NETS = {
@@ -110,7 +110,7 @@ class StepError(Exception):
     """A step that failed, and why."""
 
 
-class SkipStep(Exception):  # no error: there is nothing to do
+class SkipStep(Exception):  # noqa: N818  # no error: there is nothing to do
     """A step that cannot run here, and why."""
 
 

@@ -22,10 +22,10 @@ follows it directly. Run as it is, the graph would compute every convolution in 
    kernels for x86 take unsigned activations. It does the same by itself, but not wherever a tensor
    is read twice, and then computes that layer in float.
 6. Layers for which there is no INT8 kernel, because no Q follows, sum codes all the same, in float
-   operators (`reptrt.execute.code_sums`): exact, and no weight is dequantized when it runs. For a runtime
-   without any INT8 kernels, `reptrt.execute.torchgraph`, all layers do. Then the codes and the outputs
-   are those of onnxruntime, to the bit, of all that has no kernel of yet another kind there
-   (average pools, sums of INT8 summands; see docs/methods.md).
+   operators (`reptrt.execute.code_sums`): exact, and no weight is dequantized when it runs. For a
+   runtime without any INT8 kernels, `reptrt.execute.torchgraph`, all layers do. Then the codes and
+   the outputs are those of onnxruntime, to the bit, of all that has no kernel of yet another kind
+   there (average pools, sums of INT8 summands; see docs/methods.md).
 
 What is not in the form that reptrt writes (other zero points, codes that others read) is left as
 it is.

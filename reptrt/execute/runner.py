@@ -287,7 +287,7 @@ def _session(where: str, content: bytes, options: Any, device: Device) -> Any:
 def _onnxruntime() -> ModuleType:
     try:
         with _quiet_stderr() if "onnxruntime" not in sys.modules else contextlib.nullcontext():
-            import onnxruntime
+            import onnxruntime  # noqa: TID251
     except ImportError as err:
         raise MissingDependencyError(
             f"onnxruntime cannot be imported ({err}); install it with: pip install onnxruntime "

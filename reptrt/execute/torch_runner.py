@@ -1,4 +1,4 @@
-"""Run a torch module, or an ONNX graph in torch, with the contract of `reptrt.execute.runner.Runner`."""
+"""Run a torch module, or an ONNX graph in torch, with the contract of `execute.runner.Runner`."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -91,7 +91,7 @@ def graph_runner(net: Net, device: torch.device, replace: Replacements = _NOTHIN
 
 
 def int8_runner(model: onnx.ModelProto, device: torch.device) -> TorchRunner:
-    """Return a runner of a Q/DQ model that has the codes of INT8 kernels (`reptrt.execute.lowering`)."""
+    """Return a runner of a Q/DQ model that has the codes of INT8 kernels (see `lowering`)."""
     return graph_runner(net_from_model(lower(model, kernels=False)), device)
 
 
@@ -99,7 +99,7 @@ def float_activations(net: Net) -> Replacements:
     """Return replacements that leave every activation of a Q/DQ graph in float.
 
     Weights keep their codes. The pair is skipped, and the Clip of a simulation before it. Where the
-    saturation of a Q stands in for a ReLU (`reptrt.graph.recentred`), that is all that is left of it.
+    saturation of a Q stands in for a ReLU (`graph.recentred`), that is all that is left of it.
     """
     codes = {one.quantize: one.code for one in read_recentred(net)}
     replacements: dict[str, Callable[..., Tensor]] = {}

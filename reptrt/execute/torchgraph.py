@@ -1,8 +1,8 @@
 """An ONNX graph as a torch module: named tensors, any sub-graph, differentiable.
 
 `TorchGraph` is the one executor of calibration and reconstruction. Operators are compiled once
-(`reptrt.execute.torchops`); a run executes the nodes between the tensors it is given and those it is asked
-for, and drops every tensor after its last reader, so memory is that of the widest point.
+(`reptrt.execute.torchops`); a run executes the nodes between the tensors it is given and those it
+is asked for, and drops every tensor after its last reader, so memory is that of the widest point.
 
 Number formats: every floating tensor is computed in the module's type, float32 unless ``.double()``
 was called; FP16 in a graph is computed in that type too, its rounding is not simulated. Codes of

@@ -4,7 +4,7 @@
     weight      INT8 codes (initializer) -> DequantizeLinear(scale per output channel) -> layer
     bias        stays float
 
-Zero points are 0 and INT8 everywhere. Placement is `reptrt.graph.placement`, arithmetic `reptrt.core.grid`.
+Zero points are 0 and INT8 everywhere. Placement: `graph.placement`, arithmetic: `core.grid`.
 """
 
 from collections.abc import Collection, Mapping
@@ -93,7 +93,7 @@ def insert_qdq(
 
 
 def is_simulation(clip: gs.Node) -> bool:
-    """Whether a Clip is the one that simulates fewer bits, which `reptrt.graph.qdq` puts before a Q."""
+    """Whether a Clip is the one that simulates fewer bits, which `insert_qdq` puts before a Q."""
     prefix, dot, role = clip.name.rpartition(".")
     readers = [reader.name for reader in clip.outputs[0].outputs]
     return clip.op == "Clip" and role == "clip" and readers == [f"{prefix}{dot}quantize"]

@@ -17,8 +17,8 @@ and everything around it makes up for c, exactly:
     MaxPool  and what else moves values: hands c on
     average  pools without padding: c is added to the result
 
-It starts from UINT8 pairs with zero point 0, which `reptrt.graph.qdq` writes for ``full_range``. The map
-needs the height and width of its layer to be fixed, nothing else depends on shapes.
+It starts from UINT8 pairs with zero point 0, which `reptrt.graph.qdq` writes for ``full_range``.
+The map needs the height and width of its layer to be fixed, nothing else depends on shapes.
 
 FP16 rounds scales: then c and the sums of weights would no longer fit each other. So the scales
 that enter here are rounded to FP16 first, which moves them by 2^-11 of themselves at most.

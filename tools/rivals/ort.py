@@ -15,7 +15,7 @@ from typing import Any
 
 import onnx
 from job import Job, run
-from onnxruntime.quantization import (  # an environment of its own
+from onnxruntime.quantization import (  # noqa: TID251  # an environment of its own
     CalibrationDataReader,
     CalibrationMethod,
     QuantFormat,
@@ -23,8 +23,8 @@ from onnxruntime.quantization import (  # an environment of its own
     create_calibrator,
     quantize_static,
 )
-from onnxruntime.quantization.calibrate import save_tensors_data
-from onnxruntime.quantization.shape_inference import quant_pre_process
+from onnxruntime.quantization.calibrate import save_tensors_data  # noqa: TID251
+from onnxruntime.quantization.shape_inference import quant_pre_process  # noqa: TID251
 
 _TENSORRT = {
     "ActivationSymmetric": True,

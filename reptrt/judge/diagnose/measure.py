@@ -1,7 +1,7 @@
 """Run images and measure what quantizing the weights alone, and the activations alone, costs.
 
-Both come from the graphs that `reptrt.graph.qdq` writes, so placement and arithmetic are those of the
-deployed file. Only sums of squares are kept: memory is one batch of activations.
+Both come from the graphs that `reptrt.graph.qdq` writes, so placement and arithmetic are those of
+the deployed file. Only sums of squares are kept: memory is one batch of activations.
 """
 
 import functools

@@ -1,8 +1,8 @@
 """Which branch sets the weight range of a fused kernel, and what that leaves for the others.
 
 An output channel has one scale, amax / qmax. Where one branch is much larger than the others, their
-values use few codes. With records of the branches (`reptrt.graph.provenance`) the largest value of each
-kind of branch is known per channel:
+values use few codes. With records of the branches (`reptrt.graph.provenance`) the largest value of
+each kind of branch is known per channel:
 
     identity     |sum of the diagonals|
     any other    sum of the branches' amax, an upper bound where there are several of one kind

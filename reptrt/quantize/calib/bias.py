@@ -7,8 +7,8 @@ borders included; E[x] is one map per layer input. Behind a ReLU all inputs are 
 of weights do not average out: they move whole channels. The mean over positions of that map is
 subtracted from the bias, at no cost. Where the weights of many layers are hurt badly, as in a
 rep-net that is not split, layers that are right on average can still make a net that is further
-off: `reptrt.quantize.calib.outputs` tells. Empirical bias correction after arXiv 1906.04721, in closed
-form (ours).
+off: `reptrt.quantize.calib.outputs` tells. Empirical bias correction after arXiv
+1906.04721, in closed form (ours).
 """
 
 from collections.abc import Mapping

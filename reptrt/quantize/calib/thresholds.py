@@ -27,7 +27,7 @@ moves continuously, not by bins of 128.
 
 No rule is best on every net: what a histogram cannot tell is how much a clipped value matters to
 the outputs. ``auto`` lets the outputs choose one rule for the net, out of max, percentile, mse and
-kl, and how much wider its thresholds have to be for images not seen (`reptrt.quantize.calib.outputs`; ours).
+kl, and how much wider its thresholds have to be for images not seen (`calib.outputs`; ours).
 It left out entropy, which takes 60 times as long and is no better, and mae, which clips too much.
 """
 
