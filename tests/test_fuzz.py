@@ -1,7 +1,7 @@
 """Damaged inputs: one line and exit 1, nothing left behind, whatever the command.
 
-Random damage is done in `tests.fuzzing`, in a process of its own. What it has found so far has a
-test of its own here.
+Random damage is done in `tests.support.fuzzing`, in a process of its own. What it has
+found so far has a test of its own here.
 """
 
 import json
@@ -29,10 +29,10 @@ from reptrt.graph.recentred import read_recentred
 from reptrt.graph.splits import read_splits
 from reptrt.pipeline import CalibrateOptions, ExportOptions, Source, calibrate, export
 from reptrt.trt.input import read_buildable
-from tests import fuzzing
-from tests.onnx_nets import Builder, plain_chain
-from tests.qdq_nets import images, quantized
-from tests.small_run import make_run, refused, reptrt, write_data, write_factory
+from tests.support import fuzzing
+from tests.support.onnx_nets import Builder, plain_chain
+from tests.support.qdq_nets import images, quantized
+from tests.support.small_run import make_run, refused, reptrt, write_data, write_factory
 
 ROOT = Path(__file__).resolve().parents[1]
 CASES = {  # of each kind
@@ -57,7 +57,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def fuzz(folder: Path, *arguments: object) -> list[str]:
     """Run cases in another process; return what went wrong, a crash included."""
     lines, log = folder / "lines", folder / "log"
-    command = [sys.executable, "-m", "tests.fuzzing", str(folder), *map(str, arguments)]
+    command = [sys.executable, "-m", "tests.support.fuzzing", str(folder), *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
     with lines.open("wb") as third, log.open("wb") as rest:
         script = 'exec 3>&1 1>&2; exec "$@"'

@@ -25,9 +25,9 @@ from reptrt.judge.evaluate import evaluate
 from reptrt.linter import lint
 from reptrt.pipeline import CalibrateOptions, ExportOptions, Source, calibrate, export
 from reptrt.quantize.calib.thresholds import ThresholdOptions
-from tests.helpers import ort_run
-from tests.lint_graphs import rules
-from tests.random_nets import SIZE, BlockPlan, Plan, plans
+from tests.support.helpers import ort_run
+from tests.support.lint_graphs import rules
+from tests.support.random_nets import SIZE, BlockPlan, Plan, plans
 
 IMAGES = 32
 CPU = torch.device("cpu")
@@ -98,7 +98,9 @@ def source_of(plan: Plan, way: Way, folder: Path) -> Source:
     """A factory of the net, or of the same net with other weights and a checkpoint."""
     net, path = plan.build(), folder / "factory_of_a_random_net.py"
     made = plan if way.weights is None else Plan(**{**vars(plan), "seed": plan.seed + 1})
-    path.write_text(f"from tests.random_nets import *\ndef make():\n    return {made!r}.build()\n")
+    path.write_text(
+        f"from tests.support.random_nets import *\ndef make():\n    return {made!r}.build()\n"
+    )
     if way.weights is None:
         return Source(f"{path}:make")
     checkpoint = folder / ("w.safetensors" if way.weights == "safetensors" else "w.pt")

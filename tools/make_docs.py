@@ -4,7 +4,7 @@
     docs/lint.md       every lint rule, from the rule table and the docstrings of its checks
     docs/kernel.svg    README's picture: the weights of one layer of the demo net, in INT8 codes
 
-tests/test_docs.py makes them again and fails where a page is not what the code says.
+tests/house/test_docs.py makes them again and fails where a page is not what the code says.
 """
 
 import inspect

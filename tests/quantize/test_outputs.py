@@ -1,0 +1,166 @@
+"""What the outputs choose: --threshold auto, against every choice tried by hand in onnxruntime."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+import pytest
+
+from reptrt.data.dataset import open_dataset
+from reptrt.graph.net import model_from_net, net_from_model
+from reptrt.graph.placement import place
+from reptrt.graph.preprocess import read_preprocess
+from reptrt.graph.qdq import insert_qdq
+from reptrt.pipeline import CalibrateOptions, CalibrateReport, calibrate, prepare
+from reptrt.quantize.calib.outputs import stride_of
+from reptrt.quantize.calib.thresholds import ThresholdOptions
+from tests.support.helpers import ort_run
+from tests.support.learned_nets import SIZE, rep_net, write_images, write_net
+from tests.support.qdq_nets import with_outputs
+
+RULES = ("max", "percentile", "mse", "kl")
+COUNT = 96
+OPTIONS = CalibrateOptions(
+    images=COUNT, equalize=False, split="none", correct_bias=False, activation_bits=5
+)
+STEP = 2 ** (1 / 8)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_images(tmp_path_factory.mktemp("images") / "d.npz", COUNT)
+
+
+def parted(path: Path, data: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Return the images but every eighth, and those, which judge."""
+    preprocess = read_preprocess(net_from_model(onnx.load(str(path))))
+    (x,) = open_dataset(data, preprocess).batches(COUNT)
+    judges = np.arange(COUNT) % 8 == 7
+    return x[~judges], x[judges]
+
+
+def shares_of(path: Path, parts: Sequence[np.ndarray], names: Sequence[str]) -> dict[str, float]:
+    """Return what is left of each tensor's range without the images that judge."""
+    model = with_outputs(onnx.load(str(path)), list(names))
+    found = [ort_run(model, {"x": x}, optimize=False) | {"x": x} for x in parts]
+    others, judges = ({name: np.abs(one[name]).max() for name in names} for one in found)
+    return {name: others[name] / max(others[name], judges[name]) for name in names}
+
+
+def error_of(
+    path: Path, x: np.ndarray, report: CalibrateReport, margin: float, shares: Mapping[str, float]
+) -> float:
+    """Of the outputs with quantized activations, clipped as without ``x``, weights in float."""
+    model = onnx.load(str(path))
+    net = net_from_model(model)
+    (exact,) = ort_run(model, {"x": x}, optimize=False).values()
+    placement = replace(place(net), weights=())
+    insert_qdq(net, placement, scales_of(report, margin), {}, OPTIONS.grids[0], report.full_range)
+    limits = {t.tensor: np.float32(margin * t.amax * shares[t.tensor]) for t in report.tensors}
+    for quantize in [node for node in net.graph.nodes if node.op == "QuantizeLinear"]:
+        tensor = quantize.inputs[0]
+        limit = limits[tensor.name.removesuffix(".clipped")]  # of the simulation of 5 bits
+        bounds = [gs.Constant(f"{tensor.name}.{s}", np.asarray(s * limit)) for s in (-1, 1)]
+        limited = gs.Variable(f"{tensor.name}.limited", np.float32)
+        net.graph.nodes.append(gs.Node("Clip", limited.name, {}, [tensor, *bounds], [limited]))
+        quantize.inputs[0] = limited
+    (found,) = ort_run(model_from_net(net), {"x": x}, optimize=False).values()
+    return float(np.square(found.astype(float) - exact).sum())
+
+
+def scales_of(report: CalibrateReport, margin: float = 1.0) -> dict[str, float]:
+    return {tensor.tensor: margin * tensor.scale for tensor in report.tensors}
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("full_range", [True, False])
+def test_auto_takes_the_rule_and_margin_that_keep_outputs_nearest_on_images_not_seen(
+    seed: int, full_range: bool, data: Path, tmp_path: Path
+) -> None:
+    path = write_net(tmp_path / "m.onnx", rep_net(3, seed))
+    parts = parted(path, data)
+    options = replace(OPTIONS, full_range=full_range)
+    by_rule, errors = {}, {}
+    shares: dict[str, float] = {}
+    for rule in RULES:
+        given = replace(options, threshold=ThresholdOptions(rule))  # type: ignore[arg-type]
+        report = calibrate(path, data, tmp_path / "o.onnx", given)
+        assert (report.threshold, report.margin) == (rule, 1.0)
+        assert bool(report.full_range) == full_range
+        shares = shares or shares_of(path, parts, [t.tensor for t in report.tensors])
+        by_rule[rule] = report
+        errors[rule] = error_of(path, parts[1], report, 1.0, shares)
+    assert min(shares.values()) < 1
+    chosen = calibrate(path, data, tmp_path / "o.onnx", options)
+    assert errors[chosen.threshold] == pytest.approx(min(errors.values()), rel=1e-3)
+    assert max(errors.values()) > 1.05 * min(errors.values())
+    found = by_rule[chosen.threshold]
+    assert chosen.full_range == found.full_range
+    assert scales_of(chosen) == pytest.approx(scales_of(found, chosen.margin), rel=1e-6)
+    steps = round(8 * np.log2(chosen.margin))
+    assert chosen.margin == pytest.approx(STEP**steps)
+    tried = [error_of(path, parts[1], found, STEP**k, shares) for k in range(steps + 2)]
+    assert all(np.diff(tried[:-1]) < 0)  # every step came nearer
+    assert tried[-1] > (1 - 1e-3) * tried[-2]  # and the next one did not
+
+
+def test_ranges_without_the_judges_are_channel_by_channel_where_channels_are_equalized(
+    data: Path, tmp_path: Path
+) -> None:
+    path = write_net(tmp_path / "m.onnx", rep_net(3))
+    others, judges = parted(path, data)
+    model = with_outputs(onnx.load(str(path)), ["stem.relu", "block0.relu"])
+    net = net_from_model(onnx.load(str(path)))
+    dataset = open_dataset(data, read_preprocess(net))
+    found = prepare(net, dataset, replace(OPTIONS, equalize=True)).without_judges
+    runs = [ort_run(model, {"x": x}, optimize=False) for x in (others, judges)]
+    for name in ("stem.relu", "block0.relu"):
+        without, alone = (np.abs(run[name]).max((0, 2, 3)) for run in runs)
+        whole = np.maximum(without, alone)
+        expected = np.maximum(without, 1e-3 * without.max()) / np.maximum(whole, 1e-3 * whole.max())
+        np.testing.assert_allclose(found[name], expected, rtol=1e-4)
+        assert 0 < (found[name] < 1).sum() < len(expected)
+
+
+def test_few_images_get_a_wide_margin(tmp_path: Path) -> None:
+    path = write_net(tmp_path / "m.onnx", rep_net(3))
+    rng = np.random.default_rng(0)
+    contrast = np.exp(rng.normal(0, 0.5, (512, 1, 1, 1)))
+    x = contrast * rng.normal(0, 1, (512, 3, SIZE, SIZE))
+    np.savez(tmp_path / "d.npz", x=x.astype(np.float32))
+    images, options = tmp_path / "d.npz", replace(OPTIONS, activation_bits=8, equalize=True)
+    few, many = (
+        calibrate(path, images, tmp_path / "o.onnx", replace(options, images=count)).margin
+        for count in (16, 512)
+    )
+    assert few > 1.2 * many
+
+
+def test_different_widths_get_different_rules(data: Path, tmp_path: Path) -> None:
+    path = write_net(tmp_path / "m.onnx", rep_net(3))
+    chosen = {
+        calibrate(path, data, tmp_path / "o.onnx", replace(OPTIONS, activation_bits=bits)).threshold
+        for bits in (4, 5, 6, 7, 8)
+    }
+    assert len(chosen) > 1
+
+
+@pytest.mark.parametrize(
+    ("length", "judges"), [(2, 1), (8, 4), (16, 8), (33, 8), (64, 8), (128, 16), (512, 64)]
+)
+def test_how_many_images_judge(length: int, judges: int) -> None:
+    assert length // stride_of(length) == judges
+
+
+@pytest.mark.parametrize("length", [513, 1000, 1024, 50_000])
+def test_no_more_than_some_64_judge(length: int) -> None:
+    assert 64 <= length // stride_of(length) <= 72
+
+
+def test_one_image_is_enough(tmp_path: Path) -> None:
+    path = write_net(tmp_path / "m.onnx", rep_net(3))
+    images = write_images(tmp_path / "d.npz", 1)
+    assert calibrate(path, images, tmp_path / "o.onnx", replace(OPTIONS, images=1)).images == 1

@@ -1,0 +1,231 @@
+"""What is differentiated: fake quantization and learned rounding, against their formulas."""
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from onnx import TensorProto, helper, numpy_helper
+
+from reptrt.core.grid import Grid, dequantize, quantize
+from reptrt.graph.qdq import quantize_weight
+from reptrt.quantize.reconstruct.fake_quantize import fake_quantize
+from reptrt.quantize.reconstruct.rounding import SoftCodes, beta_at
+from reptrt.quantize.reconstruct.state import WeightSite
+from tests.support.helpers import ort_run
+
+GRIDS = {
+    "int8": Grid.activation(8),
+    "uint8": Grid.activation(8).full_range,
+    "6 bits": Grid.activation(6),
+    "6 bits from 0": Grid.activation(6).full_range,
+    "weights": Grid.weight(8),
+}
+
+
+def samples(step: float, grid: Grid) -> torch.Tensor:
+    """Values on both sides of every border, ties among them."""
+    rng = np.random.default_rng(0)
+    codes = np.concatenate(
+        [
+            rng.uniform(grid.qmin - 40, grid.qmax + 40, 500),
+            np.arange(grid.qmin - 3, grid.qmax + 3.5, 0.5),
+        ]
+    )
+    return torch.from_numpy((codes * step).astype(np.float32))
+
+
+@pytest.mark.parametrize("name", GRIDS)
+@pytest.mark.parametrize("step", [1.0, 0.0173, 3e-7])
+def test_values_are_those_of_the_deployment_grid(name: str, step: float) -> None:
+    grid = GRIDS[name]
+    x, scale = samples(step, grid), np.float32(step)
+    got = fake_quantize(x, torch.tensor(scale), grid).numpy()
+    codes = np.clip(np.rint(x.numpy() / scale), grid.qmin, grid.qmax)
+    np.testing.assert_array_equal(got, codes * scale)
+    if grid.qmax <= 127:
+        np.testing.assert_array_equal(got, dequantize(quantize(x.numpy(), scale, grid), scale))
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8])
+def test_values_are_onnxruntimes(dtype: type) -> None:
+    grid = GRIDS[np.dtype(dtype).name]
+    x = samples(0.0173, grid)
+    pair = [
+        helper.make_node("QuantizeLinear", ["x", "s", "z"], ["q"]),
+        helper.make_node("DequantizeLinear", ["q", "s", "z"], ["y"]),
+    ]
+    graph = helper.make_graph(
+        pair,
+        "pair",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [len(x)])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [len(x)])],
+        [
+            numpy_helper.from_array(np.float32(0.0173).reshape(()), "s"),
+            numpy_helper.from_array(np.zeros((), dtype), "z"),
+        ],
+    )
+    model: onnx.ModelProto = helper.make_model(
+        graph, opset_imports=[helper.make_opsetid("", 19)], ir_version=9
+    )
+    got = fake_quantize(x, torch.tensor(np.float32(0.0173)), grid)
+    np.testing.assert_array_equal(got.numpy(), ort_run(model, {"x": x.numpy()})["y"])
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    name=st.sampled_from(sorted(GRIDS)),
+    step=st.floats(1e-3, 10),
+    seed=st.integers(0, 999),
+)
+def test_gradients_are_the_formula(name: str, step: float, seed: int) -> None:
+    """d/dx: 1 inside, else 0. d/dstep: code - x / step inside, else the code."""
+    grid, rng = GRIDS[name], np.random.default_rng(seed)
+    scaled = rng.uniform(grid.qmin - 30, grid.qmax + 30, (4, 5))
+    x = torch.tensor(scaled * step, dtype=torch.float32, requires_grad=True)
+    s = torch.tensor(step, dtype=torch.float32, requires_grad=True)
+    weight = rng.standard_normal((4, 5))
+    (fake_quantize(x, s, grid) * torch.tensor(weight, dtype=torch.float32)).sum().backward()
+    assert x.grad is not None
+    assert s.grad is not None
+    scaled = x.detach().numpy().astype(np.float64) / np.float64(np.float32(step))
+    codes = np.rint(scaled)
+    inside = (codes >= grid.qmin) & (codes <= grid.qmax)
+    np.testing.assert_allclose(x.grad.numpy(), np.where(inside, weight, 0), rtol=1e-6)
+    of_step = np.where(inside, codes - scaled, np.clip(codes, grid.qmin, grid.qmax))
+    np.testing.assert_allclose(float(s.grad), (weight * of_step).sum(), rtol=1e-3, atol=1e-2)
+
+
+def test_where_x_is_clipped_the_gradient_of_the_step_is_exact() -> None:
+    """There the value is qmin or qmax times the step: a difference quotient sees it too."""
+    for grid in GRIDS.values():
+        x = torch.tensor([grid.qmax + 9.0, grid.qmin - 9.0, grid.qmax + 2.0], dtype=torch.float64)
+        s = torch.ones((), dtype=torch.float64, requires_grad=True)
+        (gradient,) = torch.autograd.grad(fake_quantize(x, s, grid).sum(), s)
+        low, high = (fake_quantize(x, s.detach() + e, grid).sum() for e in (-1e-4, 1e-4))
+        assert float(gradient) == pytest.approx(float(high - low) / 2e-4, rel=1e-6)
+
+
+def test_a_step_that_is_not_learned_and_an_image() -> None:
+    step = torch.tensor(0.1)
+    x = torch.ones(3, requires_grad=True)
+    fake_quantize(x, step, GRIDS["int8"]).sum().backward()
+    assert torch.equal(x.grad, torch.ones(3))  # type: ignore[arg-type]
+    learned = torch.tensor(0.1, requires_grad=True)
+    fake_quantize(torch.tensor([0.14]), learned, GRIDS["int8"]).sum().backward()
+    assert learned.grad is not None
+    assert float(learned.grad) == pytest.approx(1 - 1.4, rel=1e-5)
+
+
+# Learned rounding --------------------------------------------------------------------------------
+
+
+def site(weight: np.ndarray, grid: Grid) -> WeightSite:
+    quantized = quantize_weight(weight, 0, grid)
+    scale = quantized.scale.reshape(-1, *[1] * (weight.ndim - 1))
+    return WeightSite(
+        "layer", torch.from_numpy(weight), torch.from_numpy(scale), "dq", "q", "layer", False
+    )
+
+
+def kernel(seed: int = 0) -> np.ndarray:
+    """Small taps, a large one, a dead channel, zeros, and weights that are codes already."""
+    weight = np.random.default_rng(seed).standard_normal((5, 3, 3, 3)).astype(np.float32)
+    weight[1, 0, 1, 1] = 20.0
+    weight[2] = 0.0
+    weight[3, 1] = 0.0
+    weight[4] = np.float32(127 / 64) * np.linspace(-1, 1, 27, dtype=np.float32).reshape(3, 3, 3)
+    return weight
+
+
+@pytest.mark.parametrize("bits", [8, 6, 4, 2])
+def test_at_first_the_codes_are_the_float_weight(bits: int) -> None:
+    """To the rounding of float32 in a sigmoid and its inverse: a few millionths of a step."""
+    grid = Grid.weight(bits)
+    found = site(kernel(), grid)
+    soft = SoftCodes(found, grid)
+    np.testing.assert_allclose(
+        (soft.soft() * found.scale).detach(), found.weight, atol=4e-5 * float(found.scale.max())
+    )
+    nearest = quantize(kernel(), found.scale.numpy().reshape(-1), grid, 0)
+    scaled = (found.weight / found.scale).numpy()
+    ties = np.abs(np.abs(scaled - np.rint(scaled)) - 0.5) < 1e-4
+    np.testing.assert_array_equal(soft.harden().numpy()[~ties], nearest[~ties])
+
+
+@pytest.mark.parametrize("bits", [8, 6, 4])
+@pytest.mark.parametrize("push", [-9.0, -0.7, 0.7, 9.0, "random"])
+def test_hardened_codes_are_floors_or_ceilings_inside_the_grid(
+    bits: int, push: float | str
+) -> None:
+    grid = Grid.weight(bits)
+    found = site(kernel(1), grid)
+    soft = SoftCodes(found, grid)
+    noise = torch.randn(soft.v.shape, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        soft.v += 5 * noise if isinstance(push, str) else push
+    scaled = (found.weight / found.scale).numpy()
+    for codes in (soft.harden().numpy(), soft.soft().detach().numpy()):
+        low = np.clip(np.floor(scaled), grid.qmin, grid.qmax)
+        high = np.clip(np.ceil(scaled), grid.qmin, grid.qmax)
+        assert ((codes >= low) & (codes <= high)).all()
+    hard = soft.harden().numpy()
+    assert ((hard == low) | (hard == high)).all()
+    assert np.abs(hard).max() <= grid.qmax
+    if push == 9.0:
+        np.testing.assert_array_equal(hard, high)
+    if push == -9.0:
+        np.testing.assert_array_equal(hard, low)
+
+
+def test_hardening_rounds_what_was_learned() -> None:
+    grid = Grid.weight(8)
+    soft = SoftCodes(site(kernel(2), grid), grid)
+    with torch.no_grad():
+        soft.v += torch.randn(soft.v.shape, generator=torch.Generator().manual_seed(1))
+    learned = soft.soft().detach()
+    undecided = (learned - learned.round()).abs() > 0.49
+    assert torch.equal(soft.harden()[~undecided], learned.round()[~undecided])
+
+
+def test_the_regularizer_is_zero_for_integers_alone() -> None:
+    grid = Grid.weight(8)
+    soft = SoftCodes(site(kernel(), grid), grid)
+    for beta in (20.0, 7.0, 2.0):
+        assert float(soft.regularizer(beta).detach()) > 1
+        with torch.no_grad():
+            kept = soft.v.clone()
+            soft.v.copy_(torch.where(soft.v >= 0, 9.0, -9.0))
+        assert float(soft.regularizer(beta).detach()) == 0.0
+        with torch.no_grad():
+            soft.v[0, 0, 0, 0] = 0.0  # h = 1/2: the furthest from an integer
+        assert float(soft.regularizer(beta).detach()) == pytest.approx(1.0)
+        with torch.no_grad():
+            soft.v.copy_(kept)
+
+
+def test_the_regularizer_is_its_formula_and_decides() -> None:
+    grid = Grid.weight(8)
+    soft = SoftCodes(site(kernel(), grid), grid)
+    h = np.clip(1.2 / (1 + np.exp(-soft.v.detach().double().numpy())) - 0.1, 0, 1)
+    wanted = (1 - np.abs(2 * h - 1) ** 3.0).sum()
+    assert float(soft.regularizer(3.0).detach()) == pytest.approx(wanted, rel=1e-4)
+    optimizer = torch.optim.Adam([soft.v], lr=0.3)
+    for _ in range(60):
+        optimizer.zero_grad()
+        soft.regularizer(2.0).backward()
+        optimizer.step()
+    codes = soft.soft().detach()
+    assert float((codes - codes.round()).abs().max()) < 1e-3
+
+
+def test_beta_falls_after_a_warm_up() -> None:
+    betas = [beta_at(step, 100) for step in range(100)]
+    assert betas[:20] == [None] * 20
+    later = [beta for beta in betas if beta is not None]
+    assert len(later) == 80
+    assert later[0] == 20.0
+    assert later == sorted(later, reverse=True)
+    assert 2.0 <= later[-1] < 2.1
+    assert later[40] == pytest.approx(11.0)
