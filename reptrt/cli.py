@@ -19,7 +19,7 @@ from click.core import ParameterSource
 
 from reptrt import __version__
 from reptrt.core import choices
-from reptrt.core.errors import ConfigError, ReptrtError
+from reptrt.core.errors import ConfigError, ReptrtError, flag_of
 
 T = TypeVar("T")
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -61,7 +61,7 @@ class Cli(click.Group):
         try:
             return super().invoke(ctx)
         except ReptrtError as err:
-            click.echo(f"error: {' '.join(str(err).split())}", err=True)
+            click.echo(f"error: {' '.join(err.on_cli(_flag_in(ctx)).split())}", err=True)
             ctx.exit(1)
         except MemoryError as err:
             click.echo(f"error: not enough memory ({' '.join(str(err).split())})", err=True)
@@ -78,6 +78,14 @@ class Cli(click.Group):
         except KeyboardInterrupt:
             click.echo("Aborted! No file is half-written.", err=True)
             ctx.exit(_INTERRUPTED)
+
+
+def _flag_in(ctx: click.Context) -> Callable[[str], str]:
+    """Return a function from a parameter's name to its flag in the command that was called."""
+    called = main.commands.get(ctx.invoked_subcommand or "")
+    options = [p for p in called.params if isinstance(p, click.Option)] if called else []
+    flags = {option.name: max(option.opts, key=len) for option in options}
+    return lambda name: flags.get(name) or flag_of(name)
 
 
 @click.group(cls=Cli, context_settings={"help_option_names": ["-h", "--help"]})
@@ -218,7 +226,7 @@ def export(source: str, output: Path, json_path: str | None, **values: Any) -> N
         f"max |original - fused| {overall.max_difference:.2e} of {overall.max_value:.3g}  "
         f"{report.seconds:.1f} s"
     )
-    _emit("\n".join(lines), report.to_json(), json_path)
+    _emit("\n".join(lines), report.to_dict(), json_path)
 
 
 def calibrate_options(command: Command) -> Command:
@@ -398,14 +406,14 @@ def calibrate(
         text += f"\n           learned: {better} of {len(units)} units better on held-out images"
     if report.simulation:
         text += f"\nsimulation only, no engine can run it: {report.simulation}"
-    content = report.to_json()
+    content = report.to_dict()
     if diagnose:
         from reptrt.judge.diagnose import diagnose as look
 
         found = look(model, data, options, report)
         tables = [_text(table) + "\n" for table in found.to_tables()]
         text = "\n".join([text, "", *tables, *found.to_lines()])
-        content |= {"diagnosis": found.to_json()}
+        content |= {"diagnosis": found.to_dict()}
     _emit(text, content, json_path)
 
 
@@ -421,7 +429,7 @@ def lint(model: Path, json_path: str | None) -> None:
 
     report = check(model)
     lines = [_text(report.to_table()), *report.to_lines()] if report.findings else report.to_lines()
-    _emit("\n".join(lines), report.to_json(), json_path)
+    _emit("\n".join(lines), report.to_dict(), json_path)
     if report.has_errors:
         click.get_current_context().exit(1)
 
@@ -496,7 +504,7 @@ def build_engine(
         f"{summary.size_bytes / 2**20:.1f} MiB  "
         f"{summary.seconds:.1f} s"
     )
-    _emit(text, summary.to_json(), json_path)
+    _emit(text, summary.to_dict(), json_path)
 
 
 @main.command()
@@ -520,7 +528,7 @@ def inspect(
     counts = "  ".join(f"{kind} {n}" for kind, n in inspection.precisions.items())
     lines = [_text(inspection.to_table()), f"inspect  {file}  {counts}"]
     lines += found.to_lines() if found is not None else []
-    content = inspection.to_json() | ({} if found is None else {"audit": found.to_json()})
+    content = inspection.to_dict() | ({} if found is None else {"audit": found.to_dict()})
     _emit("\n".join(lines), content, json_path)
     if strict and found is not None and found.misses:
         click.get_current_context().exit(1)
@@ -550,7 +558,7 @@ def package(engine: Path, output: Path, json_path: str | None, **values: Any) ->
     if report.warning is not None:
         click.echo(f"warning: {report.warning}", err=True)
     text = f"package  {report.path}  batch {report.max_batch_size or 'fixed'}"
-    _emit(text, report.to_json(), json_path)
+    _emit(text, report.to_dict(), json_path)
 
 
 def _runner_options(command: Command) -> Command:
@@ -596,7 +604,7 @@ def evaluate(
     from reptrt.judge.evaluate import evaluate as judge
 
     report = judge(list(files), data, reference=reference, **values)
-    _emit(_text(report.to_table()), report.to_json(), json_path)
+    _emit(_text(report.to_table()), report.to_dict(), json_path)
 
 
 @main.command()
@@ -638,7 +646,7 @@ def bench(files: Sequence[Path], json_path: str | None, **values: Any) -> None:
     report = measure(list(files), **values)
     explanations = explain_all(report)
     lines = [line for explanation in explanations for line in explanation.to_lines()]
-    content = report.to_json() | {"explanations": [found.to_json() for found in explanations]}
+    content = report.to_dict() | {"explanations": [found.to_dict() for found in explanations]}
     _emit("\n".join([_text(report.to_table()), *lines]), content, json_path)
 
 
@@ -691,7 +699,7 @@ def run(
         fidelity = "the reference" if sqnr is None else f"SQNR {sqnr:.2f} dB"
         lines.append(f"{Path(result['file']).name:12s}  {accuracy}  {fidelity}")
     lines.append(f"run  {output / 'report.json'}  {output / 'report.html'}")
-    _emit("\n".join(lines), report.to_json(), json_path)
+    _emit("\n".join(lines), report.to_dict(), json_path)
 
 
 def _run_options(source: str, values: dict[str, Any]) -> tuple[Any, Any]:
@@ -724,7 +732,7 @@ def report(folder: Path, output: Path | None, json_path: str | None) -> None:
     written = write_report(folder, output)
     lines = [f"{s.title}: not here: {s.absent}" for s in written.sections if s.absent is not None]
     lines.append(f"report  {written.path}  {written.size_bytes / 2**10:.0f} KiB")
-    _emit("\n".join(lines), written.to_json(), json_path)
+    _emit("\n".join(lines), written.to_dict(), json_path)
 
 
 @main.command()
@@ -761,7 +769,7 @@ def ladder(
     else:
         what, options = _run_options(source, values)
         found = rungs.ladder(what, data, calib_data, options)
-    _emit("\n".join([_text(found.to_table()), *found.to_lines()]), found.to_json(), json_path)
+    _emit("\n".join([_text(found.to_table()), *found.to_lines()]), found.to_dict(), json_path)
 
 
 def _refuse_given(allowed: Sequence[str], why: str) -> None:
@@ -792,7 +800,7 @@ def replay(folder: Path, output: Path | None, json_path: str | None, **values: A
 
     report = repeat(folder, output, Moved(**values))
     lines = [_text(report.to_table()), *report.to_lines()]
-    _emit("\n".join(lines), report.to_json(), json_path)
+    _emit("\n".join(lines), report.to_dict(), json_path)
     if not report.reproduced:
         click.get_current_context().exit(1)
 
@@ -811,7 +819,7 @@ def diff(a: Path, b: Path, json_path: str | None) -> None:
 
     report = compare(a, b)
     lines = [*(_text(table) for table in report.to_tables()), *report.to_lines()]
-    _emit("\n".join(lines), report.to_json(), json_path)
+    _emit("\n".join(lines), report.to_dict(), json_path)
 
 
 def _text(table: Any) -> str:

@@ -11,11 +11,69 @@
     └── MissingDependencyError  an optional package is not installed
 
 A message is one line: where (file, layer or tensor), what was got, what was expected, what to do.
+A message that names an option writes it with `option`, so that a program reads the name of the
+parameter and the command line prints its flag.
 """
+
+import re
+from collections.abc import Callable
+
+_OPEN, _CLOSE = "\ue000", "\ue001"  # private code points: no message holds them otherwise
+_OPTION = re.compile(f"{_OPEN}(\\w+)(?:=([^{_CLOSE}]*))?{_CLOSE}")
+
+
+def option(name: str, value: object = None) -> str:
+    """Return the name of an option, and its value if given, for use inside a message.
+
+    Args:
+        name: the Python parameter, e.g. ``max_overhead``.
+        value: a value of the option; True and False stand for a flag that is given or negated.
+
+    >>> str(ConfigError(f"{option('max_overhead')}: got -1; leave out {option('split', 'none')}"))
+    "max_overhead: got -1; leave out split='none'"
+    >>> ConfigError(f"{option('max_overhead')}: got -1; give {option('equalize', False)}").on_cli()
+    '--max-overhead: got -1; give --no-equalize'
+    """
+    return f"{_OPEN}{name}{_CLOSE}" if value is None else f"{_OPEN}{name}={value!r}{_CLOSE}"
+
+
+def flag_of(name: str) -> str:
+    """Return the flag that an option has on the command line unless a command names it otherwise.
+
+    >>> flag_of("max_overhead")
+    '--max-overhead'
+    """
+    return f"--{name.replace('_', '-')}"
 
 
 class ReptrtError(Exception):
     """A stated failure: the command line prints its one line and exits with 1."""
+
+    def __str__(self) -> str:
+        """Return the message as a program reads it: options by the names of their parameters."""
+        return _OPTION.sub(_in_python, super().__str__())
+
+    def on_cli(self, flag: Callable[[str], str] = flag_of) -> str:
+        """Return the message as the command line prints it: options by their flags.
+
+        Args:
+            flag: returns the flag of a parameter.
+        """
+        return _OPTION.sub(lambda match: _on_cli(match, flag), super().__str__())
+
+
+def _in_python(match: re.Match[str]) -> str:
+    name, value = match.groups()
+    return name if value is None else f"{name}={value}"
+
+
+def _on_cli(match: re.Match[str], flag: Callable[[str], str]) -> str:
+    name, value = match.groups()
+    if value is None or value == "True":
+        return flag(name)
+    if value == "False":
+        return f"--no-{flag(name).removeprefix('--')}"
+    return f"{flag(name)} {value.strip(chr(39))}"
 
 
 class ConfigError(ReptrtError):

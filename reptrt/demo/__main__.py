@@ -33,7 +33,7 @@ def main(output: Path, json_path: Path | None) -> None:
         _make_folder(output)
         comparison = compare(output)
         if json_path is not None:
-            write_json(json_path, comparison.to_json())
+            write_json(json_path, comparison.to_dict())
     except ReptrtError as err:
         click.echo(f"error: {' '.join(str(err).split())}", err=True)
         sys.exit(1)

@@ -61,17 +61,17 @@ class Comparison:
     no_engine: str | None
     ladder: Ladder
 
-    def to_json(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Return the comparison as JSON values."""
         rows = [asdict(row) | {"file": str(row.file)} for row in self.rows]
-        engine = None if self.engine is None else self.engine.to_json()
+        engine = None if self.engine is None else self.engine.to_dict()
         return {
             "rows": rows,
             "images": self.images,
             "cpu": self.cpu,
             "engine": engine,
             "no_engine": self.no_engine,
-            "ladder": self.ladder.to_json(),
+            "ladder": self.ladder.to_dict(),
         }
 
     def to_table(self) -> Table:

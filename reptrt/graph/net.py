@@ -43,10 +43,26 @@ class Net:
 
     graph: gs.Graph
     metadata: dict[str, str] = field(default_factory=dict)
+    _names: set[str] | None = field(default=None, init=False, repr=False)  # see `fresh_name`
+
+    def fresh_name(self, wanted: str) -> str:
+        """Return ``wanted``, or the first of ``wanted_1``, ``wanted_2``... that is free.
+
+        A name is free when no node or tensor of the graph has it and it was not returned before.
+        Nodes and tensors that rewrites add take their names from here, so the names that the graph
+        had at the first call, and those returned since, are all there are.
+        """
+        if self._names is None:
+            self._names = {*self.graph.tensors(), *(node.name for node in self.graph.nodes)}
+        name = first_free(wanted, self._names)
+        self._names.add(name)
+        return name
 
     def copy(self) -> "Net":
         """Return a Net whose nodes and tensors may change freely; constant values are shared."""
-        return Net(self.graph.copy(), dict(self.metadata))
+        copied = Net(self.graph.copy(), dict(self.metadata))
+        copied._names = None if self._names is None else set(self._names)
+        return copied
 
 
 def read_model(path: Path) -> onnx.ModelProto:

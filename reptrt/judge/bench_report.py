@@ -70,7 +70,7 @@ class BenchReport:
     after: Conditions
     remarks: tuple[str, ...]  # what may have disturbed the measurement
 
-    def to_json(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON values."""
         return asdict(self)
 

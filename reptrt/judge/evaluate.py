@@ -46,7 +46,7 @@ class FileResult:
     sqnr_db: float | None  # of the outputs against the reference's; may be +inf
     identical: bool | None  # whether every output equals the reference's
 
-    def to_json(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Return JSON values; an infinite SQNR becomes null."""
         finite = self.sqnr_db is not None and math.isfinite(self.sqnr_db)
         return {
@@ -66,9 +66,9 @@ class EvalReport:
 
     results: tuple[FileResult, ...]
 
-    def to_json(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON values."""
-        return {"results": [result.to_json() for result in self.results]}
+        return {"results": [result.to_dict() for result in self.results]}
 
     def to_table(self) -> Table:
         """Return the report as a table for people."""

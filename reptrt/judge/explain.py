@@ -62,7 +62,7 @@ class Explanation:
     batch: int
     lines: tuple[str, ...]  # the verdict first
 
-    def to_json(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Return the explanation as JSON values."""
         return asdict(self)
 

@@ -54,7 +54,7 @@ class Ladder:
     images: int
     largest_output: float  # of the first rung: the measure of differences
 
-    def to_json(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Return the ladder as JSON values."""
         return asdict(self)
 

@@ -49,7 +49,7 @@ class LintReport:
         """Whether TensorRT refuses the graph or computes something else."""
         return self.count("error") > 0
 
-    def to_json(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON values."""
         return {
             "file": None if self.path is None else str(self.path),

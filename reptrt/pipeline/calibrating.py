@@ -109,7 +109,7 @@ class CalibrateReport:
         """The activations that take all codes."""
         return full_range_of(self.ranges)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON values."""
         return asdict(self) | {"path": str(self.path), "seconds": dict(self.seconds)}
 

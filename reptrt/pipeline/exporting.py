@@ -45,7 +45,7 @@ class ExportReport:
     num_parameters: int
     seconds: float
 
-    def to_json(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON values."""
         content: dict[str, Any] = asdict(self) | {"path": str(self.path)}
         content["blocks"] = content["proof"].pop("blocks")

@@ -42,7 +42,7 @@ class DiffReport:
     models: tuple[Comparison, ...]
     results: tuple[Result, ...]  # of eval and bench, equal ones too
 
-    def to_json(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON values."""
         return asdict(self)
 

@@ -117,7 +117,7 @@ def ladder_of_run(folder: Path, data: Path | None = None, limit: int | None = No
 def _keep(folder: Path, found: Manifest, measured: Ladder) -> None:
     """Write the ladder of a run, with what it is about, for the run's report."""
     files = {r.file: r.sha256 for name, r in found.stages.items() if name in _JUDGED}
-    content = {"files": files, "data": found.eval_data.sha256, **measured.to_json()}
+    content = {"files": files, "data": found.eval_data.sha256, **measured.to_dict()}
     try:
         write_json(folder / LADDER_FILE, content)
     except ArtifactError as err:

@@ -67,7 +67,7 @@ class ReplayReport:
         """Whether every file that must be equal is."""
         return all(file.state == "equal" for file in self.files if file.must_be_equal)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON values."""
         return {
             "folder": str(self.folder),

@@ -75,7 +75,7 @@ class RunReport:
     stages: tuple[StageResult, ...]
     results: Mapping[str, Any]  # content of report.json
 
-    def to_json(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON values."""
         return dict(self.results)
 
@@ -135,7 +135,7 @@ def run(
 
 def _calibrate(fp: Path, data: Path, q: Path, options: CalibrateOptions) -> None:
     """Calibrate, and keep what was found beside the file; it names it by sha256."""
-    content = calibrate(fp, data, q, options).to_json() | {"path": q.name}
+    content = calibrate(fp, data, q, options).to_dict() | {"path": q.name}
     write_json(q.with_name(CALIBRATE_FILE), content)
 
 
@@ -144,7 +144,7 @@ def _diagnose(files: list[Path], data: Path, options: CalibrateOptions) -> dict[
     path = q.with_name(CALIBRATE_FILE)
     content = manifest.read_json(path, "what calibration found")
     found = options_from_json(CalibrateReport, content, str(path))
-    content = diagnose(fp, data, options, replace(found, path=q)).to_json()
+    content = diagnose(fp, data, options, replace(found, path=q)).to_dict()
     del content["seconds"]  # the only thing that another run finds otherwise
     return content
 
@@ -159,7 +159,7 @@ def _judge(
         "eval",
         {"data": stages.manifest.eval_data.sha256, "limit": limit},
         files,
-        lambda: evaluate(files, data, reference=files[0], limit=limit, threads=threads).to_json(),
+        lambda: evaluate(files, data, reference=files[0], limit=limit, threads=threads).to_dict(),
     )
     if options.diagnose:
         stages.diagnosis(
@@ -180,7 +180,7 @@ def _judge(
             baseline=files[0],
             min_seconds=seconds,
             warmup_seconds=seconds / 4,
-        ).to_json(),
+        ).to_dict(),
     )
 
 

@@ -40,7 +40,7 @@ class Audit:
         """Number of planned layers that run in INT8."""
         return len(self.planned) - len(self.misses)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Return the audit as JSON values."""
         return asdict(self) | {"path": str(self.path), "built": self.built}
 

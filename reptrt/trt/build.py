@@ -67,7 +67,7 @@ class EngineSummary:
     rest: Rest  # what was done to the part that is not INT8
     seconds: float
 
-    def to_json(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Return the summary as JSON values."""
         profile = {name: str(wanted) for name, wanted in self.profile.items()}
         return asdict(self) | {"path": str(self.path), "profile": profile}
@@ -324,7 +324,7 @@ def _write(
     asked = asdict(options)
     asked["shapes"] = None if options.shapes is None else str(options.shapes)
     asked["timing_cache"] = None if options.timing_cache is None else str(options.timing_cache)
-    found = summary.to_json()
+    found = summary.to_dict()
     for name in ("path", "sha256", "seconds"):
         del found[name]
     preprocess = metadata_of(model).get("reptrt.preprocess")

@@ -42,7 +42,7 @@ class Inspection:
         """The layers that only copy."""
         return tuple(layer for layer in self.layers if layer.is_reformat)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Return the inspection as JSON values."""
         return asdict(self) | {
             "path": str(self.path),

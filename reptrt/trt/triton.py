@@ -68,7 +68,7 @@ class PackageReport:
     num_labels: int | None
     warning: str | None  # why a stock Triton cannot load the engine
 
-    def to_json(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON values."""
         return asdict(self) | {"path": str(self.path)}
 

@@ -244,3 +244,13 @@ def test_unused_graph_inputs_stay() -> None:
     net = Net(gs.import_onnx(plain_chain()))
     net.graph.inputs.append(gs.Variable("unused", np.float32, [1]))
     assert [value.name for value in model_from_net(net).graph.input] == ["x", "unused"]
+
+
+def test_fresh_names_are_free_and_given_once() -> None:
+    net = net_from_model(plain_chain())
+    node, tensor = net.graph.nodes[0].name, next(iter(net.graph.tensors()))
+    assert net.fresh_name(node) == f"{node}_1"
+    assert net.fresh_name(tensor) == f"{tensor}_1"
+    assert [net.fresh_name("new") for _ in range(3)] == ["new", "new_1", "new_2"]
+    assert net.copy().fresh_name("new") == "new_3"
+    assert net.fresh_name("new") == "new_3"  # the copy has names of its own

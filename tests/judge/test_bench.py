@@ -205,7 +205,7 @@ def test_conditions_are_read_when_warm_and_at_the_end(fake, monkeypatch) -> None
     assert moments == [(3, False), (46, False)]  # 3 to warm up and 20 rounds, for each batch size
     remark = "the CPU clock changed from 2000 to 1000 MHz"
     assert report.remarks == (remark,)
-    content = json.loads(json.dumps(report.to_json()))
+    content = json.loads(json.dumps(report.to_dict()))
     assert content["before"]["cpu_mhz"] == 2000
     assert content["after"]["gpu"]["held_back_by"] == []
     assert content["remarks"] == [remark]
@@ -257,7 +257,7 @@ def test_copies_are_left_out_where_asked_for_and_possible(
 def test_real_files_give_the_whole_report(net: Path, tmp_path: Path) -> None:
     onnx.save(classifier(seed=1), tmp_path / "other.onnx")
     report = bench([net, tmp_path / "other.onnx"], batches=(1, 4), baseline=net, **QUICK)
-    content = json.loads(json.dumps(report.to_json(), allow_nan=False))
+    content = json.loads(json.dumps(report.to_dict(), allow_nan=False))
     assert content["cpu"] == cpu_name() != ""
     assert content["onnxruntime"].count(".") >= 2
     assert len(content["results"]) == 4

@@ -440,7 +440,7 @@ def test_nothing_lost_is_null_in_json_and_exact_in_the_table(tmp_path: Path) -> 
     found = diagnose(file, data, PLAIN)
     assert by_layer(found)["conv"].before.weight_sqnr_db == float("inf")
     assert "exact" in rendered(found)
-    content = json.loads(json.dumps(found.to_json(), allow_nan=False))
+    content = json.loads(json.dumps(found.to_dict(), allow_nan=False))
     assert content["layers"][0]["before"]["weight_sqnr_db"] is None
 
 

@@ -90,7 +90,7 @@ def test_the_reference_and_its_copy_are_identical_and_json_stays_valid(
 ) -> None:
     copy = save(tmp_path / "copy.onnx", classifier())
     report = evaluate([nets[0], copy], data, reference=nets[0], threads=1)
-    for row in json.loads(json.dumps(report.to_json(), allow_nan=False))["results"]:
+    for row in json.loads(json.dumps(report.to_dict(), allow_nan=False))["results"]:
         assert row["sqnr_db"] is None
         assert row["identical"] is True
         assert row["agreement"] == 1.0
@@ -98,7 +98,7 @@ def test_the_reference_and_its_copy_are_identical_and_json_stays_valid(
 
 
 def test_without_a_reference_nothing_is_compared(nets: tuple[Path, Path], data: Path) -> None:
-    row = evaluate([nets[1]], data, threads=1).to_json()["results"][0]
+    row = evaluate([nets[1]], data, threads=1).to_dict()["results"][0]
     assert set(row) == {"file", "images", "top1", "top5", "agreement", "sqnr_db", "identical"}
     assert row["agreement"] is row["sqnr_db"] is row["identical"] is None
     assert row["top1"] is not None

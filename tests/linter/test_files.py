@@ -176,7 +176,7 @@ def test_json_holds_every_finding(tmp_path):
     result = CliRunner().invoke(main, ["lint", str(DATA / "rep.ort.onnx"), "--json", str(path)])
     content = json.loads(path.read_text())
     assert result.exit_code == 1
-    assert content == lint(DATA / "rep.ort.onnx").to_json()
+    assert content == lint(DATA / "rep.ort.onnx").to_dict()
     assert (content["errors"], content["warnings"], content["infos"]) == (11, 5, 3)
     assert (content["layers"], content["int8_layers"]) == (4, 4)
     assert content["findings"][0] == {

@@ -86,7 +86,7 @@ def test_scales_are_those_of_the_float_net_on_the_images(tmp_path: Path, data: P
         zeros = float((values[found.tensor] == 0).mean())
         assert found.zeros == pytest.approx(zeros, abs=1e-3)
     assert (report.images, report.layers) == (COUNT, 12)
-    json.dumps(report.to_json())
+    json.dumps(report.to_dict())
 
 
 def test_the_quantized_net_is_close(tmp_path: Path, data: Path) -> None:

@@ -228,7 +228,7 @@ def test_the_proof_is_what_onnxruntime_finds(tmp_path: Path) -> None:
     assert overall.max_difference == pytest.approx(float(np.abs(got - expected).max()), rel=0.5)
     assert overall.max_value == pytest.approx(float(np.abs(expected).max()), rel=1e-4)
     assert 0 < max(block.relative for block in report.proof.blocks) < 1e-5
-    json.dumps(report.to_json())
+    json.dumps(report.to_dict())
 
 
 def test_past_the_tolerance_nothing_is_written(tmp_path: Path) -> None:

@@ -378,4 +378,4 @@ def test_the_overhead_that_is_reported_is_what_was_written(
     assert report.overhead <= max_overhead
     assert set(report.full_range) == {d.tensor for d in report.ranges if d.full}
     assert len(report.splits) == sum(d.form != "none" for d in report.decisions)
-    json.dumps(report.to_json())
+    json.dumps(report.to_dict())

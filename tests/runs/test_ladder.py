@@ -109,7 +109,7 @@ def test_equal_outputs_have_no_sqnr(tmp_path: Path) -> None:
     assert distance is not None
     assert (distance.sqnr_db, distance.max_difference, distance.agreement) == (None, 0, 1)
     assert (distance.top1_change, found.rungs[1].top1) == (None, None)
-    json.dumps(found.to_json(), allow_nan=False)
+    json.dumps(found.to_dict(), allow_nan=False)
 
 
 def test_maps_have_no_top1(tmp_path: Path) -> None:

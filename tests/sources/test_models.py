@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 from reptrt.core.errors import ConfigError
+from reptrt.sources import models
 from reptrt.sources.checkpoint import load_state_dict, load_weights
 from reptrt.sources.models import ArchitectureOptions
-from reptrt.sources import models
 from tests.support.helpers import SHARED, needs_shared
 
 # Exactly what the command lines of the design document say.

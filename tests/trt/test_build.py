@@ -61,8 +61,8 @@ def test_builds_int8_for_every_target(source, output, target):
     assert summary.int8_layers == ("conv0", "conv1")
     assert summary.inputs == (TensorInfo("input", (-1, 3, 8, 8), "FLOAT"),)
     assert summary.outputs == (TensorInfo("logits", (-1, 16, 1, 1), "FLOAT"),)
-    assert summary.to_json()["profile"] == {"input": "1x3x8x8:8x3x8x8:64x3x8x8"}
-    json.dumps(summary.to_json())
+    assert summary.to_dict()["profile"] == {"input": "1x3x8x8:8x3x8x8:64x3x8x8"}
+    json.dumps(summary.to_dict())
 
 
 @needs_rtx

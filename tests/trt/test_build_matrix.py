@@ -153,7 +153,7 @@ def test_every_engine_builds_and_every_graph_is_clean(
         assert summary.rest == done
         assert summary.int8_layers == planned_int8(file)
         assert len(summary.int8_layers) == int8
-        (profile,) = summary.to_json()["profile"].values()
+        (profile,) = summary.to_dict()["profile"].values()
         assert [part.partition("x")[0] for part in profile.split(":")] == ["1", "8", "64"]
         assert {t.dtype for t in (*summary.inputs, *summary.outputs)} == {"FLOAT"}
         launches = layers_of_plan(engine.read_bytes(), str(engine))

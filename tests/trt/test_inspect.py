@@ -89,7 +89,7 @@ def test_audit_explains_every_miss(schema, tmp_path):
     assert result.quantization_passes == ("r0.dequantize",)
     assert "1 of 5 planned layers run in INT8  1 reformats  1 Q/DQ passes" in result.to_lines()[0]
     assert result.float_outputs == ()  # conv0 writes FP16, but nobody quantizes that again
-    json.dumps(result.to_json())
+    json.dumps(result.to_dict())
 
 
 def test_reformats_are_told_with_their_types(tmp_path):
@@ -121,7 +121,7 @@ def test_inspect_onnx_shows_the_plan(tmp_path):
     assert (inspection.inputs[0].name, inspection.inputs[0].shape) == ("input", (-1, 3, 8, 8))
     assert [tensor.name for tensor in inspection.outputs] == ["logits"]
     assert inspection.precisions["INT8"] == 4
-    json.dumps(inspection.to_json())
+    json.dumps(inspection.to_dict())
     assert inspection.to_table().row_count == len(inspection.layers)
 
 

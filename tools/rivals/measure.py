@@ -162,7 +162,7 @@ def judge(at: Bench, results: Sequence[Result], test: Path, limit: int | None) -
     def judged(paths: Sequence[Path]) -> None:
         report = evaluate(paths, test, reference=at.net, limit=limit, threads=1)
         for path, found in zip(paths, report.results, strict=True):
-            _store(_judged(path), keys[path.stem], found.to_json())
+            _store(_judged(path), keys[path.stem], found.to_dict())
 
     failed: dict[str, str] = {}
     try:
@@ -206,7 +206,7 @@ def time_all(
         report = bench(
             paths, batches=batches, threads=1, baseline=at.net, min_seconds=at.bench_seconds
         )
-        return report.to_json()
+        return report.to_dict()
 
     key = [sha256_of(at.net), {name: sha256_of(path) for name, path in files.items()}]
     report = cached(at.folder / "bench.json", [*key, batches, at.bench_seconds], compute)

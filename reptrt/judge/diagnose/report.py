@@ -79,7 +79,7 @@ class Diagnosis:
         ranges = _range_sentence(self.layers, self.weight_bits)
         return (*ranges, _limit_sentence(*self.corners[:3]), self._method_sentence())
 
-    def to_json(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Return the diagnosis as JSON values."""
         content = asdict(self) | {"reading": list(self.reading)}
         return dict(_finite(content))

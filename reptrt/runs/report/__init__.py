@@ -59,7 +59,7 @@ class ReportFile:
     size_bytes: int
     sections: tuple[SectionState, ...]
 
-    def to_json(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Return the result as JSON values."""
         return asdict(self) | {"path": str(self.path)}
 
