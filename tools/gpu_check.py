@@ -137,7 +137,7 @@ class Check:
 
     def reptrt(self, *args: str | Path) -> dict[str, Any]:
         """Run a command of reptrt in a process of its own; return its JSON."""
-        return self.process([sys.executable, "-m", "reptrt.cli", *map(str, args)])
+        return self.process([sys.executable, "-m", "reptrt", *map(str, args)])
 
     def compare(self, what: str, *args: str | Path, images: int) -> dict[str, Any]:
         """Run a command of this file in a process of its own; return its JSON."""

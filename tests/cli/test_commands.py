@@ -535,7 +535,7 @@ def test_a_file_that_the_system_does_not_let_grow(tmp_path: Path, model: Path) -
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 
-    command = [sys.executable, "-m", "reptrt.cli", "export", model, "-o", tmp_path / "o.onnx"]
+    command = [sys.executable, "-m", "reptrt", "export", model, "-o", tmp_path / "o.onnx"]
     done = subprocess.run(
         command, cwd=ROOT, env=environment(), capture_output=True, text=True, preexec_fn=limit
     )
@@ -553,7 +553,7 @@ def test_ctrl_c(tmp_path: Path) -> None:
     np.lib.format.open_memmap(tmp_path / "d.npy", "w+", np.uint8, shape).flush()
     arguments = ["m.onnx", "--data", "d.npy", "-n", "40000", "-o", "o.onnx"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "reptrt.cli", "-v", "calibrate", *arguments],
+        [sys.executable, "-m", "reptrt", "-v", "calibrate", *arguments],
         cwd=tmp_path,
         env={**environment(), "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,

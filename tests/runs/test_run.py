@@ -109,7 +109,7 @@ def test_a_killed_run_continues_with_the_same_bytes(
 ) -> None:
     folder = tmp_path / "killed"
     process = subprocess.Popen(
-        [sys.executable, "-m", "reptrt.cli", *command(data, folder)],
+        [sys.executable, "-m", "reptrt", *command(data, folder)],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         env=os.environ | {"OMP_NUM_THREADS": "1"},

@@ -27,7 +27,7 @@ gpu_check = load_tool("gpu_check")
 
 def in_this_process(command: Sequence[str]) -> tuple[int, str]:
     """Run what would be a process of its own, without its imports."""
-    if command[1:3] == ["-m", "reptrt.cli"]:
+    if command[1:3] == ["-m", "reptrt"]:
         done = CliRunner().invoke(reptrt_main, list(command[3:]))
     else:
         done = CliRunner().invoke(gpu_check.main, list(command[2:]))

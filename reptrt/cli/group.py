@@ -830,7 +830,3 @@ def _text(table: Any) -> str:
     with console.capture() as capture:
         console.print(table)
     return capture.get().rstrip("\n")
-
-
-if __name__ == "__main__":
-    main()
