@@ -21,11 +21,10 @@ from PIL import Image, UnidentifiedImageError
 
 from reptrt.core.choices import Resize
 from reptrt.core.errors import DataError
-from reptrt.graph.preprocess import Preprocess
+from reptrt.graph.preprocess import Preprocess, crop_cover
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff"})
 CACHE_BYTES = 512 << 20  # decoded pixels up to this size are kept for the next pass
-CROP_FRACTION = 0.875  # the part of the resized shorter side that the centre crop keeps
 MAX_THREADS = 16
 THREADED_PIXELS = 128 * 128  # below this, threads only fight for the interpreter lock (measured)
 NAMED = 5  # files, or sizes, that a message names
@@ -159,15 +158,13 @@ class ImageFiles:
 def resized(image: Image.Image, height: int, width: int, resize: Resize) -> Image.Image:
     """Return ``image`` at (height, width): bilinear with antialiasing, as Preprocess defines.
 
-    ``crop`` brings the shorter side to floor(H / 0.875), then cuts out the centre. For a target
-    that is not square, the image is scaled until it covers both floor(H / 0.875) and
-    floor(W / 0.875).
+    ``crop`` scales the image until it covers `crop_cover`, then cuts out the centre.
     """
     if resize == "none":
         return image
     if resize == "stretch":
         return image.resize((width, height), Image.Resampling.BILINEAR)
-    cover_height, cover_width = int(height / CROP_FRACTION), int(width / CROP_FRACTION)
+    cover_height, cover_width = crop_cover(height, width)
     if cover_height * image.width >= cover_width * image.height:  # the height is the tight side
         size = (cover_height * image.width // image.height, cover_height)
     else:

@@ -9,6 +9,7 @@ from reptrt.core.errors import ConfigError
 from reptrt.graph.net import Net, get_json, set_json
 
 _KEY = "preprocess"
+_CROP_FRACTION = 0.875  # the part of the resized shorter side that the centre crop keeps
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +21,8 @@ class Preprocess:
     - ``none``: it is an error, except that a folder whose images all have one (other) size is
       stretched or cropped to fit, with a note: there is no doubt about what was meant;
     - ``stretch``: bilinear to (H, W), aspect ratio ignored;
-    - ``crop``: the shorter side to H / 0.875, then the centre (H, W): the ImageNet convention.
+    - ``crop``: scaled until it covers `crop_cover`, then the centre (H, W): the ImageNet
+      convention.
     """
 
     channels: int
@@ -47,6 +49,17 @@ class Preprocess:
     def plain(channels: int, height: int, width: int) -> "Preprocess":
         """Return x / 255 with neither mean nor std: what a net without metadata gets."""
         return Preprocess(channels, height, width, (0.0,) * channels, (1.0,) * channels)
+
+
+def crop_cover(height: int, width: int) -> tuple[int, int]:
+    """Return the (height, width) that ``crop`` scales an image to cover before it cuts the centre.
+
+    They are floor(H / 0.875) and floor(W / 0.875); the aspect ratio of the image is kept.
+
+    >>> crop_cover(224, 224)
+    (256, 256)
+    """
+    return int(height / _CROP_FRACTION), int(width / _CROP_FRACTION)
 
 
 def write_preprocess(net: Net, preprocess: Preprocess) -> None:

@@ -21,6 +21,7 @@ from typing import Any
 
 from reptrt.core.artifacts import Sidecar, read_sidecar
 from reptrt.core.errors import ArtifactError, ConfigError
+from reptrt.graph.preprocess import crop_cover
 from reptrt.trt.file import PlanHeader, read_header
 from reptrt.trt.options import parse_shapes
 
@@ -258,11 +259,12 @@ def _preprocessing(found: Mapping[str, Any] | None) -> str:
     if found is None:
         return "Not recorded: ask whoever exported the network."
     size = f"{found['height']} x {found['width']}"
+    cover = " x ".join(map(str, crop_cover(found["height"], found["width"])))
     ways = {
         "none": f"Images must be {size} already.",
         "stretch": f"Resize to {size}, bilinear, aspect ratio ignored.",
-        "crop": f"Resize the shorter side to {round(found['height'] / 0.875)}, then cut the centre "
-        f"{size}.",
+        "crop": f"Scale (bilinear, aspect ratio kept) until the image covers {cover}, then cut out "
+        f"the centre {size}.",
     }
     return (
         f"{ways.get(found['resize'], '')} Then, per channel, (x / 255 - mean) / std as float32, "

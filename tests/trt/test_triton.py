@@ -173,7 +173,7 @@ def test_the_engine_and_its_preprocessing_travel(tmp_path: Path) -> None:
     assert json.loads(parameters["reptrt.preprocess"]) == DETAILS["preprocess"]
     text = (report.path / "README.md").read_text(encoding="utf-8")
     assert "# digits.v1" in text
-    assert "Resize the shorter side to 37, then cut the centre 32 x 48." in text
+    assert "until the image covers 36 x 54, then cut out the centre 32 x 48." in text
     assert "mean [0.5, 0.4, 0.3]" in text
     assert "tensorrt 10.13.0.35 for sm89" in text
 
