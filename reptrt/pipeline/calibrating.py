@@ -54,7 +54,7 @@ from reptrt.rewrite.fold_skip_scale import fold_skip_scale
 from reptrt.rewrite.insert_affine import insert_affine
 from reptrt.rewrite.recentre import recentre, round_scales
 from reptrt.rewrite.round_biases import round_biases
-from reptrt.rewrite.to_fp16 import to_fp16
+from reptrt.rewrite.to_fp16 import log_left_fp32, to_fp16
 
 _LOG = logging.getLogger(__name__)
 
@@ -152,8 +152,7 @@ def _calibrate(model: Path, data: Path, output: Path, options: CalibrateOptions)
     recentre(net)
     fold_skip_scale(net)
     left_fp32 = to_fp16(net).skipped if options.high_precision == "fp16" else ()
-    for skip in left_fp32:
-        _LOG.warning("%s stays in FP32: %s", skip.node, skip.reason)
+    log_left_fp32(left_fp32)
     if options.simulation is not None:
         net.metadata["reptrt.simulation"] = options.simulation
     content = bytes_from_model(model_from_net(net))

@@ -17,7 +17,8 @@ Requires: a float graph, or one with the Q/DQ that reptrt writes. Ensures: opset
 scales), the same nodes apart from casts and copies of DQ, the same codes of weights.
 """
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -36,6 +37,7 @@ from reptrt.graph.net import (
 )
 from reptrt.rewrite.contract import RewriteReport, Skipped
 
+_LOG = logging.getLogger(__name__)
 _SMALLEST = float(np.finfo(np.float16).smallest_normal)  # 6.1e-5
 _LARGEST = float(np.finfo(np.float16).max)  # 65504
 _OPSET = 19  # the first whose scales can be FP16
@@ -67,6 +69,19 @@ def to_fp16(net: Net) -> RewriteReport:
     graph.cleanup(remove_unused_graph_inputs=False).toposort()
     skipped = tuple(Skipped(name, reason) for name, reason in reasons.items())
     return RewriteReport("to_fp16", tuple(typing.changed), skipped)
+
+
+def log_left_fp32(skipped: Sequence[Skipped]) -> None:
+    """Log the number of nodes that `to_fp16` left in FP32; each with its reason at level INFO."""
+    if skipped:
+        _LOG.warning(
+            "%d node%s in FP32, because FP16 cannot hold a scale or constant there; the sidecar "
+            "and the log at level INFO (-v) list each",
+            len(skipped),
+            " stays" if len(skipped) == 1 else "s stay",
+        )
+    for skip in skipped:
+        _LOG.info("%s stays in FP32: %s", skip.node, skip.reason)
 
 
 def _typed_graph(net: Net) -> gs.Graph:

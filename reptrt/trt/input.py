@@ -19,7 +19,7 @@ from reptrt.core.errors import EngineError
 from reptrt.graph.intent import runtime_scale_node, uint8_node
 from reptrt.graph.net import WEIGHTED_OPS, get_json, model_from_net, net_from_model, read_model
 from reptrt.rewrite.contract import Skipped
-from reptrt.rewrite.to_fp16 import to_fp16
+from reptrt.rewrite.to_fp16 import log_left_fp32, to_fp16
 
 _LOG = logging.getLogger(__name__)
 _HALF = (onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
@@ -104,8 +104,7 @@ def with_rest(model: onnx.ModelProto, wanted: HighPrecision) -> tuple[onnx.Model
         return model, Rest("fp32")
     net = net_from_model(model)
     report = to_fp16(net)
-    for skip in report.skipped:
-        _LOG.warning("%s stays in FP32: %s", skip.node, skip.reason)
+    log_left_fp32(report.skipped)
     return model_from_net(net), Rest("converted", len(report.changed), report.skipped)
 
 

@@ -93,10 +93,14 @@ def test_constants_stored_in_half_do_not_make_a_half_graph() -> None:
 
 
 def test_what_fp16_cannot_hold_is_reported(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "reptrt")
     after, rest = with_rest(small_scale(), "fp16")
     assert [skip.node for skip in rest.left_fp32] == ["w0"]
     assert str(rest).endswith("nodes converted, 1 left in fp32)")
-    assert any(m.startswith("w0 stays in FP32: scale 1e-06 is outside") for m in caplog.messages)
+    (warning,) = (r.getMessage() for r in caplog.records if r.levelno == logging.WARNING)
+    assert warning.startswith("1 node stays in FP32")
+    (info,) = (r.getMessage() for r in caplog.records if r.levelno == logging.INFO)
+    assert info.startswith("w0 stays in FP32: scale 1e-06 is outside")
     kept = numpy_helper.to_array(
         next(t for t in after.graph.initializer if t.name.startswith("conv0.scale"))
     )
@@ -162,7 +166,10 @@ def test_sidecar_json_and_command_say_what_was_done(tmp_path: Path, caplog) -> N
     assert result.exit_code == 0
     assert "2 planned INT8, rest fp16 (" in result.stdout
     assert "1 left in fp32)" in result.stdout
-    assert "w0 stays in FP32: scale 1e-06" in result.stderr
+    assert "1 node stays in FP32" in result.stderr
+    assert "w0" not in result.stderr
+    verbose = CliRunner().invoke(main, ["-v", *command])
+    assert "w0 stays in FP32: scale 1e-06" in verbose.stderr
     content = json.loads((tmp_path / "j").read_text())["rest"]
     sidecar = read_sidecar(engine)
     assert sidecar is not None
