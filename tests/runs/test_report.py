@@ -515,7 +515,7 @@ def test_every_class_has_a_style_and_the_files_are_packaged(made: Path) -> None:
     unstyled = {name for name in names if f".{name}" not in CSS} - {"name"}
     assert unstyled == set()
     declared = re.search(
-        r'"reptrt\.report" = \[(.+)\]', (REPOSITORY / "pyproject.toml").read_text()
+        r'"reptrt\.runs\.report" = \[(.+)\]', (REPOSITORY / "pyproject.toml").read_text()
     )
     assert declared is not None
     patterns = re.findall(r'"(.+?)"', declared[1])

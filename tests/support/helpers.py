@@ -11,6 +11,8 @@ import onnx
 import onnxruntime
 import pytest
 
+from reptrt.trt.machine import may_saturate
+
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 SHARED = Path(__file__).resolve().parents[3] / "shared"
 needs_shared = pytest.mark.skipif(
@@ -40,6 +42,8 @@ def ort_run(
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = 1
+    if may_saturate():  # a CPU without VNNI: exact products need weights as UINT8
+        options.add_session_config_entry("session.x64quantprecision", "1")
     if not optimize:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = onnxruntime.InferenceSession(
