@@ -49,6 +49,7 @@ from reptrt.quantize.calib.thresholds import ThresholdOptions, amax_from_histogr
 from reptrt.quantize.choose import Decision, RangeDecision, full_range_of
 from reptrt.quantize.reconstruct import LearnOptions, Quantized, ReconstructReport, reconstruct
 from reptrt.quantize.reconstruct.resume import Finished
+from reptrt.rewrite.contract import Skipped
 from reptrt.rewrite.fold_affine import fold_affine
 from reptrt.rewrite.fold_skip_scale import fold_skip_scale
 from reptrt.rewrite.insert_affine import insert_affine
@@ -98,6 +99,7 @@ class CalibrateReport:
     equalized: int  # tensors whose channels were given equal ranges
     splits: tuple[Split, ...]
     decisions: tuple[Decision, ...]  # of --split auto
+    left_whole: tuple[Skipped, ...]  # layers that were to be split but are not, with the reason
     ranges: tuple[RangeDecision, ...]  # gain and cost of all codes, where they are possible
     overhead: float  # extra multiply-accumulates that were chosen, of the net's own
     learned: ReconstructReport | None  # None: nothing was learned
@@ -134,6 +136,8 @@ def _calibrate(model: Path, data: Path, output: Path, options: CalibrateOptions)
     dataset = open_dataset(data, read_preprocess(net), limit=options.images, seed=options.seed)
     clock.lap("load")
     prepared = prepare(net, dataset, options)
+    for skip in prepared.left_whole:
+        _LOG.info("%s is not split: %s", skip.node, skip.reason)
     clock.lap("prepare")
     placement, full_range = prepared.placement, full_range_of(prepared.ranges)
     reference = net.copy()
@@ -182,6 +186,7 @@ def _calibrate(model: Path, data: Path, output: Path, options: CalibrateOptions)
         equalized=prepared.equalized,
         splits=prepared.splits,
         decisions=prepared.decisions,
+        left_whole=prepared.left_whole,
         ranges=prepared.ranges,
         overhead=prepared.overhead,
         learned=learned,

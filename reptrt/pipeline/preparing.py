@@ -17,7 +17,8 @@ from reptrt.graph.splits import Split, read_splits
 from reptrt.pipeline.options import CalibrateOptions
 from reptrt.quantize.calib.channels import ChannelStats, collect_channels
 from reptrt.quantize.calib.outputs import parts
-from reptrt.quantize.choose import Decision, RangeDecision, choose, int8_pays, num_macs
+from reptrt.quantize.choose import Decision, RangeDecision, choose, int8_obstacle, num_macs
+from reptrt.rewrite.contract import Skipped
 from reptrt.rewrite.equalize import equalize, find_links, range_of_channels
 from reptrt.rewrite.recentre import full_range_obstacle
 from reptrt.rewrite.split_coarse_fine import split_coarse_fine
@@ -33,6 +34,7 @@ class Prepared:
     equalized: int  # tensors whose channels were given equal ranges
     splits: tuple[Split, ...]
     decisions: tuple[Decision, ...]  # of --split auto
+    left_whole: tuple[Skipped, ...]  # layers that are not split although a form was asked for
     ranges: tuple[RangeDecision, ...]  # of all activations that can take all codes
     overhead: float  # extra multiply-accumulates that were chosen, of the net's own
     placement: Placement  # where Q/DQ pairs go in the net as it is now
@@ -84,12 +86,15 @@ def prepare(net: Net, dataset: Dataset, options: CalibrateOptions) -> Prepared:
         ranges=_can_have_full_range(net, unsplit) if options.full_range else (),
         learned=options.learning is not None and options.learning.rounding,
     )
-    decisions = choice.splits if options.split == "auto" else ()
-    forms: dict[str, SplitForm] = {decision.layer: decision.form for decision in decisions}
-    if options.split != "auto":
-        forms = _asked_for(net, layers, options)
     total = num_macs(net)
-    split_layers(net, forms, options)
+    if options.split == "auto":
+        decisions = choice.splits
+        split_layers(net, {decision.layer: decision.form for decision in decisions}, options)
+        whole = [decision for decision in decisions if decision.form == "none"]
+        left_whole = tuple(Skipped(decision.layer, decision.reason) for decision in whole)
+    else:
+        decisions = ()
+        left_whole = _split_as_asked(net, layers, options)
     possible = set(_can_have_full_range(net, unsplit)) if choice.ranges else set()
     ranges = tuple(
         replace(decision, full=decision.full and decision.tensor in possible)
@@ -98,7 +103,9 @@ def prepare(net: Net, dataset: Dataset, options: CalibrateOptions) -> Prepared:
     extra = replace(choice, ranges=ranges).extra_macs
     overhead = extra / total if total else 0.0
     placement = place(net, unsplit)
-    return Prepared(equalized, read_splits(net), decisions, ranges, overhead, placement, shares)
+    return Prepared(
+        equalized, read_splits(net), decisions, left_whole, ranges, overhead, placement, shares
+    )
 
 
 def _statistics(
@@ -129,33 +136,44 @@ def _can_have_full_range(net: Net, exclude: Collection[str]) -> list[str]:
     ]
 
 
-def _asked_for(
+def _split_as_asked(
     net: Net, layers: Collection[str], options: CalibrateOptions
-) -> dict[str, SplitForm]:
-    """Return the form that was asked for, for the layers that take it."""
+) -> tuple[Skipped, ...]:
+    """Split all layers that take the form of the options; return the others with their reasons."""
     form, grid = options.split_form, options.grids[1]
-    if options.split_precision == "float":
-        return dict.fromkeys(layers, form)
+    if form == "none":
+        return ()
     nodes = [node for node in weighted_nodes(net.graph) if node.name in layers]
-    return {node.name: form for node in nodes if int8_pays(node, form, grid)}
+    obstacles: dict[str, str] = {}
+    if options.split_precision == "int8":
+        reasons = {node.name: int8_obstacle(node, form, grid) for node in nodes}
+        obstacles = {name: reason for name, reason in reasons.items() if reason is not None}
+    forms = {node.name: form for node in nodes if node.name not in obstacles}
+    obstacles |= {skip.node: skip.reason for skip in split_layers(net, forms, options)}
+    return tuple(Skipped(node, obstacles[node]) for node in layers if node in obstacles)
 
 
-def split_layers(net: Net, forms: Mapping[str, str], options: CalibrateOptions) -> None:
-    """Split layers of a float net in place.
+def split_layers(
+    net: Net, forms: Mapping[str, str], options: CalibrateOptions
+) -> tuple[Skipped, ...]:
+    """Split layers of a float net in place; return those that cannot be split, with the reason.
 
     Args:
         net: a float net.
-        forms: layer -> what it is to be split into; one that cannot be split stays whole.
+        forms: layer -> form to split it into; "none" leaves it whole.
         options: the grid of weights and the precision of summands.
     """
     grid, precision = options.grids[1], options.split_precision
 
     def of(form: SplitForm) -> list[str]:
-        return [layer for layer, wanted in forms.items() if wanted == form]
+        return [layer for layer, chosen in forms.items() if chosen == form]
 
-    split_identity(net, of("identity"), grid=grid, precision=precision)
-    split_identity(net, of("identity-scalar"), grid=grid, form="scalar", precision=precision)
-    split_coarse_fine(net, of("coarse-fine"), grid=grid, precision=precision)
+    reports = (
+        split_identity(net, of("identity"), grid=grid, precision=precision),
+        split_identity(net, of("identity-scalar"), grid=grid, form="scalar", precision=precision),
+        split_coarse_fine(net, of("coarse-fine"), grid=grid, precision=precision),
+    )
+    return tuple(skip for report in reports for skip in report.skipped)
 
 
 def torch_device(name: str) -> torch.device:

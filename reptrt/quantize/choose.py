@@ -227,28 +227,34 @@ def _settled(decision: Decision, taken: Collection[tuple[str, SplitForm | None]]
     return replace(decision, form=final, reason=reason)
 
 
-def int8_pays(node: gs.Node, form: SplitForm, grid: Grid) -> bool:
-    """Whether a split is worth the rounding of INT8 summands, by the weight alone.
+def int8_obstacle(node: gs.Node, form: SplitForm, grid: Grid) -> str | None:
+    """Return why a split into INT8 summands does not pay for a layer, or None if it does.
 
-    Each summand that is rounded has to bring 3 dB: sum_o step_o^2 of the rest is at most half of
-    the whole kernel's in the identity form, whose skip is not rounded, and a quarter in the other.
-    A split that removes less of the weight noise adds more with its summands. Ours.
+    Rounding a summand adds noise, so each rounded summand has to bring 3 dB: sum_o step_o^2 of the
+    rest must be at most half of the whole kernel's in the identity form, whose skip is not rounded,
+    and at most a quarter in the coarse-fine form. Only the weight is looked at. Rule: ours.
     """
     weight = constant_value(node.inputs[1])
-    if weight is None:
-        return False
     if form == "coarse-fine":
-        if coarse_fine.reason_against(node) is not None:
-            return False
+        reason = coarse_fine.reason_against(node)
+        if reason is not None or weight is None:
+            return reason
         rest, limit = coarse_fine.coarse_and_fine(weight, grid)[1], 1 / 4
     else:
-        scalar = form == "identity-scalar" and identity.reason_against(node) is None
-        factor = identity.factor_of(weight, grid, "scalar") if scalar else None
+        reason = identity.reason_against(node)
+        if reason is not None or weight is None:
+            return reason
+        factor = identity.factor_of(weight, grid, "scalar")
         if factor is None:
-            return False
+            return identity.NO_FACTOR
         rest, limit = identity.without_diagonal(weight, factor), 1 / 2
     before, after = (np.square(channel_amax(part, 0)).sum() for part in (weight, rest))
-    return bool(after <= limit * before)
+    if after <= limit * before:
+        return None
+    return (
+        "rounding the INT8 summands would add more noise than the split removes (squared steps "
+        f"fall to {after / before:.2g} of the whole kernel's, expected at most {limit:g})"
+    )
 
 
 def num_macs(net: Net) -> int:

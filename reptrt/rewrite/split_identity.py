@@ -31,6 +31,8 @@ from reptrt.rewrite.split_coarse_fine import centre_of, centre_pads
 Form = Literal["per-channel", "scalar"]
 FloatArray = npt.NDArray[np.floating]
 
+NO_FACTOR = "no positive factor leaves smaller steps"
+
 
 def split_identity(
     net: Net,
@@ -54,7 +56,7 @@ def split_identity(
         reason = reason_against(node)
         factor = None if reason is not None else factor_of(constant_of(node.inputs[1]), grid, form)
         if factor is None:
-            skipped.append(Skipped(node.name, reason or "no positive factor leaves smaller steps"))
+            skipped.append(Skipped(node.name, reason or NO_FACTOR))
             continue
         name = node.name
         _split(net.graph, node, factor)

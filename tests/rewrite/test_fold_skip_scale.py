@@ -24,7 +24,7 @@ from reptrt.pipeline import CalibrateOptions, calibrate
 from reptrt.quantize.calib.histogram import histogram_of
 from reptrt.quantize.calib.saturation import without_dead_values
 from reptrt.quantize.calib.thresholds import ThresholdOptions
-from reptrt.quantize.choose import int8_pays
+from reptrt.quantize.choose import int8_obstacle
 from reptrt.rewrite.fold_skip_scale import fold_skip_scale
 from reptrt.rewrite.recentre import recentre
 from reptrt.rewrite.split_identity import split_identity
@@ -248,10 +248,29 @@ def test_int8_summands_have_to_bring_what_their_rounding_costs(
     weight[:, :, 0, 0] = others
     weight[range(4), range(4), 1, 1] = centre
     node = conv_node(weight)
-    assert int8_pays(node, "identity-scalar", Grid.weight(8)) == identity
-    assert int8_pays(node, "coarse-fine", Grid.weight(8)) == coarse
-    assert not int8_pays(conv_node(weight, stride=2), "identity-scalar", Grid.weight(8))
-    assert not int8_pays(conv_node(weight[:, :, 1:2, 1:2]), "coarse-fine", Grid.weight(8))
+    grid, rounding = Grid.weight(8), "rounding the INT8 summands would add more"
+    for form, pays in (("identity-scalar", identity), ("coarse-fine", coarse)):
+        reason = int8_obstacle(node, form, grid)
+        if pays:
+            assert reason is None
+        elif centre < 0:
+            assert reason == "no positive factor leaves smaller steps"
+        else:
+            assert rounding in (reason or "")
+
+
+@pytest.mark.parametrize(
+    ("form", "node", "reason"),
+    [
+        ("identity-scalar", conv_node(np.ones((4, 4, 3, 3)), stride=2), "stride: "),
+        ("coarse-fine", conv_node(np.ones((4, 4, 1, 1))), "a 1x1 kernel is all centre"),
+    ],
+    ids=["stride", "1x1"],
+)
+def test_a_layer_that_cannot_be_split_says_so_for_int8_summands_too(
+    form: Any, node: gs.Node, reason: str
+) -> None:
+    assert (int8_obstacle(node, form, Grid.weight(8)) or "").startswith(reason)
 
 
 @pytest.mark.parametrize("form", ["identity", "coarse-fine"])

@@ -242,6 +242,16 @@ def test_thresholds_and_decisions_are_those_of_calibration(made: Path) -> None:
         assert row[6] == decision["reason"]
 
 
+def test_layers_left_whole_under_an_explicit_form_are_there_with_the_reason(copied: Path) -> None:
+    split = content(copied / "calibrate.json")["splits"][:1]
+    left = [{"node": "stem & co", "reason": "stride: no position"}]
+    edit(copied, "calibrate.json", {"decisions": [], "splits": split, "left_whole": left})
+    page = Tree(write_report(copied).path.read_text())
+    assert page.row("decisions", "stem & co") == ["stem & co", "stride: no position"]
+    edit(copied, "calibrate.json", {"left_whole": []})
+    assert "Layers that were left whole" not in Tree(write_report(copied).path.read_text()).text
+
+
 def test_hashes_versions_and_options_are_those_of_the_record(made: Path) -> None:
     page, record = tree_of(made), content(made / "run.json")
     for name, stage in record["stages"].items():

@@ -116,6 +116,10 @@ def decisions(run: RunContent) -> Section:
         rows = tuple((split["layer"], split["form"]) for split in found["splits"])
         columns = (Column("layer", "name"), Column("split", "text"))
         blocks.append(Table("Layers that were split", columns, rows))
+    if left_whole := () if found["decisions"] else found.get("left_whole", ()):
+        rows = tuple((skip["node"], skip["reason"]) for skip in left_whole)
+        columns = (Column("layer", "name"), Column("why", "words"))
+        blocks.append(Table("Layers that were left whole", columns, rows))
     if full:
         blocks.append(Text(f"Full range: {', '.join(full)}."))
     return Section("decisions", title, tuple(blocks))
