@@ -33,6 +33,7 @@ from reptrt.graph.qdq import quantize_weight
 from reptrt.quantize.calib.channels import ChannelStats
 from reptrt.rewrite import split_coarse_fine as coarse_fine
 from reptrt.rewrite import split_identity as identity
+from reptrt.rewrite.linear import spread_over_kernel
 from reptrt.rewrite.recentre import padded_readers
 from reptrt.rewrite.surroundings import Surroundings
 
@@ -309,7 +310,9 @@ def _decide(
     grid = grids[0].full_range if full_range else grids[0]
     step = float(stats.maximum.max()) / grid.qmax
     floor = float(np.square(weight).sum()) * step**2 / 12.0
-    options = tuple(_options(node, weight, _per_input(weight, stats.variance, groups), grids[1]))
+    options = tuple(
+        _options(node, weight, spread_over_kernel(stats.variance, weight, groups), grids[1])
+    )
     if precision == "int8":
         options = tuple(o for o in options if o.form in ("none", "identity-scalar"))
     enough = [option for option in options if option.weight_noise <= _limit(option.form) * floor]
@@ -318,7 +321,9 @@ def _decide(
     reason = f"weight noise is {ratio:.2g} of the activation noise"
     if best.form != "none" and not enough:
         reason += "; no form gets below a quarter"
-    signal = float((np.square(weight) * _per_input(weight, stats.mean_square, groups)).sum())
+    signal = float(
+        (np.square(weight) * spread_over_kernel(stats.mean_square, weight, groups)).sum()
+    )
     return Decision(node.name, best.form, signal, floor, options, reason)
 
 
@@ -356,12 +361,6 @@ def _weight_noise(weight: FloatArray, per_input: FloatArray, grid: Grid) -> floa
     quantized = quantize_weight(weight.astype(np.float32), 0, grid)
     error = weight - dequantize(quantized.codes, quantized.scale, 0)
     return float((np.square(error) * per_input).sum())
-
-
-def _per_input(weight: FloatArray, values: FloatArray, groups: int) -> FloatArray:
-    """Spread one value per input channel over a grouped kernel (O, I / groups, 1, 1)."""
-    rows = np.repeat(values.reshape(groups, -1), weight.shape[0] // groups, axis=0)
-    return np.asarray(rows.reshape(*rows.shape, *[1] * (weight.ndim - 2)))
 
 
 def _positions(node: gs.Node) -> int:

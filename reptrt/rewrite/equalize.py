@@ -4,7 +4,7 @@ A ReLU is positively homogeneous: relu(r x) = r relu(x) for r > 0. So a channel 
 where it is made, and by 1 / r where it is read:
 
     producer   W[c, ...] * r[c],  b[c] * r[c]              consumer   W[:, c, ...] / r[c]
-    r[c] = (largest value of channel c over the calibration images) ** -strength
+    r[c] = 1 / (largest value of channel c over the calibration images)
 
 An activation has one INT8 scale for the whole tensor; with equal ranges every channel uses all of
 it, as if it had a scale of its own. Weights have a scale per output channel, so the producer loses
@@ -27,8 +27,10 @@ import onnx_graphsurgeon as gs
 
 from reptrt.graph.net import Net, constant_value, is_private, producer, weighted_nodes
 from reptrt.rewrite.contract import RewriteReport, Skipped
+from reptrt.rewrite.linear import spread_over_kernel
 
 FloatArray = npt.NDArray[np.floating]
+Float64Array = npt.NDArray[np.float64]
 
 _HOMOGENEOUS = ("Relu", "LeakyRelu")
 _PER_CHANNEL = ("MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool")
@@ -45,8 +47,8 @@ class Link:
 
 
 def equalize(
-    net: Net, channel_max: Mapping[str, FloatArray], *, strength: float = 1.0
-) -> tuple[RewriteReport, dict[str, FloatArray]]:
+    net: Net, channel_max: Mapping[str, FloatArray]
+) -> tuple[RewriteReport, dict[str, Float64Array]]:
     """Scale the channels of every tensor where that is exact.
 
     Returns the report, and by what factor each channel of a layer's input has grown: layer name ->
@@ -55,12 +57,11 @@ def equalize(
     Args:
         net: a float net.
         channel_max: tensor name -> largest |x| of each channel, (C,).
-        strength: 0 does nothing, 1 makes all ranges equal.
     """
     links, skipped = find_links(net)
-    grown: dict[str, FloatArray] = {}
+    grown: dict[str, Float64Array] = {}
     for link in links:
-        factors = _factors(channel_max[link.tensor.name], strength)
+        factors = _factors(channel_max[link.tensor.name])
         _scale(link, factors)
         grown |= {reader.name: factors for reader in link.readers}
     names = tuple(link.tensor.name for link in links)
@@ -128,7 +129,7 @@ def _is_one_by_one(tensor: gs.Tensor) -> bool:
     return maker is not None and maker.op in ("GlobalAveragePool", "GlobalMaxPool")
 
 
-def range_of_channels(channel_max: FloatArray) -> npt.NDArray[np.float64]:
+def range_of_channels(channel_max: FloatArray) -> Float64Array:
     """Return the range that each channel is given, (C,): its largest value, or a little at least.
 
     All zero if the tensor is.
@@ -136,15 +137,15 @@ def range_of_channels(channel_max: FloatArray) -> npt.NDArray[np.float64]:
     return np.maximum(channel_max.astype(np.float64), _QUIETEST * float(channel_max.max()))
 
 
-def _factors(channel_max: FloatArray, strength: float) -> FloatArray:
+def _factors(channel_max: FloatArray) -> Float64Array:
     """Return r, normalised to a geometric mean of 1 so that the net's numbers keep their size."""
     if not channel_max.any():
         return np.ones(channel_max.shape)
-    logs = -strength * np.log(range_of_channels(channel_max))
+    logs = -np.log(range_of_channels(channel_max))
     return np.asarray(np.exp(logs - logs.mean()))
 
 
-def _scale(link: Link, factors: FloatArray) -> None:
+def _scale(link: Link, factors: Float64Array) -> None:
     weight, *bias = link.maker.inputs[1:]
     _replace(link.maker, 1, weight.values * factors.reshape(-1, *[1] * (weight.values.ndim - 1)))
     for tensor in bias:  # of a Gemm it may be (O,), (1, O) or one value for all
@@ -156,9 +157,7 @@ def _scale(link: Link, factors: FloatArray) -> None:
             _replace(reader, 1, weight * inverse[None, :])
             continue
         groups = int(reader.attrs.get("group", 1))
-        per_row = np.repeat(inverse.reshape(groups, -1), weight.shape[0] // groups, axis=0)
-        spatial = [1] * (weight.ndim - 2)
-        _replace(reader, 1, weight * per_row.reshape(*per_row.shape, *spatial))
+        _replace(reader, 1, weight * spread_over_kernel(inverse, weight, groups))
 
 
 def _replace(node: gs.Node, index: int, values: FloatArray) -> None:

@@ -136,11 +136,11 @@ def compose(first: LinearMap, second: LinearMap) -> LinearMap | str:
             return "the second of two convolutions in series pads what the first has already padded"
     if any(padded) and np.any(first.bias):
         return "a convolution pads with zeros where the bias before it would have to continue"
-    spread = second.kernel.sum(axis=(2, 3)) * _columns(first.bias, second)[:, :, 0, 0]
+    spread = second.kernel.sum(axis=(2, 3)) * _over(second, first.bias)[:, :, 0, 0]
     bias = second.bias + spread.sum(axis=1)
     if first.is_per_channel:
         return replace(
-            second, kernel=second.kernel * _columns(first.kernel.reshape(-1), second), bias=bias
+            second, kernel=second.kernel * _over(second, first.kernel.reshape(-1)), bias=bias
         )
     first, second = undilate(first), undilate(second)
     groups = gcd(first.groups, second.groups)
@@ -198,11 +198,25 @@ def _pair(values: Iterable[int]) -> tuple[int, int]:
     return first, second
 
 
-def _columns(values: Float64Array, linear: LinearMap) -> Float64Array:
-    """Spread one value per input channel over a grouped kernel: (O, I / groups, 1, 1)."""
-    per_group = values.reshape(linear.groups, -1)
-    rows = linear.out_channels // linear.groups
-    return np.repeat(per_group, rows, axis=0)[:, :, None, None]
+def _over(linear: LinearMap, values: Float64Array) -> Float64Array:
+    return spread_over_kernel(values, linear.kernel, linear.groups)
+
+
+def spread_over_kernel(
+    values: Float64Array, kernel: npt.NDArray[np.floating], groups: int
+) -> Float64Array:
+    """Return one value per input channel, shaped to broadcast over a grouped kernel.
+
+    Args:
+        values: (I,).
+        kernel: (O, I / groups, ...); only its shape counts.
+        groups: of the convolution.
+
+    Returns:
+        (O, I / groups, 1, ...): row o holds the values of the input channels that it reads.
+    """
+    rows = np.repeat(values.reshape(groups, -1), kernel.shape[0] // groups, axis=0)
+    return np.asarray(rows.reshape(*rows.shape, *[1] * (kernel.ndim - 2)))
 
 
 def _convolve(first: LinearMap, second: LinearMap) -> Float64Array:

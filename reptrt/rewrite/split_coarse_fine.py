@@ -11,9 +11,6 @@ branches and is much larger than the taps around it; one INT8 step has to cover 
 
 The fine part's step is max |fine| / qmax, and every tap's error is at most half of it.
 
-Whole-kernel variant: ``coarse = round(W / g) * g`` over all taps (g from all taps), two full
-convolutions, more accurate at twice the cost.
-
 Requires: constant float weights, odd kernel. Ensures: the output tensor keeps its name and, to
 float rounding, its value.
 """
@@ -38,7 +35,6 @@ def split_coarse_fine(
     layers: Collection[str],
     *,
     grid: Grid,
-    whole_kernel: bool = False,
     precision: SplitPrecision = "float",
 ) -> RewriteReport:
     """Split the named convolutions into a coarse and a fine one.
@@ -47,17 +43,16 @@ def split_coarse_fine(
         net: a float net.
         layers: names of Conv nodes.
         grid: codes of the weights; the coarse part is put on this grid.
-        whole_kernel: split every tap, not the centre alone.
         precision: of the two summands in the quantized graph, for `reptrt.graph.placement`.
     """
     changed, skipped, splits = [], [], []
     for node in [n for n in weighted_nodes(net.graph) if n.name in layers]:
-        reason = reason_against(node, whole_kernel=whole_kernel)
+        reason = reason_against(node)
         if reason is not None:
             skipped.append(Skipped(node.name, reason))
             continue
         name = node.name
-        _split(net.graph, node, grid, whole_kernel)
+        _split(net.graph, node, grid)
         parts = (f"{name}.sum", f"{name}.coarse", f"{name}.fine")
         splits.append(Split(name, "coarse-fine", *parts, precision))
         changed.append(name)
@@ -66,19 +61,15 @@ def split_coarse_fine(
     return RewriteReport("split_coarse_fine", tuple(changed), tuple(skipped))
 
 
-def coarse_and_fine(
-    weight: FloatArray, grid: Grid, *, whole_kernel: bool = False
-) -> tuple[FloatArray, FloatArray]:
+def coarse_and_fine(weight: FloatArray, grid: Grid) -> tuple[FloatArray, FloatArray]:
     """Return (coarse, fine) with coarse + fine = weight, shaped like the weight (O, I, kH, kW).
 
     All-zero centre channels stay zero in the coarse part. Computed in the weight's own type, so
     that the sum is exact to one rounding.
     """
-    part = weight.astype(np.float64)
-    if not whole_kernel:
-        mask = np.zeros(weight.shape[2:], dtype=bool)
-        mask[centre_of(weight)] = True
-        part = part * mask
+    mask = np.zeros(weight.shape[2:], dtype=bool)
+    mask[centre_of(weight)] = True
+    part = weight.astype(np.float64) * mask
     step = np.abs(part).max(axis=(1, 2, 3), keepdims=True) / grid.qmax
     step = np.where(step > 0, step, 1.0).astype(np.float32).astype(np.float64)
     coarse = (np.rint(part / step) * step).astype(weight.dtype)
@@ -100,13 +91,11 @@ def centre_pads(node: gs.Node) -> list[int] | None:
     return inner if min(inner) >= 0 else None
 
 
-def reason_against(node: gs.Node, *, whole_kernel: bool = False) -> str | None:
+def reason_against(node: gs.Node) -> str | None:
     """Return why a weighted node cannot be split, or None."""
     weight = constant_value(node.inputs[1])
     if node.op != "Conv" or weight is None or weight.ndim != 4:
         return "not a 2-D convolution with a constant weight"
-    if whole_kernel:
-        return None
     if weight.shape[2:] == (1, 1):
         return "a 1x1 kernel is all centre"
     if not (weight.shape[2] % 2 and weight.shape[3] % 2):
@@ -116,15 +105,13 @@ def reason_against(node: gs.Node, *, whole_kernel: bool = False) -> str | None:
     return None
 
 
-def _split(graph: gs.Graph, node: gs.Node, grid: Grid, whole_kernel: bool) -> None:
+def _split(graph: gs.Graph, node: gs.Node, grid: Grid) -> None:
     name, output = node.name, node.outputs[0]
     weight = np.asarray(constant_value(node.inputs[1]))
-    coarse, fine = coarse_and_fine(weight, grid, whole_kernel=whole_kernel)
-    attrs = dict(node.attrs)
-    if not whole_kernel:
-        row, column = centre_of(weight)
-        coarse = np.ascontiguousarray(coarse[:, :, row : row + 1, column : column + 1])
-        attrs |= {"kernel_shape": [1, 1], "dilations": [1, 1], "pads": centre_pads(node)}
+    coarse, fine = coarse_and_fine(weight, grid)
+    row, column = centre_of(weight)
+    coarse = np.ascontiguousarray(coarse[:, :, row : row + 1, column : column + 1])
+    attrs = node.attrs | {"kernel_shape": [1, 1], "dilations": [1, 1], "pads": centre_pads(node)}
     parts = [gs.Variable(f"{name}.{part}.output", np.float32) for part in ("fine", "coarse")]
     node.inputs[1] = gs.Constant(f"{name}.fine.weight", fine)
     node.name, node.outputs = f"{name}.fine", [parts[0]]

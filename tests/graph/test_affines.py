@@ -22,7 +22,7 @@ from tests.support.helpers import ort_run
 from tests.support.onnx_nets import Builder, basic_block, plain_chain
 from tests.support.qdq_nets import images, quantized, residual_net
 
-SPLITS = ("none", "identity", "scalar", "coarse-fine", "whole")
+SPLITS = ("none", "identity", "scalar", "coarse-fine")
 
 
 def split(net: Net, layers: Sequence[str], how: str, precision: str = "float") -> None:
@@ -31,8 +31,7 @@ def split(net: Net, layers: Sequence[str], how: str, precision: str = "float") -
         form = "scalar" if how == "scalar" else "per-channel"
         split_identity(net, layers, grid=grid, form=form, precision=precision)  # type: ignore
     elif how != "none":
-        whole = how == "whole"
-        split_coarse_fine(net, layers, grid=grid, whole_kernel=whole, precision=precision)  # type: ignore
+        split_coarse_fine(net, layers, grid=grid, precision=precision)  # type: ignore
 
 
 def outputs_of(net: Net, x: np.ndarray) -> np.ndarray:

@@ -89,13 +89,6 @@ def test_the_output_stays_and_the_ranges_become_equal(images: Dataset) -> None:
         np.testing.assert_allclose(values[alive], values[alive][0], rtol=1e-4)
 
 
-def test_strength_zero_changes_nothing(images: Dataset) -> None:
-    net = net_of(Chain())
-    before = model_from_net(net.copy()).SerializeToString(deterministic=True)
-    equalize(net, maxima(net, images), strength=0.0)
-    assert model_from_net(net.copy()).SerializeToString(deterministic=True) == before
-
-
 def test_a_dead_channel_is_not_blown_up(images: Dataset) -> None:
     net = net_of(Chain())
     found = maxima(net, images)

@@ -72,12 +72,12 @@ def convolutions(draw: st.DrawFn) -> tuple[Net, np.ndarray]:
 
 
 @settings(max_examples=40, deadline=None)
-@given(case=convolutions(), how=st.sampled_from(["centre", "whole", "identity", "scalar"]))
+@given(case=convolutions(), how=st.sampled_from(["coarse-fine", "identity", "scalar"]))
 def test_a_split_keeps_the_output(case: tuple[Net, np.ndarray], how: str) -> None:
     net, x = case
     expected = outputs_of(net, x)
-    if how in ("centre", "whole"):
-        report = split_coarse_fine(net, ["conv"], grid=INT8, whole_kernel=how == "whole")
+    if how == "coarse-fine":
+        report = split_coarse_fine(net, ["conv"], grid=INT8)
     else:
         form = "scalar" if how == "scalar" else "per-channel"
         report = split_identity(net, ["conv"], grid=INT8, form=form)
@@ -88,11 +88,11 @@ def test_a_split_keeps_the_output(case: tuple[Net, np.ndarray], how: str) -> Non
 
 
 @settings(max_examples=40, deadline=None)
-@given(seed=st.integers(0, 999), size=st.sampled_from([3, 5]), whole=st.booleans())
-def test_every_tap_is_within_half_a_fine_step(seed: int, size: int, whole: bool) -> None:
+@given(seed=st.integers(0, 999), size=st.sampled_from([3, 5]))
+def test_every_tap_is_within_half_a_fine_step(seed: int, size: int) -> None:
     rng = np.random.default_rng(seed)
     weight = rep_weight(rng, 8, 8, size, 1)
-    coarse, fine = coarse_and_fine(weight, INT8, whole_kernel=whole)
+    coarse, fine = coarse_and_fine(weight, INT8)
     np.testing.assert_array_max_ulp(coarse + fine, weight, maxulp=1)
     parts = [quantize_weight(part, 0, INT8) for part in (coarse, fine)]
     total = np.zeros(weight.shape, dtype=np.float64)  # float64 oracle of what the engine sums
