@@ -166,7 +166,7 @@ def _top1(outputs: Float32Array, dataset: Dataset) -> float | None:
         return None
     if labels.max() >= rows.shape[1]:
         raise DataError(
-            f"{dataset.path}: label {labels.max()} in the data, but the net has {rows.shape[1]} "
+            f"{dataset.name}: label {labels.max()} in the data, but the net has {rows.shape[1]} "
             "classes; check the number of class folders"
         )
     return top_k_accuracy(rows, labels, 1)

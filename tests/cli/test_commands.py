@@ -434,11 +434,6 @@ def one_channel(folder: Path) -> Path:
     return folder.with_suffix(".npz")
 
 
-def channels_last(folder: Path) -> Path:
-    np.savez(folder.with_suffix(".npz"), x=np.zeros((20, 8, 8, 3), np.uint8))
-    return folder.with_suffix(".npz")
-
-
 def not_finite(folder: Path) -> Path:
     x = np.zeros((20, 3, 8, 8), np.float32)
     x[4, 1, 2, 3] = np.nan
@@ -464,7 +459,6 @@ IMAGES: dict[Callable[[Path], Path], str] = {
     no_folder: "does not exist; expected a folder of images, an .npz or an .npy",
     without_x: "holds images; expected an array named x",
     one_channel: "1 channels in an array (20, 1, 8, 8), expected (N, 3, 8, 8)",
-    channels_last: "transpose it to (N, C, H, W)",
     not_finite: "1 of 20 images hold NaN or infinity in float32, first at index 4",
     not_an_archive: "not a readable array file",
     pickled: "not a readable array file",

@@ -38,7 +38,7 @@ class Pixels:
 
 
 def dataset_of(pixels: np.ndarray) -> Dataset:
-    return Dataset(Path("memory"), len(pixels), None, PREPROCESS, Pixels(pixels))
+    return Dataset("memory", len(pixels), None, PREPROCESS, Pixels(pixels))
 
 
 def collected(
@@ -171,7 +171,7 @@ graph = TorchGraph(b.model(b.head(b.relu(b.conv(y, 16, "c2")))))
 preprocess = Preprocess.plain(3, 64, 64)
 for count in (64, 1024):
     with torch.inference_mode():
-        collect(graph, Dataset(Path("made"), count, None, preprocess, Made()), ["x", "c1.relu"])
+        collect(graph, Dataset("made", count, None, preprocess, Made()), ["x", "c1.relu"])
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 

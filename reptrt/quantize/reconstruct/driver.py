@@ -84,7 +84,7 @@ def reconstruct(
     """
     if dataset.length < _FEWEST:
         raise DataError(
-            f"{dataset.path}: {dataset.length} images, learned calibration needs {_FEWEST} (an "
+            f"{dataset.name}: {dataset.length} images, learned calibration needs {_FEWEST} (an "
             "eighth is held out to judge it); give more images, or use --recipe fast"
         )
     try:

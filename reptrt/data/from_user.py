@@ -1,0 +1,157 @@
+"""Images as a program has them: a path, an array or tensor, a DataLoader, batches of any kind.
+
+A batch is an array or tensor (N, C, H, W) or (N, H, W, C), or a pair of it and its labels (N,), as
+a DataLoader over a dataset with labels yields it. Pixels are uint8 and are prepared as the network
+says; floats are the network's input already, as the transforms of a DataLoader leave them.
+"""
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from reptrt.core.errors import DataError, option
+from reptrt.data.arrays import Arrays, checked_labels
+from reptrt.data.dataset import Images
+
+AnyArray = npt.NDArray[Any]
+
+_EXPECTED = (
+    "expected an array or tensor (N, C, H, W), a pair of it and its labels, a DataLoader or other "
+    "iterable of such batches, a folder of images, an .npz or an .npy"
+)
+
+
+class _Batch(NamedTuple):
+    images: AnyArray
+    labels: AnyArray | None
+
+
+def images_from(
+    value: Any, *, limit: int | None = None, labels: bool = True, parameter: str = "images"
+) -> Images:
+    """Return images in any form that a program has them in, ready for `open_dataset`.
+
+    Batches of a loader are put into memory, in the type that they have.
+
+    Args:
+        value: a path; an array or tensor; a pair (images, labels); an iterable of either.
+        limit: so many images of an iterable are enough: the first ones, in its order.
+        labels: whether labels are wanted; else whatever stands beside images is ignored.
+        parameter: the name of the caller's parameter, for messages.
+
+    Raises:
+        DataError: anything else, or batches that do not fit each other.
+    """
+    where = option(parameter)
+    if isinstance(value, Arrays):
+        return value
+    if isinstance(value, str | os.PathLike):
+        return Path(value)
+    if (batch := _batch(value, where, labels)) is not None:
+        return _joined([batch], parameter)
+    if isinstance(value, Mapping) or not isinstance(value, Iterable):
+        is_torch_dataset = hasattr(value, "__getitem__") and not isinstance(value, Mapping)
+        hint = "; wrap it in torch.utils.data.DataLoader" if is_torch_dataset else ""
+        raise DataError(f"{where}: got {_kind(value)}, {_EXPECTED}{hint}")
+    batches = list(_until(_batches(value, where, labels), limit))
+    if not batches:
+        raise DataError(f"{where}: got no batches from {_kind(value)}, expected at least one")
+    return _joined(batches, parameter)
+
+
+def _batches(value: Iterable[Any], where: str, labels: bool) -> Iterator[_Batch]:
+    for index, item in enumerate(value):
+        batch = _batch(item, f"{where}: batch {index}", labels)
+        if batch is None:
+            kinds = ", ".join(type(entry).__name__ for entry in item) if _is_sequence(item) else ""
+            inside = f" ({kinds})" if kinds else ""
+            raise DataError(
+                f"{where}: batch {index} of {_kind(value)} is {_kind(item)}{inside}, expected an "
+                "array or tensor (N, C, H, W), or a pair of it and its labels (N,)"
+            )
+        yield batch
+
+
+def _until(batches: Iterator[_Batch], limit: int | None) -> Iterator[_Batch]:
+    """Yield batches until they hold ``limit`` images; the last is cut."""
+    left = limit
+    for images, labels in batches:
+        yield _Batch(images[:left], None if labels is None else labels[:left])
+        if left is not None:
+            left -= len(images)
+            if left <= 0:
+                return
+
+
+def _batch(value: Any, where: str, with_labels: bool) -> _Batch | None:
+    """Return an array, or a pair of images and labels, as a batch; None if it is neither."""
+    images = _array(value)
+    if images is not None:
+        return _Batch(_checked_rank(images, where), None)
+    if not _is_sequence(value) or not value:
+        return None
+    images, *others = map(_array, value)
+    if images is None or images.ndim != 4 or any(o is not None and o.ndim == 4 for o in others):
+        return None  # several batches, perhaps
+    if not others or not with_labels:
+        return _Batch(images, None)
+    if len(others) > 1 or others[0] is None:
+        return None
+    return _Batch(images, checked_labels(f"{where}: labels", others[0], len(images)))
+
+
+def _is_sequence(value: Any) -> bool:
+    return isinstance(value, tuple | list)
+
+
+def _checked_rank(images: AnyArray, where: str) -> AnyArray:
+    if images.ndim != 4:
+        hint = "; one image is a batch of one: images[None]" if images.ndim == 3 else ""
+        raise DataError(f"{where}: shape {images.shape}, expected (N, C, H, W){hint}")
+    return images
+
+
+def _array(value: Any) -> AnyArray | None:
+    """Return a numpy array or a torch tensor as an array; None for anything else."""
+    if isinstance(value, np.ndarray):
+        return value
+    if type(value).__module__.partition(".")[0] == "torch" and hasattr(value, "detach"):
+        tensor = value.detach().cpu()  # bfloat16 has no counterpart in numpy
+        array: AnyArray = (tensor.float() if tensor.is_floating_point() else tensor).numpy()
+        return array
+    return None
+
+
+def _joined(batches: list[_Batch], parameter: str) -> Arrays:
+    """Return batches as one array.
+
+    Raises:
+        DataError: they differ in shape or type, or only some have labels.
+    """
+    first = batches[0].images
+    for index, (images, labels) in enumerate(batches):
+        here, there = (f"{a.dtype} {a.shape[1:]}" for a in (images, first))
+        if here != there:
+            raise DataError(
+                f"{option(parameter)}: batch {index} has images {here}, batch 0 {there}; expected "
+                "the same in all batches"
+            )
+        if (labels is None) != (batches[0].labels is None):
+            raise DataError(
+                f"{option(parameter)}: some batches have labels and some do not; expected all or "
+                "none"
+            )
+    if len(batches) == 1:
+        return Arrays(parameter, *batches[0])
+    images = np.concatenate([batch.images for batch in batches])
+    known = [labels for _, labels in batches if labels is not None]
+    return Arrays(parameter, images, np.concatenate(known) if known else None)
+
+
+def _kind(value: Any) -> str:
+    name = type(value).__name__
+    return f"{'an' if name[0].lower() in 'aeiou' else 'a'} {name}"
