@@ -6,7 +6,7 @@ graph cannot say: the preprocessing and which branch each part of a kernel came 
 
 import contextlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -43,26 +43,75 @@ class Net:
 
     graph: gs.Graph
     metadata: dict[str, str] = field(default_factory=dict)
-    _names: set[str] | None = field(default=None, init=False, repr=False)  # see `fresh_name`
+    _taken: "_Taken | None" = field(default=None, init=False, repr=False, compare=False)
 
     def fresh_name(self, wanted: str) -> str:
         """Return ``wanted``, or the first of ``wanted_1``, ``wanted_2``... that is free.
 
         A name is free when no node or tensor of the graph has it and it was not returned before.
-        Nodes and tensors that rewrites add take their names from here, so the names that the graph
-        had at the first call, and those returned since, are all there are.
+        Rewrites take the names of all nodes and tensors that they add from here.
         """
-        if self._names is None:
-            self._names = {*self.graph.tensors(), *(node.name for node in self.graph.nodes)}
-        name = first_free(wanted, self._names)
-        self._names.add(name)
-        return name
+        return self._names().fresh_name(wanted)
+
+    def fresh_prefix(self, wanted: str, roles: Iterable[str]) -> str:
+        """Return ``wanted``, or the first of ``wanted_``, ``wanted__``... that is free.
+
+        A prefix is free when ``prefix.role`` is a free name for every role; all of them count as
+        returned afterwards.
+        """
+        return self._names().fresh_prefix(wanted, tuple(roles))
 
     def copy(self) -> "Net":
         """Return a Net whose nodes and tensors may change freely; constant values are shared."""
         copied = Net(self.graph.copy(), dict(self.metadata))
-        copied._names = None if self._names is None else set(self._names)
+        if self._taken is not None and self._taken.graph is self.graph:
+            copied._taken = _Taken(copied.graph, set(self._taken.returned))
         return copied
+
+    def _names(self) -> "_Taken":
+        if self._taken is None or self._taken.graph is not self.graph:
+            self._taken = _Taken(self.graph)
+        return self._taken
+
+
+class _Taken:
+    """The names of one graph that are not free.
+
+    The names of nodes and tensors are read from the graph at first, and again whenever a wanted
+    name is among them: the node or tensor that had it may have been removed.
+    """
+
+    def __init__(self, graph: gs.Graph, returned: set[str] | None = None) -> None:
+        self.graph = graph
+        self.returned: set[str] = set() if returned is None else returned
+        self._names = self._read()
+
+    def fresh_name(self, wanted: str) -> str:
+        """See `Net.fresh_name`."""
+        self._refresh_if_taken([wanted])
+        name = first_free(wanted, self._names)
+        self._take([name])
+        return name
+
+    def fresh_prefix(self, wanted: str, roles: Collection[str]) -> str:
+        """See `Net.fresh_prefix`."""
+        self._refresh_if_taken([f"{wanted}.{role}" for role in roles])
+        while any(f"{wanted}.{role}" in self._names for role in roles):
+            wanted += "_"
+        self._take([f"{wanted}.{role}" for role in roles])
+        return wanted
+
+    def _refresh_if_taken(self, names: Iterable[str]) -> None:
+        if not self._names.isdisjoint(names):
+            self._names = self._read()
+
+    def _take(self, names: Collection[str]) -> None:
+        self.returned.update(names)
+        self._names.update(names)
+
+    def _read(self) -> set[str]:
+        nodes = (node.name for node in self.graph.nodes)
+        return {*self.graph.tensors(), *nodes, *self.returned}
 
 
 def read_model(path: Path) -> onnx.ModelProto:
@@ -273,9 +322,8 @@ def refuse_not_finite(net: Net) -> None:
         )
 
 
-def first_free(wanted: str, taken: Iterable[str]) -> str:
+def first_free(wanted: str, taken: Container[str]) -> str:
     """Return ``wanted``, or the first of ``wanted_1``, ``wanted_2``... that is not taken."""
-    taken = set(taken)
     name, number = wanted, 0
     while name in taken:
         number += 1

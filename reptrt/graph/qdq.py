@@ -80,15 +80,14 @@ def insert_qdq(
     """
     nodes = {node.name: node for node in net.graph.nodes}
     tensors = net.graph.tensors()
-    taken = {*tensors, *nodes}
     for activation in placement.activations:
         scale = scales[activation.tensor]
         codes = grid.full_range if activation.tensor in full_range else grid
-        result = _append_pair(net.graph, tensors[activation.tensor], scale, codes, taken)
+        result = _append_pair(net, tensors[activation.tensor], scale, codes)
         for node_name, index in activation.readers:
             nodes[node_name].inputs[index] = result
     for weight in placement.weights:
-        _replace_weight(net.graph, nodes[weight.node], weight, weights[weight.node], taken)
+        _replace_weight(net, nodes[weight.node], weight, weights[weight.node])
     net.graph.cleanup(remove_unused_graph_inputs=False).toposort()
 
 
@@ -99,18 +98,9 @@ def is_simulation(clip: gs.Node) -> bool:
     return clip.op == "Clip" and role == "clip" and readers == [f"{prefix}{dot}quantize"]
 
 
-def _free_prefix(wanted: str, taken: set[str]) -> str:
-    """Return a prefix, ``wanted`` if possible, under which no tensor or node has a name yet."""
-    while any(f"{wanted}.{role}" in taken for role in _ROLES):
-        wanted += "_"
-    return wanted
-
-
-def _append_pair(
-    graph: gs.Graph, tensor: gs.Tensor, scale: float, grid: Grid, taken: set[str]
-) -> gs.Variable:
+def _append_pair(net: Net, tensor: gs.Tensor, scale: float, grid: Grid) -> gs.Variable:
     """Append the Q/DQ pair of a tensor; return its result."""
-    name = _free_prefix(tensor.name, taken)
+    name = net.fresh_prefix(tensor.name, _ROLES)
     dtype = np.uint8 if grid.qmin == 0 else np.int8
     parameters = [
         gs.Constant(f"{name}.scale", np.array(scale, dtype=np.float32)),
@@ -119,8 +109,8 @@ def _append_pair(
     codes = gs.Variable(f"{name}.q", dtype=dtype, shape=tensor.shape)
     result = gs.Variable(f"{name}.dq", dtype=np.float32, shape=tensor.shape)
     if grid not in _WHOLE:
-        tensor = _clip(graph, name, tensor, scale, grid)
-    graph.nodes += [
+        tensor = _clip(net.graph, name, tensor, scale, grid)
+    net.graph.nodes += [
         gs.Node("QuantizeLinear", f"{name}.quantize", {}, [tensor, *parameters], [codes]),
         gs.Node("DequantizeLinear", f"{name}.dequantize", {}, [codes, *parameters], [result]),
     ]
@@ -138,10 +128,8 @@ def _clip(graph: gs.Graph, prefix: str, tensor: gs.Tensor, scale: float, grid: G
     return result
 
 
-def _replace_weight(
-    graph: gs.Graph, node: gs.Node, weight: Weight, quantized: QuantizedWeight, taken: set[str]
-) -> None:
-    name = _free_prefix(f"{node.name}.weight", taken)
+def _replace_weight(net: Net, node: gs.Node, weight: Weight, quantized: QuantizedWeight) -> None:
+    name = net.fresh_prefix(f"{node.name}.weight", _ROLES)
     zero_point = np.zeros(quantized.scale.shape, dtype=np.int8)
     inputs = [
         gs.Constant(f"{name}.q", quantized.codes),
@@ -152,5 +140,5 @@ def _replace_weight(
     dequantize = gs.Node(
         "DequantizeLinear", f"{name}.dequantize", {"axis": weight.axis}, inputs, [result]
     )
-    graph.nodes.append(dequantize)
+    net.graph.nodes.append(dequantize)
     node.inputs[1] = result

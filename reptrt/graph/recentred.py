@@ -19,7 +19,6 @@ from reptrt.graph.net import (
     Net,
     constant_of,
     constant_value,
-    first_free,
     get_json,
     producer,
     set_json,
@@ -75,9 +74,7 @@ def restore(net: Net) -> tuple[str, ...]:
     Returns:
         The tensors restored. One whose nodes are no longer there stays as it is.
     """
-    graph = net.graph
-    nodes = {node.name: node for node in graph.nodes}
-    taken = {*graph.tensors(), *nodes}
+    nodes = {node.name: node for node in net.graph.nodes}
     deltas: dict[str, Float64Array] = {}
     left, restored = [], []
     for one in read_recentred(net):
@@ -89,14 +86,14 @@ def restore(net: Net) -> tuple[str, ...]:
         offset = one.code * np.asarray(scale, dtype=np.float64).reshape(())
         for name, delta in offsets_of(nodes, one, offset).items():
             deltas[name] = deltas.get(name, np.zeros(())) - delta
-        set_codes(pair, np.uint8, taken)
+        set_codes(net, pair, np.uint8)
         for name in one.clips:
-            move_bounds(nodes[name], float(offset), taken)
+            move_bounds(net, nodes[name], float(offset))
         for name in one.added:
             _drop(nodes[name])
         restored.append(one.tensor)
     for name, delta in deltas.items():
-        add_to_bias(nodes[name], delta, taken)
+        add_to_bias(net, nodes[name], delta)
     net.metadata.pop(f"reptrt.{_KEY}", None)
     record_recentred(net, left)
     return tuple(restored)
@@ -165,13 +162,13 @@ def bias_index(node: gs.Node) -> int:
     return next(i for i, tensor in enumerate(node.inputs) if constant_value(tensor) is not None)
 
 
-def add_to_bias(node: gs.Node, delta: Float64Array, taken: set[str]) -> None:
+def add_to_bias(net: Net, node: gs.Node, delta: Float64Array) -> None:
     """Add a constant to what a Conv, ConvTranspose, Gemm or Add of a constant makes.
 
     Args:
+        net: the net of the node; it names a new bias.
         node: the node; without a bias it gets one.
         delta: a scalar, or one value per output channel, float64.
-        taken: names in use; grows.
     """
     index = bias_index(node)
     old = constant_value(node.inputs[index]) if has_bias(node) else None
@@ -184,7 +181,7 @@ def add_to_bias(node: gs.Node, delta: Float64Array, taken: set[str]) -> None:
         value = np.broadcast_to(before + delta, (channels,))
         if old is None:
             node.attrs.pop("beta", None)
-    _replace(node, index, value.astype(np.float32), taken)
+    _replace(net, node, index, value.astype(np.float32))
 
 
 def has_bias(node: gs.Node) -> bool:
@@ -193,24 +190,23 @@ def has_bias(node: gs.Node) -> bool:
     return len(node.inputs) > index and not node.inputs[index].is_empty()
 
 
-def set_codes(pair: list[gs.Node], dtype: npt.DTypeLike, taken: set[str]) -> None:
+def set_codes(net: Net, pair: list[gs.Node], dtype: npt.DTypeLike) -> None:
     """Give a Q and its DQs codes of a type, zero point 0."""
     codes = pair[0].outputs[0]
-    name = first_free(f"{codes.name}.{np.dtype(dtype).name}_zero_point", taken)
-    taken.add(name)
+    name = net.fresh_name(f"{codes.name}.{np.dtype(dtype).name}_zero_point")
     zero_point = gs.Constant(name, np.zeros((), dtype=dtype))
     for node in pair:
         node.inputs[2] = zero_point
     codes.dtype = np.dtype(dtype)
 
 
-def move_bounds(clip: gs.Node, distance: float, taken: set[str]) -> None:
+def move_bounds(net: Net, clip: gs.Node, distance: float) -> None:
     """Add a distance to both bounds of a Clip (opset 11 or newer)."""
     for index, tensor in enumerate(list(clip.inputs[1:3]), start=1):
         value = None if tensor.is_empty() else constant_value(tensor)
         if value is not None:
             moved = np.asarray(value.astype(np.float64) + distance, dtype=np.float32)
-            _replace(clip, index, moved, taken)
+            _replace(net, clip, index, moved)
 
 
 def _pair(nodes: Mapping[str, gs.Node], one: Recentred) -> list[gs.Node] | None:
@@ -241,14 +237,13 @@ def _drop(node: gs.Node) -> None:
     maker.outputs[index] = result
 
 
-def _replace(node: gs.Node, index: int, value: npt.NDArray[np.float32], taken: set[str]) -> None:
+def _replace(net: Net, node: gs.Node, index: int, value: npt.NDArray[np.float32]) -> None:
     """Give a node a constant of its own, under the old name where nobody else reads that."""
     old = node.inputs[index] if index < len(node.inputs) else None
     if isinstance(old, gs.Constant) and len(old.outputs) == 1:
         old.values = value
         return
-    name = first_free(f"{node.name}.bias", taken)
-    taken.add(name)
+    name = net.fresh_name(f"{node.name}.bias")
     if old is None:
         node.inputs.append(gs.Constant(name, value))
     else:

@@ -350,9 +350,8 @@ def _subtract(net: Net, errors: Mapping[str, Float64Array]) -> None:
     """Subtract errors from the biases of layers, of split ones from the part that has it."""
     nodes = {node.name: node for node in net.graph.nodes}
     holders = {split.side: split.main for split in read_splits(net)}
-    taken = {*net.graph.tensors(), *nodes}
     for name, error in errors.items():
-        add_to_bias(nodes[holders.get(name, name)], -error, taken)
+        add_to_bias(net, nodes[holders.get(name, name)], -error)
 
 
 def _finished_units(

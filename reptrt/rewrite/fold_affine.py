@@ -17,7 +17,7 @@ import onnx_graphsurgeon as gs
 
 from reptrt.core.grid import along_axis
 from reptrt.graph.affines import Affine, read_affines, record_affines
-from reptrt.graph.net import Net, constant_of, constant_value, first_free, maker_of
+from reptrt.graph.net import Net, constant_of, constant_value, maker_of
 from reptrt.graph.splits import Split, read_splits
 from reptrt.rewrite.contract import RewriteReport
 
@@ -29,48 +29,47 @@ def fold_affine(net: Net) -> RewriteReport:
     affines = read_affines(net)
     nodes = {node.name: node for node in net.graph.nodes}
     splits = {split.layer: split for split in read_splits(net)}
-    taken = set(net.graph.tensors())
     for affine in affines:
-        _fold(nodes, affine, splits.get(affine.layer), taken)
+        _fold(net, nodes, affine, splits.get(affine.layer))
     record_affines(net, ())
     net.graph.cleanup(remove_unused_graph_inputs=False).toposort()
     return RewriteReport("fold_affine", tuple(affine.layer for affine in affines))
 
 
-def _fold(nodes: dict[str, gs.Node], affine: Affine, split: Split | None, taken: set[str]) -> None:
+def _fold(net: Net, nodes: dict[str, gs.Node], affine: Affine, split: Split | None) -> None:
     mul, add = nodes[affine.mul], nodes[affine.add]
     gain = np.asarray(constant_of(mul.inputs[1]), dtype=np.float32).reshape(-1)
     shift = np.asarray(constant_of(add.inputs[1]), dtype=np.float32).reshape(-1)
     last = maker_of(mul.inputs[0])
     conv = nodes[split.main] if split else last
     if split is not None and last.name == split.sum:
-        _scale_side(nodes[split.side], gain, affine.layer, taken)
-    _scale_weight(conv, gain, affine.layer, taken)
+        _scale_side(net, nodes[split.side], gain, affine.layer)
+    _scale_weight(net, conv, gain, affine.layer)
     if len(conv.inputs) > 2:
         bias = np.asarray(constant_of(conv.inputs[2]), dtype=np.float32).reshape(-1)
         shift = shift + gain * bias
         del conv.inputs[2]
-    conv.inputs.append(_constant(f"{affine.layer}.bias", shift, taken))
+    conv.inputs.append(gs.Constant(net.fresh_name(f"{affine.layer}.bias"), shift))
     last.outputs = [add.outputs[0]]
     mul.outputs, add.outputs = [], []
 
 
-def _scale_side(side: gs.Node, gain: FloatArray, layer: str, taken: set[str]) -> None:
+def _scale_side(net: Net, side: gs.Node, gain: FloatArray, layer: str) -> None:
     if side.op != "Mul":
-        _scale_weight(side, gain, f"{layer}.side", taken)
+        _scale_weight(net, side, gain, f"{layer}.side")
         return
     index = next(i for i, tensor in enumerate(side.inputs) if constant_value(tensor) is not None)
     factor = np.asarray(constant_of(side.inputs[index]), dtype=np.float32)
     scaled = factor * gain.reshape(1, -1, 1, 1)
-    side.inputs[index] = _constant(f"{layer}.diagonal.folded", scaled, taken)
+    side.inputs[index] = gs.Constant(net.fresh_name(f"{layer}.diagonal.folded"), scaled)
 
 
-def _scale_weight(node: gs.Node, gain: FloatArray, prefix: str, taken: set[str]) -> None:
+def _scale_weight(net: Net, node: gs.Node, gain: FloatArray, prefix: str) -> None:
     axis = 1 if node.op == "Gemm" and not node.attrs.get("transB", 0) else 0
     weight = constant_value(node.inputs[1])
     if weight is not None:
         folded = (weight * along_axis(gain, weight.ndim, axis)).astype(weight.dtype)
-        node.inputs[1] = _constant(f"{prefix}.folded", folded, taken)
+        node.inputs[1] = gs.Constant(net.fresh_name(f"{prefix}.folded"), folded)
         return
     dequantize = maker_of(node.inputs[1])
     codes = np.asarray(constant_of(dequantize.inputs[0]))
@@ -80,10 +79,5 @@ def _scale_weight(node: gs.Node, gain: FloatArray, prefix: str, taken: set[str])
     zero_point = np.zeros(folded_scale.shape, dtype=codes.dtype)
     constants = {"codes": codes * sign, "scale": folded_scale, "zero_point": zero_point}
     for index, (role, value) in enumerate(constants.items()):
-        dequantize.inputs[index] = _constant(f"{prefix}.folded.{role}", value, taken)
-
-
-def _constant(name: str, value: npt.NDArray[np.generic], taken: set[str]) -> gs.Constant:
-    name = first_free(name, taken)
-    taken.add(name)
-    return gs.Constant(name, value)
+        name = net.fresh_name(f"{prefix}.folded.{role}")
+        dequantize.inputs[index] = gs.Constant(name, value)

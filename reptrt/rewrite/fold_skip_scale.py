@@ -13,7 +13,7 @@ since a scale has to be; `reptrt.rewrite.split_identity` makes none.
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from reptrt.graph.net import Net, constant_of, first_free, producer
+from reptrt.graph.net import Net, constant_of, producer
 from reptrt.graph.splits import read_splits
 from reptrt.rewrite.contract import RewriteReport, Skipped
 
@@ -21,12 +21,11 @@ from reptrt.rewrite.contract import RewriteReport, Skipped
 def fold_skip_scale(net: Net) -> RewriteReport:
     """Fold the factors of all scalar identity splits of a Q/DQ net, in place."""
     nodes = {node.name: node for node in net.graph.nodes}
-    taken = set(net.graph.tensors())
     changed, skipped = [], []
     for split in read_splits(net):
         if split.form != "identity-scalar" or split.side not in nodes:
             continue
-        reason = _fold(net.graph, nodes[split.side], taken)
+        reason = _fold(net, nodes[split.side])
         if reason is None:
             changed.append(split.layer)
         else:
@@ -35,7 +34,7 @@ def fold_skip_scale(net: Net) -> RewriteReport:
     return RewriteReport("fold_skip_scale", tuple(changed), tuple(skipped))
 
 
-def _fold(graph: gs.Graph, mul: gs.Node, taken: set[str]) -> str | None:
+def _fold(net: Net, mul: gs.Node) -> str | None:
     """Replace the Mul by a DQ of its name; return the reason if it has to stay."""
     dequantize = producer(mul.inputs[0])
     if dequantize is None or dequantize.op != "DequantizeLinear":
@@ -45,11 +44,10 @@ def _fold(graph: gs.Graph, mul: gs.Node, taken: set[str]) -> str | None:
         return "the factor is no positive number"
     codes, scale, zero_point = dequantize.inputs
     product = np.asarray(constant_of(scale) * factor.reshape(()), dtype=np.float32)
-    name = first_free(f"{mul.name}.scale", taken)
-    taken.add(name)
+    name = net.fresh_name(f"{mul.name}.scale")
     inputs = [codes, gs.Constant(name, product), zero_point]
     outputs = list(mul.outputs)
     mul.inputs.clear()
     mul.outputs.clear()
-    graph.nodes.append(gs.Node("DequantizeLinear", mul.name, {}, inputs, outputs))
+    net.graph.nodes.append(gs.Node("DequantizeLinear", mul.name, {}, inputs, outputs))
     return None

@@ -18,7 +18,7 @@ import numpy.typing as npt
 import onnx_graphsurgeon as gs
 
 from reptrt.graph.affines import Affine, read_affines, record_affines
-from reptrt.graph.net import Net, constant_value, first_free, producer
+from reptrt.graph.net import Net, constant_value, producer
 from reptrt.graph.splits import Split, read_splits
 from reptrt.rewrite.contract import RewriteReport, Skipped
 
@@ -33,13 +33,12 @@ def insert_affine(net: Net) -> RewriteReport:
     splits = {split.main: split for split in read_splits(net)}
     sides = {split.side for split in splits.values()}
     known = read_affines(net)
-    taken = {affine.layer for affine in known}
+    have_one = {affine.layer for affine in known}
     affines, skipped = list(known), []
-    names = {*net.graph.tensors(), *nodes}
     for node in list(net.graph.toposort().nodes):
         split = splits.get(node.name)
         layer = split.layer if split else node.name
-        if node.op not in ("Conv", "Gemm") or node.name in sides or layer in taken:
+        if node.op not in ("Conv", "Gemm") or node.name in sides or layer in have_one:
             continue
         reason = _reason_against(node, split)
         if reason is not None:
@@ -47,7 +46,7 @@ def insert_affine(net: Net) -> RewriteReport:
             continue
         whole = split is None or split.form == "identity-scalar"
         last = node if whole or split is None else nodes[split.sum]
-        affines.append(_insert(net.graph, node, last, layer, names))
+        affines.append(_insert(net, node, last, layer))
     net.graph.toposort()
     record_affines(net, affines)
     changed = tuple(affine.layer for affine in affines[len(known) :])
@@ -89,7 +88,7 @@ def _shape(node: gs.Node) -> tuple[int, ...]:
     return (1, weight.shape[0 if node.attrs.get("transB", 0) else 1])
 
 
-def _insert(graph: gs.Graph, conv: gs.Node, last: gs.Node, layer: str, taken: set[str]) -> Affine:
+def _insert(net: Net, conv: gs.Node, last: gs.Node, layer: str) -> Affine:
     shape = _shape(conv)
     channels = shape[1]
     bias = np.zeros(channels, dtype=np.float32)
@@ -97,15 +96,14 @@ def _insert(graph: gs.Graph, conv: gs.Node, last: gs.Node, layer: str, taken: se
         bias = bias + np.asarray(constant_value(conv.inputs[2]), dtype=np.float32).reshape(-1)
         del conv.inputs[2]
     roles = ("affine.mul", "affine.add", "gain", "shift", "bare", "scaled")
-    names = [first_free(f"{layer}.{role}", taken) for role in roles]
-    taken.update(names)
+    names = [net.fresh_name(f"{layer}.{role}") for role in roles]
     affine = Affine(layer, *names[:4])
     output = last.outputs[0]
     bare, scaled = (gs.Variable(name, np.float32, output.shape) for name in names[4:])
     last.outputs = [bare]
     gain = gs.Constant(affine.gain, np.ones(shape, dtype=np.float32))
     shift = gs.Constant(affine.shift, bias.reshape(shape))
-    graph.nodes += [
+    net.graph.nodes += [
         gs.Node("Mul", affine.mul, {}, [bare, gain], [scaled]),
         gs.Node("Add", affine.add, {}, [scaled, shift], [output]),
     ]

@@ -34,7 +34,7 @@ import numpy.typing as npt
 import onnx_graphsurgeon as gs
 
 from reptrt.core.errors import RewriteError
-from reptrt.graph.net import Net, constant_value, first_free, is_private, producer
+from reptrt.graph.net import Net, constant_value, is_private, producer
 from reptrt.graph.placement import Activation, Placement
 from reptrt.graph.recentred import (
     Recentred,
@@ -128,17 +128,16 @@ def recentre(net: Net, *, fp16_scales: bool = True) -> RewriteReport:
         for pair in pairs:
             _round_scales(pair)
     nodes = {node.name: node for node in net.graph.nodes}
-    taken = {*net.graph.tensors(), *nodes}
-    added = {pair.tensor: _add_behind(around, pair, taken) for pair in pairs}
+    added = {pair.tensor: _add_behind(net, around, pair) for pair in pairs}
     records = [_record(pair, added[pair.tensor]) for pair in pairs]
     deltas: dict[str, Float64Array] = {}
     for one in records:
         for name, delta in offsets_of(nodes, one, one.offset).items():
             deltas[name] = deltas.get(name, np.zeros(())) + delta
     for name, delta in deltas.items():
-        add_to_bias(nodes[name], delta, taken)
+        add_to_bias(net, nodes[name], delta)
     for pair in pairs:
-        _shift_pair(pair, taken)
+        _shift_pair(net, pair)
     net.graph.cleanup(remove_unused_graph_inputs=False).toposort()
     record_recentred(net, records)
     return RewriteReport("recentre", tuple(pair.tensor for pair in pairs))
@@ -220,7 +219,7 @@ def _round_scales(pair: _Pair) -> None:
             pair.quantize.inputs[1] = scale
 
 
-def _add_behind(around: Surroundings, pair: _Pair, taken: set[str]) -> list[str]:
+def _add_behind(net: Net, around: Surroundings, pair: _Pair) -> list[str]:
     """Add maps of borders behind layers, and c behind averages; return the names of the Adds."""
     values: dict[ByIdentity, Float64Array] = {}
     for layer in pair.readers.layers:
@@ -232,28 +231,27 @@ def _add_behind(around: Surroundings, pair: _Pair, taken: set[str]) -> list[str]
         values[ByIdentity(node)] = np.array(pair.offset)
     added = []
     for spot, value in values.items():
-        added.append(_append_add(around.graph, spot.node, value, taken))
+        added.append(_append_add(net, spot.node, value))
     return added
 
 
-def _append_add(graph: gs.Graph, node: gs.Node, value: Float64Array, taken: set[str]) -> str:
+def _append_add(net: Net, node: gs.Node, value: Float64Array) -> str:
     """Add a constant behind a node; the result takes over the name and the readers."""
     result = node.outputs[0]
     role = "border" if value.ndim else "offset"
-    name = first_free(f"{node.name}.{role}", taken)
-    names = [first_free(f"{name}.{part}", taken) for part in ("input", "value")]
-    taken |= {name, *names}
+    name = net.fresh_name(f"{node.name}.{role}")
+    names = [net.fresh_name(f"{name}.{part}") for part in ("input", "value")]
     before = gs.Variable(names[0], result.dtype, result.shape)
     constant = gs.Constant(names[1], value.astype(np.float32))
     node.outputs[0] = before
-    graph.nodes.append(gs.Node("Add", name, {}, [before, constant], [result]))
+    net.graph.nodes.append(gs.Node("Add", name, {}, [before, constant], [result]))
     return name
 
 
-def _shift_pair(pair: _Pair, taken: set[str]) -> None:
-    set_codes([pair.quantize, *pair.dequantizes], np.int8, taken)
+def _shift_pair(net: Net, pair: _Pair) -> None:
+    set_codes(net, [pair.quantize, *pair.dequantizes], np.int8)
     for clip in pair.clips:
-        move_bounds(clip, -pair.offset, taken)
+        move_bounds(net, clip, -pair.offset)
     if pair.relu is not None:
         result, source = pair.relu.outputs[0], pair.relu.inputs[0]
         reader = result.outputs[0]

@@ -21,7 +21,6 @@ from reptrt.rewrite.contract import RewriteReport
 
 def round_biases(net: Net) -> RewriteReport:
     """Round the biases of all INT8 layers, in place."""
-    taken = {*net.graph.tensors(), *(node.name for node in net.graph.nodes)}
     changed = []
     for node in net.graph.nodes:
         if node.op not in ("Conv", "ConvTranspose", "Gemm") or not has_bias(node):
@@ -40,7 +39,7 @@ def round_biases(net: Net) -> RewriteReport:
         if grid.size not in (1, bias.size):
             continue  # of a ConvTranspose with groups, which share scales
         exact = bias.astype(np.float64)
-        add_to_bias(node, np.rint(exact / grid) * grid - exact, taken)
+        add_to_bias(net, node, np.rint(exact / grid) * grid - exact)
         changed.append(node.name)
     return RewriteReport("round_biases", tuple(changed))
 

@@ -51,11 +51,8 @@ def split_coarse_fine(
         if reason is not None:
             skipped.append(Skipped(node.name, reason))
             continue
-        name = node.name
-        _split(net.graph, node, grid)
-        parts = (f"{name}.sum", f"{name}.coarse", f"{name}.fine")
-        splits.append(Split(name, "coarse-fine", *parts, precision))
-        changed.append(name)
+        changed.append(node.name)
+        splits.append(_split(net, node, grid, precision))
     net.graph.toposort()
     record_splits(net, splits)
     return RewriteReport("split_coarse_fine", tuple(changed), tuple(skipped))
@@ -105,18 +102,20 @@ def reason_against(node: gs.Node) -> str | None:
     return None
 
 
-def _split(graph: gs.Graph, node: gs.Node, grid: Grid) -> None:
+def _split(net: Net, node: gs.Node, grid: Grid, precision: SplitPrecision) -> Split:
     name, output = node.name, node.outputs[0]
+    total, side, main = (net.fresh_name(f"{name}.{role}") for role in ("sum", "coarse", "fine"))
     weight = np.asarray(constant_value(node.inputs[1]))
     coarse, fine = coarse_and_fine(weight, grid)
     row, column = centre_of(weight)
     coarse = np.ascontiguousarray(coarse[:, :, row : row + 1, column : column + 1])
     attrs = node.attrs | {"kernel_shape": [1, 1], "dilations": [1, 1], "pads": centre_pads(node)}
-    parts = [gs.Variable(f"{name}.{part}.output", np.float32) for part in ("fine", "coarse")]
-    node.inputs[1] = gs.Constant(f"{name}.fine.weight", fine)
-    node.name, node.outputs = f"{name}.fine", [parts[0]]
-    weights = gs.Constant(f"{name}.coarse.weight", coarse)
-    graph.nodes += [
-        gs.Node("Conv", f"{name}.coarse", attrs, [node.inputs[0], weights], [parts[1]]),
-        gs.Node("Add", f"{name}.sum", {}, parts, [output]),
+    parts = [gs.Variable(net.fresh_name(f"{part}.output"), np.float32) for part in (main, side)]
+    node.inputs[1] = gs.Constant(net.fresh_name(f"{main}.weight"), fine)
+    node.name, node.outputs = main, [parts[0]]
+    weights = gs.Constant(net.fresh_name(f"{side}.weight"), coarse)
+    net.graph.nodes += [
+        gs.Node("Conv", side, attrs, [node.inputs[0], weights], [parts[1]]),
+        gs.Node("Add", total, {}, parts, [output]),
     ]
+    return Split(name, "coarse-fine", total, side, main, precision)

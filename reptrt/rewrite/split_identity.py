@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_graphsurgeon as gs
 
-from reptrt.core.choices import SplitPrecision
+from reptrt.core.choices import SplitForm, SplitPrecision
 from reptrt.core.grid import Grid, along_axis, channel_amax
 from reptrt.graph.net import Net, constant_of, constant_value, weighted_nodes
 from reptrt.graph.splits import Split, record_splits
@@ -58,12 +58,8 @@ def split_identity(
         if factor is None:
             skipped.append(Skipped(node.name, reason or NO_FACTOR))
             continue
-        name = node.name
-        _split(net.graph, node, factor)
-        kind = "identity-scalar" if form == "scalar" else "identity"
-        parts = (f"{name}.sum", f"{name}.identity", f"{name}.rest")
-        splits.append(Split(name, kind, *parts, precision))
-        changed.append(name)
+        changed.append(node.name)
+        splits.append(_split(net, node, factor, precision))
     net.graph.toposort()
     record_splits(net, splits)
     return RewriteReport("split_identity", tuple(changed), tuple(skipped))
@@ -126,15 +122,18 @@ def reason_against(node: gs.Node) -> str | None:
     return None
 
 
-def _split(graph: gs.Graph, node: gs.Node, factor: FloatArray) -> None:
+def _split(net: Net, node: gs.Node, factor: FloatArray, precision: SplitPrecision) -> Split:
     name, output = node.name, node.outputs[0]
+    form: SplitForm = "identity" if factor.ndim else "identity-scalar"
+    total, side, main = (net.fresh_name(f"{name}.{role}") for role in ("sum", "identity", "rest"))
     rest = without_diagonal(constant_of(node.inputs[1]), factor)
     factor = along_axis(factor.astype(np.float32), 4, 1) if factor.ndim else factor
-    parts = [gs.Variable(f"{name}.{part}.output", np.float32) for part in ("rest", "identity")]
-    node.inputs[1] = gs.Constant(f"{name}.rest.weight", rest)
-    node.name, node.outputs = f"{name}.rest", [parts[0]]
-    scale = gs.Constant(f"{name}.diagonal", np.asarray(factor, dtype=np.float32))
-    graph.nodes += [
-        gs.Node("Mul", f"{name}.identity", {}, [node.inputs[0], scale], [parts[1]]),
-        gs.Node("Add", f"{name}.sum", {}, parts, [output]),
+    parts = [gs.Variable(net.fresh_name(f"{part}.output"), np.float32) for part in (main, side)]
+    node.inputs[1] = gs.Constant(net.fresh_name(f"{main}.weight"), rest)
+    node.name, node.outputs = main, [parts[0]]
+    scale = gs.Constant(net.fresh_name(f"{name}.diagonal"), np.asarray(factor, dtype=np.float32))
+    net.graph.nodes += [
+        gs.Node("Mul", side, {}, [node.inputs[0], scale], [parts[1]]),
+        gs.Node("Add", total, {}, parts, [output]),
     ]
+    return Split(name, form, total, side, main, precision)

@@ -29,7 +29,6 @@ from reptrt.core.errors import RewriteError
 from reptrt.graph.net import (
     WEIGHTED_OPS,
     Net,
-    first_free,
     is_private,
     model_from_net,
     net_from_model,
@@ -61,8 +60,8 @@ def to_fp16(net: Net) -> RewriteReport:
     scales = _scales(graph)
     reasons = _unfit(graph, scales)
     kept = _with_neighbours(graph, scales, set(reasons))
-    _split_dequantizers(graph, kept)
-    typing = _Typing(graph, kept, scales)
+    _split_dequantizers(net, kept)
+    typing = _Typing(net, kept, scales)
     for node in list(graph.nodes):
         typing.convert(node)
     typing.close_outputs()
@@ -203,21 +202,18 @@ def _makers(graph: gs.Graph, node: gs.Node) -> Iterator[gs.Node]:
         node = maker
 
 
-def _split_dequantizers(graph: gs.Graph, kept: set[str]) -> None:
+def _split_dequantizers(net: Net, kept: set[str]) -> None:
     """Give layers that stay FP32 DQs of their own, kept too."""
-    taken = {*graph.tensors(), *(node.name for node in graph.nodes)}
-    for node in [node for node in graph.nodes if node.op == "DequantizeLinear"]:
+    for node in [node for node in net.graph.nodes if node.op == "DequantizeLinear"]:
         if node.name in kept:
             continue
         result = node.outputs[0]
         staying = [reader for reader in result.outputs if reader.name in kept]
         if not staying:
             continue
-        name = first_free(f"{node.name}.fp32", taken)
-        tensor = first_free(f"{result.name}.fp32", taken | {name})
-        taken |= {name, tensor}
-        own = gs.Variable(tensor, np.float32, result.shape)
-        graph.nodes.append(gs.Node(node.op, name, dict(node.attrs), list(node.inputs), [own]))
+        name = net.fresh_name(f"{node.name}.fp32")
+        own = gs.Variable(net.fresh_name(f"{result.name}.fp32"), np.float32, result.shape)
+        net.graph.nodes.append(gs.Node(node.op, name, dict(node.attrs), list(node.inputs), [own]))
         kept.add(name)
         for reader in staying:
             _reconnect(reader, result, own)
@@ -226,10 +222,10 @@ def _split_dequantizers(graph: gs.Graph, kept: set[str]) -> None:
 class _Typing:
     """Gives nodes and tensors their types, and puts casts where two types meet."""
 
-    def __init__(self, graph: gs.Graph, kept: set[str], scales: _Scales) -> None:
-        self._graph, self._kept, self._scales = graph, kept, scales
+    def __init__(self, net: Net, kept: set[str], scales: _Scales) -> None:
+        graph = net.graph
+        self._net, self._graph, self._kept, self._scales = net, graph, kept, scales
         self._opset = int(graph.opset)
-        self._taken = {*graph.tensors(), *(node.name for node in graph.nodes)}
         self._float = {name: tensor.dtype == np.float32 for name, tensor in graph.tensors().items()}
         self._half_makers = {  # of what is a half tensor in the end
             node.name for node in graph.toposort().nodes if self._is_half(node)
@@ -324,17 +320,19 @@ class _Typing:
     def _constant(self, name: str, value: npt.NDArray[np.floating]) -> gs.Constant:
         key = (name, value.dtype.name)
         if key not in self._constants:
-            self._constants[key] = gs.Constant(self._free(f"{name}.{_short(value.dtype)}"), value)
+            self._constants[key] = gs.Constant(
+                self._net.fresh_name(f"{name}.{_short(value.dtype)}"), value
+            )
         return self._constants[key]
 
     def _cast(self, tensor: gs.Tensor, kind: npt.DTypeLike, name: str) -> gs.Variable:
-        result = gs.Variable(self._free(name), np.dtype(kind), tensor.shape)
+        result = gs.Variable(self._net.fresh_name(name), np.dtype(kind), tensor.shape)
         self._append_cast(tensor, result)
         return result
 
     def _append_cast(self, tensor: gs.Tensor, result: gs.Variable) -> None:
         to = onnx.helper.np_dtype_to_tensor_dtype(np.dtype(result.dtype))
-        name = self._free(f"{result.name}.cast")
+        name = self._net.fresh_name(f"{result.name}.cast")
         self._graph.nodes.append(gs.Node("Cast", name, {"to": int(to)}, [tensor], [result]))
 
     def close_outputs(self) -> None:
@@ -343,18 +341,15 @@ class _Typing:
             if not self._made_half(output):
                 continue
             maker = output.inputs[0]
-            half = gs.Variable(self._free(f"{output.name}.fp16"), np.float16, output.shape)
+            half = gs.Variable(
+                self._net.fresh_name(f"{output.name}.fp16"), np.float16, output.shape
+            )
             for reader in list(output.outputs):
                 _reconnect(reader, output, half)
             index = next(i for i, tensor in enumerate(maker.outputs) if tensor is output)
             maker.outputs[index] = half
             output.dtype = np.dtype(np.float32)
             self._append_cast(half, output)
-
-    def _free(self, wanted: str) -> str:
-        name = first_free(wanted, self._taken)
-        self._taken.add(name)
-        return name
 
 
 def _reconnect(reader: gs.Node, old: gs.Tensor, new: gs.Tensor) -> None:

@@ -254,3 +254,30 @@ def test_fresh_names_are_free_and_given_once() -> None:
     assert [net.fresh_name("new") for _ in range(3)] == ["new", "new_1", "new_2"]
     assert net.copy().fresh_name("new") == "new_3"
     assert net.fresh_name("new") == "new_3"  # the copy has names of its own
+
+
+def test_the_name_of_what_was_removed_is_free_again() -> None:
+    net = net_from_model(plain_chain())
+    node = net.graph.nodes[0]
+    node.name = "before"
+    assert net.fresh_name("before") == "before_1"
+    node.name = "after"
+    assert net.fresh_name("before") == "before"
+    net.fresh_name("before")  # reads the names of the graph anew
+    assert net.fresh_name("after") == "after_1"
+
+
+def test_names_of_a_graph_that_took_the_place_of_another() -> None:
+    net = net_from_model(plain_chain())
+    net.fresh_name("new")
+    net.graph = net_from_model(basic_block()).graph
+    node = net.graph.nodes[0].name
+    assert [net.fresh_name("new"), net.fresh_name(node)] == ["new", f"{node}_1"]
+
+
+def test_a_fresh_prefix_is_free_for_every_role() -> None:
+    net = net_from_model(plain_chain())
+    net.graph.nodes[0].name = "a.two"
+    assert [net.fresh_prefix("a", ("one", "two")) for _ in range(2)] == ["a_", "a__"]
+    assert net.fresh_prefix("a", ["one"]) == "a"
+    assert net.fresh_name("a.one") == "a.one_1"

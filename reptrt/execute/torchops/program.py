@@ -12,7 +12,7 @@ from torch import Tensor
 
 from reptrt.core.errors import RewriteError
 from reptrt.execute.torchops.node import Builder, NodeView, Operator, Precision
-from reptrt.graph.net import Net
+from reptrt.graph.net import Net, first_free
 
 _STANDARD_DOMAINS = (None, "", "ai.onnx")
 _CONSTANT_FIELDS = ("value", "value_float", "value_int", "value_floats", "value_ints")
@@ -211,11 +211,7 @@ def _unique_names(nodes: list[gs.Node]) -> dict[int, str]:
     names: dict[int, str] = {}
     taken: set[str] = set()
     for node in nodes:
-        wanted = node.name or node.outputs[0].name
-        name, number = wanted, 0
-        while name in taken:
-            number += 1
-            name = f"{wanted}_{number}"
+        name = first_free(node.name or node.outputs[0].name, taken)
         taken.add(name)
         names[id(node)] = name
     return names
