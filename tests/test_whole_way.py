@@ -24,7 +24,7 @@ from reptrt.graph.net import net_from_model, read_model
 from reptrt.judge.evaluate import evaluate
 from reptrt.linter import lint
 from reptrt.pipeline import CalibrateOptions, ExportOptions, Source, calibrate, export
-from reptrt.quantize.calib.thresholds import ThresholdOptions
+from reptrt.quantize.calib.options import ThresholdOptions
 from tests.support.helpers import ort_run
 from tests.support.lint_graphs import rules
 from tests.support.random_nets import SIZE, BlockPlan, Plan, plans

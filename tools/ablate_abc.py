@@ -31,7 +31,7 @@ from held_out import halves
 from reptrt.core.choices import SplitMode
 from reptrt.judge.evaluate import evaluate
 from reptrt.pipeline import CalibrateOptions, calibrate
-from reptrt.quantize.reconstruct import LearnOptions
+from reptrt.quantize.reconstruct.options import LearnOptions
 
 ALL = LearnOptions()
 ROUNDING = replace(ALL, affine=False, steps=False)

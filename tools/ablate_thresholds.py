@@ -22,7 +22,7 @@ from held_out import halves
 from reptrt.core.choices import Threshold
 from reptrt.judge.evaluate import evaluate
 from reptrt.pipeline import CalibrateOptions, calibrate
-from reptrt.quantize.calib.thresholds import ThresholdOptions
+from reptrt.quantize.calib.options import ThresholdOptions
 
 Row = npt.NDArray[np.float64]  # a value for every rule
 

@@ -189,7 +189,7 @@ def source_options(command: Command) -> Command:
 
 def _source_and_options(source: str, values: dict[str, Any]) -> tuple[Any, Any]:
     from reptrt.pipeline import ExportOptions
-    from reptrt.sources.models.options import ArchitectureOptions
+    from reptrt.sources.options import ArchitectureOptions
     from reptrt.sources.source import Source
 
     names = ("widths", "blocks", "strides", "groups", "branches", "num_classes")
@@ -365,7 +365,7 @@ def calibrate_options(command: Command) -> Command:
 
 def _calibrate_options(values: dict[str, Any]) -> Any:
     from reptrt.pipeline import CalibrateOptions
-    from reptrt.quantize.calib.thresholds import ThresholdOptions
+    from reptrt.quantize.calib.options import ThresholdOptions
 
     threshold = ThresholdOptions(values["threshold"], values["percentile"])
     named = {field.name for field in fields(CalibrateOptions)} - {"threshold"}

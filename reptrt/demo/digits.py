@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from reptrt.core.errors import MissingDependencyError
-from reptrt.sources.models.options import ArchitectureOptions
+from reptrt.sources.options import ArchitectureOptions
 
 WEIGHTS = Path(__file__).with_name("digits_repvgg.pt")
 ARCHITECTURE = ArchitectureOptions(

@@ -43,11 +43,13 @@ from reptrt.pipeline.preparing import Prepared, prepare, torch_device
 from reptrt.quantize.calib.bias import bias_errors, deployed_weights
 from reptrt.quantize.calib.collect import Statistics, collect, merge_groups
 from reptrt.quantize.calib.histogram import NUM_BINS, Histogram
+from reptrt.quantize.calib.options import ThresholdOptions
 from reptrt.quantize.calib.outputs import Outputs, parts
 from reptrt.quantize.calib.saturation import without_dead_values
-from reptrt.quantize.calib.thresholds import ThresholdOptions, amax_from_histogram
+from reptrt.quantize.calib.thresholds import amax_from_histogram
 from reptrt.quantize.choose import Decision, RangeDecision, full_range_of
-from reptrt.quantize.reconstruct import LearnOptions, Quantized, ReconstructReport, reconstruct
+from reptrt.quantize.reconstruct.driver import Quantized, reconstruct
+from reptrt.quantize.reconstruct.options import LearnOptions, ReconstructReport
 from reptrt.quantize.reconstruct.resume import Finished
 from reptrt.rewrite.contract import Skipped
 from reptrt.rewrite.fold_affine import fold_affine

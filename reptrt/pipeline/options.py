@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from reptrt.core.choices import (
     HighPrecision,
@@ -15,9 +15,11 @@ from reptrt.core.choices import (
     SplitPrecision,
 )
 from reptrt.core.errors import ConfigError
-from reptrt.core.grid import Grid
-from reptrt.quantize.calib.thresholds import ThresholdOptions
+from reptrt.quantize.calib.options import ThresholdOptions
 from reptrt.quantize.reconstruct.options import LearnOptions
+
+if TYPE_CHECKING:
+    from reptrt.core.grid import Grid
 
 _RECIPES: Mapping[Recipe, LearnOptions | None] = {
     "fast": None,
@@ -116,8 +118,10 @@ class CalibrateOptions:
         )
 
     @property
-    def grids(self) -> tuple[Grid, Grid]:
+    def grids(self) -> "tuple[Grid, Grid]":
         """The codes of activations and of weights."""
+        from reptrt.core.grid import Grid  # loads numpy, which the options themselves do without
+
         return Grid.activation(self.activation_bits), Grid.weight(self.weight_bits)
 
     @property

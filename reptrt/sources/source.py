@@ -26,7 +26,7 @@ from reptrt.sources.models import (
     names,
     options_from_state,
 )
-from reptrt.sources.models.options import flag
+from reptrt.sources.options import flag
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,8 @@ from reptrt.execute.runner import OrtRunner
 from reptrt.execute.torchgraph import TorchGraph
 from reptrt.graph.net import Net
 from reptrt.quantize.calib.histogram import histogram_of
-from reptrt.quantize.calib.thresholds import ThresholdOptions, amax_from_histogram
+from reptrt.quantize.calib.options import ThresholdOptions
+from reptrt.quantize.calib.thresholds import amax_from_histogram
 from reptrt.quantize.reconstruct.fake_quantize import fake_quantize
 from reptrt.sources.source import module_from_source
 from tests.benchmarks.conftest import FORMS, SOURCE

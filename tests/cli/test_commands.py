@@ -24,7 +24,7 @@ from torch import nn
 
 from reptrt.cli import main
 from reptrt.sources.models import build
-from reptrt.sources.models.options import ArchitectureOptions
+from reptrt.sources.options import ArchitectureOptions
 from tests.support.helpers import SHARED, needs_shared
 from tests.support.onnx_nets import Builder, plain_chain
 

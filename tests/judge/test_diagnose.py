@@ -23,7 +23,7 @@ from reptrt.judge.diagnose import diagnose
 from reptrt.judge.diagnose.report import Diagnosis, LayerDiagnosis
 from reptrt.judge.evaluate import evaluate
 from reptrt.pipeline import CalibrateOptions, ExportOptions, Source, calibrate, export, prepare
-from reptrt.quantize.calib.thresholds import ThresholdOptions
+from reptrt.quantize.calib.options import ThresholdOptions
 from tests.rewrite.test_splits import conv_net, rep_weight
 from tests.support.helpers import ort_run
 from tests.support.onnx_nets import Builder, plain_chain

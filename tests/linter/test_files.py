@@ -20,7 +20,7 @@ from reptrt.linter import RULES, lint, lint_net
 from reptrt.pipeline import CalibrateOptions, ExportOptions, calibrate, export
 from reptrt.rewrite.split_coarse_fine import split_coarse_fine
 from reptrt.rewrite.split_identity import split_identity
-from reptrt.sources.models.options import ArchitectureOptions
+from reptrt.sources.options import ArchitectureOptions
 from reptrt.sources.source import Source
 from tests.data.lint.make import cat, rep, res
 from tests.support import lint_graphs as graphs

@@ -18,8 +18,8 @@ from reptrt.graph.net import net_from_model
 from reptrt.graph.preprocess import Preprocess, write_preprocess
 from reptrt.judge.evaluate import evaluate
 from reptrt.pipeline import PLAIN_INT8, CalibrateOptions, ExportOptions, calibrate, export
-from reptrt.quantize.calib.thresholds import ThresholdOptions
-from reptrt.sources.models.options import ArchitectureOptions
+from reptrt.quantize.calib.options import ThresholdOptions
+from reptrt.sources.options import ArchitectureOptions
 from reptrt.sources.source import Source
 from tests.support.helpers import SHARED, needs_shared, ort_run
 from tests.support.onnx_nets import Builder, basic_block, plain_chain, without_names

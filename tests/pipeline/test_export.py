@@ -27,7 +27,7 @@ from reptrt.graph.preprocess import Preprocess, read_preprocess
 from reptrt.graph.provenance import read_provenance
 from reptrt.pipeline import ExportOptions, ExportReport, export
 from reptrt.sources.models import build
-from reptrt.sources.models.options import ArchitectureOptions
+from reptrt.sources.options import ArchitectureOptions
 from reptrt.sources.source import Source
 from tests.support.helpers import ort_run
 from tests.support.onnx_nets import Builder, basic_block, plain_chain

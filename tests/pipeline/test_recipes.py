@@ -22,7 +22,7 @@ from reptrt.graph.preprocess import read_preprocess
 from reptrt.graph.quantized import layer_weights
 from reptrt.judge.evaluate import evaluate
 from reptrt.pipeline import CalibrateOptions, calibrate
-from reptrt.quantize.calib.thresholds import ThresholdOptions
+from reptrt.quantize.calib.options import ThresholdOptions
 from reptrt.trt.input import read_buildable
 from tests.support.helpers import ort_run
 from tests.support.learned_nets import rep_net, write_images, write_net

@@ -17,7 +17,7 @@ from reptrt.execute.torch_runner import int8_runner
 from reptrt.graph.net import model_from_net, net_from_model, read_model
 from reptrt.judge.diagnose import diagnose
 from reptrt.pipeline import CalibrateOptions, CalibrateReport, calibrate
-from reptrt.quantize.calib.thresholds import ThresholdOptions
+from reptrt.quantize.calib.options import ThresholdOptions
 from tests.support.helpers import ort_run
 from tests.support.onnx_nets import Builder, give_identity
 

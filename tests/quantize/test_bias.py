@@ -21,8 +21,8 @@ from reptrt.graph.splits import read_splits
 from reptrt.pipeline import CalibrateOptions, calibrate, calibrating
 from reptrt.quantize.calib.bias import bias_errors, deployed_weights
 from reptrt.quantize.calib.collect import collect
+from reptrt.quantize.calib.options import ThresholdOptions
 from reptrt.quantize.calib.outputs import Outputs
-from reptrt.quantize.calib.thresholds import ThresholdOptions
 from tests.support.helpers import ort_run
 from tests.support.learned_nets import rep_net, write_images, write_net
 from tests.support.onnx_nets import Builder

@@ -15,8 +15,8 @@ from reptrt.graph.placement import place
 from reptrt.graph.preprocess import read_preprocess
 from reptrt.graph.qdq import insert_qdq
 from reptrt.pipeline import CalibrateOptions, CalibrateReport, calibrate, prepare
+from reptrt.quantize.calib.options import ThresholdOptions
 from reptrt.quantize.calib.outputs import stride_of
-from reptrt.quantize.calib.thresholds import ThresholdOptions
 from tests.support.helpers import ort_run
 from tests.support.learned_nets import SIZE, rep_net, write_images, write_net
 from tests.support.qdq_nets import with_outputs

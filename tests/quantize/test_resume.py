@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from reptrt.core.errors import ArtifactError
 from reptrt.pipeline import CalibrateOptions, CalibrateReport, calibrate
-from reptrt.quantize.reconstruct import LearnOptions, UnitReport, driver
+from reptrt.quantize.reconstruct import driver
 from reptrt.quantize.reconstruct.learn import Task, learn
+from reptrt.quantize.reconstruct.options import LearnOptions, UnitReport
 from reptrt.quantize.reconstruct.resume import Finished
 from reptrt.quantize.reconstruct.state import State
 from tests.support.learned_nets import rep_net, write_images, write_net

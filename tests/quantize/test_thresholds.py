@@ -13,7 +13,8 @@ from reptrt.core.choices import Rule
 from reptrt.core.errors import ConfigError
 from reptrt.core.grid import Grid, dequantize, quantize
 from reptrt.quantize.calib.histogram import Histogram, histogram_of
-from reptrt.quantize.calib.thresholds import ThresholdOptions, amax_from_histogram
+from reptrt.quantize.calib.options import ThresholdOptions
+from reptrt.quantize.calib.thresholds import amax_from_histogram
 
 INT8 = Grid.activation(8)
 RULES: tuple[Rule, ...] = ("max", "percentile", "mse", "mae", "entropy", "kl")
@@ -232,9 +233,9 @@ def test_a_few_values_are_enough(values: np.ndarray, rule: Rule, bits: int) -> N
 
 
 def test_options_say_what_is_expected() -> None:
-    with pytest.raises(ConfigError, match=r"--percentile: got 101, expected 0\.\.100"):
+    with pytest.raises(ConfigError, match=r"percentile: got 101, expected 0\.\.100"):
         ThresholdOptions("percentile", 101)
-    with pytest.raises(ConfigError, match=r"--threshold: got 'median', expected one of"):
+    with pytest.raises(ConfigError, match=r"threshold: got 'median', expected one of"):
         ThresholdOptions("median")  # type: ignore[arg-type]
 
 

@@ -22,8 +22,8 @@ from reptrt.graph.placement import place
 from reptrt.graph.qdq import insert_qdq, quantize_weights
 from reptrt.pipeline import CalibrateOptions, calibrate
 from reptrt.quantize.calib.histogram import histogram_of
+from reptrt.quantize.calib.options import ThresholdOptions
 from reptrt.quantize.calib.saturation import without_dead_values
-from reptrt.quantize.calib.thresholds import ThresholdOptions
 from reptrt.quantize.choose import int8_obstacle
 from reptrt.rewrite.fold_skip_scale import fold_skip_scale
 from reptrt.rewrite.recentre import recentre

@@ -300,7 +300,7 @@ def test_a_trained_net_loses_nothing(tmp_path: Path) -> None:
     """mobileone: 19.37 dB with an FP32 rest, 19.35 with FP16, 27.7 between the two (512 images)."""
     from reptrt.data.dataset import open_dataset
     from reptrt.graph.preprocess import read_preprocess
-    from reptrt.sources.models.options import ArchitectureOptions
+    from reptrt.sources.options import ArchitectureOptions
 
     architecture = ArchitectureOptions(
         blocks=(2, 4, 6, 1),

@@ -14,7 +14,8 @@ from reptrt.graph.net import Net, model_from_net, net_from_model
 from reptrt.graph.placement import Placement, place
 from reptrt.graph.preprocess import Preprocess, write_preprocess
 from reptrt.graph.qdq import insert_qdq, quantize_weights
-from reptrt.quantize.reconstruct import LearnOptions, Quantized, ReconstructReport, reconstruct
+from reptrt.quantize.reconstruct.driver import Quantized, reconstruct
+from reptrt.quantize.reconstruct.options import LearnOptions, ReconstructReport
 from reptrt.quantize.reconstruct.resume import Finished
 from reptrt.rewrite.fold_affine import fold_affine
 from reptrt.rewrite.insert_affine import insert_affine

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 from reptrt.judge.evaluate import evaluate
 from reptrt.pipeline import CalibrateOptions, calibrate
-from reptrt.quantize.reconstruct import LearnOptions
+from reptrt.quantize.reconstruct.options import LearnOptions
 from tests.support.helpers import load_tool
 from tests.support.learned_nets import rep_net, write_images, write_net
 

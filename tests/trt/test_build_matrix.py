@@ -21,8 +21,8 @@ from reptrt.graph.net import net_from_model
 from reptrt.graph.splits import read_splits
 from reptrt.linter import LintReport, lint_net
 from reptrt.pipeline import CalibrateOptions, ExportOptions, Source, calibrate, export
-from reptrt.quantize.reconstruct import LearnOptions
-from reptrt.sources.models.options import ArchitectureOptions
+from reptrt.quantize.reconstruct.options import LearnOptions
+from reptrt.sources.options import ArchitectureOptions
 from reptrt.trt.audit import compare
 from reptrt.trt.build import build_engine
 from reptrt.trt.input import read_buildable, with_rest

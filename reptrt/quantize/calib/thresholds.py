@@ -32,44 +32,18 @@ It left out entropy, which takes 60 times as long and is no better, and mae, whi
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from typing import get_args
 
 import numpy as np
 import numpy.typing as npt
 
-from reptrt.core.choices import Rule, Threshold
-from reptrt.core.errors import ConfigError
 from reptrt.core.grid import Grid
 from reptrt.quantize.calib.histogram import Histogram
+from reptrt.quantize.calib.options import ThresholdOptions
 
 FloatArray = npt.NDArray[np.float64]
 
 _SMALLEST = 2.0**-10  # of the maximum: no rule clips further down
 _COARSE, _FINE, _ZOOMS = 160, 17, 3
-_CANDIDATES: tuple[Rule, ...] = ("max", "percentile", "mse", "kl")
-
-
-@dataclass(frozen=True, slots=True)
-class ThresholdOptions:
-    """Which rule, and its parameter."""
-
-    rule: Threshold = "auto"
-    percentile: float = 99.99  # of |x|, for the rule of that name
-
-    def __post_init__(self) -> None:
-        known = get_args(Threshold)
-        if self.rule not in known:
-            raise ConfigError(f"--threshold: got {self.rule!r}, expected one of {known}")
-        if not 0 < self.percentile <= 100:
-            raise ConfigError(f"--percentile: got {self.percentile}, expected 0..100")
-
-    @property
-    def candidates(self) -> tuple["ThresholdOptions", ...]:
-        """The rules to choose from by what they do to the outputs; one, if it was given."""
-        if self.rule != "auto":
-            return (self,)
-        return tuple(replace(self, rule=rule) for rule in _CANDIDATES)
 
 
 def amax_from_histogram(histogram: Histogram, options: ThresholdOptions, grid: Grid) -> float:

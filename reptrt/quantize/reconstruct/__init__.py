@@ -9,8 +9,3 @@ shift of each layer (QPRep), steps of activations. Data flow:
     state        where things sit in the graph, their values, and how a run takes them
     driver       unit after unit; what is not better on held-out images is not kept
 """
-
-from reptrt.quantize.reconstruct.driver import Quantized, reconstruct
-from reptrt.quantize.reconstruct.options import LearnOptions, ReconstructReport, UnitReport
-
-__all__ = ["LearnOptions", "Quantized", "ReconstructReport", "UnitReport", "reconstruct"]

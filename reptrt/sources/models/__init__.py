@@ -14,7 +14,7 @@ from torch import nn
 
 from reptrt.core.errors import ConfigError
 from reptrt.sources.models import mobileone, repvgg
-from reptrt.sources.models.options import Architecture, ArchitectureOptions, flag
+from reptrt.sources.options import Architecture, ArchitectureOptions, flag
 
 __all__ = [
     "ArchitectureOptions",

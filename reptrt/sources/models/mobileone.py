@@ -28,7 +28,7 @@ from reptrt.sources.models.layers import (
     fused_block,
     initialize,
 )
-from reptrt.sources.models.options import (
+from reptrt.sources.options import (
     Architecture,
     ArchitectureOptions,
     check_length,

@@ -25,7 +25,7 @@ from reptrt.sources.models.layers import (
     fused_block,
     initialize,
 )
-from reptrt.sources.models.options import Architecture, ArchitectureOptions, check_length, flag
+from reptrt.sources.options import Architecture, ArchitectureOptions, check_length, flag
 
 _BLOCKS_A = (2, 4, 14, 1)
 _BLOCKS_B = (4, 6, 16, 1)

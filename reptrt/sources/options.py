@@ -1,11 +1,13 @@
-"""What an architecture can be asked for, and what its file tells the registry."""
+"""The options of an architecture, and what its file tells the registry; loads nothing heavy."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-
-from torch import nn
+from typing import TYPE_CHECKING
 
 from reptrt.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +48,7 @@ class ArchitectureOptions:
 class Architecture:
     """One file of the zoo, as the registry sees it."""
 
-    build: Callable[[ArchitectureOptions, bool], nn.Module]  # options, deploy -> the net
+    build: "Callable[[ArchitectureOptions, bool], nn.Module]"  # options, deploy -> the net
     variants: Mapping[str, ArchitectureOptions]  # full name -> what it stands for
     takes: tuple[str, ...]  # fields of ArchitectureOptions that the free form understands
     deploy_marker: str  # a part of parameter names that only the deploy form has

@@ -1,0 +1,31 @@
+"""Options of the choice of thresholds; importing this loads nothing heavy."""
+
+from dataclasses import dataclass, replace
+from typing import get_args
+
+from reptrt.core.choices import Rule, Threshold
+from reptrt.core.errors import ConfigError, option
+
+_CANDIDATES: tuple[Rule, ...] = ("max", "percentile", "mse", "kl")
+
+
+@dataclass(frozen=True, slots=True)
+class ThresholdOptions:
+    """Which rule, and its parameter."""
+
+    rule: Threshold = "auto"
+    percentile: float = 99.99  # of |x|, for the rule of that name
+
+    def __post_init__(self) -> None:
+        rules = get_args(Threshold)
+        if self.rule not in rules:
+            raise ConfigError(f"{option('threshold')}: got {self.rule!r}, expected one of {rules}")
+        if not 0 < self.percentile <= 100:
+            raise ConfigError(f"{option('percentile')}: got {self.percentile}, expected 0..100")
+
+    @property
+    def candidates(self) -> tuple["ThresholdOptions", ...]:
+        """The rules that ``auto`` compares by their effect on the outputs; else the one rule."""
+        if self.rule != "auto":
+            return (self,)
+        return tuple(replace(self, rule=rule) for rule in _CANDIDATES)
