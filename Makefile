@@ -1,5 +1,6 @@
 # make demo   install, then run the whole way on the embedded digits example
 # make test   install, then `make check` and every test
+# make quick  the tests that take seconds: what to run while you work
 # make check  lint, format, types, architecture
 # make benchmark   ratios of speed, side by side (a few minutes; leave the machine alone)
 # make docs   write the pages of docs/ that are made from the code
@@ -22,17 +23,20 @@ ASKED_FOR := pyproject.toml $(CONSTRAINTS)
 INSTALL := $(BIN)/python -m pip install $(PIP_FLAGS) --disable-pip-version-check \
 	$(addprefix -c ,$(CONSTRAINTS)) -e
 
-.PHONY: demo test check benchmark docs clean
+.PHONY: demo test quick check benchmark docs clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m reptrt.demo -o $(OUT)
 
 # Each worker gets its share of the cores, or the workers' threads fight each other.
-test: export OMP_NUM_THREADS := $(shell cores=$$(($$(getconf _NPROCESSORS_ONLN) / $(JOBS))); \
+test quick: export OMP_NUM_THREADS := $(shell cores=$$(($$(getconf _NPROCESSORS_ONLN) / $(JOBS))); \
 	echo $$((cores > 0 ? cores : 1)))
 test: check
 	$(BIN)/python -m pytest -n $(JOBS)
+
+quick: $(VENV)/.dev
+	$(BIN)/python -m pytest -n $(JOBS) -m "not slow"
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check
