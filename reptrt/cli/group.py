@@ -551,7 +551,7 @@ def inspect(
 @_json_option
 def package(engine: Path, output: Path, json_path: str | None, **values: Any) -> None:
     """Write ENGINE into a model repository of Triton Inference Server."""
-    from reptrt.trt.triton import PackageOptions
+    from reptrt.trt.options import PackageOptions
     from reptrt.trt.triton import package as pack
 
     report = pack(engine, output, PackageOptions(**values))

@@ -2,17 +2,15 @@
 
 from typing import Literal
 
+Device = Literal["cpu", "cuda", "tensorrt"]  # execution provider of onnxruntime
 HighPrecision = Literal["fp32", "fp16"]  # reptrt.rewrite.to_fp16
 Recipe = Literal["fast", "balanced", "accurate"]
 Rounding = Literal["nearest", "learned"]  # reptrt.quantize.reconstruct
-Rule = Literal[
-    "max", "percentile", "mse", "mae", "entropy", "kl"
-]  # reptrt.quantize.calib.thresholds
+Rule = Literal["max", "percentile", "mse", "mae", "entropy", "kl"]  # quantize.calib.thresholds
 Threshold = Literal["auto", Rule]
 Resize = Literal["none", "stretch", "crop"]  # reptrt.graph.preprocess
+RunnerKind = Literal["auto", "ort", "tensorrt"]  # reptrt.execute.runner
 SplitForm = Literal["none", "identity-scalar", "identity", "coarse-fine"]
-SplitMode = Literal[
-    "auto", "none", "identity-scalar", "identity", "coarse-fine"
-]  # reptrt.quantize.choose
+SplitMode = Literal["auto", SplitForm]  # reptrt.quantize.choose
 SplitPrecision = Literal["float", "int8"]  # reptrt.graph.splits
 TorchDevice = Literal["cpu", "cuda"]

@@ -13,21 +13,20 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 import onnx
 from google.protobuf.message import DecodeError
 
+from reptrt.core.choices import Device, RunnerKind
 from reptrt.core.errors import ArtifactError, ConfigError, DataError, MissingDependencyError
 from reptrt.execute.code_sums import SUMS
 from reptrt.execute.lowering import lower
 from reptrt.graph.net import bytes_from_model, read_model
 from reptrt.trt.machine import may_saturate
 
-Device = Literal["cpu", "cuda", "tensorrt"]
-RunnerKind = Literal["auto", "ort", "tensorrt"]
 AnyArray = npt.NDArray[Any]
 
 _PROVIDERS: dict[Device, list[str]] = {

@@ -17,20 +17,18 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from reptrt.core.choices import Device, RunnerKind
 from reptrt.core.errors import ConfigError
 from reptrt.core.intervals import Float64Array, percentile_interval
 from reptrt.execute.runner import (
-    Device,
     EventTimer,
     Runner,
-    RunnerKind,
     open_runner,
     ort_version,
     usable_cores,
 )
 from reptrt.judge.bench_report import BenchReport, Timing
-from reptrt.trt.machine import Conditions, read_conditions, remarks
-from reptrt.trt.machine import cpu_name as cpu_name
+from reptrt.trt.machine import Conditions, cpu_name, read_conditions, remarks
 
 Float32Array = npt.NDArray[np.float32]
 

@@ -23,11 +23,12 @@ import numpy.typing as npt
 from rich.table import Table
 
 from reptrt.core.artifacts import read_sidecar
+from reptrt.core.choices import Device, RunnerKind
 from reptrt.core.errors import ArtifactError, ConfigError, DataError
 from reptrt.core.metrics import agreement, sqnr_db, top_k_accuracy
 from reptrt.core.progress import track
 from reptrt.data.dataset import Dataset, open_dataset
-from reptrt.execute.runner import Device, Runner, RunnerKind, open_runner
+from reptrt.execute.runner import Runner, open_runner
 from reptrt.graph.net import net_from_model, read_model
 from reptrt.graph.preprocess import Preprocess, read_preprocess
 

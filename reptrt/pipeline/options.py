@@ -13,8 +13,10 @@ from reptrt.core.choices import (
     SplitForm,
     SplitMode,
     SplitPrecision,
+    TorchDevice,
 )
 from reptrt.core.errors import ConfigError
+from reptrt.core.option_fields import described
 from reptrt.quantize.calib.options import ThresholdOptions
 from reptrt.quantize.reconstruct.options import LearnOptions
 
@@ -32,39 +34,90 @@ _RECIPES: Mapping[Recipe, LearnOptions | None] = {
 class ExportOptions:
     """Options of `export`; None means what the source implies."""
 
-    input_size: tuple[int, int, int] | None = None  # C, H, W
-    mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
-    resize: Resize | None = None
-    opset: int = 19
-    tolerance: float = 1e-4  # of the largest value, per block and overall
+    input_size: tuple[int, int, int] | None = described(
+        None, "Channels, height and width of an image, e.g. 3x224x224."
+    )
+    mean: tuple[float, ...] | None = described(None, "Mean of each channel, of pixels in 0..1.")
+    std: tuple[float, ...] | None = described(
+        None, "Standard deviation of each channel, of pixels in 0..1."
+    )
+    resize: Resize | None = described(
+        None, "What to do with images of another size than the input's."
+    )
+    opset: int = described(
+        19, "Opset of the ONNX file; scales in FP16 need 19.", minimum=13, maximum=20
+    )
+    tolerance: float = described(
+        1e-4,
+        "Largest difference that fusion may make to any block or output, as a fraction of its "
+        "largest value.",
+    )
 
 
 @dataclass(frozen=True, slots=True)
 class CalibrateOptions:
     """Options of `calibrate`."""
 
-    images: int = 512
-    recipe: Recipe = "fast"
+    images: int = described(
+        512, "Number of calibration images, sampled from the data by --seed.", short="-n"
+    )
+    recipe: Recipe = described(
+        "fast",
+        "How much work is spent on accuracy: fast rounds weights to nearest, balanced and accurate "
+        "learn the rounding, accurate for longer.",
+    )
     threshold: ThresholdOptions = field(default_factory=ThresholdOptions)
-    equalize: bool = True
-    split: SplitMode = "auto"
-    split_precision: SplitPrecision = "float"
-    max_overhead: float = 0.10  # extra multiply-accumulates that auto may spend, of the net's own
-    full_range: bool = True  # activations after a ReLU may take all 256 codes
-    correct_bias: bool = True  # take the mean error of quantized weights out of the biases
-    rounding: Rounding | None = None  # of weights; None: what the recipe says
-    qprep: bool | None = None  # learn a gain and shift per channel; None: what the recipe says
-    keep_affine: bool = False  # leave them in the graph as Mul and Add, to look at
-    iterations: int | None = None  # of each unit; None: what the recipe says
-    memory_budget: float = 4.0  # GiB, of a process that learns
+    equalize: bool = described(
+        True, "Give all channels of an activation the same range; adds no work to the net."
+    )
+    split: SplitMode = described(
+        "auto", "Form in which layers are split into two; auto decides for each layer."
+    )
+    split_precision: SplitPrecision = described(
+        "float", "Precision of the two summands of a split layer."
+    )
+    max_overhead: float = described(
+        0.10,
+        "Extra multiply-accumulates that --split auto may add, as a fraction of the net's own; "
+        "0: no extra node.",
+    )
+    full_range: bool = described(
+        True, "Let activations after a ReLU use all 256 codes where that pays."
+    )
+    correct_bias: bool = described(
+        True, "Subtract the mean error of quantized weights from the biases."
+    )
+    rounding: Rounding | None = described(
+        None, "How weights are rounded; default: as --recipe says."
+    )
+    qprep: bool | None = described(
+        None, "Learn a gain and a shift for each channel; default: as --recipe says."
+    )
+    keep_affine: bool = described(
+        False, "Leave the learned gains and shifts in the graph as Mul and Add, for inspection."
+    )
+    iterations: int | None = described(
+        None, "Learning steps for each unit; default: as --recipe says.", minimum=1
+    )
+    memory_budget: float = described(
+        4.0,
+        "Memory in GiB that the process may use for learning; activations that do not fit are "
+        "stored in half precision, or on disk.",
+    )
     learn: LearnOptions | None = None  # in place of all that the recipe says; for experiments
-    weight_bits: int = 8
-    activation_bits: int = 8
-    exclude: tuple[str, ...] = ()  # regular expressions over layer names
-    high_precision: HighPrecision = "fp32"  # of what is not INT8; fp16 for engines
-    device: str = "cpu"
-    seed: int = 0  # of the sample of images and of what is learned
+    weight_bits: int = described(8, "Bits of a weight, 2 to 8; fewer than 8 are simulated in INT8.")
+    activation_bits: int = described(
+        8, "Bits of an activation, 2 to 8; fewer than 8 are simulated in INT8."
+    )
+    exclude: tuple[str, ...] = described(
+        (), "Regular expression for names of layers that stay in float.", metavar="REGEX"
+    )
+    high_precision: HighPrecision = described(
+        "fp32",
+        "Type in the file of everything that is not INT8; build-engine makes it fp16 by itself.",
+    )
+    device: TorchDevice = described("cpu", "Device that calibration images are run on.")
+    seed: int = described(0, "Seed for sampling calibration images and for learning.")
 
     def __post_init__(self) -> None:
         for name, bits in (("weight", self.weight_bits), ("activation", self.activation_bits)):

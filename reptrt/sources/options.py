@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 from reptrt.core.errors import ConfigError
+from reptrt.core.option_fields import described
 
 if TYPE_CHECKING:
     from torch import nn
@@ -18,13 +19,17 @@ class ArchitectureOptions:
         ConfigError: a list without entries, or a number that is not positive.
     """
 
-    widths: tuple[int, ...] | None = None  # output channels per stage
-    blocks: tuple[int, ...] | None = None  # blocks per stage, the stem not counted
-    strides: tuple[int, ...] | None = None  # stride of the first block of each stage
-    groups: int | None = None  # RepVGG: groups of every second layer
-    branches: int | None = None  # MobileOne: k x k branches per block
+    widths: tuple[int, ...] | None = described(None, "Output channels of each stage, stem first.")
+    blocks: tuple[int, ...] | None = described(None, "Blocks in each stage, without the stem.")
+    strides: tuple[int, ...] | None = described(
+        None, "Stride of the first block of each stage, stem first."
+    )
+    groups: int | None = described(None, "RepVGG: groups of every second layer.")
+    branches: int | None = described(None, "MobileOne: k x k branches in each block.")
     se_blocks: tuple[int, ...] | None = None  # MobileOne: squeeze-excite in the last n of a stage
-    num_classes: int | None = None
+    num_classes: int | None = described(
+        None, "Number of classes; default: as many as the weights have, or 1000."
+    )
     in_channels: int | None = None
 
     def __post_init__(self) -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Literal
 
 from reptrt.core.choices import HighPrecision
-from reptrt.core.errors import ConfigError
+from reptrt.core.errors import ConfigError, option
+from reptrt.core.option_fields import described
 from reptrt.trt import binding
 from reptrt.trt.binding import CURRENT, Backend, BackendName, Gpu, capability
 
@@ -49,19 +50,47 @@ DEFAULT_BATCHES = ShapeRange((1,), (8,), (64,))
 class BuildOptions:
     """Options of an engine build; the defaults build for the local GPU, or portably without one."""
 
-    backend: BackendName = "auto"
-    targets: tuple[str, ...] = ()  # compute capabilities ("sm89"), or "current" alone, the GPU
-    # of this machine; (): the backend's default
-    shapes: ShapeRange | None = None  # None: batch 1:8:64 where the graph's batch is dynamic
-    workspace_mib: int | None = None  # scratch memory of one layer; None: TensorRT's default
-    timing_cache: Path | None = None  # read, then extended; shared by any number of builds
-    pinned_tactics: bool = False  # only tactics that are in the timing cache
-    version_compatible: bool = False  # runs on later TensorRT of the same major version too
-    hardware_compatible: HardwareCompatibility = "none"  # which other GPUs it is to run on
-    refit: bool = False  # weights can be replaced later
-    strip_plan: bool = False  # no weights in the file; refit before use
-    optimization_level: int = _DEFAULT_LEVEL  # 0 fastest build ... 5 fastest engine
-    high_precision: HighPrecision = "fp16"  # of what is not INT8; a graph with FP16 keeps its types
+    backend: BackendName = described(
+        "auto", "TensorRT to build with; auto is tensorrt where there is a GPU, else tensorrt-rtx."
+    )
+    targets: tuple[str, ...] = described(
+        (),
+        "Compute capabilities to build for, e.g. sm80,sm89; current is the GPU of this machine; "
+        "default: as the backend chooses.",
+        flag="--target",
+        parse=lambda text: parse_targets(text),
+    )
+    shapes: ShapeRange | None = described(
+        None,
+        "Batch sizes MIN:OPT:MAX, or full shapes; default: 1:8:64 where the batch is dynamic.",
+        parse=lambda text: parse_shapes(text),
+    )
+    workspace_mib: int | None = described(
+        None,
+        "Scratch memory that one layer may use, in MiB; default: as TensorRT chooses.",
+        flag="--workspace",
+    )
+    timing_cache: Path | None = described(
+        None, "File of measured kernel times, read and extended; many builds can share it."
+    )
+    pinned_tactics: bool = described(False, "Use only kernels that are in the timing cache.")
+    version_compatible: bool = described(
+        False, "Build an engine that later TensorRT of the same major version can run."
+    )
+    hardware_compatible: HardwareCompatibility = described(
+        "none", "Other GPUs that can run the engine."
+    )
+    refit: bool = described(False, "Build an engine whose weights can be replaced.")
+    strip_plan: bool = described(
+        False, "Leave the weights out of the engine, which must be refitted before use."
+    )
+    optimization_level: int = described(
+        _DEFAULT_LEVEL, "Effort of the build: 0 builds fastest, 5 gives the fastest engine."
+    )
+    high_precision: HighPrecision = described(
+        "fp16",
+        "Type of everything that is not INT8; a file that has FP16 types keeps its types.",
+    )
 
     def __post_init__(self) -> None:
         if self.workspace_mib is not None and self.workspace_mib < 1:
@@ -70,6 +99,34 @@ class BuildOptions:
             raise ConfigError(f"--optimization-level: got {self.optimization_level}, expected 0..5")
         if self.pinned_tactics and self.timing_cache is None:
             raise ConfigError("--pinned-tactics: needs the --timing-cache that the tactics are in")
+
+
+@dataclass(frozen=True, slots=True)
+class PackageOptions:
+    """Options of `package`."""
+
+    name: str | None = described(None, "Name of the model; default: that of the engine's file.")
+    labels: Path | None = described(
+        None, "Text file with one class a line, in the order of the outputs."
+    )
+    instances: int = described(1, "Execution contexts on each GPU.")
+    max_queue_delay_us: int = described(
+        100,
+        "Microseconds that a request may wait for others to share its batch.",
+        flag="--max-queue-delay",
+    )
+
+    def __post_init__(self) -> None:
+        if self.instances < 1:
+            raise ConfigError(f"{option('instances')}: got {self.instances}, expected 1 or more")
+        if self.max_queue_delay_us < 0:
+            raise ConfigError(
+                f"{option('max_queue_delay_us')}: got {self.max_queue_delay_us}, expected 0 or more"
+            )
+        if self.name is not None and not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*", self.name):
+            raise ConfigError(
+                f"{option('name')}: got {self.name!r}, expected letters, digits, _ - and ."
+            )
 
 
 def parse_shapes(text: str) -> ShapeRange:

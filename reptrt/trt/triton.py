@@ -23,7 +23,7 @@ from reptrt.core.artifacts import Sidecar, read_sidecar
 from reptrt.core.errors import ArtifactError, ConfigError
 from reptrt.graph.preprocess import crop_cover
 from reptrt.trt.file import PlanHeader, read_header
-from reptrt.trt.options import parse_shapes
+from reptrt.trt.options import PackageOptions, parse_shapes
 
 _TYPES = {
     "FLOAT": "TYPE_FP32",
@@ -35,26 +35,6 @@ _TYPES = {
     "INT64": "TYPE_INT64",
     "BOOL": "TYPE_BOOL",
 }
-
-
-@dataclass(frozen=True, slots=True)
-class PackageOptions:
-    """Options of `package`."""
-
-    name: str | None = None  # of the model; None: that of the engine's file
-    labels: Path | None = None  # text file, one class a line, in the order of the outputs
-    instances: int = 1  # execution contexts per GPU
-    max_queue_delay_us: int = 100  # how long a request may wait for others to share its batch
-
-    def __post_init__(self) -> None:
-        if self.instances < 1:
-            raise ConfigError(f"--instances: got {self.instances}, expected 1 or more")
-        if self.max_queue_delay_us < 0:
-            raise ConfigError(
-                f"--max-queue-delay: got {self.max_queue_delay_us}, expected 0 or more"
-            )
-        if self.name is not None and not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*", self.name):
-            raise ConfigError(f"--name: got {self.name!r}, expected letters, digits, _ - and .")
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,8 @@ from reptrt.cli import main
 from reptrt.core.artifacts import sidecar_path, write_artifact
 from reptrt.core.errors import ArtifactError, ConfigError, EngineError
 from reptrt.trt import triton as module
-from reptrt.trt.triton import PackageOptions, package
+from reptrt.trt.options import PackageOptions
+from reptrt.trt.triton import package
 from tests.support.qdq_graphs import qdq_model, save
 
 DETAILS: dict[str, Any] = {
@@ -248,9 +249,9 @@ def test_bad_input(tmp_path: Path) -> None:
         package(engine, tmp_path / "no" / "repo", PackageOptions())
     with pytest.raises(EngineError, match="not a TensorRT engine"):
         package(labels, repo, PackageOptions())
-    with pytest.raises(ConfigError, match="--instances: got 0"):
+    with pytest.raises(ConfigError, match="instances: got 0"):
         PackageOptions(instances=0)
-    with pytest.raises(ConfigError, match="--name: got 'a/b'"):
+    with pytest.raises(ConfigError, match="name: got 'a/b'"):
         PackageOptions(name="a/b")
     odd = json.loads(json.dumps(DETAILS))
     odd["outputs"][0]["dtype"] = "FP8"

@@ -5,16 +5,24 @@ from typing import get_args
 
 from reptrt.core.choices import Rule, Threshold
 from reptrt.core.errors import ConfigError, option
+from reptrt.core.option_fields import described
 
 _CANDIDATES: tuple[Rule, ...] = ("max", "percentile", "mse", "kl")
 
 
 @dataclass(frozen=True, slots=True)
 class ThresholdOptions:
-    """Which rule, and its parameter."""
+    """The rule that sets the thresholds of activations, and its parameter."""
 
-    rule: Threshold = "auto"
-    percentile: float = 99.99  # of |x|, for the rule of that name
+    rule: Threshold = described(
+        "auto",
+        "Rule that sets the thresholds of activations; auto tries max, percentile, mse and kl, "
+        "takes the rule whose outputs are closest on held-out images, and adds a margin.",
+        flag="--threshold",
+    )
+    percentile: float = described(
+        99.99, "Percentile of |x| for --threshold percentile.", minimum=50, maximum=100
+    )
 
     def __post_init__(self) -> None:
         rules = get_args(Threshold)

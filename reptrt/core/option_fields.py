@@ -1,0 +1,43 @@
+"""Fields of options dataclasses that the command line offers too.
+
+    images: int = described(512, "Number of calibration images.", short="-n")
+
+Name, type, default and help text are written once, here; `reptrt.cli.fields` makes the flag
+``-n, --images INTEGER`` of it. A field without a description is for programs only.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+_KEY = "reptrt.description"
+
+
+@dataclass(frozen=True, slots=True)
+class Description:
+    """What the command line adds to the name, type and default of a field."""
+
+    help: str
+    flag: str | None = None  # None: the field's name with dashes
+    short: str | None = None  # "-n"
+    metavar: str | None = None
+    minimum: float | None = None  # a value below it is a usage error
+    maximum: float | None = None
+    parse: Callable[[str], Any] | None = None  # from the text of the command line
+
+
+def described(default: Any, help: str, **details: Any) -> Any:
+    """Return a dataclass field with a default and a description.
+
+    Args:
+        default: of the field.
+        help: one sentence for ``--help``.
+        **details: the other fields of `Description`.
+    """
+    return field(default=default, metadata={_KEY: Description(help, **details)})
+
+
+def descriptions(kind: type) -> dict[str, Description]:
+    """Return the described fields of a dataclass, in their order."""
+    metadata = {item.name: item.metadata for item in fields(kind)}
+    return {name: data[_KEY] for name, data in metadata.items() if _KEY in data}
