@@ -12,8 +12,6 @@ touched, so a default may be chosen by this table. Rows add one part after the o
     + steps          of activations: what recipe accurate does
     + stage          and the error of the stage's output, with the same weight as the unit's
     + stage / 10     with a tenth of it
-    joint            units of four layers in place of one
-    + polish         the whole net on its outputs afterwards
 
 Nets are float ONNX files as `reptrt export` writes them. One line a setting, mean and spread
 (largest minus smallest) over the seeds.
@@ -43,8 +41,6 @@ ROWS: dict[str, LearnOptions | None] = {
     "+ steps": ALL,
     "+ stage": replace(ALL, stage_weight=1.0),
     "+ stage / 10": replace(ALL, stage_weight=0.1),
-    "joint": replace(ALL, layers_per_unit=4),
-    "+ polish": replace(ALL, polish=60),
 }
 
 

@@ -90,7 +90,7 @@ def test_two_rows(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = CalibrateOptions(images=COUNT // 2, split="none")
     assert calls.options == [
         plain,
-        replace(plain, learn=LearnOptions(affine=False, steps=False, polish=0, iterations=10)),
+        replace(plain, learn=LearnOptions(affine=False, steps=False, iterations=10)),
     ]
     for calibrating, judging in zip(calls.images, calls.judged, strict=True):
         assert calibrating.shape == judging.shape == (COUNT // 2, 3, 6, 6)
@@ -127,8 +127,6 @@ def test_the_rows_differ_by_what_they_say() -> None:
         "+ stage",
         "+ stage / 10",
     ]
-    assert [name for name, row in learned.items() if row.polish] == ["+ polish"]
-    assert [name for name, row in learned.items() if row.layers_per_unit > 1] == ["joint"]
 
 
 def test_a_row_that_is_not_there(made: Path) -> None:

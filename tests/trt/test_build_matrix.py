@@ -82,7 +82,7 @@ WAYS: dict[str, CalibrateOptions] = {
     "identity, int8": replace(SPLIT, split="identity", split_precision="int8"),
     "coarse-fine, int8": replace(PLAIN, split="coarse-fine", split_precision="int8"),
     # All there is, learned in few steps: engines do not differ by how good the codes are.
-    "learned": CalibrateOptions(images=16, learn=LearnOptions(iterations=2, polish=1, batch=8)),
+    "learned": CalibrateOptions(images=16, learn=LearnOptions(iterations=2, batch=8)),
 }
 
 

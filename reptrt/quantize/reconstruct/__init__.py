@@ -1,11 +1,13 @@
-"""Learned calibration, unit by unit: ABC after RepAPQ (arXiv 2402.16121), and what goes beyond it.
+"""Learned calibration, unit by unit: ABC after RepAPQ (arXiv 2402.16121), and our additions.
 
-`reconstruct` changes the constants of a Q/DQ graph: codes of weights (learned rounding), gain and
-shift of each layer (QPRep), steps of activations. Data flow:
+`reconstruct` changes the constants of a Q/DQ graph: the codes of weights (learned rounding), the
+gain and shift of each layer (QPRep) and the steps of activations.
 
-    units        the graph cut into units, in order
-    cache        both nets' activations between units, for all calibration images
-    learn        one unit by gradient descent on its output error
-    state        where things sit in the graph, their values, and how a run takes them
-    driver       unit after unit; what is not better on held-out images is not kept
+    units     cut the graph into units
+    cache     keep both nets' activations at the boundaries between units, for all images
+    learn     fit one unit to the float net's output by gradient descent
+    rounding, fake_quantize    what gradients pass through
+    state     find the learnable constants of the graph, hold their values, write them back
+    driver    learn unit after unit; keep what is better on held-out images
+    resume    keep finished units on disk, so that a stopped run can go on
 """

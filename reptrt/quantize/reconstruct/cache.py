@@ -1,13 +1,14 @@
 """Activations of all calibration images at the boundaries between units, in bounded memory.
 
-What fits the budget is kept in float32; else in half the bytes, float16; else float16 on disk. The
-budget is for the process: `working_bytes` of it are for everything else. That is an estimate and
-not a measurement, so that the same calibration does the same on every machine.
+Activations are stored in float32 if they fit the memory budget, else in float16 in memory, else in
+float16 on disk. The budget is for the whole process: `working_bytes` estimates what everything else
+takes. It is an estimate, not a measurement, so that a calibration gives the same result on every
+machine.
 """
 
 import mmap
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -15,12 +16,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from reptrt.data.dataset import Dataset
+from reptrt.execute.torchgraph import TorchGraph
+from reptrt.quantize.calib.collect import COMPUTE_BATCH
 from reptrt.quantize.reconstruct.units import Layout
 
 Storage = Literal["float32", "float16", "disk"]
+Hooks = Mapping[str, Callable[..., Tensor]]  # node name -> function that replaces the node
+
 _LARGEST = 65504.0  # of float16
 _PROGRAM = 1 << 30  # bytes of the interpreter, torch and a net
-_COPIES = 8  # of a unit's activations while it is learned: values, gradients, what rounding keeps
+_COPIES = 8  # copies of a unit's activations while it is learned: values, gradients, saved tensors
 
 
 class Store:
@@ -34,7 +40,7 @@ class Store:
         dtype = torch.float16 if self._half else torch.float32
         self._mapping: mmap.mmap | None = None
         if storage == "disk":
-            with tempfile.TemporaryFile(dir=folder) as file:  # goes with its last mapping
+            with tempfile.TemporaryFile(dir=folder) as file:  # deleted with its last mapping
                 size = 2 * count * int(np.prod(shape))
                 file.truncate(max(size, 1))
                 self._mapping = mmap.mmap(file.fileno(), max(size, 1))
@@ -47,53 +53,123 @@ class Store:
         return len(self._values)
 
     def to_host(self) -> None:
-        """Move the values to the CPU's memory; reads stay on the device of the computation."""
+        """Move the values to CPU memory; `read` still returns tensors on the computing device."""
         self._values = self._values.cpu()
 
     def write(self, start: int, values: Tensor) -> None:
-        """Store images ``start`` and following."""
+        """Store the values of the images ``start``, ``start + 1``, ..."""
         if self._half:
             values = values.clamp(-_LARGEST, _LARGEST)
         self._values[start : start + len(values)] = values.detach()
-        self._let_go()
+        self._release_pages()
 
     def read(self, index: Tensor | slice) -> Tensor:
-        """Return the images of an index, float32 on the device of the computation."""
+        """Return the values of the indexed images, float32 on the computing device."""
         if isinstance(index, Tensor):
             index = index.to(self._values.device)
         values = self._values[index].to(self._device, torch.float32)
-        self._let_go()
+        self._release_pages()
         return values
 
-    def _let_go(self) -> None:
-        """Leave the pages of a file to the system, which else count as this process's memory."""
+    def _release_pages(self) -> None:
+        """Return the pages of a file to the system; they would count as this process's memory."""
         if self._mapping is not None and hasattr(mmap, "MADV_DONTNEED"):
             self._mapping.madvise(mmap.MADV_DONTNEED)
 
 
+class Activations:
+    """Both nets' tensors at the boundary that the run has reached, for all images.
+
+    Attributes:
+        quantized: tensor name -> values in the quantized net.
+        float: tensor name -> values in the float net.
+    """
+
+    def __init__(
+        self, dataset: Dataset, layout: Layout, storage: Storage, device: torch.device, folder: Path
+    ) -> None:
+        self.quantized: dict[str, Store] = {}
+        self.float: dict[str, Store] = {}
+        self._dataset, self._layout = dataset, layout
+        self._storage, self._device, self._folder = storage, device, folder
+
+    def load_images(self, name: str) -> None:
+        """Start at the first boundary: the images, one store for both nets."""
+        images = self._new_store(name)
+        start = 0
+        for batch in self._dataset.batches(COMPUTE_BATCH):
+            images.write(start, torch.from_numpy(batch))
+            start += len(batch)
+        self.quantized[name] = self.float[name] = images
+
+    def propagate(
+        self,
+        graph: TorchGraph,
+        inputs: Sequence[str],
+        outputs: Sequence[str],
+        source: Mapping[str, Store],
+        constants: Mapping[str, Tensor],
+        hooks: Hooks,
+    ) -> dict[str, Store]:
+        """Run all images from the inputs to the outputs; return new stores of the outputs."""
+        stores = {name: self._new_store(name) for name in outputs}
+        with torch.no_grad():
+            for part in batches(self._dataset.length, COMPUTE_BATCH):
+                values = graph.run(
+                    {**read(source, inputs, part), **constants}, outputs, replace=hooks
+                )
+                for name in outputs:
+                    stores[name].write(part.start, values[name])
+        return stores
+
+    def keep_only(self, names: Sequence[str]) -> None:
+        """Drop all tensors but the named ones."""
+        for stores in (self.quantized, self.float):
+            for name in stores.keys() - set(names):
+                del stores[name]
+
+    def to_host(self) -> None:
+        """Move all values to CPU memory."""
+        for store in (*self.quantized.values(), *self.float.values()):
+            store.to_host()
+
+    def _new_store(self, name: str) -> Store:
+        shape = self._layout.shapes[name]
+        return Store(self._dataset.length, shape, self._storage, self._device, self._folder)
+
+
+def read(
+    stores: Mapping[str, Store], names: Sequence[str], index: Tensor | slice
+) -> dict[str, Tensor]:
+    """Return the values of the indexed images by tensor name."""
+    return {name: stores[name].read(index) for name in names}
+
+
 def batches(count: int, size: int) -> Iterator[slice]:
-    """Yield slices that cover ``count`` images."""
+    """Yield slices of at most ``size`` that cover ``count`` images."""
     for start in range(0, count, size):
         yield slice(start, min(start + size, count))
 
 
 def peak_bytes(layout: Layout, inputs: Sequence[str], count: int) -> int:
-    """Return the most bytes that are held at once in float32.
+    """Return the largest number of bytes that activations take at once in float32.
 
-    Both nets' activations at the two boundaries of a unit, and the images, which stay to the end.
+    That is, for some unit, both nets' tensors at the two boundaries of the unit; the images are
+    stored once for both nets.
     """
     peak, before = 0, tuple(inputs)
-    images = sum(int(np.prod(layout.shapes[name])) for name in inputs)
     for unit, after in zip(layout.units, layout.alive, strict=True):
-        held = {*before, *after, *unit.outputs} - set(inputs)
-        values = images + 2 * sum(int(np.prod(layout.shapes[name])) for name in held)
+        held = {*before, *after, *unit.outputs}
+        values = sum(
+            (1 if name in inputs else 2) * int(np.prod(layout.shapes[name])) for name in held
+        )
         peak = max(peak, 4 * count * values)
         before = after
     return peak
 
 
 def working_bytes(layout: Layout, batch: int) -> int:
-    """Return about how many bytes learning takes beside what is kept of all images."""
+    """Return an estimate of the bytes that learning takes beside the stored activations."""
     sizes = (
         sum(int(np.prod(layout.shapes[name])) for name in (*unit.inputs, *unit.outputs))
         for unit in layout.units
@@ -102,7 +178,7 @@ def working_bytes(layout: Layout, batch: int) -> int:
 
 
 def choose_storage(peak: int, budget: int) -> Storage:
-    """Return where activations of ``peak`` bytes in float32 are kept under a budget in bytes."""
+    """Return where to store activations of ``peak`` bytes in float32 under a budget in bytes."""
     if peak <= budget:
         return "float32"
     return "float16" if peak // 2 <= budget else "disk"

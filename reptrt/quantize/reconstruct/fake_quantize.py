@@ -1,4 +1,4 @@
-"""Rounding that gradients pass through."""
+"""Fake quantization that gradients pass through."""
 
 from typing import Any
 
@@ -9,14 +9,15 @@ from reptrt.core.grid import Grid
 
 
 def fake_quantize(x: Tensor, step: Tensor, grid: Grid) -> Tensor:
-    """Return clip(round(x / step), qmin, qmax) * step, the values of `reptrt.core.grid`.
+    """Return clip(round(x / step), qmin, qmax) * step, the same values as `reptrt.core.grid`.
 
-    Gradients: of x, 1 inside the range and 0 where x is clipped; of the step, round(x / step) -
-    x / step inside and qmin or qmax where x is clipped (learned step size, arXiv 1902.08153).
+    The gradient for x is 1 inside the range and 0 where x is clipped. The gradient for the step is
+    round(x / step) - x / step inside, and qmin or qmax where x is clipped (learned step size,
+    arXiv 1902.08153).
 
     Args:
         x: any shape.
-        step: a scalar.
+        step: the scale, a scalar.
         grid: the codes.
     """
     return _FakeQuantize.apply(x, step, grid)  # type: ignore[no-untyped-call,no-any-return]

@@ -1,10 +1,11 @@
-"""Learn one unit: rounding, gains and shifts, steps, by gradient descent on its output error.
+"""Learn one unit (rounding, gains and shifts, steps) by gradient descent on its output error.
 
     loss = |B(x^) - Y| / |Y|  +  stage_weight |R(B(x^)) - Y_S| / |Y_S|  +  regularizer
 
-B is the quantized unit, x^ its input as the quantized units before it make it, Y the float net's
-output of the unit; R is the float rest of the stage and Y_S its output. |.| is the mean absolute
-value (MAE, after RepAPQ arXiv 2402.16121: outliers dominate MSE) or the mean square.
+B is the quantized unit, x^ its input, computed by the quantized units before it, and Y the unit's
+output in the float net. R is the float rest of the stage and Y_S the stage's output in the float
+net. |.| is the mean absolute value (MAE, after RepAPQ arXiv 2402.16121: outliers dominate MSE) or
+the mean square.
 """
 
 import math
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from reptrt.core.errors import CalibrationError
+from reptrt.core.errors import CalibrationError, option
 from reptrt.execute.torchgraph import TorchGraph, exact_math
 from reptrt.quantize.reconstruct.options import LearnOptions
 from reptrt.quantize.reconstruct.rounding import SoftCodes, beta_at
@@ -22,42 +23,43 @@ from reptrt.quantize.reconstruct.state import Sites, State, deployed_weights, si
 
 Batch = Callable[[Tensor], Mapping[str, Tensor]]  # image indices -> tensors by name
 
-_CHECK_EVERY = 25  # steps between looks at whether the loss is finite
+_CHECK_EVERY = 25  # iterations between checks that the loss is finite
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Task:
-    """What is to be learned from what."""
+    """One unit to learn, with its inputs and targets."""
 
     name: str
-    graph: TorchGraph  # of the Q/DQ graph
+    graph: TorchGraph  # the Q/DQ graph
     sites: Sites
-    nodes: frozenset[str]  # that run
-    frozen: frozenset[int]  # groups whose steps were learned before
+    nodes: frozenset[str]  # the unit's nodes
+    frozen: frozenset[int]  # groups whose steps an earlier unit learned
     outputs: tuple[str, ...]
-    inputs: Batch
-    targets: Batch
+    inputs: Batch  # from the quantized net
+    targets: Batch  # from the float net
+    # error of the stage's output as a function of the unit's outputs and of the image indices
     stage: Callable[[Mapping[str, Tensor], Tensor], Tensor] | None = None
 
 
-def relative_error(got: Tensor, wanted: Tensor, loss: str) -> Tensor:
-    """Return the mean |got - wanted| over the mean |wanted| ("mae"), or of squares ("mse")."""
+def relative_error(value: Tensor, target: Tensor, loss: str) -> Tensor:
+    """Return mean |value - target| / mean |target| ("mae"), or the same of squares ("mse")."""
     if loss == "mae":
-        return (got - wanted).abs().mean() / wanted.abs().mean().clamp_min(1e-30)
-    return (got - wanted).square().mean() / wanted.square().mean().clamp_min(1e-30)
+        return (value - target).abs().mean() / target.abs().mean().clamp_min(1e-30)
+    return (value - target).square().mean() / target.square().mean().clamp_min(1e-30)
 
 
 def learn(
     task: Task, start: State, images: Tensor, options: LearnOptions, generator: torch.Generator
 ) -> State:
-    """Return the learned values of a task, hardened; only what changed.
+    """Return the learned values of a task, with hardened codes; nothing that was not learned.
 
     Args:
-        task: the unit.
+        task: the unit to learn.
         start: the values to start from.
-        images: indices of the images to learn from.
+        images: indices of the images to learn from, (n,).
         options: what is learned, and for how long.
-        generator: of the batches, on the CPU.
+        generator: draws the batches, on the CPU.
 
     Raises:
         CalibrationError: the loss became NaN or infinite.
@@ -69,9 +71,9 @@ def learn(
     rates = [group["lr"] for group in optimizer.param_groups]
     for step in range(options.iterations):
         picked = images[torch.randint(len(images), (options.batch,), generator=generator)]
-        falling = 0.5 * (1.0 + math.cos(math.pi * step / options.iterations))
+        decay = 0.5 * (1.0 + math.cos(math.pi * step / options.iterations))
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate * (1.0 if group["rounding"] else falling)
+            group["lr"] = rate * (1.0 if group["rounding"] else decay)
         with exact_math(task.graph.placement.device):
             loss = trial.loss(picked, beta_at(step, options.iterations))
             optimizer.zero_grad(set_to_none=True)
@@ -88,12 +90,16 @@ class _Trial:
     def __init__(self, task: Task, start: State, options: LearnOptions) -> None:
         self._task, self._start, self._options = task, start, options
         sites = task.sites
-        here = [site for node, site in sites.weights.items() if node in task.nodes]
-        self._weights = deployed_weights(sites, start, [site.node for site in here])
+        unit_sites = [site for node, site in sites.weights.items() if node in task.nodes]
+        self._weights = deployed_weights(sites, start, [site.node for site in unit_sites])
         self._soft: dict[str, SoftCodes] = {}
         if options.rounding:
-            self._soft = {site.node: SoftCodes(site, sites.grid) for site in here if not site.exact}
-        layers = {site.layer for site in here} & sites.affines.keys() if options.affine else set()
+            self._soft = {
+                site.node: SoftCodes(site, sites.grid) for site in unit_sites if not site.exact
+            }
+        layers: set[str] = set()
+        if options.affine:
+            layers = {site.layer for site in unit_sites} & sites.affines.keys()
         self._gain = {layer: _trainable(start.gain[layer]) for layer in sorted(layers)}
         self._shift = {layer: _trainable(start.shift[layer]) for layer in sorted(layers)}
         groups = {
@@ -106,7 +112,7 @@ class _Trial:
 
     @property
     def parameters(self) -> list[dict[str, object]]:
-        """The groups that the optimizer takes."""
+        """The parameter groups for the optimizer."""
         options = self._options
         affine = [*self._gain.values(), *self._shift.values()]
         groups: list[tuple[Sequence[Tensor], float, bool]] = [
@@ -121,21 +127,21 @@ class _Trial:
         ]
 
     def loss(self, picked: Tensor, beta: float | None) -> Tensor:
-        """Return the loss on some images."""
+        """Return the loss on the picked images; ``beta`` None leaves out the regularizer."""
         task, kind = self._task, self._options.loss
         outputs = self._run(task.inputs(picked))
         targets = task.targets(picked)
-        parts = [relative_error(outputs[name], targets[name], kind) for name in task.outputs]
-        loss = torch.stack(parts).mean()
+        errors = [relative_error(outputs[name], targets[name], kind) for name in task.outputs]
+        loss = torch.stack(errors).mean()
         if task.stage is not None:
             loss = loss + self._options.stage_weight * task.stage(outputs, picked)
         if beta is not None and self._soft:
-            extra = [codes.regularizer(beta) for codes in self._soft.values()]
-            loss = loss + self._options.regularizer * torch.stack(extra).sum() / self._num_weights
+            terms = [codes.regularizer(beta) for codes in self._soft.values()]
+            loss = loss + self._options.regularizer * torch.stack(terms).sum() / self._num_weights
         return loss
 
     def learned(self) -> State:
-        """Return the values as they are now, hardened."""
+        """Return the current values, with hardened codes."""
         return State(
             {node: codes.harden() for node, codes in self._soft.items()},
             {layer: value.detach() for layer, value in self._gain.items()},
@@ -148,10 +154,12 @@ class _Trial:
         soft = {
             node: codes.soft() * sites.weights[node].scale for node, codes in self._soft.items()
         }
-        now = State(
+        current = State(
             {}, self._gain, self._shift, {g: value.exp() for g, value in self._log_step.items()}
         )
-        constants, hooks = simulation(sites, {**self._weights, **soft}, self._start.updated(now))
+        constants, hooks = simulation(
+            sites, {**self._weights, **soft}, self._start.updated(current)
+        )
         return self._task.graph.run({**inputs, **constants}, self._task.outputs, replace=hooks)
 
 
@@ -162,6 +170,7 @@ def _trainable(value: Tensor) -> Tensor:
 def _refuse_not_finite(name: str, step: int, loss: Tensor) -> None:
     if not bool(torch.isfinite(loss)):
         raise CalibrationError(
-            f"unit {name}: the loss is {float(loss.detach())} at step {step}; lower the rates "
-            "of LearnOptions, or leave out what diverges: --no-qprep, --rounding nearest"
+            f"unit {name}: the loss is {float(loss.detach())} at iteration {step}; lower the "
+            "rates of LearnOptions, or leave out what diverges: "
+            f"{option('qprep', False)}, {option('rounding', 'nearest')}"
         )

@@ -1,4 +1,4 @@
-"""Options of reconstruction and what it reports."""
+"""Options of learned calibration, and its report."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -12,43 +12,41 @@ Kept = Literal["learned", "nearest"]
 class LearnOptions:
     """What is learned, and for how long.
 
-    Rounding has to settle within few iterations: at a rate of 0.01, as is usual with thousands of
-    them, three quarters of the weights are still between two codes after 200, and hardening them
-    undoes what was learned. Rates, iterations and regularizer were chosen on held-out calibration
-    images. What brought nothing there is off: the stage term, larger units, the polish.
+    Rounding must settle within few iterations. At the usual rate of 0.01, three quarters of the
+    weights are still between two codes after 200 iterations, and hardening them undoes what was
+    learned; hence the high rate. Rates, iterations and regularizer were chosen on held-out
+    calibration images. The stage term brought nothing there and is off by default.
     """
 
-    rounding: bool = True  # of weights: floor or ceiling
-    affine: bool = True  # gain and shift of each layer (QPRep)
-    steps: bool = True  # of activations
+    rounding: bool = True  # learn whether each weight is rounded down or up
+    affine: bool = True  # learn a gain and a shift per channel of each layer (QPRep)
+    steps: bool = True  # learn the steps of activations
     loss: Literal["mae", "mse"] = "mae"
-    iterations: int = 100  # of each unit
-    polish: int = 0  # of the whole net afterwards, on its outputs; rounding stays
-    stage_weight: float = 0.0  # of the stage term in the loss
-    layers_per_unit: int = 1
-    batch: int = 32
+    iterations: int = 100  # per unit
+    stage_weight: float = 0.0  # weight of the stage term in the loss
+    batch: int = 32  # images per iteration
     rounding_rate: float = 0.3
     affine_rate: float = 1e-3
-    step_rate: float = 1e-3  # of the logarithm of the step
-    regularizer: float = 1.0  # of the mean over weights
-    memory_budget: int = 4 << 30  # bytes; activations between units take what it leaves
-    seed: int = 0
+    step_rate: float = 1e-3  # learning rate of the logarithm of the step
+    regularizer: float = 1.0  # weight of the rounding regularizer, a mean over weights
+    memory_budget: int = 4 << 30  # bytes for the process; decides where activations are stored
+    seed: int = 0  # draws the held-out images and the batches
 
     def __post_init__(self) -> None:
-        for name in ("iterations", "batch", "layers_per_unit", "memory_budget"):
+        for name in ("iterations", "batch", "memory_budget"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}: got {getattr(self, name)}, expected at least 1")
-        if self.polish < 0 or not self.stage_weight >= 0:
-            raise ConfigError("polish, stage_weight: expected 0 or more")
+        if not self.stage_weight >= 0:
+            raise ConfigError(f"stage_weight: got {self.stage_weight}, expected 0 or more")
 
 
 @dataclass(frozen=True, slots=True)
 class UnitReport:
-    """What became of one unit; errors are relative, on held-out calibration images."""
+    """The result for one unit; errors are relative and measured on held-out images."""
 
     unit: str
     layers: tuple[str, ...]
-    nearest: float  # error before
+    nearest: float  # error before learning
     learned: float  # error after learning
     kept: Kept
     changed_codes: int  # weights that are not rounded to nearest
@@ -57,8 +55,8 @@ class UnitReport:
 
 @dataclass(frozen=True, slots=True)
 class ReconstructReport:
-    """What reconstruction did."""
+    """The results for all units."""
 
     units: tuple[UnitReport, ...]
     storage: str  # of the activations between units: float32, float16 or disk
-    held_out: int  # images that nothing was learned from
+    held_out: int  # number of images that judge units and are never learned from

@@ -1,7 +1,7 @@
-"""Finished units on disk, so that a calibration that was stopped goes on where it was.
+"""Finished units on disk, so that a stopped calibration can go on where it was.
 
-One .npz per unit in a folder beside the output; a key over everything that the result depends on
-is part of its name, so what belongs to another calibration is never taken up.
+Each unit has one .npz in a folder beside the output. The folder's name contains a hash of
+everything that the result depends on, so units of another calibration are never loaded.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ from reptrt.quantize.reconstruct.options import UnitReport
 from reptrt.quantize.reconstruct.state import State
 
 _FIELDS = ("codes", "gain", "shift", "step")
-_BROKEN = (  # what reading a damaged .npz raises; RuntimeError: it seems to be encrypted
+_BROKEN = (  # raised when a damaged .npz is read; RuntimeError: it seems to be encrypted
     OSError,
     ValueError,
     EOFError,
@@ -39,14 +39,16 @@ class Finished:
     """The finished units of one calibration."""
 
     def __init__(self, output: Path, key: Mapping[str, Any]) -> None:
-        """Leftovers of other calibrations of this output go; `save` makes the folder.
+        """Open the folder, and remove leftovers of other calibrations of the same output.
+
+        The folder is not made before the first `save`.
 
         Args:
-            output: the file that the calibration is to write.
+            output: the file that the calibration will write.
             key: everything that the result depends on, as JSON values.
 
         Raises:
-            ArtifactError: they cannot be removed, or a file has the folder's name.
+            ArtifactError: leftovers cannot be removed, or a file has the folder's name.
         """
         digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
         self.root = output.with_name(f"{output.name}.partial")
@@ -54,9 +56,9 @@ class Finished:
         if not self.root.exists():
             return
         try:
-            others = [path for path in self.root.iterdir() if path != self._folder]
-            for other in others:
-                shutil.rmtree(other) if other.is_dir() else other.unlink()
+            leftovers = [path for path in self.root.iterdir() if path != self._folder]
+            for path in leftovers:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
             if not self._folder.exists():
                 self.root.rmdir()
         except OSError as err:
@@ -67,7 +69,7 @@ class Finished:
             ) from err
 
     def load(self, index: int, device: torch.device) -> tuple[State, UnitReport] | None:
-        """Return what unit ``index`` learned; None if it is not finished or the file is broken."""
+        """Return the result of unit ``index``; None if there is no file or it is damaged."""
         try:
             content = io.BytesIO(self._path(index).read_bytes())
             with np.load(content, allow_pickle=False) as arrays:
@@ -80,13 +82,11 @@ class Finished:
                         values[kind][int(name) if kind == "step" else name] = value
             report["layers"] = tuple(report["layers"])
             return State(**values), UnitReport(**report)
-        except FileNotFoundError:
-            return None
-        except _BROKEN:
+        except _BROKEN:  # OSError: the file is not there
             return None
 
     def save(self, index: int, state: State, report: UnitReport) -> None:
-        """Write what unit ``index`` learned, whole or not at all.
+        """Write the result of unit ``index`` atomically.
 
         Raises:
             ArtifactError: the folder cannot be made, or the disk is full.
@@ -106,7 +106,7 @@ class Finished:
         write_bytes(self._path(index), stream.getvalue())
 
     def remove(self) -> None:
-        """Delete everything: the output is written."""
+        """Delete the folder; called when the output is written."""
         shutil.rmtree(self.root, ignore_errors=True)
 
     def _path(self, index: int) -> Path:

@@ -1,8 +1,8 @@
-"""What calibration learns: where it sits in a Q/DQ graph, and its values.
+"""The learnable constants of a Q/DQ graph: where they are, and their values.
 
-`Sites` is the structure, found once. `State` is the values as they are deployed: integer codes, the
-gain and shift of each affine, the step of each activation. `find_sites` reads both from a Q/DQ
-graph, `write` puts a state back, `simulation` lets torch run one.
+`Sites` is the structure. `State` holds the values as they are deployed: the integer codes of each
+weight, the gain and shift of each affine, the step of each activation. `find_sites` reads both from
+a Q/DQ graph, `simulation` lets torch run a state, `write` writes a state into the graph.
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -21,7 +21,7 @@ from reptrt.graph.qdq import is_simulation
 from reptrt.graph.splits import read_splits
 from reptrt.quantize.reconstruct.fake_quantize import fake_quantize
 
-_SAME_CODE = 1e-3  # of a step: a weight this near to its code has nothing to round
+_SAME_CODE = 1e-3  # of a step: a weight this close to its code needs no rounding
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -30,22 +30,22 @@ class WeightSite:
 
     node: str
     weight: Tensor  # the float weight
-    scale: Tensor  # broadcast against it
-    dequantized: str  # the tensor that the node reads
-    codes: str  # the initializer
-    layer: str  # whose affine scales it; the node's name where there is none
-    exact: bool  # its codes lose nothing: not to be rounded otherwise
+    scale: Tensor  # shaped to broadcast over the weight
+    dequantized: str  # name of the tensor that the node reads
+    codes: str  # name of the initializer that holds the codes
+    layer: str  # the layer whose affine scales it; the node's name for a layer that is not split
+    exact: bool  # the codes represent the weight exactly: its rounding is not learned
 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
     """The Q/DQ pair of one activation."""
 
-    tensor: str  # before the pair, and before the Clip of a simulation
-    readers: frozenset[str]  # node names
-    nodes: tuple[str, ...]  # Clip and QuantizeLinear
-    dequantize: str
-    group: int  # pairs of one group share one step
+    tensor: str  # input of the pair, or of the Clip before it that simulates fewer bits
+    readers: frozenset[str]  # names of the nodes that read the tensor
+    nodes: tuple[str, ...]  # names of the Clip, if there is one, and the QuantizeLinear
+    dequantize: str  # name of the DequantizeLinear
+    group: int  # the pairs of a group share one step
     grid: Grid
 
 
@@ -55,21 +55,21 @@ class Sites:
 
     weights: Mapping[str, WeightSite]  # by node
     pairs: Mapping[str, Pair]  # by tensor
-    affines: Mapping[str, tuple[str, str]]  # layer -> constants of gain and shift
-    grid: Grid  # of weights
+    affines: Mapping[str, tuple[str, str]]  # layer -> names of its gain and shift constants
+    grid: Grid  # codes of weights
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class State:
-    """Learned values, as deployed."""
+    """Values of learnable constants, as deployed; of all sites, or of those that were learned."""
 
-    codes: Mapping[str, Tensor] = field(default_factory=dict)  # node -> codes, shaped like weights
-    gain: Mapping[str, Tensor] = field(default_factory=dict)  # layer -> shaped to broadcast
-    shift: Mapping[str, Tensor] = field(default_factory=dict)
+    codes: Mapping[str, Tensor] = field(default_factory=dict)  # node -> codes, the weight's shape
+    gain: Mapping[str, Tensor] = field(default_factory=dict)  # layer -> gain, shaped to broadcast
+    shift: Mapping[str, Tensor] = field(default_factory=dict)  # layer -> shift, likewise
     step: Mapping[int, Tensor] = field(default_factory=dict)  # group -> scalar
 
     def updated(self, other: "State") -> "State":
-        """Return this state with the values that another one holds."""
+        """Return this state with its values replaced where ``other`` has one."""
         return State(
             {**self.codes, **other.codes},
             {**self.gain, **other.gain},
@@ -81,7 +81,7 @@ class State:
 def find_sites(
     net: Net, reference: Net, placement: Placement, grid: Grid, device: torch.device
 ) -> tuple[Sites, State]:
-    """Return where things can be learned in a Q/DQ graph, and the values they have in it.
+    """Return the learnable constants of a Q/DQ graph and their present values.
 
     Args:
         net: the Q/DQ graph, with affines.
@@ -99,9 +99,9 @@ def find_sites(
         original = np.asarray(constant_of(originals[weight.node].inputs[1]), np.float32)
         dequantize = maker_of(nodes[weight.node].inputs[1])
         scale = along_axis(constant_of(dequantize.inputs[1]), original.ndim, weight.axis)
-        found = np.asarray(constant_of(dequantize.inputs[0]), np.float32)
-        exact = bool((np.abs(original / scale - found) <= _SAME_CODE).all())
-        codes[weight.node] = torch.tensor(found, device=device)
+        nearest = np.asarray(constant_of(dequantize.inputs[0]), np.float32)
+        exact = bool((np.abs(original / scale - nearest) <= _SAME_CODE).all())
+        codes[weight.node] = torch.tensor(nearest, device=device)
         weights[weight.node] = WeightSite(
             weight.node,
             torch.tensor(original, device=device),
@@ -130,7 +130,7 @@ def simulation(
     Args:
         sites: the structure.
         weights: node -> dequantized weight without the gain, for the nodes that will run.
-        state: gains, shifts and steps; its codes are not looked at.
+        state: gains, shifts and steps; its codes are not used.
     """
     inputs = {sites.weights[node].dequantized: value for node, value in weights.items()}
     for layer, (gain, shift) in sites.affines.items():
@@ -152,7 +152,7 @@ def deployed_weights(sites: Sites, state: State, nodes: Collection[str]) -> dict
 
 
 def write(net: Net, sites: Sites, state: State) -> None:
-    """Write a state into the Q/DQ graph that the sites were found in."""
+    """Write a state into the Q/DQ graph that `find_sites` read."""
     nodes = {node.name: node for node in net.graph.nodes}
     for node, site in sites.weights.items():
         dequantize = maker_of(nodes[node].inputs[1])
