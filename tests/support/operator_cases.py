@@ -80,6 +80,12 @@ UNARY = [
     Case("HardSigmoid", (X,), attrs={"alpha": 0.3, "beta": 0.1}, name="attrs"),
     Case("LeakyRelu", (X,), attrs={"alpha": 0.3}, name="attrs"),
     Case("Elu", (X,), attrs={"alpha": 0.7}, name="attrs"),
+    Case("Celu", (X,)),
+    Case("Celu", (X,), attrs={"alpha": 1.5}, name="attrs"),
+    Case("Selu", (X,)),
+    Case("Selu", (X,), attrs={"alpha": 1.5, "gamma": 0.9}, name="attrs"),
+    Case("Softsign", (X,)),
+    Case("ThresholdedRelu", (X,), attrs={"alpha": 0.7}),
     Case("PRelu", (X,), (data(4, 1, 1, seed=1),)),
     Case("Clip", (X,), (np.float32(-1), np.float32(2))),
     Case("Clip", (X,), (None, np.float32(2)), name="max"),
@@ -243,6 +249,62 @@ SHAPES = [
     Case("SpaceToDepth", (data(2, 3, 4, 6),), attrs={"blocksize": 2}),
 ]
 
+WHERE = np.random.default_rng(0).permuted(
+    np.tile(np.arange(-6, 0), (3, 4, 5, 1)).swapaxes(2, 3), axis=2
+)  # (3, 4, 6, 5), each row of axis 2 once, counted from the end
+PLACES = np.array([[0, 3], [2, -1], [1, 0]])
+AGAIN = np.array([[1], [0], [1], [-2]])
+TIES = np.round(X)
+INDEXING = [
+    Case("GatherElements", (X,), (WHERE,), {"axis": 2}),
+    Case("GatherElements", (X, WHERE[:, :2]), attrs={"axis": -2}, name="computed"),
+    Case("ScatterElements", (X,), (WHERE, data(3, 4, 6, 5, seed=1)), {"axis": 2}),
+    *(
+        Case(
+            "ScatterElements",
+            (X,),
+            (np.abs(WHERE) % 2, data(3, 4, 6, 5, seed=1)),
+            {"axis": 2, "reduction": reduction},
+            opset=18,
+            name=reduction,
+        )
+        for reduction in ("add", "mul", "min", "max")
+    ),
+    Case("GatherND", (X,), (PLACES,)),
+    Case("GatherND", (X, PLACES[:, None]), name="computed"),
+    Case("GatherND", (X,), (np.array([[0, 1, 2, 3], [2, -4, -1, 0]]),), name="elements"),
+    Case("ScatterND", (X, PLACES, data(3, 6, 5, seed=1)), name="computed"),
+    Case("ScatterND", (X,), (PLACES, data(3, 6, 5, seed=1))),
+    Case("ScatterND", (X,), (np.array([[0, 1, 2, 3], [2, -4, -1, 0]]), data(2)), name="elements"),
+    *(
+        Case(
+            "ScatterND",
+            (X,),
+            (AGAIN, data(4, 4, 6, 5, seed=1)),
+            {"reduction": reduction},
+            opset=18,
+            name=reduction,
+        )
+        for reduction in ("add", "mul", "min", "max")
+    ),
+    Case("TopK", (X,), (ints(3),), outputs=2),
+    Case("TopK", (X,), (ints(2),), {"axis": 1, "largest": 0}, outputs=2, name="smallest"),
+    Case("TopK", (TIES,), (ints(4),), {"axis": 2}, outputs=2, name="ties"),
+    Case("TopK", (X, ints(5)), outputs=2, name="computed"),
+]
+
+GRID = data(3, 7, 4, 2, low=-1.3, high=1.3)
+SAMPLING = [
+    *(
+        Case("GridSample", (X,), (GRID,), {"mode": mode, "padding_mode": padding}, name=name)
+        for mode in ("bilinear", "nearest", "bicubic")
+        for padding in ("zeros", "border", "reflection")
+        for name in [f"{mode}-{padding}"]
+    ),
+    Case("GridSample", (X, GRID), attrs={"align_corners": 1}, name="corners"),
+    Case("GridSample", (X,), (GRID,), {"mode": "linear"}, opset=20, name="opset20"),
+]
+
 SCALE, SCALES = np.float32(0.05), data(4, low=0.01, high=0.1)
 QUANTIZE = [
     Case("QuantizeLinear", (X,), (SCALE, np.int8(0))),
@@ -300,7 +362,10 @@ RESIZE = [
     Case("Upsample", (X,), (np.array([1, 1, 2, 3], np.float32),), opset=9),
 ]
 
-CASES = [*UNARY, *BINARY, *LAYERS, *REDUCTIONS, *SHAPES, *QUANTIZE, *RESIZE]
+CASES = [
+    *(*UNARY, *BINARY, *LAYERS, *REDUCTIONS, *SHAPES),
+    *(*INDEXING, *SAMPLING, *QUANTIZE, *RESIZE),
+]
 
 
 def case_id(case: Case) -> str:

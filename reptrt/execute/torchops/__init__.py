@@ -1,7 +1,7 @@
 """ONNX operators as torch functions, and the compiler from a graph to steps.
 
 node.py          what a builder knows of its node
-elementwise.py, layers.py, pooling.py, reductions.py, shapes.py, resize.py, quantize.py
+elementwise.py, indexing.py, layers.py, pooling.py, quantize.py, reductions.py, resize.py, shapes.py
 the builders, by kind
 program.py       a graph -> constants and steps
 """
@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from reptrt.execute.torchops.elementwise import ELEMENTWISE
+from reptrt.execute.torchops.indexing import INDEXING
 from reptrt.execute.torchops.layers import LAYERS
 from reptrt.execute.torchops.node import Builder
 from reptrt.execute.torchops.pooling import POOLING
@@ -19,7 +20,7 @@ from reptrt.execute.torchops.resize import RESIZE
 from reptrt.execute.torchops.shapes import SHAPES
 
 OPERATORS: Mapping[str, Builder] = MappingProxyType(
-    {**ELEMENTWISE, **LAYERS, **POOLING, **REDUCTIONS, **SHAPES, **RESIZE, **QUANTIZE}
+    {**ELEMENTWISE, **INDEXING, **LAYERS, **POOLING, **QUANTIZE, **REDUCTIONS, **RESIZE, **SHAPES}
 )
 
 __all__ = ["OPERATORS"]

@@ -113,6 +113,22 @@ def _elu(node: NodeView) -> Operator:
     return steady(lambda x: F.elu(x, alpha))
 
 
+def _celu(node: NodeView) -> Operator:
+    alpha = node.attr("alpha", 1.0)
+    return steady(lambda x: F.celu(x, alpha))
+
+
+def _selu(node: NodeView) -> Operator:
+    alpha = node.attr("alpha", 1.67326319217681884765625)
+    gamma = node.attr("gamma", 1.05070102214813232421875)
+    return steady(lambda x: gamma * F.elu(x, alpha))
+
+
+def _thresholded_relu(node: NodeView) -> Operator:
+    alpha = node.attr("alpha", 1.0)
+    return lambda x: torch.where(x > alpha, x, torch.zeros_like(x))
+
+
 def _gelu(node: NodeView) -> Operator:
     """X Phi(x), from functions whose CPU kernels are steady: torch's own Gelu is not."""
     if node.choice("approximate", "none", ("none", "tanh")) == "none":
@@ -202,14 +218,18 @@ ELEMENTWISE: Mapping[str, Builder] = {
     "Sign": plain(torch.sign),
     "Sin": plain(torch.sin),
     "Softplus": plain(steady(_softplus)),
+    "Softsign": plain(lambda x: x / (1.0 + x.abs())),
     "Sqrt": plain(torch.sqrt),
     "Tanh": plain(torch.tanh),
     "Clip": _clip,
     "Dropout": _dropout,
+    "Celu": _celu,
     "Elu": _elu,
     "Gelu": _gelu,
     "HardSigmoid": _hard_sigmoid,
     "LeakyRelu": _leaky_relu,
+    "Selu": _selu,
+    "ThresholdedRelu": _thresholded_relu,
     "Cast": _cast,
     "CastLike": plain(lambda x, like: x.to(like.dtype)),
     "Add": _binary(torch.add),

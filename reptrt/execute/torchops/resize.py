@@ -1,4 +1,4 @@
-"""Resize and Upsample: nearest in every form, linear in the forms that torch has.
+"""Resize, Upsample and GridSample: nearest in every form, linear in the forms that torch has.
 
 Nearest picks, per axis, the input index
 
@@ -8,6 +8,7 @@ Nearest picks, per axis, the input index
                 i (in - 1) / (out - 1)          align_corners
 
 with ``round`` one of floor, ceil, round_prefer_floor, round_prefer_ceil, all in float32.
+GridSample is torch's own function of that name.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +22,10 @@ from torch.nn import functional as F
 from reptrt.core.errors import RewriteError
 from reptrt.execute.torchops.node import Builder, NodeView, Operator
 
+_SAMPLING = {  # ONNX renamed its modes with opset 20
+    **{mode: mode for mode in ("bilinear", "nearest", "bicubic")},
+    **{"linear": "bilinear", "cubic": "bicubic"},
+}
 _COORDINATES = ("half_pixel", "pytorch_half_pixel", "align_corners", "asymmetric")
 _ROUNDINGS: Mapping[str, Callable[[np.ndarray], np.ndarray]] = {
     "round_prefer_floor": lambda x: np.ceil(x - np.float32(0.5)),
@@ -144,4 +149,15 @@ def _resize(node: NodeView) -> Operator:
     return operator
 
 
-RESIZE: Mapping[str, Builder] = {"Resize": _resize, "Upsample": _resize}
+def _grid_sample(node: NodeView) -> Operator:
+    mode = _SAMPLING[node.choice("mode", "bilinear", tuple(_SAMPLING))]
+    padding = node.choice("padding_mode", "zeros", ("zeros", "border", "reflection"))
+    corners = bool(node.attr("align_corners", 0))
+    return lambda x, grid: F.grid_sample(x, grid, mode, padding, corners)
+
+
+RESIZE: Mapping[str, Builder] = {
+    "GridSample": _grid_sample,
+    "Resize": _resize,
+    "Upsample": _resize,
+}
