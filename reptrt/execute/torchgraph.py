@@ -27,7 +27,7 @@ from torch import Tensor
 from reptrt.core.errors import ConfigError, DataError, RewriteError
 from reptrt.execute.torchops import OPERATORS
 from reptrt.execute.torchops.node import Precision
-from reptrt.execute.torchops.plan import Plan, plan_of
+from reptrt.execute.torchops.plan import Plan, comparable_tensors, plan_of, runnable_steps
 from reptrt.execute.torchops.program import Step, program_from_net
 from reptrt.execute.torchops.window import spatial_layout
 from reptrt.graph.net import Net, net_from_model
@@ -49,7 +49,7 @@ class TorchGraph(torch.nn.Module):
         device: where to compute.
 
     Raises:
-        RewriteError: there are nodes that cannot be run; all are named in one line.
+        RewriteError: a constant is of a type that torch does not have.
     """
 
     placement: Tensor  # an empty buffer: where the module is, and in which floating type
@@ -72,8 +72,8 @@ class TorchGraph(torch.nn.Module):
 
     @property
     def steps(self) -> tuple[Step, ...]:
-        """The nodes in execution order, with their names, inputs and outputs."""
-        return self._program.steps
+        """The nodes that can be run, in execution order, with their names, inputs and outputs."""
+        return runnable_steps(self._program)
 
     @property
     def input_names(self) -> tuple[str, ...]:
@@ -89,6 +89,14 @@ class TorchGraph(torch.nn.Module):
     def output_names(self) -> tuple[str, ...]:
         """The graph's outputs."""
         return self._program.outputs
+
+    @property
+    def comparable_names(self) -> tuple[str, ...]:
+        """The graph's outputs, or the last tensors in front of those that cannot be compared.
+
+        See `reptrt.execute.torchops.plan.comparable_tensors`.
+        """
+        return comparable_tensors(self._program)
 
     @property
     def constants(self) -> Mapping[str, Tensor]:
@@ -141,7 +149,8 @@ class TorchGraph(torch.nn.Module):
         Raises:
             ConfigError: a name is not in the graph, or an input is missing.
             DataError: a graph input does not have the declared shape (the batch axis is free).
-            RewriteError: a node cannot run on the shapes it gets.
+            RewriteError: nodes between them cannot be run (all are named in one line), or a node
+                cannot run on the shapes it gets.
         """
         plan = self._plan(frozenset(inputs), frozenset(outputs), frozenset(observe))
         self._check("overrides", overrides)

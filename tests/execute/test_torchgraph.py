@@ -342,19 +342,121 @@ def test_exact_math_turns_tf32_off_and_gives_the_flags_back() -> None:
 # --- errors ---------------------------------------------------------------------------------------
 
 
-def test_all_unsupported_nodes_are_named_in_one_line() -> None:
-    nodes = [
-        helper.make_node("NonZero", ["x"], ["a"], name="find"),
-        helper.make_node("TopK", ["x", "k"], ["b", "i"], name="best"),
-        helper.make_node("TopK", ["b", "k"], ["c", "j"], name="best2"),
-        helper.make_node("Fancy", ["c"], ["y"], name="own", domain="com.example"),
-    ]
+UNKNOWN = [  # TopK runs; what reads the others does not
+    helper.make_node("LRN", ["x"], ["a"], name="norm", size=3),
+    helper.make_node("LRN", ["a"], ["b"], name="norm2", size=3),
+    helper.make_node("TopK", ["b", "k"], ["c", "i"], name="best"),
+    helper.make_node("Fancy", ["c"], ["y"], name="own", domain="com.example"),
+]
+
+
+def test_all_unsupported_nodes_that_a_run_needs_are_named_in_one_line() -> None:
+    graph = TorchGraph(model_of(UNKNOWN, {"k": np.array([1])}))
     message = (
-        r"^graph by_hand: 4 nodes cannot be run: NonZero \(find\); TopK \(best, best2\); "
-        r"com\.example\.Fancy \(own\); expected .*replace these nodes, or cut the graph before.*$"
+        r"^graph by_hand: 3 nodes cannot be run: LRN \(norm, norm2\); com\.example\.Fancy \(own\); "
+        r"expected .*replace these nodes, or cut the graph before.*$"
     )
     with pytest.raises(RewriteError, match=message):
-        TorchGraph(model_of(nodes, {"k": np.array([1])}))
+        graph.run({"x": torch.zeros(2, 4, 5, 5)}, ["y"])
+    with pytest.raises(RewriteError, match=r"1 nodes cannot be run: LRN \(norm\)"):
+        graph.run({"x": torch.zeros(2, 4, 5, 5)}, [], observe={"a": fail})
+
+
+def test_what_a_run_does_not_need_need_not_be_supported() -> None:
+    graph = TorchGraph(model_of(UNKNOWN, {"k": np.array([1])}))
+    b = torch.rand(2, 4, 5, 5)
+    assert torch.equal(graph.run({"b": b}, ["c"])["c"], b.amax(-1, keepdim=True))
+    assert graph.steps == ()  # every node needs one that cannot be run
+
+
+# --- what stands in for outputs that cannot be compared -------------------------------------------
+
+
+def tail_model(*tail: onnx.NodeProto, outputs: dict[str, int]) -> onnx.ModelProto:
+    """Relu and Sigmoid of one input, and nodes behind them."""
+    nodes = [
+        helper.make_node("Relu", ["x"], ["boxes"], name="relu"),
+        helper.make_node("Sigmoid", ["x"], ["scores"], name="sigmoid"),
+        *tail,
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "tail",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", 4, 6])],
+        [helper.make_tensor_value_info(name, kind, None) for name, kind in outputs.items()],
+        [numpy_helper.from_array(np.array([3]), "k")],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 19)], ir_version=9)
+
+
+def branches() -> onnx.NodeProto:
+    """An If: both branches read tensors around them, one of them through a node."""
+    branch = [
+        helper.make_graph(
+            [helper.make_node(op, [source], ["taken"], name=op)],
+            op,
+            [],
+            [helper.make_tensor_value_info("taken", TensorProto.FLOAT, None)],
+        )
+        for op, source in (("Neg", "boxes"), ("Identity", "scores"))
+    ]
+    return helper.make_node("If", ["flag"], ["y"], then_branch=branch[0], else_branch=branch[1])
+
+
+FLOAT, INT64 = TensorProto.FLOAT, TensorProto.INT64
+SHAPE_TAIL = [
+    helper.make_node("Shape", ["x"], ["size"]),
+    helper.make_node("Plugin", ["scores"], ["p"], domain="TRT"),
+    helper.make_node("Reshape", ["p", "size"], ["y"]),
+]
+TAILS = {
+    "a plain output": ([], {"scores": FLOAT}, ["scores"]),
+    "an NMS": (
+        [helper.make_node("NonMaxSuppression", ["boxes", "scores"], ["y"])],
+        {"y": INT64},
+        ["boxes", "scores"],
+    ),
+    "a plugin beside an output": (
+        [helper.make_node("EfficientNMS_TRT", ["boxes", "scores"], ["n", "y"], domain="TRT")],
+        {"scores": FLOAT, "y": FLOAT, "n": INT64},
+        ["scores", "boxes"],
+    ),
+    "classes": (
+        [helper.make_node("ArgMax", ["scores"], ["i"]), helper.make_node("Neg", ["i"], ["y"])],
+        {"y": INT64},
+        ["scores"],
+    ),
+    "a mask": (
+        [
+            helper.make_node("Greater", ["scores", "boxes"], ["m"]),
+            helper.make_node("Cast", ["m"], ["y"], to=INT64),
+        ],
+        {"y": INT64},
+        ["scores", "boxes"],
+    ),
+    "the best": (
+        [helper.make_node("TopK", ["scores", "k"], ["v", "i"])],
+        {"v": FLOAT, "i": INT64},
+        ["v", "scores"],
+    ),
+    "a shape": (SHAPE_TAIL, {"y": FLOAT}, ["scores"]),
+    "branches": (
+        [helper.make_node("IsNaN", ["x"], ["flag"]), branches()],
+        {"y": FLOAT},
+        ["boxes", "scores"],
+    ),
+}
+
+
+@pytest.mark.parametrize(("tail", "outputs", "expected"), TAILS.values(), ids=TAILS)
+def test_what_is_compared(
+    tail: list[onnx.NodeProto], outputs: dict[str, int], expected: list[str]
+) -> None:
+    graph = TorchGraph(tail_model(*tail, outputs=outputs))
+    assert sorted(graph.comparable_names) == sorted(expected)
+    x = torch.randn(2, 4, 6)
+    values = graph.run({"x": x}, graph.comparable_names)
+    assert all(values[name].is_floating_point() for name in expected)
 
 
 def test_a_wrong_input_shape_is_refused(graph: TorchGraph) -> None:

@@ -295,4 +295,4 @@ REFUSED = {
 def test_a_form_that_cannot_be_run_is_named_before_anything_runs(refused: str) -> None:
     case, reason = REFUSED[refused]
     with pytest.raises(RewriteError, match=rf"1 nodes cannot be run: .*{reason}.*\(node\)"):
-        TorchGraph(case.model())
+        torch_run(case)

@@ -1,4 +1,8 @@
-"""An ONNX graph compiled once: constants as tensors, nodes as steps in execution order."""
+"""An ONNX graph compiled once: constants as tensors, nodes as steps in execution order.
+
+A node that no operator can run becomes a step with an obstacle. Only a run that needs such a step
+fails (`reptrt.execute.torchops.plan`): statistics of a detector do not depend on its NMS.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -6,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import onnx
 import onnx_graphsurgeon as gs
 import torch
 from torch import Tensor
@@ -17,6 +22,12 @@ from reptrt.graph.net import Net, first_free
 _STANDARD_DOMAINS = (None, "", "ai.onnx")
 _CONSTANT_FIELDS = ("value", "value_float", "value_int", "value_floats", "value_ints")
 
+_DISCRETE_OPS = (
+    *("ArgMax", "ArgMin", "NonZero", "NonMaxSuppression", "Shape", "Size", "QuantizeLinear"),
+    *("Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "IsNaN", "IsInf"),
+)
+_REAL_OPS = ("DequantizeLinear", "ConstantOfShape", "RandomUniform", "RandomNormal")
+
 
 @dataclass(frozen=True, slots=True)
 class Step:
@@ -27,6 +38,7 @@ class Step:
     inputs: tuple[str, ...]  # tensor names; "" where an optional input is omitted
     outputs: tuple[str, ...]  # without the trailing ones that nobody reads
     function: Operator
+    obstacle: str | None = None  # why it cannot be run, such as "Resize with mode cubic"
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,13 +52,14 @@ class Program:
     constants: Mapping[str, Tensor]  # in float32 where floating; moved with the graph
     host_constants: Mapping[str, Tensor]  # for computing shapes; stay on the CPU, in their own type
     captured: frozenset[str]  # constants whose value the steps have compiled in
+    discrete: frozenset[str]  # tensors of indices, codes, truth values or shapes
 
 
 def program_from_net(net: Net, operators: Mapping[str, Builder], precision: Precision) -> Program:
     """Compile a graph; ``net`` is not changed.
 
     Raises:
-        RewriteError: there are nodes that no operator can run; all are named.
+        RewriteError: a constant is of a type that torch does not have.
     """
     graph = net.copy().graph.toposort()
     constants = _constants(graph)
@@ -55,13 +68,12 @@ def program_from_net(net: Net, operators: Mapping[str, Builder], precision: Prec
     names = _unique_names(nodes)
     compiler = _Compiler(graph, constants, operators, precision)
     steps = [compiler.step(node, names[id(node)], id(node) in host) for node in nodes]
-    compiler.check()
     on_host = _host_constants(graph, nodes, constants, host)
     return Program(
         name=graph.name,
         inputs={t.name: tuple(t.shape or ()) for t in graph.inputs},
         outputs=tuple(t.name for t in graph.outputs),
-        steps=tuple(step for step in steps if step is not None),
+        steps=tuple(steps),
         constants={
             name: value.float() if value.is_floating_point() else value
             for name, value in constants.items()
@@ -69,11 +81,12 @@ def program_from_net(net: Net, operators: Mapping[str, Builder], precision: Prec
         },
         host_constants={name: constants[name] for name in constants if name in on_host},
         captured=frozenset(compiler.captured),
+        discrete=_discrete_tensors(nodes, constants),
     )
 
 
 class _Compiler:
-    """Builds the steps of one graph and collects what cannot be built."""
+    """Builds the steps of one graph."""
 
     def __init__(
         self,
@@ -88,43 +101,28 @@ class _Compiler:
         self.operators = operators
         self.precision = precision
         self.captured: set[str] = set()
-        self.problems: dict[str, list[str]] = {}  # what -> the nodes' names
 
-    def step(self, node: gs.Node, name: str, host: bool) -> Step | None:
-        """Return the step of a node, or None after noting why there is none."""
+    def step(self, node: gs.Node, name: str, host: bool) -> Step:
+        """Return the step of a node, with an obstacle if no operator can run it."""
         op = node.op if node.domain in _STANDARD_DOMAINS else f"{node.domain}.{node.op}"
         view = self._view(node, host)
+        function, obstacle = _no_function, None
         try:
-            if op not in self.operators:
-                self._note(op, name)
-                return None
-            function = self.operators[op](view)
+            if op in self.operators:
+                function = self.operators[op](view)
+                self.captured |= {node.inputs[index].name for index in view.captured}
+            else:
+                obstacle = op
         except RewriteError as err:
-            self._note(f"{op} with {err}", name)
-            return None
-        self.captured |= {node.inputs[index].name for index in view.captured}
+            obstacle = f"{op} with {err}"
         return Step(
             name=name,
             op=op,
-            inputs=tuple(t.name for t in node.inputs),
+            inputs=(*(t.name for t in node.inputs), *_read_by_branches(node)),
             outputs=tuple(t.name for t in node.outputs[: view.num_used]),
             function=function,
+            obstacle=obstacle,
         )
-
-    def check(self) -> None:
-        """Raise a RewriteError that names every node which cannot be run."""
-        if not self.problems:
-            return
-        count = sum(len(names) for names in self.problems.values())
-        listed = "; ".join(f"{what} ({', '.join(names)})" for what, names in self.problems.items())
-        raise RewriteError(
-            f"graph {self.graph.name}: {count} nodes cannot be run: {listed}; "
-            "expected standard ONNX operators of a float or Q/DQ convolutional network: replace "
-            "these nodes, or cut the graph before them"
-        )
-
-    def _note(self, what: str, name: str) -> None:
-        self.problems.setdefault(what, []).append(name)
 
     def _view(self, node: gs.Node, host: bool) -> NodeView:
         used = [bool(t.outputs) or t.name in self.outputs for t in node.outputs]
@@ -139,6 +137,44 @@ class _Compiler:
             host=host,
             precision=self.precision,
         )
+
+
+def _no_function(*_: Any) -> Any:
+    """Stand for the operator of a step with an obstacle, which no plan contains."""
+    raise RewriteError("a step with an obstacle was run")
+
+
+def _read_by_branches(node: gs.Node) -> tuple[str, ...]:
+    """Return the tensors around a node that its subgraphs (of If, Loop and Scan) read."""
+    graphs = [value for value in node.attrs.values() if isinstance(value, gs.Graph)]
+    names: dict[str, None] = {}
+    for graph in graphs:
+        inner = {tensor.name for part in graph.nodes for tensor in part.outputs}
+        inner |= {tensor.name for tensor in graph.inputs}
+        for part in graph.nodes:
+            read = (*(t.name for t in part.inputs if not isinstance(t, gs.Constant)),)
+            names |= dict.fromkeys((*read, *_read_by_branches(part)))
+        names |= dict.fromkeys(t.name for t in graph.outputs if not isinstance(t, gs.Constant))
+        for name in inner & names.keys():
+            del names[name]
+    return tuple(name for name in names if name)
+
+
+def _discrete_tensors(nodes: list[gs.Node], constants: Mapping[str, Tensor]) -> frozenset[str]:
+    """Return the tensors that hold no real values, as far as operators and constants tell."""
+    discrete = {name for name, value in constants.items() if not value.is_floating_point()}
+    for node in nodes:
+        if node.op == "Cast":
+            kind = onnx.TensorProto.DataType.Name(int(node.attrs["to"]))
+            if "FLOAT" not in kind and kind != "DOUBLE":
+                discrete.add(node.outputs[0].name)
+        elif node.op == "TopK":
+            discrete |= {tensor.name for tensor in node.outputs[1:]}
+        elif node.op in _DISCRETE_OPS or (
+            node.op not in _REAL_OPS and all(t.name in discrete for t in node.inputs if t.name)
+        ):
+            discrete |= {tensor.name for tensor in node.outputs}
+    return frozenset(discrete)
 
 
 def _constants(graph: gs.Graph) -> dict[str, Tensor]:

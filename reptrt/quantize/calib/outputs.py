@@ -38,7 +38,7 @@ def parts(dataset: Dataset) -> tuple[Dataset, Dataset]:
 
 
 class Outputs:
-    """The outputs of a float net on images.
+    """The outputs of a float net on images, or what stands in for those that cannot be compared.
 
     Args:
         graph: the float graph.
@@ -64,7 +64,7 @@ class Outputs:
     ) -> float:
         """Return the squared error of another graph's outputs, summed over images and outputs.
 
-        Outputs that are no numbers to compare (indices, truth values) do not count.
+        `TorchGraph.comparable_names` says what is compared.
 
         Args:
             graph: one with the same input and outputs.
@@ -81,12 +81,12 @@ class Outputs:
             )
         return total
 
-    @staticmethod
     def _run(
+        self,
         graph: TorchGraph,
         x: Tensor,
         given: Mapping[str, Tensor] = _NOTHING,
         overrides: Mapping[str, Override] = _NO_OVERRIDES,
     ) -> dict[str, Tensor]:
         inputs = {graph.input_names[0]: x, **given}
-        return graph.run(inputs, graph.output_names, overrides=overrides)
+        return graph.run(inputs, self._graph.comparable_names, overrides=overrides)

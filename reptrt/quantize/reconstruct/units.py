@@ -111,7 +111,7 @@ def _shapes(graph: TorchGraph, sample: torch.Tensor) -> dict[str, tuple[int, ...
     names = [name for step in graph.steps for name in step.outputs if name not in constants]
     observers = {name: functools.partial(record, name) for name in (*graph.input_names, *names)}
     with torch.inference_mode():
-        graph.run({graph.input_names[0]: sample}, graph.output_names, observe=observers)
+        graph.run({graph.input_names[0]: sample}, graph.comparable_names, observe=observers)
     return shapes
 
 
@@ -123,7 +123,7 @@ def _area(shape: tuple[int, ...]) -> int:
 def _alive_after(steps: Sequence[Step], graph: TorchGraph) -> list[tuple[str, ...]]:
     """Return, for each step, the tensors alive after it in the order of computation."""
     order = list(dict.fromkeys([*graph.input_names, *(n for s in steps for n in s.outputs)]))
-    computed, read_later = set(order), set(graph.output_names)
+    computed, read_later = set(order), set(graph.comparable_names)
     alive: list[tuple[str, ...]] = []
     for step in reversed(steps):
         alive.append(tuple(name for name in order if name in read_later))
