@@ -17,7 +17,14 @@ from reptrt.graph.splits import Split, read_splits
 from reptrt.pipeline.options import CalibrateOptions
 from reptrt.quantize.calib.channels import ChannelStats, collect_channels
 from reptrt.quantize.calib.outputs import parts
-from reptrt.quantize.choose import Decision, RangeDecision, choose, int8_obstacle, num_macs
+from reptrt.quantize.choose import (
+    ChooseOptions,
+    Decision,
+    RangeDecision,
+    choose,
+    int8_obstacle,
+    num_macs,
+)
 from reptrt.rewrite.contract import Skipped
 from reptrt.rewrite.equalize import equalize, find_links, range_of_channels
 from reptrt.rewrite.recentre import full_range_obstacle
@@ -79,12 +86,8 @@ def prepare(net: Net, dataset: Dataset, options: CalibrateOptions) -> Prepared:
     choice = choose(
         net,
         inputs,
-        options.grids,
-        options.max_overhead,
-        splits=options.split == "auto",
-        precision=options.split_precision,
-        ranges=_can_have_full_range(net, unsplit) if options.full_range else (),
-        learned=options.learning is not None and options.learning.rounding,
+        _choose_options(options),
+        _can_have_full_range(net, unsplit) if options.full_range else (),
     )
     total = num_macs(net)
     if options.split == "auto":
@@ -105,6 +108,18 @@ def prepare(net: Net, dataset: Dataset, options: CalibrateOptions) -> Prepared:
     placement = place(net, unsplit)
     return Prepared(
         equalized, read_splits(net), decisions, left_whole, ranges, overhead, placement, shares
+    )
+
+
+def _choose_options(options: CalibrateOptions) -> ChooseOptions:
+    activations, weights = options.grids
+    return ChooseOptions(
+        activations=activations,
+        weights=weights,
+        max_overhead=options.max_overhead,
+        splits=options.split == "auto",
+        precision=options.split_precision,
+        learned=options.learning is not None and options.learning.rounding,
     )
 
 

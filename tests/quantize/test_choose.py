@@ -7,7 +7,7 @@ import pytest
 from reptrt.core.grid import Grid
 from reptrt.graph.net import Net, model_from_net, net_from_model
 from reptrt.quantize.calib.channels import ChannelStats
-from reptrt.quantize.choose import Decision, choose, num_macs
+from reptrt.quantize.choose import ChooseOptions, Decision, choose, num_macs
 from tests.rewrite.test_splits import conv_net, rep_weight
 
 GRIDS = (Grid.activation(8), Grid.weight(8))
@@ -24,7 +24,9 @@ def decide(
 ) -> Decision:
     net = known(conv_net(weight, groups=groups, stride=stride, pad=weight.shape[2] // 2, height=8))
     stats = {"conv": stats_of(weight.shape[1] * groups)}
-    return next(d for d in choose(net, stats, GRIDS, budget).splits if d.layer == "conv")
+    return next(
+        d for d in choose(net, stats, ChooseOptions(*GRIDS, budget)).splits if d.layer == "conv"
+    )
 
 
 def known(net: Net) -> Net:
@@ -68,7 +70,9 @@ def test_one_ill_layer_among_many_healthy_ones_is_left_whole() -> None:
         nodes[-1].outputs = [after]
         tensor = after
     net = known(Net(gs.Graph(nodes, [x], [tensor], opset=19, ir_version=9)))
-    decisions = choose(net, {f"n{i}": stats_of(16) for i in range(30)}, GRIDS, 1.0).splits
+    decisions = choose(
+        net, {f"n{i}": stats_of(16) for i in range(30)}, ChooseOptions(*GRIDS, 1.0)
+    ).splits
     assert {decision.form for decision in decisions} == {"none"}
     assert all("as a whole" in decision.reason for decision in decisions)
 
@@ -96,12 +100,12 @@ def test_no_budget_no_node_and_a_small_one_goes_where_it_gains_most() -> None:
     ]
     net = known(Net(gs.Graph(nodes, [x], [y], opset=19, ir_version=9)))
     stats = {"ill": stats_of(16), "fair": stats_of(16)}
-    assert all(d.form == "none" for d in choose(net, stats, GRIDS, 0.0).splits)
-    free = choose(net, stats, GRIDS, 10.0).splits
+    assert all(d.form == "none" for d in choose(net, stats, ChooseOptions(*GRIDS, 0.0)).splits)
+    free = choose(net, stats, ChooseOptions(*GRIDS, 10.0)).splits
     ill = next(d for d in free if d.layer == "ill")
     assert ill.form == "identity"
     least = ill.option("identity-scalar").extra_macs / num_macs(net)
-    tight = {d.layer: d for d in choose(net, stats, GRIDS, least * 1.01).splits}
+    tight = {d.layer: d for d in choose(net, stats, ChooseOptions(*GRIDS, least * 1.01)).splits}
     assert (tight["ill"].form, tight["fair"].form) == ("identity-scalar", "none")
     spent = sum(d.option(d.form).extra_macs for d in tight.values())
     assert spent <= least * 1.01 * num_macs(net)

@@ -5,7 +5,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -17,7 +16,7 @@ from reptrt.graph.net import Net, net_from_model
 from reptrt.graph.placement import place
 from reptrt.pipeline import CalibrateOptions, calibrate, preparing
 from reptrt.quantize.calib.channels import ChannelStats
-from reptrt.quantize.choose import Choice, Decision, Option, choose, num_macs
+from reptrt.quantize.choose import Choice, ChooseOptions, Decision, Option, choose, num_macs
 from reptrt.rewrite.recentre import full_range_obstacle
 from tests.rewrite.test_splits import rep_weight
 from tests.support.helpers import ort_run
@@ -73,10 +72,8 @@ class Known:
 
     def choice(self, budget: float, *, learned: bool = False, ranges: bool = True) -> Choice:
         """Choose with a budget in multiply-accumulates."""
-        chosen = self.ranges if ranges else []
-        return choose(
-            self.net, self.stats, GRIDS, budget / self.macs, ranges=chosen, learned=learned
-        )
+        options = ChooseOptions(*GRIDS, budget / self.macs, learned=learned)
+        return choose(self.net, self.stats, options, self.ranges if ranges else [])
 
 
 def stats64(values: np.ndarray) -> ChannelStats:
@@ -348,9 +345,11 @@ def test_the_overhead_that_is_reported_is_what_was_written(
 ) -> None:
     asked: list[bool] = []
 
-    def watched(*arguments: Any, learned: bool, **options: Any) -> Choice:
-        asked.append(learned)
-        return choose(*arguments, learned=learned, **options)
+    def watched(
+        net: Net, stats: dict[str, ChannelStats], options: ChooseOptions, ranges: list[str]
+    ) -> Choice:
+        asked.append(options.learned)
+        return choose(net, stats, options, ranges)
 
     monkeypatch.setattr(preparing, "choose", watched)
     model = rep_chain()

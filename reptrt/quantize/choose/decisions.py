@@ -1,0 +1,77 @@
+"""Options of the choice, and its results."""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from reptrt.core.choices import SplitForm, SplitPrecision
+from reptrt.core.grid import Grid
+
+
+@dataclass(frozen=True, slots=True)
+class ChooseOptions:
+    """What may be chosen, and what it may cost."""
+
+    activations: Grid  # codes of activations
+    weights: Grid  # codes of weights
+    max_overhead: float  # extra multiply-accumulates allowed, as a fraction of the net's own
+    splits: bool = True  # whether layers may be split
+    # precision of a split layer's two summands; with INT8 summands only the scalar identity is
+    # considered: its skip is not rounded and the bounds of its rest are known
+    precision: SplitPrecision = "float"
+    # whether the rounding of weights will be learned; that removes most of the weight noise, so
+    # fewer splits pay and full range goes before them
+    learned: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """One form that a layer can take."""
+
+    form: SplitForm
+    weight_noise: float
+    extra_macs: int  # per image
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """The form chosen for one layer, and the numbers behind the choice."""
+
+    layer: str
+    form: SplitForm
+    signal: float  # sum W^2 E[x^2], in the unit of the noises
+    activation_noise: float
+    options: tuple[Option, ...]
+    reason: str
+
+    def option(self, form: SplitForm) -> Option:
+        """Return the numbers of one form."""
+        return next(option for option in self.options if option.form == form)
+
+
+@dataclass(frozen=True, slots=True)
+class RangeDecision:
+    """Whether one activation uses the full range of codes."""
+
+    tensor: str
+    full: bool
+    gain: float  # activation noise that full range removes, over the signal, summed over readers
+    extra_macs: int  # per image
+
+
+def full_range_of(ranges: Collection[RangeDecision]) -> tuple[str, ...]:
+    """Return the activations that use the full range of codes."""
+    return tuple(decision.tensor for decision in ranges if decision.full)
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """All decisions for one net."""
+
+    splits: tuple[Decision, ...]
+    ranges: tuple[RangeDecision, ...]
+
+    @property
+    def extra_macs(self) -> int:
+        """Multiply-accumulates per image that the choice adds to the net."""
+        splits = sum(decision.option(decision.form).extra_macs for decision in self.splits)
+        return splits + sum(decision.extra_macs for decision in self.ranges if decision.full)

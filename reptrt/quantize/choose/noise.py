@@ -1,0 +1,108 @@
+"""Signal and noises at the output of one convolution, for each form that it can take."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import onnx_graphsurgeon as gs
+
+from reptrt.core.choices import SplitForm
+from reptrt.core.grid import Grid, channel_amax, dequantize
+from reptrt.graph.net import constant_value
+from reptrt.graph.qdq import quantize_weight
+from reptrt.quantize.calib.channels import ChannelStats
+from reptrt.quantize.choose.cost import ELEMENTWISE_MACS, num_positions
+from reptrt.quantize.choose.decisions import Option
+from reptrt.rewrite import split_coarse_fine as coarse_fine
+from reptrt.rewrite import split_identity as identity
+from reptrt.rewrite.linear import spread_over_kernel
+
+FloatArray = npt.NDArray[np.floating]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerNoise:
+    """Powers at a layer's output, per position, summed over output channels."""
+
+    signal: float  # sum W^2 E[x^2]
+    activation_noise: float  # sum W^2 step_x^2 / 12
+    options: tuple[Option, ...]  # the whole layer first, then the splits that it can take
+
+
+def layer_noise(node: gs.Node, stats: ChannelStats, activations: Grid, weights: Grid) -> LayerNoise:
+    """Return the noises of a convolution.
+
+    Args:
+        node: the convolution, with a constant weight.
+        stats: of its input.
+        activations: codes of the input.
+        weights: codes of the weight.
+    """
+    weight = np.asarray(constant_value(node.inputs[1]), dtype=np.float64)
+    groups = int(node.attrs.get("group", 1))
+    step = float(stats.maximum.max()) / activations.qmax
+    mean_square = spread_over_kernel(stats.mean_square, weight, groups)
+    variance = spread_over_kernel(stats.variance, weight, groups)
+    return LayerNoise(
+        signal=float((np.square(weight) * mean_square).sum()),
+        activation_noise=float(np.square(weight).sum()) * step**2 / 12.0,
+        options=tuple(_options(node, weight, variance, weights)),
+    )
+
+
+def _options(node: gs.Node, weight: FloatArray, variance: FloatArray, grid: Grid) -> list[Option]:
+    positions, channels = num_positions(node), weight.shape[0]
+    options = [Option("none", _weight_noise(weight, variance, grid), 0)]
+    if identity.reason_against(node) is None:
+        addition = channels * ELEMENTWISE_MACS * positions
+        forms: tuple[tuple[SplitForm, identity.Form, int], ...] = (
+            ("identity-scalar", "scalar", addition),
+            ("identity", "per-channel", 2 * addition),
+        )
+        for name, form, extra in forms:
+            factor = identity.factor_of(weight, grid, form)
+            if factor is not None:
+                rest = identity.without_diagonal(weight, factor)
+                options.append(Option(name, _weight_noise(rest, variance, grid), extra))
+    if coarse_fine.reason_against(node) is None:
+        _, fine = coarse_fine.coarse_and_fine(weight, grid)
+        extra = (channels * weight.shape[1] + channels * ELEMENTWISE_MACS) * positions
+        options.append(Option("coarse-fine", _weight_noise(fine, variance, grid), extra))
+    return options
+
+
+def _weight_noise(weight: FloatArray, variance: FloatArray, grid: Grid) -> float:
+    """Return sum (W - Q(W))^2 Var[x]; ``variance`` broadcasts over the weight."""
+    quantized = quantize_weight(weight.astype(np.float32), 0, grid)
+    error = weight - dequantize(quantized.codes, quantized.scale, 0)
+    return float((np.square(error) * variance).sum())
+
+
+def int8_obstacle(node: gs.Node, form: SplitForm, grid: Grid) -> str | None:
+    """Return why a split into INT8 summands does not pay for a layer, or None if it does.
+
+    Rounding a summand adds noise, so each rounded summand has to bring 3 dB: sum_o step_o^2 of the
+    rest must be at most half of the whole kernel's in the identity form, whose skip is not rounded,
+    and at most a quarter in the coarse-fine form. Only the weight is looked at. Rule: ours.
+    """
+    weight = constant_value(node.inputs[1])
+    if form == "coarse-fine":
+        reason = coarse_fine.reason_against(node)
+        if reason is not None or weight is None:
+            return reason
+        rest, limit = coarse_fine.coarse_and_fine(weight, grid)[1], 1 / 4
+    else:
+        reason = identity.reason_against(node)
+        if reason is not None or weight is None:
+            return reason
+        factor = identity.factor_of(weight, grid, "scalar")
+        if factor is None:
+            return identity.NO_FACTOR
+        rest, limit = identity.without_diagonal(weight, factor), 1 / 2
+    before, after = (np.square(channel_amax(part, 0)).sum() for part in (weight, rest))
+    if after <= limit * before:
+        return None
+    return (
+        "rounding the INT8 summands would add more noise than the split removes (squared steps "
+        f"fall to {after / before:.2g} of the whole kernel's, expected at most {limit:g})"
+    )
