@@ -497,14 +497,7 @@ def build_engine(
         **values,
     )
     summary = build(model, output, options)
-    text = (
-        f"build-engine  {summary.path}  {summary.backend} {summary.backend_version}  "
-        f"{', '.join(summary.targets) or 'portable'}  {summary.num_layers} layers, "
-        f"{len(summary.int8_layers)} planned INT8, {summary.rest}  "
-        f"{summary.size_bytes / 2**20:.1f} MiB  "
-        f"{summary.seconds:.1f} s"
-    )
-    _emit(text, summary.to_dict(), json_path)
+    _emit(str(summary), summary.to_dict(), json_path)
 
 
 @main.command()

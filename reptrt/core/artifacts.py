@@ -209,6 +209,10 @@ def _check_kinds(sidecar: Sidecar) -> None:
         value = getattr(sidecar, item.name)
         if not isinstance(value, kind):
             raise TypeError(f"{item.name} is {value!r}, expected a {kind.__name__}")
+    for field_name in ("parents", "versions"):
+        for key, value in getattr(sidecar, field_name).items():
+            if not isinstance(value, str):
+                raise TypeError(f"{field_name}.{key}: got {value!r}, expected a text")
 
 
 def _json_bytes(content: Any) -> bytes:

@@ -1,8 +1,9 @@
 """Options as JSON values and back, for any dataclass, by its fields and their types.
 
-Understood are dataclasses, tuples, mappings, paths, literals, optional values and plain numbers,
-texts and truth values. Nothing is guessed: a field that is unknown, missing or of another type is
-an error, because a default that changed between two versions would go unnoticed.
+Understood are dataclasses, tuples, mappings, paths, literals, optional values, plain numbers, texts
+and truth values; a dataclass with a text form (`HasTextForm`) is written as that text. Nothing is
+guessed: a field that is unknown, missing or of another type is an error, because a default that
+changed between two versions would go unnoticed.
 """
 
 import contextlib
@@ -10,16 +11,37 @@ import types
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import (
+    Any,
+    Literal,
+    Protocol,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+    runtime_checkable,
+)
 
 from reptrt.core.errors import ArtifactError
 
 Options = TypeVar("Options")
 
 
+@runtime_checkable
+class HasTextForm(Protocol):
+    """A dataclass whose instances are written as ``str(instance)`` and read by ``from_text``."""
+
+    @classmethod
+    def from_text(cls, text: str) -> Any:
+        """Return the instance that a text stands for; raise ConfigError if there is none."""
+
+
 def json_from_options(value: Any) -> Any:
     """Return a dataclass, and everything in it, as JSON values."""
     if is_dataclass(value) and not isinstance(value, type):
+        if isinstance(value, HasTextForm):
+            return str(value)
         return {item.name: json_from_options(getattr(value, item.name)) for item in fields(value)}
     if isinstance(value, Mapping):
         return {str(key): json_from_options(entry) for key, entry in value.items()}
@@ -60,6 +82,8 @@ def _value(kind: Any, content: Any, where: str) -> Any:
     if kind is Any:
         return content
     if is_dataclass(kind) and isinstance(kind, type):
+        if issubclass(kind, HasTextForm):
+            return kind.from_text(_plain(str, content, where))
         return options_from_json(kind, content, where)
     if origin in (Union, types.UnionType):
         return _either(arguments, content, where)

@@ -96,9 +96,10 @@ class Comparison:
         """Return one line about the engine."""
         if self.engine is None:
             return f"no engine: {self.no_engine}"
+        details = self.engine.details
         return (
-            f"engine {self.engine.path}: {self.engine.backend} {self.engine.backend_version}, "
-            f"{self.engine.size_bytes / _KIB:.0f} KiB, built in {self.engine.seconds:.1f} s"
+            f"engine {self.engine.path}: {details.backend} {details.backend_version}, "
+            f"{details.size_bytes / _KIB:.0f} KiB, built in {self.engine.seconds:.1f} s"
         )
 
     def _caption(self) -> str:

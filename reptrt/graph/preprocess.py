@@ -5,7 +5,8 @@ from dataclasses import asdict, dataclass
 from typing import Any, get_args
 
 from reptrt.core.choices import Resize
-from reptrt.core.errors import ConfigError
+from reptrt.core.errors import ConfigError, ReptrtError
+from reptrt.core.options_json import options_from_json
 from reptrt.graph.net import Net, get_json, set_json
 
 _KEY = "preprocess"
@@ -33,6 +34,9 @@ class Preprocess:
     resize: Resize = "none"
 
     def __post_init__(self) -> None:
+        for name in ("channels", "height", "width"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}: got {getattr(self, name)}, expected a positive number")
         for name, values in (("mean", self.mean), ("std", self.std)):
             if len(values) != self.channels:
                 raise ConfigError(
@@ -67,13 +71,23 @@ def write_preprocess(net: Net, preprocess: Preprocess) -> None:
     set_json(net, _KEY, asdict(preprocess))
 
 
+def stored_preprocess(net: Net) -> Preprocess | None:
+    """Return the preprocessing stored in a net's metadata; None if there is none.
+
+    Raises:
+        ArtifactError: what is stored is not what `write_preprocess` wrote.
+    """
+    return get_json(net, _KEY, _from_json)
+
+
 def read_preprocess(net: Net) -> Preprocess:
     """Return the preprocessing stored in a net, or plain x / 255 at the size of its input.
 
     Raises:
+        ArtifactError: what is stored is not what `write_preprocess` wrote.
         ConfigError: nothing is stored and the input is not a fixed-size image batch (N, C, H, W).
     """
-    stored = get_json(net, _KEY, _from_json)
+    stored = stored_preprocess(net)
     if stored is not None:
         return stored
     tensor = net.graph.inputs[0]
@@ -87,7 +101,7 @@ def read_preprocess(net: Net) -> Preprocess:
 
 
 def _from_json(stored: dict[str, Any]) -> Preprocess:
-    for name in ("channels", "height", "width"):
-        if not (isinstance(stored[name], int) and stored[name] > 0):
-            raise ValueError(f"{name} is {stored[name]!r}, expected a positive number")
-    return Preprocess(**{**stored, "mean": tuple(stored["mean"]), "std": tuple(stored["std"])})
+    try:
+        return options_from_json(Preprocess, {"resize": "none", **stored}, _KEY)
+    except ReptrtError as err:
+        raise ValueError(str(err)) from err

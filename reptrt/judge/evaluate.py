@@ -22,7 +22,6 @@ import numpy as np
 import numpy.typing as npt
 from rich.table import Table
 
-from reptrt.core.artifacts import read_sidecar
 from reptrt.core.choices import Device, RunnerKind
 from reptrt.core.errors import ArtifactError, ConfigError, DataError
 from reptrt.core.metrics import agreement, sqnr_db, top_k_accuracy
@@ -31,6 +30,7 @@ from reptrt.data.dataset import Dataset, open_dataset
 from reptrt.execute.runner import Runner, open_runner
 from reptrt.graph.net import net_from_model, read_model
 from reptrt.graph.preprocess import Preprocess, read_preprocess
+from reptrt.trt.details import read_engine_record
 
 Float32Array = npt.NDArray[np.float32]
 
@@ -173,10 +173,9 @@ def preprocess_of(path: Path, reference: Path | None = None) -> Preprocess:
     """
     if path.suffix.lower() != ".engine":
         return read_preprocess(net_from_model(read_model(path)))
-    sidecar = read_sidecar(path)
-    stored = None if sidecar is None else sidecar.details.get("preprocess")
-    if stored is not None:
-        return Preprocess(**{**stored, "mean": tuple(stored["mean"]), "std": tuple(stored["std"])})
+    record = read_engine_record(path)
+    if record is not None and record.details.preprocess is not None:
+        return record.details.preprocess
     if reference is not None and reference.suffix.lower() != ".engine":
         return preprocess_of(reference)
     raise ConfigError(

@@ -13,7 +13,7 @@ from typing import Any
 
 import onnx
 
-from reptrt.core.artifacts import read_sidecar, sha256_of
+from reptrt.core.artifacts import sha256_of
 from reptrt.core.errors import ReptrtError
 from reptrt.execute.runner import optimized_nodes
 from reptrt.graph.intent import planned_int8
@@ -23,6 +23,7 @@ from reptrt.judge.bench_report import BenchReport, Timing
 from reptrt.judge.cost import LayerCost, layer_costs
 from reptrt.linter import lint_net
 from reptrt.trt.audit import Audit, audit
+from reptrt.trt.details import read_engine_record
 from reptrt.trt.input import is_half
 from reptrt.trt.inspect import inspect_engine
 
@@ -138,21 +139,20 @@ def _graph_evidence(model: onnx.ModelProto, batch: int) -> Evidence:
 
 def _engine_evidence(path: Path, batch: int) -> Evidence:
     """Return what the audit says, and what the ONNX file says if it lies beside the engine."""
-    sidecar = read_sidecar(path)
-    if sidecar is None:
+    record = read_engine_record(path)
+    if record is None:
         return Evidence(unknown=("the engine has no sidecar that says what was planned INT8",))
-    found = Evidence(planned=len(sidecar.details.get("int8_layers", ())))
+    found = Evidence(planned=len(record.details.int8_layers))
     if not found.planned:
         return found
     unknown = []
-    sources = [path.parent / name for name in sidecar.parents]
-    sources = [s for s in sources if s.is_file() and sha256_of(s) == sidecar.parents[s.name]]
+    files = ((path.parent / name, sha256) for name, sha256 in record.parents.items())
+    sources = [file for file, sha256 in files if file.is_file() and sha256_of(file) == sha256]
     if sources:
         found = replace(_graph_evidence(read_model(sources[0]), batch), planned=found.planned)
     else:
         unknown.append("the ONNX file that the engine was built from is not beside it")
-    rest = sidecar.details.get("rest", {}).get("state")
-    found = replace(found, fp32_rest=rest == "fp32")
+    found = replace(found, fp32_rest=record.details.rest.state == "fp32")
     try:
         checked, layers = audit(path), inspect_engine(path).layers
     except ReptrtError as err:

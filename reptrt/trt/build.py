@@ -5,26 +5,27 @@ has Q/DQ, FP16 where it has FP16, and no builder option changes that. `reptrt.tr
 the graph those types.
 """
 
-import hashlib
-import json
 import logging
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import onnx
 
-from reptrt.core.artifacts import require_folder, sha256_of, write_artifact
+from reptrt.core.artifacts import require_folder, sha256_of
 from reptrt.core.errors import ConfigError, EngineError
+from reptrt.core.options_json import json_from_options
 from reptrt.graph.intent import planned_int8
-from reptrt.graph.net import bytes_from_model
+from reptrt.graph.net import bytes_from_model, net_from_model
+from reptrt.graph.preprocess import stored_preprocess
 from reptrt.trt import binding, timing_cache
 from reptrt.trt.binding import CURRENT, Backend, Gpu, Messages
-from reptrt.trt.input import Rest, metadata_of, read_buildable, with_rest
+from reptrt.trt.details import EngineDetails, TensorInfo, write_engine
+from reptrt.trt.input import read_buildable, with_rest
 from reptrt.trt.options import (
     BuildOptions,
     ShapeRange,
@@ -39,38 +40,28 @@ _T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
-class TensorInfo:
-    """An input or output of an engine; -1 is a dimension that changes from call to call."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str  # TensorRT's name: "FLOAT", "HALF", "INT8", ...
-
-
-@dataclass(frozen=True, slots=True)
 class EngineSummary:
     """What was built."""
 
     path: Path
-    sha256: str
-    backend: str  # "tensorrt" or "tensorrt-rtx"
-    backend_version: str
-    targets: tuple[str, ...]  # compute capabilities; (): tensorrt-rtx's default, sm80 and later
-    inputs: tuple[TensorInfo, ...]
-    outputs: tuple[TensorInfo, ...]
-    profile: dict[str, ShapeRange]  # per input with dimensions that change
-    num_layers: int  # of the parsed network, before TensorRT fuses
-    int8_layers: tuple[str, ...]  # planned INT8: names of the graph's nodes
-    size_bytes: int
-    device_memory_bytes: int | None  # activations of one execution context; None: not known here
-    without_effect: tuple[str, ...]  # options that this backend takes but does not follow
-    rest: Rest  # what was done to the part that is not INT8
-    seconds: float
+    sha256: str  # of the engine, hex
+    details: EngineDetails
+    seconds: float  # of the build
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the summary as JSON values."""
-        profile = {name: str(wanted) for name, wanted in self.profile.items()}
-        return asdict(self) | {"path": str(self.path), "profile": profile}
+        """Return the summary as JSON values, those of ``details`` beside the others."""
+        own: dict[str, Any] = json_from_options(self)
+        details: dict[str, Any] = own.pop("details")
+        return own | details
+
+    def __str__(self) -> str:
+        details = self.details
+        return (
+            f"build-engine  {self.path}  {details.backend} {details.backend_version}  "
+            f"{', '.join(details.targets) or 'portable'}  {details.num_layers} layers, "
+            f"{len(details.int8_layers)} planned INT8, {details.rest}  "
+            f"{details.size_bytes / _MIB:.2f} MiB  {self.seconds:.1f} s"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,13 +105,12 @@ def build_engine(onnx_path: Path, output: Path, options: BuildOptions) -> Engine
         _LOG.warning("--%s: %s has no use for it", name.replace("_", "-"), backend.label)
     _check_paths(onnx_path, output, options)
     model, rest = with_rest(read_buildable(onnx_path), options.high_precision)
+    preprocess = stored_preprocess(net_from_model(model))
     parents = {onnx_path.name: sha256_of(onnx_path)}
     started = time.perf_counter()
     built = _run_cancellable(lambda stop: _build(backend, onnx_path, model, options, stop))
     seconds = time.perf_counter() - started
-    summary = EngineSummary(
-        path=output,
-        sha256=hashlib.sha256(built.plan).hexdigest(),
+    details = EngineDetails(
         backend=backend.name,
         backend_version=".".join(map(str, backend.version)),
         targets=_targets(backend, options),
@@ -133,10 +123,11 @@ def build_engine(onnx_path: Path, output: Path, options: BuildOptions) -> Engine
         device_memory_bytes=built.device_memory_bytes,
         without_effect=without_effect,
         rest=rest,
-        seconds=seconds,
+        preprocess=preprocess,
     )
-    _write(summary, built.plan, parents, model, options)
-    _log(summary)
+    record = write_engine(output, built.plan, parents=parents, options=options, details=details)
+    summary = EngineSummary(output, record.sha256, details, seconds)
+    _LOG.info("%s", summary)
     return summary
 
 
@@ -311,43 +302,3 @@ def _device_memory(session: _Session, plan: bytes) -> int | None:
     runtime.engine_host_code_allowed = True  # this process has built what a plan may carry
     engine = runtime.deserialize_cuda_engine(plan)
     return None if engine is None else int(engine.device_memory_size_v2)
-
-
-def _write(
-    summary: EngineSummary,
-    plan: bytes,
-    parents: dict[str, str],
-    model: onnx.ModelProto,
-    options: BuildOptions,
-) -> None:
-    """Write engine and sidecar; equal builds give equal sidecars, so no seconds in it."""
-    asked = asdict(options)
-    asked["shapes"] = None if options.shapes is None else str(options.shapes)
-    asked["timing_cache"] = None if options.timing_cache is None else str(options.timing_cache)
-    found = summary.to_dict()
-    for name in ("path", "sha256", "seconds"):
-        del found[name]
-    preprocess = metadata_of(model).get("reptrt.preprocess")
-    found["preprocess"] = None if preprocess is None else json.loads(preprocess)
-    write_artifact(
-        summary.path,
-        plan,
-        artifact="engine",
-        parents=parents,
-        options=asked,
-        details=found,
-    )
-
-
-def _log(summary: EngineSummary) -> None:
-    _LOG.info(
-        "build-engine  %s %s  %s  %d layers  %d planned int8  %s  %.2f MiB  %.1f s",
-        summary.backend,
-        summary.backend_version,
-        ",".join(summary.targets) or "portable",
-        summary.num_layers,
-        len(summary.int8_layers),
-        summary.rest,
-        summary.size_bytes / _MIB,
-        summary.seconds,
-    )

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from reptrt.core.artifacts import Sidecar, read_sidecar
 from reptrt.core.errors import ArtifactError, EngineError
 from reptrt.trt import binding
 from reptrt.trt.binding import CURRENT, Backend, Gpu, Messages, capability
+from reptrt.trt.details import EngineRecord, read_engine_record
 
 _TAGS = (b"ftrt", b"vtrt")
 _HEADER_BYTES = 28
@@ -57,7 +57,7 @@ class OpenEngine:
 
     path: Path
     header: PlanHeader
-    sidecar: Sidecar | None
+    record: EngineRecord | None  # None: it has no sidecar
     gpu: Gpu
     backend: Backend
     messages: Messages
@@ -100,25 +100,26 @@ def open_engine(path: Path) -> Iterator[OpenEngine]:
     """Deserialize an engine, after checking all that can be checked before.
 
     Raises:
-        ArtifactError: the file cannot be read, or is not the one its sidecar was written for.
+        ArtifactError: the file cannot be read, is not the one its sidecar was written for, or the
+            sidecar is damaged.
         MissingDependencyError: the TensorRT it needs is not installed.
         EngineError: no GPU, another GPU, another TensorRT, a damaged file.
     """
     header = read_header(path)
-    sidecar = read_sidecar(path)
+    record = read_engine_record(path)
     gpu = binding.find_gpu()
     if not isinstance(gpu, Gpu):
         raise EngineError(f"{path}: using an engine needs an NVIDIA GPU: {gpu}")
     backend = binding.load(header.backend)
-    _check_version(path, header, backend, sidecar)
-    if sidecar is not None and not backend.features.engine_validity:
-        _check_gpu(path, sidecar, gpu)
+    _check_version(path, header, backend, record)
+    if record is not None and not backend.features.engine_validity:
+        _check_gpu(path, record, gpu)
     plan = path.read_bytes()
     with Messages(backend) as messages:
         runtime = _create_runtime(path, backend, messages)
         if backend.features.engine_validity:
             _check_validity(path, backend, runtime.get_engine_validity(plan), gpu)
-        if sidecar is not None and sidecar.options.get("version_compatible"):
+        if record is not None and record.options.version_compatible:
             runtime.engine_host_code_allowed = True  # its own lean runtime is in the file
         engine = runtime.deserialize_cuda_engine(plan)
         if engine is None:
@@ -126,11 +127,11 @@ def open_engine(path: Path) -> Iterator[OpenEngine]:
                 f"{path}: {backend.label} on {gpu.name} ({gpu.target}) refuses this engine of "
                 f"{header.label}: {messages.reason()}; build it again here"
             )
-        yield OpenEngine(path, header, sidecar, gpu, backend, messages, runtime, engine)
+        yield OpenEngine(path, header, record, gpu, backend, messages, runtime, engine)
 
 
 def _check_version(
-    path: Path, header: PlanHeader, backend: Backend, sidecar: Sidecar | None
+    path: Path, header: PlanHeader, backend: Backend, record: EngineRecord | None
 ) -> None:
     """Refuse an engine that this TensorRT cannot read.
 
@@ -138,7 +139,7 @@ def _check_version(
     no sidecar says whether it is one, TensorRT decides between versions of the same major version.
     """
     later = header.version[0] == backend.version[0] and header.version < backend.version
-    compatible = sidecar is None or sidecar.options.get("version_compatible")
+    compatible = record is None or record.options.version_compatible
     if header.version == backend.version or (later and compatible):
         return
     raise EngineError(
@@ -160,10 +161,10 @@ def _check_validity(path: Path, backend: Backend, answer: tuple[Any, int], gpu: 
     )
 
 
-def _check_gpu(path: Path, sidecar: Sidecar, gpu: Gpu) -> None:
+def _check_gpu(path: Path, record: EngineRecord, gpu: Gpu) -> None:
     """Refuse an engine that was built for other GPUs."""
-    targets = [str(target) for target in sidecar.details.get("targets", ())]
-    ampere = sidecar.options.get("hardware_compatible") == "ampere+"
+    targets = record.details.targets
+    ampere = record.options.hardware_compatible == "ampere+"
     if gpu.target in targets or (ampere and capability(gpu.target) >= (8, 0)):
         return
     raise EngineError(

@@ -7,9 +7,7 @@ and outputs of the graph keep their types.
 
 import logging
 import math
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import onnx
 
@@ -17,29 +15,14 @@ from reptrt.core.artifacts import read_sidecar
 from reptrt.core.choices import HighPrecision
 from reptrt.core.errors import EngineError
 from reptrt.graph.intent import runtime_scale_node, uint8_node
-from reptrt.graph.net import WEIGHTED_OPS, get_json, model_from_net, net_from_model, read_model
-from reptrt.rewrite.contract import Skipped
+from reptrt.graph.net import WEIGHTED_OPS, model_from_net, net_from_model, read_model
 from reptrt.rewrite.to_fp16 import log_left_fp32, to_fp16
+from reptrt.trt.details import Rest
 
 _LOG = logging.getLogger(__name__)
 _HALF = (onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
 _MAX_VALUES = 2**31 - 1  # of one tensor
 _TYPED = (*WEIGHTED_OPS, "QuantizeLinear", "DequantizeLinear")
-
-
-@dataclass(frozen=True, slots=True)
-class Rest:
-    """What became of the part of a graph that is not INT8."""
-
-    state: Literal["converted", "was fp16", "fp32"]  # to FP16; left as it was; left in FP32
-    num_converted: int = 0  # nodes that compute in FP16 now
-    left_fp32: tuple[Skipped, ...] = ()  # nodes that FP16 cannot hold, and why
-
-    def __str__(self) -> str:
-        if self.state != "converted":
-            return {"was fp16": "rest fp16 as in the file", "fp32": "rest fp32"}[self.state]
-        left = f", {len(self.left_fp32)} left in fp32" if self.left_fp32 else ""
-        return f"rest fp16 ({self.num_converted} nodes converted{left})"
 
 
 def read_buildable(path: Path) -> onnx.ModelProto:
@@ -51,10 +34,8 @@ def read_buildable(path: Path) -> onnx.ModelProto:
             that is too large.
     """
     model = read_model(path)
-    sidecar = read_sidecar(path)
+    read_sidecar(path)  # checks that the file is the one that its sidecar was written for
     simulation = metadata_of(model).get("reptrt.simulation")
-    if simulation is None and sidecar is not None:
-        simulation = sidecar.details.get("simulation")
     if simulation:
         raise EngineError(
             f"{path}: a simulation, no engine can run it ({simulation}); quantize to 8 bits"
@@ -72,7 +53,6 @@ def read_buildable(path: Path) -> onnx.ModelProto:
             "quantize statically with reptrt calibrate"
         )
     _refuse_huge(path, model)
-    get_json(net_from_model(model), "preprocess", dict)  # damage is found before the build
     return model
 
 

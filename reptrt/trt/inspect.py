@@ -9,11 +9,11 @@ from typing import Any, Literal
 import onnx
 from rich.table import Table
 
-from reptrt.core.artifacts import Sidecar, read_sidecar
 from reptrt.graph.intent import node_name, planned_int8
 from reptrt.graph.net import read_model
 from reptrt.trt import binding
 from reptrt.trt.binding import Gpu
+from reptrt.trt.details import EngineRecord, TensorInfo, read_engine_record
 from reptrt.trt.file import OpenEngine, PlanHeader, open_engine, read_header
 from reptrt.trt.inspector import UNKNOWN, Layer, Tensor, parse_inspector, type_in
 from reptrt.trt.rtx_plan import layers_of_plan
@@ -116,28 +116,26 @@ def inspect_engine(path: Path) -> Inspection:
     with open_engine(path) as opened:
         text = _inspector_text(opened)
         made_by = f"{opened.header.label} on {opened.gpu.name}"
-        planned = _planned(opened.sidecar)
+        planned = _planned(opened.record)
     inputs, outputs, layers = parse_inspector(text)
     return Inspection(path, "engine", made_by, inputs, outputs, layers, planned)
 
 
 def _inspect_without_gpu(path: Path, header: PlanHeader) -> Inspection:
-    sidecar = read_sidecar(path)
-    details = {} if sidecar is None else sidecar.details
-    inputs, outputs = (
-        tuple(
-            Tensor(t["name"], tuple(t["shape"]), type_in(t["dtype"])) for t in details.get(key, ())
-        )
-        for key in ("inputs", "outputs")
-    )
+    record = read_engine_record(path)
+    inputs = () if record is None else _tensors(record.details.inputs)
+    outputs = () if record is None else _tensors(record.details.outputs)
     layers = layers_of_plan(path.read_bytes(), str(path))
     made_by = f"{header.label}, read without a GPU"
-    return Inspection(path, "engine", made_by, inputs, outputs, layers, _planned(sidecar))
+    return Inspection(path, "engine", made_by, inputs, outputs, layers, _planned(record))
 
 
-def _planned(sidecar: Sidecar | None) -> tuple[str, ...] | None:
-    names = None if sidecar is None else sidecar.details.get("int8_layers")
-    return None if names is None else tuple(str(name) for name in names)
+def _tensors(infos: Sequence[TensorInfo]) -> tuple[Tensor, ...]:
+    return tuple(Tensor(info.name, info.shape, type_in(info.dtype)) for info in infos)
+
+
+def _planned(record: EngineRecord | None) -> tuple[str, ...] | None:
+    return None if record is None else record.details.int8_layers
 
 
 def _inspector_text(opened: OpenEngine) -> str:

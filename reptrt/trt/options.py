@@ -38,6 +38,11 @@ class ShapeRange:
             if not 1 <= low <= best <= high:
                 raise ConfigError(f"--shapes {self}: expected 1 <= MIN <= OPT <= MAX")
 
+    @classmethod
+    def from_text(cls, text: str) -> "ShapeRange":
+        """Return the range of ``MIN:OPT:MAX``, see `parse_shapes`."""
+        return parse_shapes(text)
+
     def __str__(self) -> str:
         rows = (self.minimum, self.optimum, self.maximum)
         return ":".join("x".join(map(str, row)) for row in rows)

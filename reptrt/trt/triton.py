@@ -5,8 +5,8 @@
     REPO/NAME/labels.txt     one class a line, if given
     REPO/NAME/README.md      preprocessing, and which Triton can serve it
 
-What the engine takes and gives is in its sidecar, so neither TensorRT nor a GPU is needed here.
-The preprocessing is a parameter of the configuration too, as JSON, for clients to read.
+Inputs and outputs are read from the engine's sidecar, so neither TensorRT nor a GPU is needed here.
+The configuration holds the preprocessing too, as JSON, so that clients can read it.
 """
 
 import contextlib
@@ -14,18 +14,18 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from reptrt.core.artifacts import Sidecar, read_sidecar
-from reptrt.core.errors import ArtifactError, ConfigError
-from reptrt.graph.preprocess import crop_cover
+from reptrt.core.errors import ArtifactError, ConfigError, option
+from reptrt.graph.preprocess import Preprocess, crop_cover
+from reptrt.trt.details import EngineDetails, EngineRecord, TensorInfo, read_engine_record
 from reptrt.trt.file import PlanHeader, read_header
-from reptrt.trt.options import PackageOptions, parse_shapes
+from reptrt.trt.options import PackageOptions
 
-_TYPES = {
+_TYPES = {  # TensorRT's name of a type -> Triton's
     "FLOAT": "TYPE_FP32",
     "HALF": "TYPE_FP16",
     "BF16": "TYPE_BF16",
@@ -43,7 +43,7 @@ class PackageReport:
 
     path: Path  # REPO/NAME
     name: str
-    max_batch_size: int  # 0: the engine takes one batch size only
+    max_batch_size: int  # 0: the engine takes a single batch size
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     num_labels: int | None
@@ -56,14 +56,19 @@ class PackageReport:
 
 @dataclass(frozen=True, slots=True)
 class _Model:
-    """All that the files of a model repository say."""
+    """What is written into the files of a model repository."""
 
     name: str
     header: PlanHeader
-    sidecar: Sidecar
+    record: EngineRecord
     labels: tuple[str, ...] | None
     max_batch_size: int
     options: PackageOptions
+
+    @property
+    def details(self) -> EngineDetails:
+        """What was built."""
+        return self.record.details
 
 
 def package(engine: Path, repository: Path, options: PackageOptions) -> PackageReport:
@@ -72,20 +77,22 @@ def package(engine: Path, repository: Path, options: PackageOptions) -> PackageR
     Other models in the repository stay as they are.
 
     Raises:
-        ArtifactError: the engine or the labels cannot be read, the repository cannot be written or
-            holds a model of this name.
+        ArtifactError: the engine, its sidecar or the labels cannot be read, or the repository
+            cannot be written or holds a model of this name.
         EngineError: the file is no engine.
-        ConfigError: labels that do not fit, a tensor that Triton has no type for.
+        ConfigError: the labels do not fit, or Triton has no type for a tensor.
     """
     header = read_header(engine)
-    sidecar = read_sidecar(engine)
-    if sidecar is None or not {"inputs", "outputs"} <= set(sidecar.details):
+    record = read_engine_record(engine)
+    if record is None:
         raise ArtifactError(
-            f"{engine}: no sidecar says what it takes and gives; build it with reptrt build-engine"
+            f"{engine}: has no sidecar, which lists its inputs and outputs; build it with reptrt "
+            "build-engine"
         )
+    details = record.details
     name = options.name or re.sub(r"[^A-Za-z0-9_-]", "_", engine.stem)
-    labels = None if options.labels is None else _read_labels(options.labels, sidecar)
-    model = _Model(name, header, sidecar, labels, _max_batch_size(sidecar), options)
+    labels = None if options.labels is None else _read_labels(options.labels, details.outputs[0])
+    model = _Model(name, header, record, labels, _max_batch_size(details), options)
     with _new_folder(repository, name) as folder:
         (folder / "config.pbtxt").write_text(_config(model), encoding="utf-8")
         (folder / "README.md").write_text(_readme(model), encoding="utf-8")
@@ -97,8 +104,8 @@ def package(engine: Path, repository: Path, options: PackageOptions) -> PackageR
         path=repository / name,
         name=name,
         max_batch_size=model.max_batch_size,
-        inputs=tuple(tensor["name"] for tensor in sidecar.details["inputs"]),
-        outputs=tuple(tensor["name"] for tensor in sidecar.details["outputs"]),
+        inputs=tuple(tensor.name for tensor in details.inputs),
+        outputs=tuple(tensor.name for tensor in details.outputs),
         num_labels=None if labels is None else len(labels),
         warning=_warning(header),
     )
@@ -109,7 +116,7 @@ def _new_folder(repository: Path, name: str) -> Iterator[Path]:
     """Yield a temporary folder that becomes ``repository/name`` on success, else is gone."""
     target = repository / name
     if target.exists():
-        raise ArtifactError(f"{target}: exists; remove it, or give another --name")
+        raise ArtifactError(f"{target}: exists; remove it, or give another {option('name')}")
     if not repository.parent.is_dir():
         parent = repository.parent
         raise ArtifactError(f"{repository}: folder {parent} does not exist; create it first")
@@ -131,50 +138,48 @@ def _new_folder(repository: Path, name: str) -> Iterator[Path]:
                 repository.rmdir()  # only if nothing came into it
 
 
-def _read_labels(path: Path, sidecar: Sidecar) -> tuple[str, ...]:
+def _read_labels(path: Path, output: TensorInfo) -> tuple[str, ...]:
+    """Read one label for each class of an output, whose last dimension counts the classes."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as err:
         raise ArtifactError(f"{path}: labels cannot be read ({err})") from err
     labels = tuple(line.strip() for line in text.splitlines())
-    shape = sidecar.details["outputs"][0]["shape"]
-    if not all(labels) or len(labels) != shape[-1]:
+    num_classes = output.shape[-1] if output.shape else 1
+    if not all(labels) or len(labels) != num_classes:
         raise ConfigError(
-            f"--labels {path}: {len(labels)} lines ({labels.count('')} empty), expected "
-            f"{shape[-1]}, one per class of {sidecar.details['outputs'][0]['name']}"
+            f"{option('labels')}: {path} has {len(labels)} lines ({labels.count('')} empty), "
+            f"expected {num_classes}, one per class of {output.name}"
         )
     return labels
 
 
-def _max_batch_size(sidecar: Sidecar) -> int:
-    """Return the largest batch; 0 where Triton must not batch: the first dimension is fixed."""
-    tensors = (*sidecar.details["inputs"], *sidecar.details["outputs"])
-    if any(not tensor["shape"] or tensor["shape"][0] != -1 for tensor in tensors):
+def _max_batch_size(details: EngineDetails) -> int:
+    """Return the largest batch; 0 if a first dimension is fixed, so that Triton must not batch."""
+    if any(tensor.shape[:1] != (-1,) for tensor in (*details.inputs, *details.outputs)):
         return 0
-    ranges = sidecar.details.get("profile", {}).values()
-    return min(parse_shapes(text).maximum[0] for text in ranges)
+    return min(shapes.maximum[0] for shapes in details.profile.values())
 
 
 def _config(model: _Model) -> str:
     """Return config.pbtxt: ModelConfig of Triton's model_config.proto as protobuf text."""
-    details = model.sidecar.details
+    details = model.details
     lines = [
         f"name: {_quoted(model.name)}",
         'platform: "tensorrt_plan"',
         f"max_batch_size: {model.max_batch_size}",
     ]
-    lines += [_tensor(model, "input", tensor) for tensor in details["inputs"]]
-    for index, tensor in enumerate(details["outputs"]):
+    lines += [_tensor(model, "input", tensor) for tensor in details.inputs]
+    for index, tensor in enumerate(details.outputs):
         labelled = index == 0 and model.labels is not None
         lines.append(_tensor(model, "output", tensor, 'label_filename: "labels.txt"' * labelled))
     lines.append(f"instance_group {{ count: {model.options.instances} kind: KIND_GPU }}")
     if model.max_batch_size > 1:
         delay = model.options.max_queue_delay_us
         lines.append(f"dynamic_batching {{ max_queue_delay_microseconds: {delay} }}")
-    preprocess = details.get("preprocess")
-    parameters = {"reptrt.engine_sha256": model.sidecar.sha256}
-    if preprocess is not None:
-        parameters["reptrt.preprocess"] = json.dumps(preprocess, sort_keys=True)
+    parameters = {"reptrt.engine_sha256": model.record.sha256}
+    if details.preprocess is not None:
+        parameters["reptrt.preprocess"] = json.dumps(asdict(details.preprocess), sort_keys=True)
     for key, value in parameters.items():
         lines.append(
             f"parameters {{ key: {_quoted(key)} value {{ string_value: {_quoted(value)} }} }}"
@@ -182,17 +187,17 @@ def _config(model: _Model) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _tensor(model: _Model, role: str, tensor: Mapping[str, Any], more: str = "") -> str:
-    kind = _TYPES.get(tensor["dtype"])
+def _tensor(model: _Model, role: str, tensor: TensorInfo, more: str = "") -> str:
+    kind = _TYPES.get(tensor.dtype)
     if kind is None:
-        raise ConfigError(f"{role} {tensor['name']}: {tensor['dtype']}, which Triton cannot serve")
-    dims = ", ".join(str(size) for size in _dims(model, tensor["shape"]))
-    fields = f"name: {_quoted(tensor['name'])} data_type: {kind} dims: [ {dims} ] {more}"
+        raise ConfigError(f"{role} {tensor.name}: {tensor.dtype}, which Triton cannot serve")
+    dims = ", ".join(str(size) for size in _dims(model, tensor.shape))
+    fields = f"name: {_quoted(tensor.name)} data_type: {kind} dims: [ {dims} ] {more}"
     return f"{role} {{ {fields.rstrip()} }}"
 
 
 def _dims(model: _Model, shape: Sequence[int]) -> Sequence[int]:
-    """Return a shape as Triton wants it: the batch left out where it can change."""
+    """Return a shape as Triton wants it: without the batch if that can change."""
     return shape[1:] if model.max_batch_size else shape
 
 
@@ -206,48 +211,48 @@ def _warning(header: PlanHeader) -> str | None:
         return None
     return (
         f"engine of {header.label}: Triton's TensorRT backend loads engines of tensorrt only; "
-        "build with --backend tensorrt on the machine that serves"
+        "build it with backend tensorrt on the machine that serves it"
     )
 
 
 def _readme(model: _Model) -> str:
-    """Return the note for people: what to send, and where it runs."""
-    details = model.sidecar.details
-    tensors = [
-        f"| {role} | {tensor['name']} | {tensor['dtype']} | {list(_dims(model, tensor['shape']))} |"
-        for role, found in (("input", details["inputs"]), ("output", details["outputs"]))
-        for tensor in found
+    """Return the note for people: what to send, and where the engine runs."""
+    details = model.details
+    rows = [
+        f"| {role} | {tensor.name} | {tensor.dtype} | {list(_dims(model, tensor.shape))} |"
+        for role, tensors in (("input", details.inputs), ("output", details.outputs))
+        for tensor in tensors
     ]
     batch = f"Batches of 1 to {model.max_batch_size}; the shapes below are those of one image."
-    targets = ", ".join(details.get("targets", ())) or "sm80 and later"
+    targets = ", ".join(details.targets) or "sm80 and later"
     warning = _warning(model.header)
     parts = [
         f"# {model.name}",
         batch if model.max_batch_size else "The batch size is fixed; the shapes below include it.",
-        "\n".join(["| | name | type | shape |", "|---|---|---|---|", *tensors]),
-        "## Preprocessing\n\n" + _preprocessing(details.get("preprocess")),
+        "\n".join(["| | name | type | shape |", "|---|---|---|---|", *rows]),
+        "## Preprocessing\n\n" + _preprocessing(details.preprocess),
         "## Where it runs\n\n"
         f"Engine of {model.header.label} for {targets}. Triton loads it if it carries the same "
-        "TensorRT (see the support matrix of its releases) and the GPU is one of these.",
+        "TensorRT (see the support matrix of its releases) and runs on one of these GPUs.",
         "" if warning is None else f"**Not here: {warning}.**",
         "    tritonserver --model-repository=REPO",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _preprocessing(found: Mapping[str, Any] | None) -> str:
-    if found is None:
+def _preprocessing(preprocess: Preprocess | None) -> str:
+    if preprocess is None:
         return "Not recorded: ask whoever exported the network."
-    size = f"{found['height']} x {found['width']}"
-    cover = " x ".join(map(str, crop_cover(found["height"], found["width"])))
-    ways = {
+    size = f"{preprocess.height} x {preprocess.width}"
+    cover = " x ".join(map(str, crop_cover(preprocess.height, preprocess.width)))
+    resize = {
         "none": f"Images must be {size} already.",
         "stretch": f"Resize to {size}, bilinear, aspect ratio ignored.",
         "crop": f"Scale (bilinear, aspect ratio kept) until the image covers {cover}, then cut out "
         f"the centre {size}.",
-    }
+    }[preprocess.resize]
     return (
-        f"{ways.get(found['resize'], '')} Then, per channel, (x / 255 - mean) / std as float32, "
-        f"channels first ({found['channels']}):\n\n"
-        f"- mean {list(found['mean'])}\n- std {list(found['std'])}"
+        f"{resize} Then, per channel, (x / 255 - mean) / std as float32, channels first "
+        f"({preprocess.channels}):\n\n"
+        f"- mean {list(preprocess.mean)}\n- std {list(preprocess.std)}"
     )

@@ -7,11 +7,11 @@ import pytest
 from onnx import helper
 from PIL import Image
 
-from reptrt.core.artifacts import write_artifact
 from reptrt.core.errors import ArtifactError, ConfigError, DataError
 from reptrt.data.images import ImageFiles
 from reptrt.graph.preprocess import Preprocess
 from reptrt.judge.evaluate import EvalReport, FileResult, evaluate, preprocess_of
+from tests.support.engines import engine_details, write_fake_engine
 from tests.support.helpers import ort_run
 from tests.support.tiny_nets import classifier, quantized_conv
 
@@ -228,9 +228,9 @@ def test_an_engine_is_prepared_as_its_sidecar_says(tmp_path: Path, nets: tuple[P
     with pytest.raises(ConfigError, match=r"expected m.engine.json beside it, or --reference"):
         preprocess_of(engine)
     assert preprocess_of(engine, nets[0]) == Preprocess.plain(3, 8, 8)
-    stored = {**metadata(0.25), "layers": 3}
-    write_artifact(engine, b"engine", artifact="engine", parents={}, options={}, details=stored)
-    assert preprocess_of(engine) == Preprocess(3, 8, 8, (0.25,) * 3, (0.5,) * 3, "none")
+    preprocess = Preprocess(3, 8, 8, (0.25,) * 3, (0.5,) * 3, "none")
+    write_fake_engine(engine, b"engine", engine_details(preprocess=preprocess))
+    assert preprocess_of(engine) == preprocess
 
 
 def test_the_table_shows_percent_and_gaps(nets: tuple[Path, Path], data: Path) -> None:

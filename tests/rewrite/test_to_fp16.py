@@ -290,8 +290,9 @@ def test_tensorrt_rtx_builds_it(
     onnx.save(after, str(tmp_path / "m.onnx"))
     options = BuildOptions("tensorrt-rtx", targets=("sm80", "sm120"))
     summary = build_engine(tmp_path / "m.onnx", tmp_path / "m.engine", options)
-    assert summary.int8_layers == planned_int8(after)
-    assert {tensor.dtype for tensor in (*summary.inputs, *summary.outputs)} == {"FLOAT"}
+    assert summary.details.int8_layers == planned_int8(after)
+    ends = (*summary.details.inputs, *summary.details.outputs)
+    assert {tensor.dtype for tensor in ends} == {"FLOAT"}
     assert [record.message for record in caplog.records if record.levelname == "WARNING"] == []
 
 

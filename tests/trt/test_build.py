@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+from dataclasses import asdict
 
 import numpy as np
 import onnx
@@ -16,9 +17,11 @@ from onnx import helper
 
 from reptrt.core.artifacts import read_sidecar, sha256_of, sidecar_path, write_artifact
 from reptrt.core.errors import ArtifactError, ConfigError, EngineError
+from reptrt.graph.preprocess import Preprocess
 from reptrt.trt import binding
 from reptrt.trt.binding import Gpu
 from reptrt.trt.build import TensorInfo, build_engine
+from reptrt.trt.details import read_engine_record
 from reptrt.trt.options import BuildOptions, parse_shapes
 from reptrt.trt.rtx_plan import layers_of_plan
 from tests.support.fake_tensorrt import API, FULL_RELEASES, FakeTensorrt
@@ -55,12 +58,12 @@ def files(folder):
 def test_builds_int8_for_every_target(source, output, target):
     summary = build_engine(source, output, BuildOptions("tensorrt-rtx", targets=(target,)))
 
-    assert output.stat().st_size == summary.size_bytes > 0
+    assert output.stat().st_size == summary.details.size_bytes > 0
     assert summary.sha256 == sha256_of(output)
-    assert summary.targets == (target,)
-    assert summary.int8_layers == ("conv0", "conv1")
-    assert summary.inputs == (TensorInfo("input", (-1, 3, 8, 8), "FLOAT"),)
-    assert summary.outputs == (TensorInfo("logits", (-1, 16, 1, 1), "FLOAT"),)
+    assert summary.details.targets == (target,)
+    assert summary.details.int8_layers == ("conv0", "conv1")
+    assert summary.details.inputs == (TensorInfo("input", (-1, 3, 8, 8), "FLOAT"),)
+    assert summary.details.outputs == (TensorInfo("logits", (-1, 16, 1, 1), "FLOAT"),)
     assert summary.to_dict()["profile"] == {"input": "1x3x8x8:8x3x8x8:64x3x8x8"}
     json.dumps(summary.to_dict())
 
@@ -69,7 +72,7 @@ def test_builds_int8_for_every_target(source, output, target):
 def test_several_targets_in_one_engine(source, output):
     targets = ("sm80", "sm86", "sm89", "sm120")
     summary = build_engine(source, output, BuildOptions("tensorrt-rtx", targets=targets))
-    assert summary.targets == targets
+    assert summary.details.targets == targets
 
 
 @needs_rtx
@@ -101,25 +104,36 @@ def test_sidecar_says_what_was_built_and_from_what(source, output):
     assert sidecar.options["workspace_mib"] == 64
     assert "tensorrt-rtx" in sidecar.versions
     assert sidecar.details["backend"] == "tensorrt-rtx"
-    assert sidecar.details["backend_version"] == summary.backend_version
+    assert sidecar.details["backend_version"] == summary.details.backend_version
     assert sidecar.details["profile"] == {"input": "1x3x8x8:2x3x8x8:4x3x8x8"}
     assert sidecar.details["int8_layers"] == ["conv0", "conv1"]
-    assert sidecar.details["num_layers"] == summary.num_layers > 2
+    assert sidecar.details["num_layers"] == summary.details.num_layers > 2
 
 
 @needs_rtx
 def test_preprocessing_travels_with_the_engine(tmp_path, output):
     model = qdq_model()
-    helper.set_model_props(model, {"reptrt.preprocess": json.dumps({"mean": [0.5]})})
+    preprocess = Preprocess(3, 8, 8, (0.1, 0.2, 0.3), (1.0, 1.0, 1.0), "crop")
+    stored = json.dumps(asdict(preprocess))
+    helper.set_model_props(model, {"reptrt.preprocess": stored})
     build_engine(save(model, tmp_path / "m.onnx"), output, RTX)
-    assert read_sidecar(output).details["preprocess"] == {"mean": [0.5]}
+    assert read_sidecar(output).details["preprocess"] == json.loads(stored)
+    assert read_engine_record(output).details.preprocess == preprocess
+
+
+@needs_rtx
+def test_damaged_preprocessing_is_found_before_the_build(tmp_path, output):
+    model = qdq_model()
+    helper.set_model_props(model, {"reptrt.preprocess": json.dumps({"mean": [0.5]})})
+    path = save(model, tmp_path / "m.onnx")
+    assert_refused(path, output, RTX, ArtifactError, "metadata reptrt.preprocess: not what reptrt")
 
 
 @needs_rtx
 def test_a_fixed_batch_needs_no_profile(tmp_path, output):
     summary = build_engine(save(qdq_model(batch=4), tmp_path / "m.onnx"), output, RTX)
-    assert summary.profile == {}
-    assert summary.inputs[0].shape == (4, 3, 8, 8)
+    assert summary.details.profile == {}
+    assert summary.details.inputs[0].shape == (4, 3, 8, 8)
 
 
 @needs_rtx
@@ -128,7 +142,7 @@ def test_only_layers_with_both_sides_quantized_are_planned_int8(tmp_path, output
     conv1 = next(node for node in model.graph.node if node.name == "conv1")
     conv1.input[0] = "r0"  # past its Q/DQ
     summary = build_engine(save(model, tmp_path / "m.onnx"), output, RTX)
-    assert summary.int8_layers == ("conv0",)
+    assert summary.details.int8_layers == ("conv0",)
 
 
 @needs_rtx
@@ -136,7 +150,7 @@ def test_log_line_has_seconds_and_size(source, output, caplog):
     caplog.set_level(logging.INFO, "reptrt")
     build_engine(source, output, RTX)
     expected = (
-        r"build-engine  tensorrt-rtx 1\.\S+  sm89  \d+ layers  2 planned int8  "
+        rf"build-engine  {output}  tensorrt-rtx 1\.\S+  sm89  \d+ layers, 2 planned INT8, "
         r"rest fp16 \(\d+ nodes converted\)  [\d.]+ MiB  [\d.]+ s"
     )
     assert re.fullmatch(expected, caplog.messages[-1])
@@ -146,7 +160,7 @@ def test_log_line_has_seconds_and_size(source, output, caplog):
 def test_options_without_effect_are_said(source, output, tmp_path, caplog):
     options = BuildOptions("tensorrt-rtx", timing_cache=tmp_path / "t", optimization_level=5)
     summary = build_engine(source, output, options)
-    assert summary.without_effect == ("timing_cache", "optimization_level")
+    assert summary.details.without_effect == ("timing_cache", "optimization_level")
     assert not (tmp_path / "t").exists()
     warned = [r.message for r in caplog.records if r.levelno == logging.WARNING]
     assert [line.split(":")[0] for line in warned] == ["--timing-cache", "--optimization-level"]
@@ -253,21 +267,12 @@ def test_pinned_tactics_need_a_backend_that_measures(source, output, tmp_path):
 
 
 @needs_rtx
-def test_a_simulation_is_refused_by_its_sidecar(tmp_path, output):
-    path = tmp_path / "m.onnx"
-    details = {"simulation": "weights of 6 bits"}
-    content = qdq_model().SerializeToString()
-    write_artifact(path, content, artifact="int8-onnx", parents={}, options={}, details=details)
-    expected = r"a simulation, no engine can run it \(weights of 6 bits\)"
-    assert_refused(path, output, RTX, EngineError, expected)
-
-
-@needs_rtx
-def test_a_simulation_is_refused_by_its_metadata(tmp_path, output):
+def test_a_simulation_is_refused(tmp_path, output):
     model = qdq_model()
     helper.set_model_props(model, {"reptrt.simulation": "activations of 6 bits"})
     path = save(model, tmp_path / "m.onnx")
-    assert_refused(path, output, RTX, EngineError, r"\(activations of 6 bits\)")
+    expected = r"a simulation, no engine can run it \(activations of 6 bits\)"
+    assert_refused(path, output, RTX, EngineError, expected)
 
 
 @needs_rtx
@@ -385,7 +390,7 @@ def test_the_current_gpu_is_named_in_the_sidecar(release, source, output, monkey
     assert fake.called("IBuilderConfig.num_compute_capabilities") == [(1,)]
     current = fake.ComputeCapability.CURRENT
     assert fake.called("IBuilderConfig.set_compute_capability") == [(current, 0)]
-    assert summary.targets == ("sm90",)
+    assert summary.details.targets == ("sm90",)
     with pytest.raises(ConfigError, match=r"--target sm90: .* builds for sm75, sm80, "):
         build_engine(source, output, BuildOptions("tensorrt-rtx", targets=("sm90",)))
 
@@ -414,9 +419,9 @@ def test_tensorrt_build_is_strongly_typed_with_a_profile(fake, source, output):
     detailed = fake.ProfilingVerbosity.DETAILED
     assert fake.called("IBuilderConfig.profiling_verbosity") == [(detailed,)]
     assert fake.flags() == set()
-    assert summary.backend == "tensorrt"
-    assert summary.targets == ("sm89",)
-    assert summary.device_memory_bytes == 4096
+    assert summary.details.backend == "tensorrt"
+    assert summary.details.targets == ("sm89",)
+    assert summary.details.device_memory_bytes == 4096
     assert output.read_bytes()[:4] == b"ftrt"
 
 
@@ -451,7 +456,9 @@ def test_tensorrt_builds_for_its_own_gpu_only(fake, source, output):
 
 
 def test_the_current_gpu_is_that_of_tensorrt_anyway(fake, source, output):
-    assert build_engine(source, output, BuildOptions(targets=("current",))).targets == ("sm89",)
+    assert build_engine(source, output, BuildOptions(targets=("current",))).details.targets == (
+        "sm89",
+    )
 
 
 def test_ampere_engines_need_an_ampere_gpu(fake, source, output, monkeypatch):

@@ -149,16 +149,16 @@ def test_every_engine_builds_and_every_graph_is_clean(
             "tensorrt-rtx", targets=TARGETS, shapes=parse_shapes("1:8:64"), high_precision=rest
         )
         summary = build_engine(path, engine, options)
-        assert summary.targets == TARGETS
-        assert summary.rest == done
-        assert summary.int8_layers == planned_int8(file)
-        assert len(summary.int8_layers) == int8
+        assert summary.details.targets == TARGETS
+        assert summary.details.rest == done
+        assert summary.details.int8_layers == planned_int8(file)
+        assert len(summary.details.int8_layers) == int8
         (profile,) = summary.to_dict()["profile"].values()
         assert [part.partition("x")[0] for part in profile.split(":")] == ["1", "8", "64"]
-        assert {t.dtype for t in (*summary.inputs, *summary.outputs)} == {"FLOAT"}
+        assert {t.dtype for t in (*summary.details.inputs, *summary.details.outputs)} == {"FLOAT"}
         launches = layers_of_plan(engine.read_bytes(), str(engine))
         found = Inspection(engine, "engine", "", (), (), launches, None)
-        assert compare(found, summary.int8_layers).misses == ()
+        assert compare(found, summary.details.int8_layers).misses == ()
         sidecar = read_sidecar(engine)
         assert sidecar is not None
         assert sidecar.details["targets"] == list(TARGETS)

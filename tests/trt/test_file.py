@@ -12,6 +12,7 @@ from reptrt.trt.binding import Gpu
 from reptrt.trt.build import build_engine
 from reptrt.trt.file import open_engine, read_header
 from reptrt.trt.options import BuildOptions
+from tests.support.engines import write_fake_engine
 from tests.support.fake_tensorrt import API, FakeTensorrt, plan_of
 from tests.support.qdq_graphs import qdq_model, save
 
@@ -30,16 +31,7 @@ def install(monkeypatch, release, gpu=ADA):
 
 def engine_of(fake, path, **options):
     """Write an engine with the sidecar that build-engine writes."""
-    targets = options.pop("targets", ["sm89"])
-    write_artifact(
-        path,
-        plan_of(fake),
-        artifact="engine",
-        parents={},
-        options=options,
-        details={"targets": targets},
-    )
-    return path
+    return write_fake_engine(path, plan_of(fake), options=BuildOptions(**options))
 
 
 @pytest.fixture(scope="module")

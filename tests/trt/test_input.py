@@ -17,7 +17,8 @@ from reptrt.core.errors import RewriteError
 from reptrt.core.metrics import sqnr_db
 from reptrt.graph.intent import planned_int8
 from reptrt.trt.build import build_engine
-from reptrt.trt.input import Rest, is_half, with_rest
+from reptrt.trt.details import Rest
+from reptrt.trt.input import is_half, with_rest
 from reptrt.trt.inspect import inspect_onnx
 from reptrt.trt.options import BuildOptions
 from reptrt.trt.rtx_plan import layers_of_plan
@@ -135,9 +136,9 @@ def test_engines_have_an_fp16_rest_unless_asked_otherwise(tmp_path: Path) -> Non
     full = BuildOptions("tensorrt-rtx", high_precision="fp32")
     other = build_engine(source, tmp_path / "full.engine", full)
     assert source.read_bytes() == content
-    assert summary.rest.state == "converted"
-    assert other.rest == Rest("fp32")
-    for found in (summary, other):
+    assert summary.details.rest.state == "converted"
+    assert other.details.rest == Rest("fp32")
+    for found in (summary.details, other.details):
         assert {t.dtype for t in (*found.inputs, *found.outputs)} == {"FLOAT"}
         assert found.int8_layers == ("conv0", "conv1")
     assert {"INT8", "FP16"} <= types_in(tmp_path / "half.engine")
@@ -153,7 +154,8 @@ def test_the_engine_is_that_of_a_file_calibrated_with_an_fp16_rest(tmp_path: Pat
         engine = path.with_suffix(".engine")
         summary = build_engine(path, engine, BuildOptions("tensorrt-rtx", targets=("sm89",)))
         launches = layers_of_plan(engine.read_bytes(), "")
-        found.append((summary.num_layers, [(x.kind, x.precision, x.origin) for x in launches]))
+        kinds = [(launch.kind, launch.precision, launch.origin) for launch in launches]
+        found.append((summary.details.num_layers, kinds))
     assert found[0] == found[1]
 
 

@@ -6,7 +6,6 @@ import sys
 
 import pytest
 
-from reptrt.core.artifacts import write_artifact
 from reptrt.core.errors import ConfigError, EngineError
 from reptrt.trt import binding
 from reptrt.trt.audit import audit, compare
@@ -17,6 +16,7 @@ from reptrt.trt.inspector import onnx_names, parse_inspector
 from reptrt.trt.options import BuildOptions
 from reptrt.trt.rtx_plan import layers_of_plan
 from tests.support import inspector_json
+from tests.support.engines import engine_details, write_fake_engine
 from tests.support.fake_tensorrt import API, FakeTensorrt, plan_of
 from tests.support.qdq_graphs import qdq_model, save
 
@@ -144,10 +144,7 @@ def fake(request, monkeypatch):
 
 
 def engine_of(fake, path, planned):
-    details = {"targets": ["sm89"], "int8_layers": list(planned)}
-    content = plan_of(fake)
-    write_artifact(path, content, artifact="engine", parents={}, options={}, details=details)
-    return path
+    return write_fake_engine(path, plan_of(fake), engine_details(int8_layers=tuple(planned)))
 
 
 def test_inspect_engine_sets_the_shapes_before_it_asks(fake, tmp_path):

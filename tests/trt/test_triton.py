@@ -12,30 +12,15 @@ from click.testing import CliRunner, Result
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format
 
 from reptrt.cli import main
-from reptrt.core.artifacts import sidecar_path, write_artifact
+from reptrt.core.artifacts import sidecar_path
 from reptrt.core.errors import ArtifactError, ConfigError, EngineError
 from reptrt.trt import triton as module
-from reptrt.trt.options import PackageOptions
+from reptrt.trt.details import EngineDetails, TensorInfo
+from reptrt.trt.options import PackageOptions, ShapeRange
 from reptrt.trt.triton import package
+from tests.support.engines import engine_details, write_fake_engine
 from tests.support.qdq_graphs import qdq_model, save
 
-DETAILS: dict[str, Any] = {
-    "inputs": [{"name": "input", "shape": [-1, 3, 32, 48], "dtype": "FLOAT"}],
-    "outputs": [
-        {"name": "logits", "shape": [-1, 3], "dtype": "FLOAT"},
-        {"name": "features", "shape": [-1, 8, 2, 2], "dtype": "HALF"},
-    ],
-    "profile": {"input": "1x3x32x48:8x3x32x48:64x3x32x48"},
-    "targets": ["sm89"],
-    "preprocess": {
-        "channels": 3,
-        "height": 32,
-        "width": 48,
-        "mean": [0.5, 0.4, 0.3],
-        "std": [0.2, 0.2, 0.2],
-        "resize": "crop",
-    },
-}
 _FIELDS = {  # of Triton's model_config.proto, those that are written; text has no field numbers
     "ModelConfig": {
         "name": "string",
@@ -131,12 +116,10 @@ def test_the_fields_are_tritons() -> None:
     assert_part_of(OWN.DESCRIPTOR, tritons_config_class().DESCRIPTOR)
 
 
-def engine_file(folder: Path, details: dict[str, Any] = DETAILS, major: int = 10) -> Path:
-    """A file with an engine's header: tensorrt 10, or 1 for tensorrt-rtx."""
-    plan = b"ftrt" + bytes(12) + (100).to_bytes(8, "little") + bytes([major, 13, 0, 35]) + bytes(72)
-    path = folder / "net.int8.engine"
-    write_artifact(path, plan, artifact="engine", parents={}, options={}, details=details)
-    return path
+def engine_file(folder: Path, details: EngineDetails | None = None) -> Path:
+    """A file with the header of an engine of tensorrt 10.13."""
+    plan = b"ftrt" + bytes(12) + (100).to_bytes(8, "little") + bytes([10, 13, 0, 35]) + bytes(72)
+    return write_fake_engine(folder / "net.int8.engine", plan, details)
 
 
 def parse(path: Path) -> Any:
@@ -171,7 +154,14 @@ def test_the_engine_and_its_preprocessing_travel(tmp_path: Path) -> None:
     assert (report.path / "1" / "model.plan").read_bytes() == engine.read_bytes()
     config = parse(report.path)
     parameters = {entry.key: entry.value.string_value for entry in config.parameters}
-    assert json.loads(parameters["reptrt.preprocess"]) == DETAILS["preprocess"]
+    assert json.loads(parameters["reptrt.preprocess"]) == {
+        "channels": 3,
+        "height": 32,
+        "width": 48,
+        "mean": [0.5, 0.4, 0.3],
+        "std": [0.2, 0.2, 0.2],
+        "resize": "crop",
+    }
     text = (report.path / "README.md").read_text(encoding="utf-8")
     assert "# digits.v1" in text
     assert "until the image covers 36 x 54, then cut out the centre 32 x 48." in text
@@ -195,9 +185,12 @@ def test_labels(tmp_path: Path) -> None:
 
 
 def test_a_fixed_batch_is_part_of_the_shape(tmp_path: Path) -> None:
-    details = json.loads(json.dumps(DETAILS)) | {"profile": {}, "preprocess": None}
-    for tensor in (*details["inputs"], *details["outputs"]):
-        tensor["shape"][0] = 4
+    details = engine_details(
+        inputs=(TensorInfo("input", (4, 3, 32, 48), "FLOAT"),),
+        outputs=(TensorInfo("logits", (4, 3), "FLOAT"),),
+        profile={},
+        preprocess=None,
+    )
     report = package(engine_file(tmp_path, details), tmp_path / "repo", PackageOptions())
     config = parse(report.path)
     assert config.max_batch_size == 0
@@ -207,10 +200,11 @@ def test_a_fixed_batch_is_part_of_the_shape(tmp_path: Path) -> None:
 
 
 def test_names_are_quoted(tmp_path: Path) -> None:
-    details = json.loads(json.dumps(DETAILS))
-    details["inputs"][0]["name"] = 'a "b" \\ c'
+    name = 'a "b" \\ c'
+    shapes = ShapeRange((1, 3), (2, 3), (4, 3))
+    details = engine_details(inputs=(TensorInfo(name, (-1, 3), "FLOAT"),), profile={name: shapes})
     report = package(engine_file(tmp_path, details), tmp_path / "repo", PackageOptions())
-    assert parse(report.path).input[0].name == 'a "b" \\ c'
+    assert parse(report.path).input[0].name == name
 
 
 def test_another_model_in_the_repository_stays(tmp_path: Path) -> None:
@@ -218,7 +212,7 @@ def test_another_model_in_the_repository_stays(tmp_path: Path) -> None:
     package(engine, repo, PackageOptions(name="a"))
     package(engine, repo, PackageOptions(name="b"))
     assert sorted(path.name for path in repo.iterdir()) == ["a", "b"]
-    with pytest.raises(ArtifactError, match=r"repo/a: exists; remove it, or give another --name"):
+    with pytest.raises(ArtifactError, match=r"repo/a: exists; remove it, or give another name"):
         package(engine, repo, PackageOptions(name="a"))
 
 
@@ -240,7 +234,7 @@ def test_bad_input(tmp_path: Path) -> None:
     labels = tmp_path / "labels.txt"
     labels.write_text("one\ntwo\n")
     with pytest.raises(
-        ConfigError, match=r"2 lines .0 empty., expected 3, one per class of logits"
+        ConfigError, match=r"has 2 lines .0 empty., expected 3, one per class of logits"
     ):
         package(engine, repo, PackageOptions(labels=labels))
     with pytest.raises(ArtifactError, match="labels cannot be read"):
@@ -253,13 +247,12 @@ def test_bad_input(tmp_path: Path) -> None:
         PackageOptions(instances=0)
     with pytest.raises(ConfigError, match="name: got 'a/b'"):
         PackageOptions(name="a/b")
-    odd = json.loads(json.dumps(DETAILS))
-    odd["outputs"][0]["dtype"] = "FP8"
+    odd = engine_details(outputs=(TensorInfo("logits", (-1, 3), "FP8"),))
     odd_engine = engine_file(tmp_path, odd)
     with pytest.raises(ConfigError, match="output logits: FP8, which Triton cannot serve"):
         package(odd_engine, repo, PackageOptions())
     sidecar_path(engine).unlink()
-    with pytest.raises(ArtifactError, match="no sidecar says what it takes and gives"):
+    with pytest.raises(ArtifactError, match="has no sidecar"):
         package(engine, repo, PackageOptions())
     assert not repo.exists()
 
