@@ -24,7 +24,8 @@ from reptrt.core.choices import Device, RunnerKind
 from reptrt.core.errors import ArtifactError, ConfigError, DataError, MissingDependencyError
 from reptrt.execute.code_sums import SUMS
 from reptrt.execute.lowering import lower
-from reptrt.graph.net import bytes_from_model, read_model
+from reptrt.graph.model import Model, label_of, proto_of
+from reptrt.graph.net import bytes_from_model
 from reptrt.trt.machine import may_saturate
 
 AnyArray = npt.NDArray[Any]
@@ -94,7 +95,7 @@ class OrtRunner:
     take each other's cores.
 
     Args:
-        model: an ONNX file, or its bytes.
+        model: an ONNX file, a model in memory, or the bytes of a file.
         threads: CPU threads of one operator; None: the cores this process may use.
         device: "cuda" and "tensorrt" need onnxruntime-gpu.
 
@@ -107,13 +108,13 @@ class OrtRunner:
     name = "onnxruntime"
 
     def __init__(
-        self, model: bytes | Path, *, threads: int | None = None, device: Device = "cpu"
+        self, model: bytes | Path | Model, *, threads: int | None = None, device: Device = "cpu"
     ) -> None:
         if threads is not None and threads < 1:
             raise ConfigError(f"threads: got {threads}, expected at least 1")
         self.device = device
         self.threads = threads or usable_cores()
-        self._where = str(model) if isinstance(model, Path) else "model"
+        self._where = _label(model)
         options = _session_options(self.threads)
         self._session = _session(self._where, _runnable_bytes(model, self._where), options, device)
         inputs = self._session.get_inputs()
@@ -146,16 +147,16 @@ class OrtRunner:
 
 
 def open_runner(
-    path: Path,
+    model: Path | Model,
     *,
     runner: RunnerKind = "auto",
     threads: int | None = None,
     device: Device = "cpu",
 ) -> Runner:
-    """Open an .onnx file in onnxruntime, or an .engine file in TensorRT.
+    """Open an .onnx file or a model in memory in onnxruntime, or an .engine file in TensorRT.
 
     Args:
-        path: the file; its suffix decides.
+        model: a file, whose suffix decides; or a model in memory.
         runner: "ort" or "tensorrt" insist on one kind of file.
         threads: CPU threads of onnxruntime.
         device: of onnxruntime.
@@ -165,19 +166,37 @@ def open_runner(
         ArtifactError: the file cannot be used.
         MissingDependencyError: the runtime is not installed.
     """
-    is_engine = path.suffix.lower() == ".engine"
-    if is_engine and runner == "ort":
-        raise ConfigError(f"{path}: an engine cannot run in onnxruntime; give the .onnx file")
-    if not is_engine and runner == "tensorrt":
-        raise ConfigError(f"{path}: not an .engine file; make one with: reptrt build-engine {path}")
-    if is_engine:
+    engine = model if isinstance(model, Path) and model.suffix.lower() == ".engine" else None
+    if engine is not None and runner == "ort":
+        raise ConfigError(f"{engine}: an engine cannot run in onnxruntime; give the .onnx file")
+    if engine is None and runner == "tensorrt":
+        where = label_of(model)
+        raise ConfigError(
+            f"{where}: not an .engine file; make one with: reptrt build-engine {where}"
+        )
+    if engine is not None:
         from reptrt.trt.runner import TrtRunner
 
-        return TrtRunner(path)
-    return OrtRunner(path, threads=threads, device=device)
+        return TrtRunner(engine)
+    return OrtRunner(model, threads=threads, device=device)
 
 
-def optimized_op_counts(model: bytes | Path) -> Counter[str]:
+def outputs_in_parts(runner: Runner, batch: AnyArray) -> Iterator[dict[str, AnyArray]]:
+    """Yield all outputs for a batch (n, C, H, W), in parts where the network's batch size is fixed.
+
+    The last part is filled up with copies of the last image, and their outputs are cut off.
+    """
+    size = runner.input_shape[0] or len(batch)
+    for start in range(0, len(batch), size):
+        images = batch[start : start + size]
+        missing = size - len(images)
+        if missing:
+            images = np.concatenate([images, np.repeat(images[-1:], missing, axis=0)])
+        outputs = runner.run(images)
+        yield {name: output[: size - missing] for name, output in outputs.items()}
+
+
+def optimized_op_counts(model: bytes | Path | Model) -> Counter[str]:
     """Count the operators that onnxruntime runs on the CPU, after its graph optimization.
 
     A convolution that really runs in INT8 is a ``QLinearConv``; a ``Conv`` is still a float one.
@@ -189,14 +208,14 @@ def optimized_op_counts(model: bytes | Path) -> Counter[str]:
     return Counter(op for _, op in optimized_nodes(model))
 
 
-def optimized_nodes(model: bytes | Path) -> list[tuple[str, str]]:
+def optimized_nodes(model: bytes | Path | Model) -> list[tuple[str, str]]:
     """Return name and operator of every node that onnxruntime runs on the CPU, in order.
 
     Raises:
         ArtifactError: not an ONNX file, or one that onnxruntime refuses.
         MissingDependencyError: onnxruntime is not installed.
     """
-    where = str(model) if isinstance(model, Path) else "model"
+    where = _label(model)
     with tempfile.TemporaryDirectory() as folder:
         optimized = Path(folder) / "optimized.onnx"
         options = _session_options(threads=1)
@@ -223,7 +242,7 @@ def usable_cores() -> int:
     return os.cpu_count() or 1
 
 
-def _runnable_bytes(model: bytes | Path, where: str) -> bytes:
+def _runnable_bytes(model: bytes | Path | Model, where: str) -> bytes:
     """Return what onnxruntime gets to see of a model.
 
     Lowering takes for granted that a graph makes sense. If it stumbles over one, onnxruntime is
@@ -240,9 +259,13 @@ def _runnable_bytes(model: bytes | Path, where: str) -> bytes:
         ) from err
 
 
-def _model_proto(model: bytes | Path) -> onnx.ModelProto:
-    if isinstance(model, Path):
-        return read_model(model)
+def _label(model: bytes | Path | Model) -> str:
+    return "model" if isinstance(model, bytes) else label_of(model)
+
+
+def _model_proto(model: bytes | Path | Model) -> onnx.ModelProto:
+    if not isinstance(model, bytes):
+        return proto_of(model)
     try:
         return onnx.load_model_from_string(model)
     except DecodeError as err:

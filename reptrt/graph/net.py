@@ -4,9 +4,8 @@ A `Net` is an onnx-graphsurgeon graph plus the model's ``metadata_props``, where
 graph cannot say: the preprocessing and which branch each part of a kernel came from.
 """
 
-import contextlib
 import json
-from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -133,27 +132,6 @@ def read_model(path: Path) -> onnx.ModelProto:
     if not model.graph.node:
         raise ArtifactError(f"{path}: the ONNX graph has no nodes; expected a network")
     return model
-
-
-@contextlib.contextmanager
-def blaming(path: Path) -> Iterator[None]:
-    """Say what is wrong with an ONNX file where work on it fails in a way that nobody foresaw.
-
-    Rewrites take for granted that the nodes of a graph fit each other. Onnx's strict inference of
-    shapes knows, but refuses some files that everybody runs, so it is asked only then.
-
-    Raises:
-        ArtifactError: the file is to blame.
-    """
-    try:
-        yield
-    except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as err:
-        try:
-            onnx.shape_inference.infer_shapes(onnx.load(path), check_type=True, strict_mode=True)
-        except onnx.shape_inference.InferenceError as found:
-            reason = " ".join(str(found).split())
-            raise ArtifactError(f"{path}: its nodes do not fit each other ({reason})") from err
-        raise
 
 
 def _check_content(message: Message) -> None:

@@ -1,16 +1,19 @@
-"""The Python API: one function per command. Only here and in the command line do stages meet.
+"""export and calibrate, as functions from values to a value and as functions from files to a file.
 
-export -> calibrate -> build_engine -> evaluate, bench; run does it all
+    export_net(source, options) -> Exported         export(source, output, options) -> report
+    calibrate_net(model, dataset, options) -> Calibrated
+                                        calibrate(model, images, output, options) -> report
 
 A name is imported when it is used: the options can be had without loading torch.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from reptrt.core.lazy import lazily
 
 if TYPE_CHECKING:
-    from reptrt.pipeline.calibrating import CalibrateReport, TensorScale, calibrate
-    from reptrt.pipeline.exporting import ExportReport, export
+    from reptrt.pipeline.calibrating import calibrate, calibrate_net, calibration_images
+    from reptrt.pipeline.exporting import export, export_net
     from reptrt.pipeline.options import (
         PLAIN_INT8,
         CalibrateOptions,
@@ -18,41 +21,46 @@ if TYPE_CHECKING:
         recorded_options,
     )
     from reptrt.pipeline.preparing import Prepared, prepare, split_layers, torch_device
+    from reptrt.pipeline.reports import CalibrateReport, ExportReport, TensorScale
+    from reptrt.pipeline.values import Calibrated, Exported
     from reptrt.sources.source import Source
 
 __all__ = [
     "PLAIN_INT8",
     "CalibrateOptions",
     "CalibrateReport",
+    "Calibrated",
     "ExportOptions",
     "ExportReport",
+    "Exported",
     "Prepared",
     "Source",
     "TensorScale",
     "calibrate",
+    "calibrate_net",
+    "calibration_images",
     "export",
+    "export_net",
     "prepare",
     "recorded_options",
     "split_layers",
     "torch_device",
 ]
 
-_HOMES = {
-    "reptrt.pipeline.calibrating": ("CalibrateReport", "TensorScale", "calibrate"),
-    "reptrt.pipeline.exporting": ("ExportReport", "export"),
-    "reptrt.pipeline.options": (
-        "PLAIN_INT8",
-        "CalibrateOptions",
-        "ExportOptions",
-        "recorded_options",
-    ),
-    "reptrt.pipeline.preparing": ("Prepared", "prepare", "split_layers", "torch_device"),
-    "reptrt.sources.source": ("Source",),
-}
-
-
-def __getattr__(name: str) -> Any:
-    for module, names in _HOMES.items():
-        if name in names:
-            return getattr(import_module(module), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = lazily(
+    __name__,
+    {
+        "reptrt.pipeline.calibrating": ("calibrate", "calibrate_net", "calibration_images"),
+        "reptrt.pipeline.exporting": ("export", "export_net"),
+        "reptrt.pipeline.options": (
+            "PLAIN_INT8",
+            "CalibrateOptions",
+            "ExportOptions",
+            "recorded_options",
+        ),
+        "reptrt.pipeline.preparing": ("Prepared", "prepare", "split_layers", "torch_device"),
+        "reptrt.pipeline.reports": ("CalibrateReport", "ExportReport", "TensorScale"),
+        "reptrt.pipeline.values": ("Calibrated", "Exported"),
+        "reptrt.sources.source": ("Source",),
+    },
+)

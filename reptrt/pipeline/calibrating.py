@@ -1,45 +1,32 @@
 """calibrate: a float ONNX file and images to an INT8 one."""
 
 import logging
-import time
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from reptrt.core.artifacts import (
-    package_versions,
-    read_sidecar,
-    refuse_overwriting,
-    require_folder,
-    sha256_of,
-    write_artifact,
-)
+from reptrt.core.artifacts import package_versions, refuse_overwriting, require_folder
 from reptrt.core.choices import Threshold
+from reptrt.core.clock import Clock
 from reptrt.core.grid import Grid, scale_from_amax
-from reptrt.data.dataset import Dataset, open_dataset
+from reptrt.data.dataset import Dataset, Images, open_dataset
 from reptrt.execute.torchgraph import TorchGraph
-from reptrt.graph.net import (
-    Net,
-    blaming,
-    bytes_from_model,
-    model_from_net,
-    net_from_model,
-    read_model,
-    refuse_not_finite,
-)
+from reptrt.graph.model import Model, blaming
+from reptrt.graph.net import Net, refuse_not_finite
 from reptrt.graph.placement import Placement
 from reptrt.graph.preprocess import read_preprocess
 from reptrt.graph.qdq import QuantizedWeight, insert_qdq, quantize_weights
 from reptrt.graph.recentred import add_to_bias
-from reptrt.graph.splits import Split, read_splits
+from reptrt.graph.splits import read_splits
 from reptrt.pipeline.options import CalibrateOptions, recorded_options
 from reptrt.pipeline.preparing import Prepared, prepare, torch_device
+from reptrt.pipeline.reports import CalibrateReport, TensorScale
+from reptrt.pipeline.values import Calibrated, Origin, finished_model
 from reptrt.quantize.calib.bias import bias_errors, deployed_weights
 from reptrt.quantize.calib.collect import Statistics, collect, merge_groups
 from reptrt.quantize.calib.histogram import NUM_BINS, Histogram
@@ -47,10 +34,10 @@ from reptrt.quantize.calib.options import ThresholdOptions
 from reptrt.quantize.calib.outputs import Outputs, parts
 from reptrt.quantize.calib.saturation import without_dead_values
 from reptrt.quantize.calib.thresholds import amax_from_histogram
-from reptrt.quantize.choose import Decision, RangeDecision, full_range_of
+from reptrt.quantize.choose import full_range_of
 from reptrt.quantize.reconstruct.driver import Quantized, reconstruct
 from reptrt.quantize.reconstruct.options import LearnOptions, ReconstructReport
-from reptrt.quantize.reconstruct.resume import Finished
+from reptrt.quantize.reconstruct.resume import Finished, remove_finished
 from reptrt.rewrite.contract import Skipped
 from reptrt.rewrite.fold_affine import fold_affine
 from reptrt.rewrite.fold_skip_scale import fold_skip_scale
@@ -69,117 +56,117 @@ _WIDER = 2 ** (1 / 8)  # one step of the search for a margin
 _WIDEST = 4.0  # where it ends
 
 
-@dataclass(frozen=True, slots=True)
-class TensorScale:
-    """What calibration found for one activation."""
+def calibrate(
+    model: Path, images: Images, output: Path, options: CalibrateOptions
+) -> CalibrateReport:
+    """Quantize a float ONNX file and write the INT8 file with its sidecar.
 
-    tensor: str
-    maximum: float  # largest |x| seen
-    amax: float  # largest |x| kept
-    scale: float
-    zeros: float  # fraction of exact zeros
-    bins: tuple[int, ...]  # how often |x| fell into [i * width, (i + 1) * width), without the zeros
-    bin_width: float
+    A learned calibration that was interrupted goes on where it stopped.
 
-    def widened(self, margin: float) -> "TensorScale":
-        """Return the same activation with a larger threshold."""
-        scale = float(np.float32(margin * self.scale))
-        return replace(self, amax=margin * self.amax, scale=scale)
-
-
-@dataclass(frozen=True, slots=True)
-class CalibrateReport:
-    """What `calibrate` wrote."""
-
-    path: Path
-    sha256: str
-    images: int
-    layers: int
-    threshold: Threshold  # the rule; of auto the one that was chosen
-    margin: float  # by which auto widened its thresholds, for images not seen; 1 for a given rule
-    tensors: tuple[TensorScale, ...]
-    equalized: int  # tensors whose channels were given equal ranges
-    splits: tuple[Split, ...]
-    decisions: tuple[Decision, ...]  # of --split auto
-    left_whole: tuple[Skipped, ...]  # layers that were to be split but are not, with the reason
-    ranges: tuple[RangeDecision, ...]  # gain and cost of all codes, where they are possible
-    overhead: float  # extra multiply-accumulates that were chosen, of the net's own
-    learned: ReconstructReport | None  # None: nothing was learned
-    simulation: str | None
-    seconds: Mapping[str, float]  # per stage
-
-    @property
-    def full_range(self) -> tuple[str, ...]:
-        """The activations that take all codes."""
-        return full_range_of(self.ranges)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the report as JSON values."""
-        return asdict(self) | {"path": str(self.path), "seconds": dict(self.seconds)}
-
-
-def calibrate(model: Path, data: Path, output: Path, options: CalibrateOptions) -> CalibrateReport:
-    """Quantize a float ONNX file to INT8 with scales found on images; write the Q/DQ ONNX file.
+    Args:
+        model: a float ONNX file.
+        images: calibration images.
+        output: the Q/DQ ONNX file to write.
+        options: of calibration.
 
     Raises:
         ReptrtError: the model or the images cannot be used; nothing is written.
     """
-    with blaming(model):
-        return _calibrate(model, data, output, options)
-
-
-def _calibrate(model: Path, data: Path, output: Path, options: CalibrateOptions) -> CalibrateReport:
     require_folder(output)
     refuse_overwriting(output, [model])
-    read_sidecar(model)
-    clock = _Clock()
-    net = net_from_model(read_model(model))
-    refuse_not_finite(net)
-    dataset = open_dataset(data, read_preprocess(net), limit=options.images, seed=options.seed)
+    clock = Clock()
+    with blaming(model):
+        source = Model.read(model)
+        dataset = calibration_images(source, images, options)
     clock.lap("load")
+    calibrated = calibrate_net(source, dataset, options, resume=output)
+    calibrated.save(output)
+    if options.learning is not None:
+        remove_finished(output)
+    seconds = clock.laps | dict(calibrated.report.seconds)
+    return replace(calibrated.report, path=output, seconds=seconds)
+
+
+def calibration_images(
+    model: Model, images: Images, options: CalibrateOptions, limit: int | None = None
+) -> Dataset:
+    """Return the sample of images that a model is calibrated on, prepared for it.
+
+    Args:
+        model: a float model.
+        images: to sample from.
+        options: the size of the sample and its seed.
+        limit: the size of a smaller sample, which is part of the whole one.
+
+    Raises:
+        DataError: the images do not fit the model, or there are too few.
+    """
+    preprocess = read_preprocess(model.to_net())
+    return open_dataset(images, preprocess, limit=limit or options.images, seed=options.seed)
+
+
+def calibrate_net(
+    model: Model,
+    dataset: Dataset,
+    options: CalibrateOptions,
+    *,
+    name: str | None = None,
+    resume: Path | None = None,
+) -> Calibrated:
+    """Quantize a float model to INT8, with scales measured on images.
+
+    Args:
+        model: a float model; it is not changed.
+        dataset: calibration images, prepared for the model; all are used.
+        options: of calibration.
+        name: of the result; None: that of the model, "int8" and the recipe.
+        resume: where the result will be saved. Units that a learned calibration has finished are
+            kept in a folder beside it, until `remove_finished`; those of an earlier calibration
+            with equal model, images and options are taken up.
+
+    Raises:
+        ReptrtError: the model or the images cannot be used.
+    """
+    with blaming(model):
+        return _calibrate(model, dataset, options, name or _name(model, options), resume)
+
+
+def _name(model: Model, options: CalibrateOptions) -> str:
+    return f"{model.name.removesuffix('.onnx')} int8 {options.recipe}"
+
+
+def _calibrate(
+    model: Model, dataset: Dataset, options: CalibrateOptions, name: str, resume: Path | None
+) -> Calibrated:
+    clock = Clock()
+    net = model.to_net()
+    refuse_not_finite(net)
     prepared = prepare(net, dataset, options)
     for skip in prepared.left_whole:
         _LOG.info("%s is not split: %s", skip.node, skip.reason)
     clock.lap("prepare")
     placement, full_range = prepared.placement, full_range_of(prepared.ranges)
     reference = net.copy()
-    found = _quantities(net, prepared, dataset, options, clock)
-    tensors, rule, margin, weights = found
+    tensors, rule, margin, weights = _quantities(net, prepared, dataset, options, clock)
     scales = {tensor.tensor: tensor.scale for tensor in tensors}
     insert_qdq(net, placement, scales, weights, options.grids[0], full_range)
-    parents = {model.name: sha256_of(model), str(data.name): dataset.digest()}
-    learned, finished = None, None
+    parents = {model.name: model.sha256, Path(dataset.name).name: dataset.digest()}
+    learned = None
     if (learning := options.learning) is not None:
-        finished = _finished_units(output, options, parents)
+        finished = _finished_units(resume, options, parents)
         learned = _learn(net, reference, placement, dataset, options, learning, finished)
         clock.lap("learn")
-    round_scales(net)
-    round_biases(net)
-    recentre(net)
-    fold_skip_scale(net)
-    left_fp32 = to_fp16(net).skipped if options.high_precision == "fp16" else ()
-    log_left_fp32(left_fp32)
-    if options.simulation is not None:
-        net.metadata["reptrt.simulation"] = options.simulation
-    content = bytes_from_model(model_from_net(net))
-    sidecar = write_artifact(
-        output,
-        content,
-        artifact="int8-onnx",
-        parents=parents,
-        options=recorded_options(options),
-        details={
-            "splits": [asdict(split) for split in prepared.splits],
-            "left_fp32": [asdict(skip) for skip in left_fp32],
-            **({"simulation": options.simulation} if options.simulation else {}),
-        },
-    )
-    if finished is not None:
-        finished.remove()
-    clock.lap("write")
-    return CalibrateReport(
-        path=output,
-        sha256=sidecar.sha256,
+    left_fp32 = _finish(net, options)
+    proto, sha256 = finished_model(net)
+    details = {
+        "splits": [asdict(split) for split in prepared.splits],
+        "left_fp32": [asdict(skip) for skip in left_fp32],
+        **({"simulation": options.simulation} if options.simulation else {}),
+    }
+    clock.lap("finish")
+    report = CalibrateReport(
+        path=None,
+        sha256=sha256,
         images=dataset.length,
         layers=len(placement.weights),
         threshold=rule,
@@ -195,10 +182,25 @@ def _calibrate(model: Path, data: Path, output: Path, options: CalibrateOptions)
         simulation=options.simulation,
         seconds=clock.laps,
     )
+    origin = Origin("int8-onnx", parents, recorded_options(options), details)
+    return Calibrated(name=name, proto=proto, sha256=sha256, origin=origin, report=report)
+
+
+def _finish(net: Net, options: CalibrateOptions) -> tuple[Skipped, ...]:
+    """Bring a Q/DQ graph into the form that is written; return the nodes that FP16 cannot hold."""
+    round_scales(net)
+    round_biases(net)
+    recentre(net)
+    fold_skip_scale(net)
+    left_fp32 = to_fp16(net).skipped if options.high_precision == "fp16" else ()
+    log_left_fp32(left_fp32)
+    if options.simulation is not None:
+        net.metadata["reptrt.simulation"] = options.simulation
+    return left_fp32
 
 
 def _quantities(
-    net: Net, prepared: Prepared, dataset: Dataset, options: CalibrateOptions, clock: "_Clock"
+    net: Net, prepared: Prepared, dataset: Dataset, options: CalibrateOptions, clock: Clock
 ) -> tuple[tuple[TensorScale, ...], Threshold, float, dict[str, QuantizedWeight]]:
     """Return the scales of activations, by which rule and margin, and the codes of weights.
 
@@ -357,7 +359,7 @@ def _subtract(net: Net, errors: Mapping[str, Float64Array]) -> None:
 
 
 def _finished_units(
-    output: Path, options: CalibrateOptions, parents: Mapping[str, str]
+    output: Path | None, options: CalibrateOptions, parents: Mapping[str, str]
 ) -> Finished:
     """Open what an interrupted calibration of the same file, images and options left behind."""
     key = {"options": recorded_options(options), "parents": dict(parents)}
@@ -386,16 +388,3 @@ def _learn(
     if learning.affine and not options.keep_affine:
         fold_affine(net)
     return report
-
-
-class _Clock:
-    """Seconds per stage."""
-
-    def __init__(self) -> None:
-        self.laps: dict[str, float] = {}
-        self._last = time.perf_counter()
-
-    def lap(self, name: str) -> None:
-        now = time.perf_counter()
-        self.laps[name] = now - self._last
-        self._last = now

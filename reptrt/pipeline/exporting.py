@@ -2,102 +2,157 @@
 
 import contextlib
 import time
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import onnx
+from torch import nn
 
-from reptrt.core.artifacts import (
-    read_sidecar,
-    refuse_overwriting,
-    require_folder,
-    sha256_of,
-    write_artifact,
-)
+from reptrt.core.artifacts import read_sidecar, refuse_overwriting, require_folder, sha256_of
+from reptrt.core.errors import ConfigError, option
 from reptrt.exporter.export import (
     ExportSettings,
-    Proof,
     block_outputs,
     fuse,
     model_from_file,
     onnx_from_module,
     prove,
 )
-from reptrt.graph.net import blaming, bytes_from_model, model_from_net, net_from_model
+from reptrt.graph.model import blaming
+from reptrt.graph.net import net_from_model
 from reptrt.graph.preprocess import Preprocess, read_preprocess
 from reptrt.pipeline.options import ExportOptions, recorded_options
-from reptrt.rewrite.contract import Skipped
+from reptrt.pipeline.reports import ExportReport
+from reptrt.pipeline.values import Exported, Origin, finished_model
+from reptrt.sources.module import deployable_copy, state_sha256
 from reptrt.sources.source import Source, module_from_source
 
 _IMAGENET_SIZE = (3, 224, 224)
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-@dataclass(frozen=True, slots=True)
-class ExportReport:
-    """What `export` wrote and proved."""
-
-    path: Path
-    sha256: str
-    proof: Proof
-    skipped: tuple[Skipped, ...]  # sums that look like rep blocks and were left alone
-    num_parameters: int
-    seconds: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the report as JSON values."""
-        content: dict[str, Any] = asdict(self) | {"path": str(self.path)}
-        content["blocks"] = content["proof"].pop("blocks")
-        proof: dict[str, Any] = content.pop("proof")
-        return content | proof
-
-
 def export(source: Source, output: Path, options: ExportOptions) -> ExportReport:
     """Write a net as one fused float ONNX file with its preprocessing, proved equal to the source.
 
+    Args:
+        source: a zoo net, a factory, or an ONNX file, train-form or fused.
+        output: the ONNX file to write.
+        options: of export.
+
     Raises:
-        ReptrtError: the source, its weights or an option cannot be used; or the fused net differs
-            from the source by more than the tolerance, in which case nothing is written.
+        ReptrtError: as `export_net`; nothing is written.
     """
-    with blaming(Path(source.name)) if source.is_onnx else contextlib.nullcontext():
-        return _export(source, output, options)
-
-
-def _export(source: Source, output: Path, options: ExportOptions) -> ExportReport:
-    started = time.perf_counter()
     require_folder(output)
     refuse_overwriting(output, source.files)
-    module = None
-    if source.is_onnx:
-        read_sidecar(Path(source.name))
-        original = model_from_file(Path(source.name), options.opset, options.input_size)
-        preprocess = _preprocess(source, options, original)
-    else:
-        module = module_from_source(_with_channels(source, options))
-        preprocess = _preprocess(source, options, None)
-        original = onnx_from_module(module, preprocess, ExportSettings(options.opset))
-    net, reports = fuse(original, preprocess)
-    fused = model_from_net(net)
-    blocks = block_outputs(net, original, reports[-1].changed)
-    proof = prove(original, fused, blocks, tolerance=options.tolerance, module=module)
-    proof.check()
-    sidecar = write_artifact(
-        output,
-        bytes_from_model(fused),
-        artifact="float-onnx",
-        parents=_parents(source),
-        options={"source": source.name, **recorded_options(options)},
-        details={"proof": asdict(proof), "skipped": [asdict(s) for s in reports[-1].skipped]},
+    exported = export_net(source, options)
+    exported.save(output)
+    return replace(exported.report, path=output)
+
+
+def export_net(
+    source: Source | nn.Module, options: ExportOptions, *, name: str | None = None
+) -> Exported:
+    """Return a net as one fused float ONNX model with its preprocessing, proved equal to it.
+
+    Args:
+        source: a zoo net, a factory, or an ONNX file, train-form or fused; or a torch module, which
+            is not changed: a copy of it is exported in eval mode, on the CPU and in float32.
+        options: of export; a module needs ``input_size``.
+        name: of the result; None: that of the source.
+
+    Raises:
+        ReptrtError: the source, its weights or an option cannot be used; or the fused net differs
+            from the source by more than the tolerance.
+    """
+    started = time.perf_counter()
+    with _blaming(source):
+        original = _original(source, options)
+        return _fused(original, options, name or original.name, started)
+
+
+def _blaming(source: Source | nn.Module) -> contextlib.AbstractContextManager[None]:
+    if isinstance(source, Source) and source.is_onnx:
+        return blaming(Path(source.name))
+    return contextlib.nullcontext()
+
+
+class _Original(NamedTuple):
+    """A net as it came, in ONNX, and where it came from."""
+
+    name: str
+    asked_for: str  # the source, as the sidecar records it
+    model: onnx.ModelProto
+    preprocess: Preprocess
+    module: nn.Module | None  # None: it came as ONNX
+    parents: Mapping[str, str]
+
+
+def _original(source: Source | nn.Module, options: ExportOptions) -> _Original:
+    if isinstance(source, nn.Module):
+        return _from_module(source, options)
+    return _from_onnx(source, options) if source.is_onnx else _from_source(source, options)
+
+
+def _from_onnx(source: Source, options: ExportOptions) -> _Original:
+    path = Path(source.name)
+    read_sidecar(path)
+    model = model_from_file(path, options.opset, options.input_size)
+    preprocess = _as_asked(read_preprocess(net_from_model(model)), options)
+    return _Original(path.stem, source.name, model, preprocess, None, _parents(source))
+
+
+def _from_source(source: Source, options: ExportOptions) -> _Original:
+    module = module_from_source(_with_channels(source, options))
+    base = Preprocess.plain(*(options.input_size or _IMAGENET_SIZE))
+    if source.is_imagenet_variant and base.channels == len(_IMAGENET_MEAN):
+        base = replace(base, mean=_IMAGENET_MEAN, std=_IMAGENET_STD, resize="crop")
+    preprocess = _as_asked(base, options)
+    model = onnx_from_module(module, preprocess, ExportSettings(options.opset))
+    name = source.name.rpartition(":")[2]
+    return _Original(name, source.name, model, preprocess, module, _parents(source))
+
+
+def _from_module(module: nn.Module, options: ExportOptions) -> _Original:
+    if options.input_size is None:
+        raise ConfigError(
+            f"{option('input_size')}: got None, expected (C, H, W), the size of the images that "
+            f"{type(module).__name__} takes"
+        )
+    copied = deployable_copy(module)
+    preprocess = _as_asked(Preprocess.plain(*options.input_size), options)
+    model = onnx_from_module(copied, preprocess, ExportSettings(options.opset))
+    kind = type(copied)
+    where = f"{kind.__module__}.{kind.__qualname__}"
+    parents = {f"{kind.__name__} state_dict": state_sha256(copied)}
+    return _Original(kind.__name__, where, model, preprocess, copied, parents)
+
+
+def _fused(original: _Original, options: ExportOptions, name: str, started: float) -> Exported:
+    net, reports = fuse(original.model, original.preprocess)
+    proto, sha256 = finished_model(net)
+    skipped = reports[-1].skipped
+    blocks = block_outputs(net, original.model, reports[-1].changed)
+    proof = prove(
+        original.model, proto, blocks, tolerance=options.tolerance, module=original.module
     )
-    return ExportReport(
-        path=output,
-        sha256=sidecar.sha256,
+    proof.check()
+    report = ExportReport(
+        path=None,
+        sha256=sha256,
         proof=proof,
-        skipped=reports[-1].skipped,
-        num_parameters=_num_parameters(fused),
+        skipped=skipped,
+        num_parameters=_num_parameters(proto),
         seconds=time.perf_counter() - started,
     )
+    origin = Origin(
+        artifact="float-onnx",
+        parents=original.parents,
+        options={"source": original.asked_for, **recorded_options(options)},
+        details={"proof": asdict(proof), "skipped": [asdict(skip) for skip in skipped]},
+    )
+    return Exported(name=name, proto=proto, sha256=sha256, origin=origin, report=report)
 
 
 def _with_channels(source: Source, options: ExportOptions) -> Source:
@@ -109,19 +164,10 @@ def _with_channels(source: Source, options: ExportOptions) -> Source:
     return replace(source, architecture=architecture)
 
 
-def _preprocess(
-    source: Source, options: ExportOptions, original: onnx.ModelProto | None
-) -> Preprocess:
-    """Return the preprocessing: what was asked for, else what the source implies."""
-    imagenet = source.is_imagenet_variant
-    if original is not None:
-        base = read_preprocess(net_from_model(original))
-    else:
-        base = Preprocess.plain(*(options.input_size or _IMAGENET_SIZE))
-        if imagenet and base.channels == len(_IMAGENET_MEAN):
-            base = replace(base, mean=_IMAGENET_MEAN, std=_IMAGENET_STD, resize="crop")
-    given = {"mean": options.mean, "std": options.std, "resize": options.resize}
-    changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+def _as_asked(base: Preprocess, options: ExportOptions) -> Preprocess:
+    """Return the preprocessing that the source implies, with what was asked for in its place."""
+    asked = {"mean": options.mean, "std": options.std, "resize": options.resize}
+    changes: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
     return replace(base, **changes)
 
 

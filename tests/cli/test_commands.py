@@ -480,7 +480,7 @@ def test_images(tmp_path: Path, model: Path, make: Callable[[Path], Path]) -> No
 def test_a_missing_output_folder_is_found_before_any_work(
     tmp_path: Path, model: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("reptrt.pipeline.calibrating.read_model", None)  # must not be reached
+    monkeypatch.setattr("reptrt.pipeline.calibrating.Model", None)  # must not be reached
     monkeypatch.setattr("reptrt.pipeline.exporting.model_from_file", None)
     for arguments in (
         ["export", model, "-o", tmp_path / "no" / "o.onnx"],

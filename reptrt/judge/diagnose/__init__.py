@@ -7,7 +7,6 @@
 All of it on calibration images.
 """
 
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -16,12 +15,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from reptrt.core.errors import ConfigError
-from reptrt.data.dataset import Dataset, open_dataset
+from reptrt.core.errors import ConfigError, option
+from reptrt.data.dataset import Dataset, Images
 from reptrt.execute.torchgraph import TorchGraph
-from reptrt.graph.net import Net, constant_value, net_from_model, read_model, weighted_nodes
+from reptrt.graph.model import Model
+from reptrt.graph.net import Net, constant_value, weighted_nodes
 from reptrt.graph.placement import Placement, place
-from reptrt.graph.preprocess import read_preprocess
 from reptrt.graph.provenance import read_provenance
 from reptrt.graph.splits import read_splits
 from reptrt.judge.diagnose.measure import (
@@ -36,75 +35,85 @@ from reptrt.judge.diagnose.parts import WeightRange, bits_left, range_of_branche
 from reptrt.judge.diagnose.report import Corner, Diagnosis, LayerDiagnosis, Noise
 from reptrt.pipeline import (
     PLAIN_INT8,
+    Calibrated,
     CalibrateOptions,
     CalibrateReport,
-    calibrate,
+    calibrate_net,
+    calibration_images,
     prepare,
     torch_device,
 )
 
 
 def diagnose(
-    model: Path,
-    data: Path,
+    model: Path | Model,
+    images: Images,
     options: CalibrateOptions,
-    calibrated: CalibrateReport | None = None,
+    calibrated: Calibrated | CalibrateReport | None = None,
     *,
     layer_images: int = 128,
 ) -> Diagnosis:
-    """Measure on the calibration images where a float ONNX file loses accuracy, and what helps.
+    """Measure on the calibration images where a float model loses accuracy, and what helps.
 
     Args:
-        model: the fused float file.
-        data: the calibration images.
-        options: of calibration; plain is the same bits and thresholds without preparation.
-        calibrated: what `calibrate` returned for these arguments; None: it is called here.
+        model: the fused float model, or its file.
+        images: the calibration images.
+        options: of calibration; plain INT8 has the same bits and thresholds without preparation.
+        calibrated: what calibration made of these arguments, or its report with the path of the
+            INT8 file; None: it is done here.
         layer_images: on how many of the images the layers are measured.
 
     Raises:
         ReptrtError: the model or the images cannot be used.
     """
     if layer_images < 1:
-        raise ConfigError(f"layer_images: got {layer_images}, expected at least 1")
+        raise ConfigError(f"{option('layer_images')}: got {layer_images}, expected at least 1")
     started = time.perf_counter()
-    net = net_from_model(read_model(model))
-    device = torch_device(options.device)
-    with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
-        plain = calibrate(model, data, Path(folder) / "plain.onnx", _plain(options))
-        method = calibrated or calibrate(model, data, Path(folder) / "method.onnx", options)
-        files = [TorchGraph(read_model(report.path), device) for report in (plain, method)]
-        images = _sample(net, data, options, options.images)
-        few = _sample(net, data, options, min(layer_images, options.images))
+    source = Model.read(model) if isinstance(model, Path) else model
+    dataset = calibration_images(source, images, options)
+    plain = calibrate_net(source, dataset, _plain(options))
+    method = calibrated or calibrate_net(source, dataset, options)
+    report, int8 = _report_and_model(method)
+    few = calibration_images(source, images, options, min(layer_images, options.images))
+    net, device = source.to_net(), torch_device(options.device)
+    with torch.inference_mode():
+        graphs = [TorchGraph(made.to_net(), device) for made in (plain, int8)]
         placement = place(net, options.exclude)
-        halves = _halves(net, placement, plain, options)
-        corners = _corners(halves, files, images, options)
+        halves = _halves(net, placement, plain.report, options)
+        corners = _corners(halves, graphs, dataset, options)
         layers = [weight.node for weight in placement.weights]
         before = layer_powers(halves, probes_of(net, layers), few, "layers")
         prepared = net.copy()
-        placement = prepare(prepared, images, options).placement
-        halves = _halves(prepared, placement, method, options)
+        placement = prepare(prepared, dataset, options).placement
+        halves = _halves(prepared, placement, report, options)
         after = layer_powers(halves, probes_of(prepared, layers), few, "prepared")
     return Diagnosis(
-        images=images.length,
+        images=dataset.length,
         layer_images=few.length,
         weight_bits=options.weight_bits,
         activation_bits=options.activation_bits,
-        equalized=method.equalized,
+        equalized=report.equalized,
         corners=corners,
         layers=_layers((net, prepared), (before, after), options),
         seconds=time.perf_counter() - started,
     )
 
 
+def _report_and_model(calibrated: Calibrated | CalibrateReport) -> tuple[CalibrateReport, Model]:
+    if isinstance(calibrated, Calibrated):
+        return calibrated.report, calibrated
+    if calibrated.path is None:
+        raise ConfigError(
+            f"{option('calibrated')}: got the report of a model in memory, expected the model "
+            "itself, or the report of a file"
+        )
+    return calibrated, Model.read(calibrated.path)
+
+
 def _plain(options: CalibrateOptions) -> CalibrateOptions:
     """Return the options of a quantizer that knows nothing of branches, same bits and rule."""
     kept = ("images", "threshold", "weight_bits", "activation_bits", "exclude", "device", "seed")
     return replace(PLAIN_INT8, **{name: getattr(options, name) for name in kept})
-
-
-def _sample(net: Net, data: Path, options: CalibrateOptions, limit: int) -> Dataset:
-    """Return the calibration images; a smaller sample is part of a larger one."""
-    return open_dataset(data, read_preprocess(net), limit=limit, seed=options.seed)
 
 
 def _halves(
@@ -114,8 +123,8 @@ def _halves(
     scales = {found.tensor: found.scale for found in report.tensors}
     if {activation.tensor for activation in placement.activations} != scales.keys():
         raise ConfigError(
-            f"{report.path}: was calibrated from another file or with other options; pass what "
-            "calibrate returned for the same arguments, or nothing"
+            f"{option('calibrated')}: was calibrated from another model or with other options; "
+            "pass what calibrate returned for the same arguments, or nothing"
         )
     device = torch_device(options.device)
     return halves_of(net, placement, scales, options.grids, device, report.full_range)

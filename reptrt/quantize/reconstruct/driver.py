@@ -134,7 +134,7 @@ class _Run:
         peak = peak_bytes(self._layout, (self._image,), dataset.length)
         budget = options.memory_budget - working_bytes(self._layout, options.batch)
         self._storage = choose_storage(peak, budget)
-        folder = finished.root.parent
+        folder = finished.spill
         self._activations = Activations(dataset, self._layout, self._storage, device, folder)
 
     def learn_all(self) -> ReconstructReport:

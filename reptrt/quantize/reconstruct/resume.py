@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import shutil
+import tempfile
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -38,20 +39,25 @@ _BROKEN = (  # raised when a damaged .npz is read; RuntimeError: it seems to be 
 class Finished:
     """The finished units of one calibration."""
 
-    def __init__(self, output: Path, key: Mapping[str, Any]) -> None:
+    def __init__(self, output: Path | None, key: Mapping[str, Any]) -> None:
         """Open the folder, and remove leftovers of other calibrations of the same output.
 
         The folder is not made before the first `save`.
 
         Args:
-            output: the file that the calibration will write.
+            output: the file that the calibration will write; None: nothing is kept.
             key: everything that the result depends on, as JSON values.
 
         Raises:
             ArtifactError: leftovers cannot be removed, or a file has the folder's name.
         """
+        self._folder: Path | None = None
+        if output is None:
+            self.spill = Path(tempfile.gettempdir())
+            return
+        self.spill = output.parent  # for activations that do not fit into memory
         digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-        self.root = output.with_name(f"{output.name}.partial")
+        self.root = _root(output)
         self._folder = self.root / digest[:16]
         if not self.root.exists():
             return
@@ -70,8 +76,10 @@ class Finished:
 
     def load(self, index: int, device: torch.device) -> tuple[State, UnitReport] | None:
         """Return the result of unit ``index``; None if there is no file or it is damaged."""
+        if self._folder is None:
+            return None
         try:
-            content = io.BytesIO(self._path(index).read_bytes())
+            content = io.BytesIO(_path(self._folder, index).read_bytes())
             with np.load(content, allow_pickle=False) as arrays:
                 report = json.loads(str(arrays["report"]))
                 values: dict[str, dict[Any, torch.Tensor]] = {name: {} for name in _FIELDS}
@@ -91,6 +99,8 @@ class Finished:
         Raises:
             ArtifactError: the folder cannot be made, or the disk is full.
         """
+        if self._folder is None:
+            return
         arrays = {
             f"{kind}:{name}": value.cpu().numpy()
             for kind in _FIELDS
@@ -103,11 +113,17 @@ class Finished:
             self._folder.mkdir(parents=True, exist_ok=True)
         except OSError as err:
             raise ArtifactError(f"{self.root}: cannot be made ({err.strerror or err})") from err
-        write_bytes(self._path(index), stream.getvalue())
+        write_bytes(_path(self._folder, index), stream.getvalue())
 
-    def remove(self) -> None:
-        """Delete the folder; called when the output is written."""
-        shutil.rmtree(self.root, ignore_errors=True)
 
-    def _path(self, index: int) -> Path:
-        return self._folder / f"{index:04d}.npz"
+def remove_finished(output: Path) -> None:
+    """Delete the folder of finished units; called when the output is written."""
+    shutil.rmtree(_root(output), ignore_errors=True)
+
+
+def _root(output: Path) -> Path:
+    return output.with_name(f"{output.name}.partial")
+
+
+def _path(folder: Path, index: int) -> Path:
+    return folder / f"{index:04d}.npz"

@@ -1,0 +1,77 @@
+"""An ONNX model as a value: read from a file, or made in memory and in no file yet."""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+
+from reptrt.core.artifacts import read_sidecar, sha256_of
+from reptrt.core.errors import ArtifactError
+from reptrt.graph.net import Net, net_from_model, read_model
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Model:
+    """An ONNX model and what it is called; not to be changed."""
+
+    name: str  # of the file; of a model in memory, what tables, messages and sidecars call it
+    proto: onnx.ModelProto
+    sha256: str  # of the file's bytes, or of those that a file would have; hex
+    path: Path | None = None  # None: the model was made in memory
+
+    @staticmethod
+    def read(path: Path) -> "Model":
+        """Read an ONNX file; check it against its sidecar if it has one.
+
+        Raises:
+            ArtifactError: the file cannot be read, or is not the one its sidecar was written for.
+        """
+        sidecar = read_sidecar(path)
+        proto = read_model(path)
+        sha256 = sha256_of(path) if sidecar is None else sidecar.sha256
+        return Model(name=path.name, proto=proto, sha256=sha256, path=path)
+
+    def to_net(self) -> Net:
+        """Return a new graph of the model, which may be changed."""
+        return net_from_model(self.proto)
+
+
+def label_of(model: Path | Model) -> str:
+    """Return what tables and messages call a model or a file: its path if it has one."""
+    if isinstance(model, Path):
+        return str(model)
+    return model.name if model.path is None else str(model.path)
+
+
+def proto_of(model: Path | Model) -> onnx.ModelProto:
+    """Return the ONNX model of a file or of a value, not to be changed.
+
+    Raises:
+        ArtifactError: the file cannot be read.
+    """
+    return read_model(model) if isinstance(model, Path) else model.proto
+
+
+@contextlib.contextmanager
+def blaming(model: Path | Model) -> Iterator[None]:
+    """Say what is wrong with a model where work on it fails in a way that nobody foresaw.
+
+    Rewrites take for granted that the nodes of a graph fit each other. Onnx's strict inference of
+    shapes knows, but refuses some models that everybody runs, so it is asked only then.
+
+    Raises:
+        ArtifactError: the model is to blame.
+    """
+    try:
+        yield
+    except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as err:
+        proto = onnx.load(model) if isinstance(model, Path) else model.proto
+        try:
+            onnx.shape_inference.infer_shapes(proto, check_type=True, strict_mode=True)
+        except onnx.shape_inference.InferenceError as defect:
+            reason = " ".join(str(defect).split())
+            where = label_of(model)
+            raise ArtifactError(f"{where}: its nodes do not fit each other ({reason})") from err
+        raise

@@ -1,0 +1,120 @@
+"""What stages make, as values: a network in memory that can be run, judged, passed on and saved."""
+
+import functools
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from reptrt.core.artifacts import require_folder, write_artifact
+from reptrt.data.dataset import open_dataset
+from reptrt.data.from_user import images_from
+from reptrt.execute.runner import OrtRunner, outputs_in_parts
+from reptrt.graph.model import Model
+from reptrt.graph.net import Net, bytes_from_model, model_from_net
+from reptrt.graph.preprocess import read_preprocess
+from reptrt.pipeline.reports import CalibrateReport, ExportReport
+
+AnyArray = npt.NDArray[Any]
+Batch = TypeVar("Batch", AnyArray, torch.Tensor)
+
+_BATCH = 64  # images at a time
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """What the sidecar of a file will say of it."""
+
+    artifact: str  # "float-onnx" or "int8-onnx"
+    parents: Mapping[str, str]  # name -> sha256, hex
+    options: Mapping[str, Any]  # what the stage was asked for
+    details: Mapping[str, Any]  # what the stage found
+
+
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
+class Made(Model):
+    """A network that a stage made.
+
+    Every function of reptrt that takes the path of an ONNX file takes it too.
+    """
+
+    origin: Origin
+
+    def save(self, path: str | Path) -> Path:
+        """Write the ONNX file and its sidecar, whole or not at all; return the path.
+
+        Raises:
+            ArtifactError: the folder does not exist, or the disk refused the bytes.
+        """
+        path = Path(path)
+        require_folder(path)
+        write_artifact(
+            path,
+            bytes_from_model(self.proto),
+            artifact=self.origin.artifact,
+            parents=self.origin.parents,
+            options=self.origin.options,
+            details=self.origin.details,
+        )
+        return path
+
+    def __call__(self, images: Batch) -> Batch | tuple[Batch, ...]:
+        """Run images through the network in onnxruntime on the CPU.
+
+        An INT8 network computes with the codes of INT8 kernels: this is the simulation of its
+        engine.
+
+        Args:
+            images: an array or tensor (N, C, H, W) or (N, H, W, C); uint8 pixels are prepared as
+                the network says, floats are its input already.
+
+        Returns:
+            The output, in the type of ``images`` (array or tensor); a tuple if there are several.
+
+        Raises:
+            DataError: the images do not fit the network.
+        """
+        arrays = images_from(images, labels=False)
+        dataset = open_dataset(arrays, read_preprocess(self.to_net()))
+        parts: dict[str, list[AnyArray]] = {name: [] for name in self._runner.output_names}
+        for batch in dataset.batches(_BATCH):
+            for outputs in outputs_in_parts(self._runner, batch):
+                for name, output in outputs.items():
+                    parts[name].append(output)
+        results: list[Any] = [np.concatenate(part) for part in parts.values()]
+        if isinstance(images, torch.Tensor):
+            results = [torch.from_numpy(result).to(images.device) for result in results]
+        return results[0] if len(results) == 1 else tuple(results)
+
+    @functools.cached_property
+    def _runner(self) -> OrtRunner:
+        return OrtRunner(self)
+
+    def __repr__(self) -> str:
+        size = self.proto.ByteSize() / 2**20
+        return f"<{type(self).__name__} {self.name}: {self.origin.artifact}, {size:.1f} MiB>"
+
+
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
+class Exported(Made):
+    """A fused float network, proved equal to its source."""
+
+    report: ExportReport = field(repr=False)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
+class Calibrated(Made):
+    """An INT8 network: the float one with Q/DQ pairs and INT8 weights."""
+
+    report: CalibrateReport = field(repr=False)
+
+
+def finished_model(net: Net) -> tuple[Any, str]:
+    """Return a graph as an ONNX model and the sha256 that its file will have."""
+    proto = model_from_net(net)
+    return proto, hashlib.sha256(bytes_from_model(proto)).hexdigest()
