@@ -16,7 +16,7 @@ from reptrt.pipeline import CalibrateOptions, CalibrateReport, calibrate
 from reptrt.quantize.reconstruct import driver
 from reptrt.quantize.reconstruct.learn import Task, learn
 from reptrt.quantize.reconstruct.options import LearnOptions, UnitReport
-from reptrt.quantize.reconstruct.resume import Finished
+from reptrt.quantize.reconstruct.resume import Finished, remove_finished
 from reptrt.quantize.reconstruct.state import State
 from tests.support.learned_nets import rep_net, write_images, write_net
 
@@ -59,9 +59,9 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
     assert same(state, State())
     assert report == replace(REPORT, kept="nearest")
     assert again.load(2, CPU) is None
-    again.remove()
+    remove_finished(tmp_path / "o.onnx")
     assert list(tmp_path.iterdir()) == []
-    again.remove()  # nothing there: nothing to do
+    remove_finished(tmp_path / "o.onnx")  # nothing there: nothing to do
 
 
 def test_nothing_is_made_before_a_unit_is_finished(tmp_path: Path) -> None:
@@ -278,3 +278,11 @@ def test_a_damaged_unit_is_learned_again(
     make(folder, tmp_path / "o.onnx")
     assert counting.names == ["block0", "head"]
     assert (tmp_path / "o.onnx").read_bytes() == whole[0]
+
+
+def test_without_an_output_nothing_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    finished = Finished(None, {"a": 1})
+    finished.save(0, STATE, REPORT)
+    assert finished.load(0, CPU) is None
+    assert list(tmp_path.iterdir()) == []
