@@ -22,6 +22,7 @@ from reptrt.execute.runner import OrtRunner
 from reptrt.execute.torch_runner import graph_runner
 from reptrt.graph.net import net_from_model, read_model
 from reptrt.judge.evaluate import evaluate
+from reptrt.judge.options import EvaluateOptions
 from reptrt.linter import lint
 from reptrt.pipeline import CalibrateOptions, ExportOptions, Source, calibrate, export
 from reptrt.quantize.calib.options import ThresholdOptions
@@ -194,7 +195,9 @@ def has_its_origin(float_file: Path, int8_file: Path, source: Source) -> None:
 
 def evaluation_agrees(files: list[Path], data: Path, floor: float) -> None:
     """`eval` finds the float file identical to itself and the INT8 file within the floor."""
-    reference, judged = evaluate(files, data, reference=files[0], threads=1).results
+    reference, judged = evaluate(
+        files, data, EvaluateOptions(reference=files[0], threads=1)
+    ).results
     assert reference.identical
     assert judged.sqnr_db is not None
     assert judged.sqnr_db > floor

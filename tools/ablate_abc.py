@@ -28,6 +28,7 @@ from held_out import halves
 
 from reptrt.core.choices import SplitMode
 from reptrt.judge.evaluate import evaluate
+from reptrt.judge.options import EvaluateOptions
 from reptrt.pipeline import CalibrateOptions, calibrate
 from reptrt.quantize.reconstruct.options import LearnOptions
 
@@ -55,7 +56,7 @@ def judge(
         images = len(np.load(calibrating)["x"])
         chosen = replace(options, images=images, seed=seed, learn=learn)
         calibrate(net, calibrating, folder / "q.onnx", chosen)
-        result = evaluate([folder / "q.onnx"], judging, reference=net).results[0]
+        result = evaluate([folder / "q.onnx"], judging, EvaluateOptions(reference=net)).results[0]
         return result.sqnr_db or float("nan"), 100 * (result.agreement or float("nan"))
 
 

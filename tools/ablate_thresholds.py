@@ -21,6 +21,7 @@ from held_out import halves
 
 from reptrt.core.choices import Threshold
 from reptrt.judge.evaluate import evaluate
+from reptrt.judge.options import EvaluateOptions
 from reptrt.pipeline import CalibrateOptions, calibrate
 from reptrt.quantize.calib.options import ThresholdOptions
 
@@ -60,7 +61,7 @@ def _row(
             images = len(np.load(calibrating)["x"])
             options = replace(base, images=images, threshold=rule)
             calibrate(net, calibrating, folder / "q.onnx", options)
-            report = evaluate([folder / "q.onnx"], judging, reference=net)
+            report = evaluate([folder / "q.onnx"], judging, EvaluateOptions(reference=net))
             found.append(report.results[0].sqnr_db or float("nan"))
     return np.array(found)
 

@@ -30,6 +30,7 @@ from rivals.table import firsts, table
 from reptrt.core.artifacts import package_versions, sha256_of, write_bytes, write_json
 from reptrt.core.errors import ReptrtError
 from reptrt.judge.evaluate import evaluate
+from reptrt.judge.options import EvaluateOptions
 from reptrt.trt.machine import cpu_name
 
 Batches = tuple[int, ...]
@@ -54,7 +55,9 @@ def float_row(at: Bench, test: Path | None, limit: int | None) -> dict[str, Any]
         found["top1"] = measure.cached(
             at.folder / "float.eval.json",
             key,
-            lambda: evaluate([at.net], test, limit=limit, threads=1).results[0].top1,
+            lambda: (
+                evaluate([at.net], test, EvaluateOptions(limit=limit, threads=1)).results[0].top1
+            ),
         )
     return found
 

@@ -1,5 +1,37 @@
-"""The command line: `main` is what the command ``reptrt`` runs."""
+"""The command line: thin calls to the Python API, one file per family of commands.
 
+    export     export
+    calibrate  calibrate, lint
+    engine     build-engine, inspect, package
+    judge      eval, bench
+    runs       run, report, ladder, replay, diff
+
+Results go to stdout, progress and logs to stderr. Exit status 0: done; 1: a stated failure, in one
+line; 2: wrong usage; 130: Ctrl-C. Nothing heavy is imported before a command runs.
+"""
+
+from reptrt.cli.calibrate import calibrate, lint
+from reptrt.cli.engine import build_engine, inspect, package
+from reptrt.cli.export import export
 from reptrt.cli.group import main
+from reptrt.cli.judge import bench, evaluate
+from reptrt.cli.runs import diff, ladder, replay, report, run
 
 __all__ = ["main"]
+
+for _command in (
+    export,
+    calibrate,
+    lint,
+    build_engine,
+    inspect,
+    package,
+    evaluate,
+    bench,
+    run,
+    report,
+    ladder,
+    replay,
+    diff,
+):
+    main.add_command(_command)

@@ -33,6 +33,8 @@ def option(name: str, value: object = None) -> str:
     "max_overhead: got -1; leave out split='none'"
     >>> ConfigError(f"{option('max_overhead')}: got -1; give {option('equalize', False)}").on_cli()
     '--max-overhead: got -1; give --no-equalize'
+    >>> ConfigError(f"give {option('batches', (1, 8))}").on_cli()
+    'give --batches 1,8'
     """
     return f"{_OPEN}{name}{_CLOSE}" if value is None else f"{_OPEN}{name}={value!r}{_CLOSE}"
 
@@ -73,6 +75,8 @@ def _on_cli(match: re.Match[str], flag: Callable[[str], str]) -> str:
         return flag(name)
     if value == "False":
         return f"--no-{flag(name).removeprefix('--')}"
+    if value.startswith("("):  # a list on the command line: 1,8
+        value = value.strip("()").removesuffix(",").replace(" ", "")
     return f"{flag(name)} {value.strip(chr(39))}"
 
 

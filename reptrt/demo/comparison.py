@@ -12,9 +12,10 @@ from reptrt.core.errors import MissingDependencyError
 from reptrt.demo import digits
 from reptrt.judge.bench import bench
 from reptrt.judge.evaluate import evaluate
+from reptrt.judge.options import BenchOptions, EvaluateOptions
 from reptrt.judge.rungs import Ladder
 from reptrt.runs.ladder import Files, climb
-from reptrt.runs.run import RunOptions
+from reptrt.runs.options import RunOptions
 from reptrt.trt.build import EngineSummary, build_engine
 from reptrt.trt.options import BuildOptions
 
@@ -115,8 +116,11 @@ def compare(folder: Path) -> Comparison:
     data = digits.write_arrays(folder)
     files = write_files(folder, data["train"])
     reference = files[FLOAT]
-    judged = evaluate(list(files.values()), data["held_out"], reference=reference)
-    timed = bench(list(files.values()), baseline=reference, threads=1, min_seconds=_BENCH_SECONDS)
+    judged = evaluate(list(files.values()), data["held_out"], EvaluateOptions(reference=reference))
+    timed = bench(
+        list(files.values()),
+        BenchOptions(baseline=reference, threads=1, min_seconds=_BENCH_SECONDS),
+    )
     rows = tuple(
         Row(
             name=name,

@@ -1,10 +1,10 @@
-"""Time files side by side: what a user waits for one run, and how sure that number is.
+"""Time files side by side: how long a user waits for one run, with a confidence interval.
 
-All files are open at once and warm. Then come rounds: in each round every file runs once, in an
-order drawn anew, so that heat, frequency steps and other programs hit all files alike. One sample
-is the wall-clock time of one `run`, copies to and from a GPU included; without host copies, that of
-an engine is the time between two CUDA events around the run. Inputs are random: they serve for
-timing only.
+All files are open and warm at the same time. They are measured in rounds: in each round every file
+runs once, in a new random order, so that heat, clock changes and other programs affect all files
+alike. One sample is the wall-clock time of one `run`, including copies to and from a GPU; without
+host copies, the sample of an engine is the time between two CUDA events around the run. Inputs are
+random numbers, which are good for timing only.
 """
 
 import contextlib
@@ -17,8 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from reptrt.core.choices import Device, RunnerKind
-from reptrt.core.errors import ConfigError
+from reptrt.core.errors import ConfigError, option
 from reptrt.core.intervals import Float64Array, percentile_interval
 from reptrt.execute.runner import (
     EventTimer,
@@ -28,6 +27,7 @@ from reptrt.execute.runner import (
     usable_cores,
 )
 from reptrt.judge.bench_report import BenchReport, Timing
+from reptrt.judge.options import BenchOptions
 from reptrt.trt.machine import Conditions, cpu_name, read_conditions, remarks
 
 Float32Array = npt.NDArray[np.float32]
@@ -45,99 +45,71 @@ class _Net(NamedTuple):
         return self.runner.device != "cpu"
 
 
-def bench(
-    files: Sequence[Path],
-    *,
-    batches: tuple[int, ...] = (1,),
-    runner: RunnerKind = "auto",
-    device: Device = "cpu",
-    threads: int | None = None,
-    baseline: Path | None = None,
-    min_seconds: float = 2.0,
-    warmup_seconds: float = 0.5,
-    host_copies: bool = True,
-    seed: int = 0,
-) -> BenchReport:
+def bench(files: Sequence[Path], options: BenchOptions = BenchOptions()) -> BenchReport:
     """Time every file at every batch size.
 
     Args:
-        files: .onnx and .engine files, in the order of the report.
-        batches: batch sizes.
-        runner: "ort" or "tensorrt" accept one kind of file only.
-        device: of onnxruntime.
-        threads: CPU threads of onnxruntime.
-        baseline: the file that ratios refer to; put first if it is not one of ``files``.
-        min_seconds: measuring goes on for so long for each file and batch size, and for at least
-            `MIN_ROUNDS` rounds.
-        warmup_seconds: for each file and batch size, before.
-        host_copies: count the copies from and to the host; False leaves those of engines out.
-        seed: of inputs, order and bootstrap.
+        files: .onnx and .engine files, in the order of the report; the baseline comes first if it
+            is not one of them.
+        options: how files are run, at which batch sizes, and for how long; at least `MIN_ROUNDS`
+            rounds are measured.
 
     Raises:
-        ReptrtError: a file that cannot be opened or fails; a batch size that a file cannot take.
+        ReptrtError: a file cannot be opened or fails, or cannot take a batch size.
     """
-    if not batches or min(batches) < 1:
-        raise ConfigError(f"--batch: got {batches}, expected positive batch sizes")
-    paths = list(dict.fromkeys(files))
+    paths, baseline = list(dict.fromkeys(files)), options.baseline
     if baseline is not None and baseline not in paths:
         paths.insert(0, baseline)
-    rng = np.random.default_rng(seed)
     with contextlib.ExitStack() as stack:
-        nets = []
-        for path in paths:
-            opened = open_runner(path, runner=runner, threads=threads, device=device)
-            nets.append(_net(path, stack.enter_context(opened), host_copies))
+        nets = [_open(path, options, stack) for path in paths]
         for net in nets:
-            _check_shape(net, batches)
+            _check_shape(net, options.batches)
         base = None if baseline is None else paths.index(baseline)
-        seconds = (warmup_seconds, min_seconds)
-        results, before, after = _time_all(nets, batches, base, seconds, rng)
+        results, before, after = _time_all(nets, base, options)
     uses_ort = any(net.runner.name == "onnxruntime" for net in nets)
     return BenchReport(
         results=tuple(results),
         baseline=None if baseline is None else str(baseline),
         cpu=cpu_name(),
         onnxruntime=ort_version() if uses_ort else None,
-        seed=seed,
-        warmup_seconds=warmup_seconds,
-        min_seconds=min_seconds,
+        seed=options.seed,
+        warmup_seconds=options.warmup_seconds,
+        min_seconds=options.min_seconds,
         before=before,
         after=after,
         remarks=remarks(before, after, usable_cores()),
     )
 
 
-def _net(path: Path, runner: Runner, host_copies: bool) -> _Net:
-    return _Net(
-        path, runner, runner if not host_copies and isinstance(runner, EventTimer) else None
+def _open(path: Path, options: BenchOptions, stack: contextlib.ExitStack) -> _Net:
+    """Open a file until the stack is closed."""
+    runner = stack.enter_context(
+        open_runner(path, runner=options.runner, threads=options.threads, device=options.device)
     )
+    events = runner if not options.host_copies and isinstance(runner, EventTimer) else None
+    return _Net(path, runner, events)
 
 
 def _time_all(
-    nets: Sequence[_Net],
-    batches: Sequence[int],
-    base: int | None,
-    seconds: tuple[float, float],
-    rng: np.random.Generator,
+    nets: Sequence[_Net], base: int | None, options: BenchOptions
 ) -> tuple[list[Timing], Conditions, Conditions]:
     """Return the timings of open nets, and the machine when all were warm and after the last run.
 
     Args:
         nets: what to time.
-        batches: batch sizes.
         base: index of the net that ratios refer to.
-        seconds: to warm up and to measure for, each net at each batch size.
-        rng: of inputs, order and bootstrap.
+        options: batch sizes, seconds and seed.
     """
     on_gpu = any(net.on_gpu for net in nets)
+    rng = np.random.default_rng(options.seed)
     results: list[Timing] = []
     before = None
-    for batch in batches:
+    for batch in options.batches:
         inputs = [_random_input(net.runner, batch, rng) for net in nets]
         for net, images in zip(nets, inputs, strict=True):
-            _warm_up(net.runner, images, seconds[0])
+            _warm_up(net.runner, images, options.warmup_seconds)
         before = before or read_conditions(gpu=on_gpu)
-        times = _measure(nets, inputs, seconds[1] * len(nets), rng)
+        times = _measure(nets, inputs, options.min_seconds * len(nets), rng)
         for net, samples in zip(nets, times, strict=True):
             results.append(_timing(net, batch, samples, None if base is None else times[base], rng))
     after = read_conditions(gpu=on_gpu)
@@ -150,12 +122,12 @@ def _check_shape(net: _Net, batches: Sequence[int]) -> None:
     if not all(image):
         raise ConfigError(
             f"{path}: input {runner.input_name} is {list(runner.input_shape)}, expected a fixed "
-            "image size; export it with --input-size"
+            f"image size; export it with {option('input_size')}"
         )
     if fixed is not None and any(batch != fixed for batch in batches):
         raise ConfigError(
             f"{path}: takes batch {fixed} only, asked for {', '.join(map(str, batches))}; "
-            f"use --batch {fixed} or export it with a free batch size"
+            f"give {option('batches', (fixed,))}, or export it with a free batch size"
         )
 
 

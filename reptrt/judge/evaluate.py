@@ -22,14 +22,14 @@ import numpy as np
 import numpy.typing as npt
 from rich.table import Table
 
-from reptrt.core.choices import Device, RunnerKind
-from reptrt.core.errors import ArtifactError, ConfigError, DataError
+from reptrt.core.errors import ArtifactError, ConfigError, DataError, option
 from reptrt.core.metrics import agreement, sqnr_db, top_k_accuracy
 from reptrt.core.progress import track
 from reptrt.data.dataset import Dataset, open_dataset
 from reptrt.execute.runner import Runner, open_runner
 from reptrt.graph.net import net_from_model, read_model
 from reptrt.graph.preprocess import Preprocess, read_preprocess
+from reptrt.judge.options import EvaluateOptions
 from reptrt.trt.details import read_engine_record
 
 Float32Array = npt.NDArray[np.float32]
@@ -89,51 +89,32 @@ class EvalReport:
 
 
 def evaluate(
-    files: Sequence[Path],
-    data: Path,
-    *,
-    reference: Path | None = None,
-    limit: int | None = None,
-    batch_size: int = 64,
-    threads: int | None = None,
-    runner: RunnerKind = "auto",
-    device: Device = "cpu",
-    seed: int = 0,
+    files: Sequence[Path], data: Path, options: EvaluateOptions = EvaluateOptions()
 ) -> EvalReport:
     """Run every file on the same images and compare.
 
-    Each file's images are prepared as its own metadata says; files that agree about that are run
-    side by side, so the images are decoded once.
+    The images of each file are prepared as its own metadata says. Files that need the same
+    preparation run side by side, so that images are decoded once.
 
     Args:
         files: .onnx and .engine files, in the order of the report.
-        data: a folder of images or an .npz, see `reptrt.data.dataset`.
-        reference: the file to compare the outputs with; it need not be one of ``files``.
-        limit: how many images to take, sampled by ``seed``; None takes all.
-        batch_size: images at a time, where the network leaves it free.
-        threads: CPU threads of onnxruntime.
-        runner: "ort" or "tensorrt" accept one kind of file only.
-        device: of onnxruntime.
-        seed: of the sample.
+        data: a folder of images or an array file, see `reptrt.data.dataset`.
+        options: how files are run, how many images are taken, and what to compare with.
 
     Raises:
-        ReptrtError: a file or image that cannot be used; outputs that cannot be compared.
+        ReptrtError: a file or image cannot be used, or outputs cannot be compared.
     """
-    wanted = list(dict.fromkeys([*files, *([reference] if reference is not None else [])]))
+    reference = options.reference
+    paths = list(dict.fromkeys([*files, *([reference] if reference is not None else [])]))
     outputs: dict[Path, Float32Array] = {}
     labels: npt.NDArray[np.int64] | None = None
-    for preprocess, group in _by_preprocess(wanted, reference).items():
-        dataset = open_dataset(data, preprocess, limit=limit, seed=seed)
+    for preprocess, group in _by_preprocess(paths, reference).items():
+        dataset = open_dataset(data, preprocess, limit=options.limit, seed=options.seed)
         labels = dataset.labels
         with contextlib.ExitStack() as stack:
-            runners = [
-                stack.enter_context(
-                    open_runner(path, runner=runner, threads=threads, device=device)
-                )
-                for path in group
-            ]
-            found = run_dataset(runners, dataset, batch_size)
-        outputs.update(zip(group, found, strict=True))
+            runners = [stack.enter_context(_open(path, options)) for path in group]
+            group_outputs = run_dataset(runners, dataset, options.batch_size)
+        outputs.update(zip(group, group_outputs, strict=True))
     expected = outputs[reference] if reference is not None else None
     return EvalReport(tuple(_judge(path, outputs[path], labels, expected) for path in files))
 
@@ -180,8 +161,12 @@ def preprocess_of(path: Path, reference: Path | None = None) -> Preprocess:
         return preprocess_of(reference)
     raise ConfigError(
         f"{path}: nothing says how its images are prepared; expected {path.name}.json beside it, "
-        "or --reference with the .onnx file it was built from"
+        f"or give {option('reference')}: the .onnx file that it was built from"
     )
+
+
+def _open(path: Path, options: EvaluateOptions) -> Runner:
+    return open_runner(path, runner=options.runner, threads=options.threads, device=options.device)
 
 
 def _by_preprocess(paths: Sequence[Path], reference: Path | None) -> dict[Preprocess, list[Path]]:

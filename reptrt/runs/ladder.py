@@ -38,7 +38,8 @@ from reptrt.judge.rungs import Ladder, Step, measure
 from reptrt.pipeline import CalibrateOptions, calibrate, export, prepare, split_layers, torch_device
 from reptrt.runs.inputs import check_data, check_source, source_files
 from reptrt.runs.manifest import FILE, LADDER_FILE, Manifest, check_made, read_finished
-from reptrt.runs.run import ENGINE_FILE, FLOAT_FILE, INT8_FILE, RunOptions
+from reptrt.runs.options import RunOptions
+from reptrt.runs.run import ENGINE_FILE, FLOAT_FILE, INT8_FILE
 from reptrt.sources.source import Source, module_from_source
 from reptrt.trt import binding
 from reptrt.trt.build import build_engine

@@ -4,7 +4,7 @@
      "source": {"name", "weights", "architecture", "seed"},   reptrt.sources.source.Source
      "source_files": [{"path", "sha256"}],                    what the source consists of
      "data": {"path", "sha256", "files"}, "eval_data": ...,   calibration images; those judged on
-     "options": {"export": {...}, "calibrate": {...}, ...},   runs.run.RunOptions, every field
+     "options": {"export": {...}, "calibrate": {...}, ...},   runs.options.RunOptions, every field
      "stages": {"export": {"key", "file", "sha256"}, ...},    what each stage wrote
      "versions": {package: version}, "machine": {"python", "system", "cpu", "cores"}}
 

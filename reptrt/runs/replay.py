@@ -21,7 +21,8 @@ from reptrt.core.options_json import options_from_json
 from reptrt.runs.compare import Change, changes
 from reptrt.runs.inputs import check_data, check_source, source_files
 from reptrt.runs.manifest import FILE, STAGES, Manifest, read_finished
-from reptrt.runs.run import RunOptions, run
+from reptrt.runs.options import RunOptions
+from reptrt.runs.run import run
 from reptrt.sources.source import Source
 
 State = Literal["equal", "differs", "not made"]

@@ -13,7 +13,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,10 @@ from reptrt.core.options_json import json_from_options, options_from_json
 from reptrt.judge.bench import bench
 from reptrt.judge.diagnose import diagnose
 from reptrt.judge.evaluate import evaluate
+from reptrt.judge.options import BenchOptions, EvaluateOptions
 from reptrt.pipeline import (
     CalibrateOptions,
     CalibrateReport,
-    ExportOptions,
     Source,
     calibrate,
     export,
@@ -34,28 +34,14 @@ from reptrt.pipeline import (
 from reptrt.runs import manifest
 from reptrt.runs.inputs import record_data, record_files, source_files
 from reptrt.runs.manifest import CALIBRATE_FILE, FORMAT, Manifest, StageRecord
+from reptrt.runs.options import RunOptions
 from reptrt.runs.report import write_report
 from reptrt.trt.build import build_engine
-from reptrt.trt.options import BuildOptions
 
 _LOG = logging.getLogger(__name__)
 
 FLOAT_FILE, INT8_FILE, ENGINE_FILE = "float.onnx", "int8.onnx", "model.engine"
 DIAGNOSIS_FILE = "diagnosis.json"
-
-
-@dataclass(frozen=True, slots=True)
-class RunOptions:
-    """Options of every stage of a run."""
-
-    export: ExportOptions = field(default_factory=ExportOptions)
-    calibrate: CalibrateOptions = field(default_factory=CalibrateOptions)
-    build: BuildOptions = field(default_factory=BuildOptions)
-    eval_limit: int | None = None
-    batches: tuple[int, ...] = (1, 8)
-    threads: int | None = None
-    diagnose: bool = True  # measure every layer, for the report
-    bench_seconds: float = 2.0  # for each file and batch size, after a quarter of it to warm up
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,11 +141,19 @@ def _judge(
     """Judge, diagnose and time the float and the INT8 file, the first is the reference."""
     limit, threads, seconds = options.eval_limit, options.threads, options.bench_seconds
     calibrating, (calib_data, data) = options.calibrate, images
+    judging = EvaluateOptions(reference=files[0], limit=limit, threads=threads)
+    timing = BenchOptions(
+        batches=options.batches,
+        threads=threads,
+        baseline=files[0],
+        min_seconds=seconds,
+        warmup_seconds=seconds / 4,
+    )
     stages.json(
         "eval",
         {"data": stages.manifest.eval_data.sha256, "limit": limit},
         files,
-        lambda: evaluate(files, data, reference=files[0], limit=limit, threads=threads).to_dict(),
+        lambda: evaluate(files, data, judging).to_dict(),
     )
     if options.diagnose:
         stages.diagnosis(
@@ -173,14 +167,7 @@ def _judge(
         "bench",
         {"batches": options.batches, "threads": threads, "seconds": seconds},
         files,
-        lambda: bench(
-            files,
-            batches=options.batches,
-            threads=threads,
-            baseline=files[0],
-            min_seconds=seconds,
-            warmup_seconds=seconds / 4,
-        ).to_dict(),
+        lambda: bench(files, timing).to_dict(),
     )
 
 

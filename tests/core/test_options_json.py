@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from reptrt.core.errors import ArtifactError, ConfigError
 from reptrt.core.options_json import json_from_options, options_from_json
 from reptrt.pipeline import CalibrateOptions, ExportOptions
-from reptrt.runs.run import RunOptions
+from reptrt.runs.options import RunOptions
 from reptrt.trt.options import BuildOptions, ShapeRange
 
 

@@ -11,7 +11,7 @@ from reptrt import cli, pipeline
 from reptrt.core import errors
 
 OPTIONAL = ("torch", "onnxruntime", "tensorrt", "tensorrt_rtx", "pycuda")
-HEAVY = (*OPTIONAL, "onnx", "onnx_graphsurgeon", "sklearn", "PIL")
+HEAVY = (*OPTIONAL, "numpy", "onnx", "onnx_graphsurgeon", "sklearn", "PIL")
 
 BLOCKED = f"""
 import sys
@@ -65,6 +65,25 @@ def test_help_loads_nothing_heavy(args: list[str]) -> None:
     done = python(code, *args)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "loaded []"
+
+
+def test_help_of_no_command_loads_anything_heavy() -> None:
+    code = (
+        "import sys; from reptrt.cli import main\n"
+        "for name in main.commands: main([name, '--help'], standalone_mode=False)\n"
+        f"print('loaded', sorted(set({HEAVY!r}) & set(sys.modules)))"
+    )
+    done = python(code)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "loaded []"
+
+
+def test_the_list_of_commands_loads_no_options() -> None:
+    code = (
+        "import sys; from reptrt.cli import main; main(['--help'], standalone_mode=False)\n"
+        "print('loaded', [name for name in sys.modules if name.endswith('.options')])"
+    )
+    assert python(code).stdout.splitlines()[-1] == "loaded []"
 
 
 def test_the_package_runs_as_the_command() -> None:

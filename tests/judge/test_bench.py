@@ -14,6 +14,7 @@ from reptrt.core.intervals import RESAMPLES, percentile_interval, resampled_perc
 from reptrt.judge import bench as bench_module
 from reptrt.judge.bench import MIN_ROUNDS, bench
 from reptrt.judge.bench_report import BenchReport
+from reptrt.judge.options import BenchOptions
 from reptrt.trt.machine import Conditions, GpuState, cpu_name
 from tests.support.tiny_nets import classifier, make_model
 
@@ -83,7 +84,7 @@ def fake(monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-untyped-def]
 
 def run_fake(names: str, baseline: str | None = None, **options: object) -> BenchReport:
     base = None if baseline is None else Path(baseline)
-    return bench([Path(name) for name in names], baseline=base, **options)  # type: ignore
+    return bench([Path(name) for name in names], BenchOptions(baseline=base, **options))  # type: ignore
 
 
 def test_statistics_of_known_times(fake) -> None:  # type: ignore[no-untyped-def]
@@ -239,10 +240,12 @@ def test_copies_are_left_out_where_asked_for_and_possible(
     )
     report = bench(
         [Path("cpu"), Path("gpu")],
-        host_copies=host_copies,
-        baseline=Path("cpu"),
-        warmup_seconds=0,
-        min_seconds=0.05,
+        BenchOptions(
+            host_copies=host_copies,
+            baseline=Path("cpu"),
+            warmup_seconds=0,
+            min_seconds=0.05,
+        ),
     )
     cpu, gpu = report.results
     assert (cpu.median_ms, cpu.host_copies) == (2.0, None)
@@ -256,7 +259,9 @@ def test_copies_are_left_out_where_asked_for_and_possible(
 
 def test_real_files_give_the_whole_report(net: Path, tmp_path: Path) -> None:
     onnx.save(classifier(seed=1), tmp_path / "other.onnx")
-    report = bench([net, tmp_path / "other.onnx"], batches=(1, 4), baseline=net, **QUICK)
+    report = bench(
+        [net, tmp_path / "other.onnx"], BenchOptions(batches=(1, 4), baseline=net, **QUICK)
+    )
     content = json.loads(json.dumps(report.to_dict(), allow_nan=False))
     assert content["cpu"] == cpu_name() != ""
     assert content["onnxruntime"].count(".") >= 2
@@ -277,12 +282,12 @@ def test_real_files_give_the_whole_report(net: Path, tmp_path: Path) -> None:
 
 def test_a_fixed_batch_takes_no_other(net: Path, tmp_path: Path) -> None:
     onnx.save(classifier(batch=4), tmp_path / "fixed.onnx")
-    report = bench([net, tmp_path / "fixed.onnx"], batches=(4,), **QUICK)
+    report = bench([net, tmp_path / "fixed.onnx"], BenchOptions(batches=(4,), **QUICK))
     assert [result.batch for result in report.results] == [4, 4]
     with pytest.raises(
-        ConfigError, match=r"fixed.onnx: takes batch 4 only, asked for 1, 4; use --b"
+        ConfigError, match=r"fixed.onnx: takes batch 4 only, asked for 1, 4; give batches=\(4,\)"
     ):
-        bench([net, tmp_path / "fixed.onnx"], batches=(1, 4), **QUICK)
+        bench([net, tmp_path / "fixed.onnx"], BenchOptions(batches=(1, 4), **QUICK))
 
 
 def test_a_free_image_size_cannot_be_timed(tmp_path: Path) -> None:
@@ -291,13 +296,13 @@ def test_a_free_image_size_cannot_be_timed(tmp_path: Path) -> None:
         model.graph.input[0].type.tensor_type.shape.dim[axis].dim_param = f"size{axis}"
     onnx.save(model, tmp_path / "free.onnx")
     with pytest.raises(ConfigError, match=r"\[None, 3, None, None\], expected a fixed image size"):
-        bench([tmp_path / "free.onnx"], **QUICK)
+        bench([tmp_path / "free.onnx"], BenchOptions(**QUICK))
 
 
 @pytest.mark.parametrize("batches", [(), (0,), (1, -2)])
 def test_batch_sizes_must_be_positive(net: Path, batches: tuple[int, ...]) -> None:
     with pytest.raises(ConfigError, match="expected positive batch sizes"):
-        bench([net], batches=batches, **QUICK)
+        bench([net], BenchOptions(batches=batches, **QUICK))
 
 
 def test_a_file_that_fails_is_an_error_not_a_time(net: Path, tmp_path: Path) -> None:
@@ -305,7 +310,7 @@ def test_a_file_that_fails_is_an_error_not_a_time(net: Path, tmp_path: Path) -> 
     shape = numpy_helper.from_array(np.array([1, 192]), "shape")
     onnx.save(make_model(nodes, [shape], ["N", 3, 8, 8], [1, 192], None), tmp_path / "bad.onnx")
     with pytest.raises(DataError, match=r"bad.onnx: onnxruntime failed on a float32 batch \(2, 3"):
-        bench([net, tmp_path / "bad.onnx"], batches=(2,), **QUICK)
+        bench([net, tmp_path / "bad.onnx"], BenchOptions(batches=(2,), **QUICK))
     assert gc.isenabled()
 
 

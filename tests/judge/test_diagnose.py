@@ -22,6 +22,7 @@ from reptrt.graph.preprocess import read_preprocess
 from reptrt.judge.diagnose import diagnose
 from reptrt.judge.diagnose.report import Diagnosis, LayerDiagnosis
 from reptrt.judge.evaluate import evaluate
+from reptrt.judge.options import EvaluateOptions
 from reptrt.pipeline import CalibrateOptions, ExportOptions, Source, calibrate, export, prepare
 from reptrt.quantize.calib.options import ThresholdOptions
 from tests.rewrite.test_splits import conv_net, rep_weight
@@ -364,7 +365,9 @@ def test_corners_of_a_rep_net(demo: tuple[Path, Path], tmp_path: Path) -> None:
     assert both.sqnr_db < weights.sqnr_db + 0.5
     assert method.sqnr_db > both.sqnr_db + 6
     assert (found.images, found.layer_images) == (160, 32)
-    judged = evaluate([tmp_path / "p.onnx", tmp_path / "q.onnx"], data, reference=file, threads=1)
+    judged = evaluate(
+        [tmp_path / "p.onnx", tmp_path / "q.onnx"], data, EvaluateOptions(reference=file, threads=1)
+    )
     for corner, result in zip((both, method), judged.results, strict=True):
         # onnxruntime computes the same codes; a tie in float32 may fall the other way.
         assert corner.sqnr_db == pytest.approx(result.sqnr_db, abs=0.2)
@@ -417,7 +420,9 @@ def test_plain_keeps_the_rule_and_bits_that_were_asked_for(tmp_path: Path) -> No
     )
     plain = replace(options, equalize=False, split="none", full_range=False, correct_bias=False)
     calibrate(file, data, tmp_path / "p.onnx", plain)
-    (judged,) = evaluate([tmp_path / "p.onnx"], data, reference=file, threads=1).results
+    (judged,) = evaluate(
+        [tmp_path / "p.onnx"], data, EvaluateOptions(reference=file, threads=1)
+    ).results
     corner = diagnose(file, data, options).corners[2]
     assert corner.sqnr_db == pytest.approx(judged.sqnr_db, abs=0.2)
 

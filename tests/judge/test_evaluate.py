@@ -11,6 +11,7 @@ from reptrt.core.errors import ArtifactError, ConfigError, DataError
 from reptrt.data.images import ImageFiles
 from reptrt.graph.preprocess import Preprocess
 from reptrt.judge.evaluate import EvalReport, FileResult, evaluate, preprocess_of
+from reptrt.judge.options import EvaluateOptions
 from tests.support.engines import engine_details, write_fake_engine
 from tests.support.helpers import ort_run
 from tests.support.tiny_nets import classifier, quantized_conv
@@ -67,7 +68,9 @@ def only(report: EvalReport) -> FileResult:
 
 @pytest.mark.parametrize("batch_size", [1, 16, 64])
 def test_every_number_against_numpy(nets: tuple[Path, Path], data: Path, batch_size: int) -> None:
-    report = evaluate(list(nets)[::-1], data, reference=nets[0], batch_size=batch_size, threads=1)
+    report = evaluate(
+        list(nets)[::-1], data, EvaluateOptions(reference=nets[0], batch_size=batch_size, threads=1)
+    )
     noisy, exact = report.results
     reference, output = (logits_of(onnx.load(path)).astype(np.float64) for path in nets)
 
@@ -89,7 +92,7 @@ def test_the_reference_and_its_copy_are_identical_and_json_stays_valid(
     nets: tuple[Path, Path], data: Path, tmp_path: Path
 ) -> None:
     copy = save(tmp_path / "copy.onnx", classifier())
-    report = evaluate([nets[0], copy], data, reference=nets[0], threads=1)
+    report = evaluate([nets[0], copy], data, EvaluateOptions(reference=nets[0], threads=1))
     for row in json.loads(json.dumps(report.to_dict(), allow_nan=False))["results"]:
         assert row["sqnr_db"] is None
         assert row["identical"] is True
@@ -98,21 +101,23 @@ def test_the_reference_and_its_copy_are_identical_and_json_stays_valid(
 
 
 def test_without_a_reference_nothing_is_compared(nets: tuple[Path, Path], data: Path) -> None:
-    row = evaluate([nets[1]], data, threads=1).to_dict()["results"][0]
+    row = evaluate([nets[1]], data, EvaluateOptions(threads=1)).to_dict()["results"][0]
     assert set(row) == {"file", "images", "top1", "top5", "agreement", "sqnr_db", "identical"}
     assert row["agreement"] is row["sqnr_db"] is row["identical"] is None
     assert row["top1"] is not None
 
 
 def test_a_reference_beside_the_files_has_no_row(nets: tuple[Path, Path], data: Path) -> None:
-    result = only(evaluate([nets[1]], data, reference=nets[0], threads=1))
+    result = only(evaluate([nets[1]], data, EvaluateOptions(reference=nets[0], threads=1)))
     assert result.file == str(nets[1])
     assert result.sqnr_db is not None
 
 
 def test_without_labels_accuracy_is_null(nets: tuple[Path, Path], tmp_path: Path) -> None:
     np.save(tmp_path / "x.npy", PIXELS)
-    result = only(evaluate([nets[1]], tmp_path / "x.npy", reference=nets[0], threads=1))
+    result = only(
+        evaluate([nets[1]], tmp_path / "x.npy", EvaluateOptions(reference=nets[0], threads=1))
+    )
     assert result.top1 is result.top5 is None
     assert result.agreement is not None
 
@@ -121,7 +126,7 @@ def test_each_file_gets_its_own_preprocessing(tmp_path: Path, data: Path) -> Non
     dark, bright = (
         save(tmp_path / f"{mean}.onnx", classifier(metadata=metadata(mean))) for mean in (0.2, 0.7)
     )
-    result = evaluate([dark, bright], data, reference=dark, threads=1).results[1]
+    result = evaluate([dark, bright], data, EvaluateOptions(reference=dark, threads=1)).results[1]
     a, b = (logits_of(classifier(), mean, 0.5).astype(np.float64) for mean in (0.2, 0.7))
     expected = 10 * np.log10((a**2).sum() / ((a - b) ** 2).sum())
     assert result.sqnr_db == pytest.approx(expected, abs=1e-3)
@@ -144,7 +149,7 @@ def test_images_are_decoded_once_for_each_preprocessing(
         save(tmp_path / f"{i}.onnx", classifier(metadata=metadata(mean)))
         for i, mean in enumerate(means)
     ]
-    evaluate(files, tmp_path / "images", batch_size=5, threads=1)
+    evaluate(files, tmp_path / "images", EvaluateOptions(batch_size=5, threads=1))
     assert len(decoded) == decodes
 
 
@@ -153,7 +158,9 @@ def test_a_fixed_batch_size_is_filled_up(
     nets: tuple[Path, Path], tmp_path: Path, data: Path, batch: int
 ) -> None:
     fixed = save(tmp_path / "fixed.onnx", classifier(batch=batch))
-    result = only(evaluate([fixed], data, reference=nets[0], batch_size=20, threads=1))
+    result = only(
+        evaluate([fixed], data, EvaluateOptions(reference=nets[0], batch_size=20, threads=1))
+    )
     assert result.images == NUM
     assert result.agreement == 1.0
     assert result.sqnr_db is not None
@@ -162,7 +169,11 @@ def test_a_fixed_batch_size_is_filled_up(
 
 def test_a_limit_takes_a_seeded_sample(nets: tuple[Path, Path], data: Path) -> None:
     first, again, other = (
-        only(evaluate([nets[1]], data, reference=nets[0], limit=20, seed=seed, threads=1))
+        only(
+            evaluate(
+                [nets[1]], data, EvaluateOptions(reference=nets[0], limit=20, seed=seed, threads=1)
+            )
+        )
         for seed in (0, 0, 1)
     )
     assert first.images == 20
@@ -172,7 +183,7 @@ def test_a_limit_takes_a_seeded_sample(nets: tuple[Path, Path], data: Path) -> N
 
 def test_a_map_as_output_is_compared_but_has_no_classes(tmp_path: Path, data: Path) -> None:
     path = save(tmp_path / "map.onnx", quantized_conv())
-    result = only(evaluate([path], data, reference=path, threads=1))
+    result = only(evaluate([path], data, EvaluateOptions(reference=path, threads=1)))
     assert result.identical is True
     assert result.top1 is result.agreement is None
 
@@ -183,7 +194,7 @@ def test_logits_with_trailing_ones_have_classes(tmp_path: Path, data: Path) -> N
     model.graph.node[-1].output[0] = "logits"
     model.graph.output[0].CopyFrom(helper.make_tensor_value_info("logits", 1, ["N", 6, 1, 1]))
     np.savez(data, x=PIXELS, y=LABELS % 6)
-    result = only(evaluate([save(tmp_path / "map.onnx", model)], data, threads=1))
+    result = only(evaluate([save(tmp_path / "map.onnx", model)], data, EvaluateOptions(threads=1)))
     assert result.top1 == pytest.approx(top_k(logits_of(model).reshape(NUM, 6), LABELS % 6, 1))
 
 
@@ -195,7 +206,7 @@ def test_more_labels_than_classes(tmp_path: Path, data: Path) -> None:
     with pytest.raises(
         DataError, match=r"few.onnx: label 9 in the data, but the net has 4 classes"
     ):
-        evaluate([path], data, threads=1)
+        evaluate([path], data, EvaluateOptions(threads=1))
 
 
 def test_outputs_of_another_shape_than_the_reference(
@@ -203,7 +214,7 @@ def test_outputs_of_another_shape_than_the_reference(
 ) -> None:
     path = save(tmp_path / "many.onnx", classifier(classes=12))
     with pytest.raises(ConfigError, match=r"shape \(50, 12\), the reference's \(50, 10\)"):
-        evaluate([path], data, reference=nets[0], threads=1)
+        evaluate([path], data, EvaluateOptions(reference=nets[0], threads=1))
 
 
 def test_nan_outputs_are_a_failure_not_a_number(tmp_path: Path, data: Path) -> None:
@@ -214,18 +225,18 @@ def test_nan_outputs_are_a_failure_not_a_number(tmp_path: Path, data: Path) -> N
     with pytest.raises(
         ArtifactError, match=r"nan.onnx: NaN or infinite outputs on 50 of 50 images"
     ):
-        evaluate([path], data, threads=1)
+        evaluate([path], data, EvaluateOptions(threads=1))
 
 
 def test_a_batch_size_must_be_positive(nets: tuple[Path, Path], data: Path) -> None:
     with pytest.raises(ConfigError, match="batch size: got 0"):
-        evaluate([nets[0]], data, batch_size=0, threads=1)
+        evaluate([nets[0]], data, EvaluateOptions(batch_size=0, threads=1))
 
 
 def test_an_engine_is_prepared_as_its_sidecar_says(tmp_path: Path, nets: tuple[Path, Path]) -> None:
     engine = tmp_path / "m.engine"
     engine.write_bytes(b"engine")
-    with pytest.raises(ConfigError, match=r"expected m.engine.json beside it, or --reference"):
+    with pytest.raises(ConfigError, match=r"expected m.engine.json beside it, or give reference"):
         preprocess_of(engine)
     assert preprocess_of(engine, nets[0]) == Preprocess.plain(3, 8, 8)
     preprocess = Preprocess(3, 8, 8, (0.25,) * 3, (0.5,) * 3, "none")
@@ -236,7 +247,7 @@ def test_an_engine_is_prepared_as_its_sidecar_says(tmp_path: Path, nets: tuple[P
 def test_the_table_shows_percent_and_gaps(nets: tuple[Path, Path], data: Path) -> None:
     from rich.console import Console
 
-    report = evaluate(list(nets), data, reference=nets[0], threads=1)
+    report = evaluate(list(nets), data, EvaluateOptions(reference=nets[0], threads=1))
     console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(report.to_table())
     text = console.export_text()

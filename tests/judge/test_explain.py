@@ -19,6 +19,7 @@ from reptrt.judge import explain as explain_module
 from reptrt.judge.bench_report import BenchReport, Timing
 from reptrt.judge.cost import LayerCost
 from reptrt.judge.explain import Evidence, evidence, explain, explain_all
+from reptrt.judge.options import BenchOptions
 from reptrt.rewrite.split_coarse_fine import split_coarse_fine
 from reptrt.trt.build import build_engine
 from reptrt.trt.machine import Conditions
@@ -260,8 +261,8 @@ def test_the_command_says_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     rows = (BASE, timing(SAME, file=str(save(quantized(plain_chain()), tmp_path / "q.onnx"))))
     asked = []
 
-    def measured(files: list[Path], **options: object) -> BenchReport:
-        asked.append(options["host_copies"])
+    def measured(files: list[Path], options: BenchOptions) -> BenchReport:
+        asked.append(options.host_copies)
         nothing = Conditions(None, None, None)
         return BenchReport(rows, BASE.file, "cpu", None, 0, 0.0, 0.0, nothing, nothing, ())
 

@@ -17,6 +17,7 @@ from reptrt.execute.runner import optimized_op_counts
 from reptrt.graph.net import net_from_model
 from reptrt.graph.preprocess import Preprocess, write_preprocess
 from reptrt.judge.evaluate import evaluate
+from reptrt.judge.options import EvaluateOptions
 from reptrt.pipeline import PLAIN_INT8, CalibrateOptions, ExportOptions, calibrate, export
 from reptrt.quantize.calib.options import ThresholdOptions
 from reptrt.sources.options import ArchitectureOptions
@@ -93,7 +94,7 @@ def test_the_quantized_net_is_close(tmp_path: Path, data: Path) -> None:
     model = residual_net()
     calibrate(save(model, tmp_path / "m.onnx"), data, tmp_path / "o.onnx", PLAIN)
     (result,) = evaluate(
-        [tmp_path / "o.onnx"], data, reference=tmp_path / "m.onnx", threads=1
+        [tmp_path / "o.onnx"], data, EvaluateOptions(reference=tmp_path / "m.onnx", threads=1)
     ).results
     assert result.sqnr_db is not None
     assert result.sqnr_db > 20  # 8 bits through a dozen layers with random weights
@@ -206,7 +207,9 @@ def flattened(reshape: bool) -> onnx.ModelProto:
 def test_a_net_for_one_image_at_a_time(tmp_path: Path, data: Path, reshape: bool) -> None:
     model = save(flattened(reshape), tmp_path / "m.onnx")
     calibrate(model, data, tmp_path / "o.onnx", PLAIN)
-    (result,) = evaluate([tmp_path / "o.onnx"], data, reference=model, threads=1).results
+    (result,) = evaluate(
+        [tmp_path / "o.onnx"], data, EvaluateOptions(reference=model, threads=1)
+    ).results
     assert result.sqnr_db is not None
     assert result.sqnr_db > 20
 
@@ -357,7 +360,9 @@ def test_the_trained_nets_run_in_int8_at_the_rivals_level(
     assert counts["QLinearConv"] == layers
     assert counts["QGemm"] == 1
     assert not {"Conv", "FusedConv", "Gemm", "FusedGemm", "MatMul"} & set(counts)
-    report = evaluate([output], SHARED / "cifar10" / "test", reference=model, limit=1000)
+    report = evaluate(
+        [output], SHARED / "cifar10" / "test", EvaluateOptions(reference=model, limit=1000)
+    )
     (result,) = report.results
     assert result.sqnr_db is not None
     assert result.sqnr_db > least_db
@@ -389,7 +394,7 @@ def test_imagenet_nets_go_the_whole_way(
     options = CalibrateOptions(images=32, split="none")
     report = calibrate(model, photographs, output, options)
     assert report.layers == layers + 1
-    (result,) = evaluate([output], photographs, reference=model, limit=8).results
+    (result,) = evaluate([output], photographs, EvaluateOptions(reference=model, limit=8)).results
     assert result.sqnr_db is not None
     assert result.sqnr_db > 10  # random weights: all images look alike to the last layer
     counts = optimized_op_counts(output)

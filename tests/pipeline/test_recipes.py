@@ -21,6 +21,7 @@ from reptrt.graph.net import get_json, model_from_net, net_from_model, read_mode
 from reptrt.graph.preprocess import read_preprocess
 from reptrt.graph.quantized import layer_weights
 from reptrt.judge.evaluate import evaluate
+from reptrt.judge.options import EvaluateOptions
 from reptrt.pipeline import CalibrateOptions, calibrate
 from reptrt.quantize.calib.options import ThresholdOptions
 from reptrt.trt.input import read_buildable
@@ -108,7 +109,9 @@ def test_onnxruntime_and_torch_agree_on_what_was_written(
     assert agreement >= 0.999
     assert difference < 1e-3
     (result,) = evaluate(
-        [tmp_path / "o.onnx"], folder / "unseen.npz", reference=folder / "m.onnx", threads=1
+        [tmp_path / "o.onnx"],
+        folder / "unseen.npz",
+        EvaluateOptions(reference=folder / "m.onnx", threads=1),
     ).results
     assert result.sqnr_db is not None
     assert result.sqnr_db > (12 if options.simulation or name == "int8 summands" else 20)
@@ -164,7 +167,9 @@ def test_learned_beats_fast_on_unseen_images(folder: Path, tmp_path: Path) -> No
         options = replace(base, recipe=recipe, iterations=iterations)  # type: ignore[arg-type]
         calibrate(folder / "m.onnx", folder / "d.npz", tmp_path / f"{recipe}.onnx", options)
     paths = [tmp_path / "fast.onnx", tmp_path / "accurate.onnx"]
-    results = evaluate(paths, folder / "unseen.npz", reference=folder / "m.onnx", threads=1).results
+    results = evaluate(
+        paths, folder / "unseen.npz", EvaluateOptions(reference=folder / "m.onnx", threads=1)
+    ).results
     found = [result.sqnr_db for result in results]
     assert found[0] is not None
     assert found[1] is not None

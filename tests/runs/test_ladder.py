@@ -27,7 +27,7 @@ from reptrt.judge.rungs import Step, measure
 from reptrt.pipeline import CalibrateOptions, ExportOptions
 from reptrt.rewrite.recentre import recentre
 from reptrt.runs import ladder as ladder_module
-from reptrt.runs.run import RunOptions
+from reptrt.runs.options import RunOptions
 from reptrt.sources.source import Source, module_from_source
 from reptrt.trt.binding import Gpu
 from tests.support.full_range_nets import unsigned

@@ -10,6 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from reptrt.judge.evaluate import evaluate
+from reptrt.judge.options import EvaluateOptions
 from reptrt.pipeline import CalibrateOptions, calibrate
 from reptrt.quantize.reconstruct.options import LearnOptions
 from tests.support.helpers import load_tool
@@ -56,9 +57,9 @@ class Calls:
         self.images.append(np.load(data)["x"])
         return calibrate(net, data, output, options)
 
-    def evaluate(self, files: list[Path], data: Path, **options: Any) -> Any:
+    def evaluate(self, files: list[Path], data: Path, options: EvaluateOptions) -> Any:
         self.judged.append(np.load(data)["x"])
-        return evaluate(files, data, **options)
+        return evaluate(files, data, options)
 
 
 def table(folder: Path, *arguments: str) -> list[Line]:

@@ -16,6 +16,7 @@ import pytest
 from click.testing import CliRunner
 
 from reptrt.judge.evaluate import evaluate
+from reptrt.judge.options import EvaluateOptions
 from reptrt.pipeline import CalibrateOptions, calibrate
 from tests.support.helpers import TOOLS, load_tool
 from tests.support.onnx_nets import Builder, plain_chain
@@ -106,7 +107,9 @@ def test_a_rival_is_measured_and_judged(files: Path, at: Any) -> None:
     assert result.peak_rss_mib > 10
     assert (result.layers, result.int8_layers, result.lint_errors) == (3, 3, 0)
     [expected] = evaluate(
-        [files / "ready.int8.onnx"], files / "images.npz", reference=files / "net.onnx"
+        [files / "ready.int8.onnx"],
+        files / "images.npz",
+        EvaluateOptions(reference=files / "net.onnx"),
     ).results
     found = (result.top1, result.agreement, result.sqnr_db)
     assert found == (expected.top1, expected.agreement, expected.sqnr_db)

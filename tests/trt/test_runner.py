@@ -8,6 +8,7 @@ import pytest
 from reptrt.core.errors import ConfigError, DataError, EngineError, MissingDependencyError
 from reptrt.execute.runner import open_runner
 from reptrt.judge.bench import bench
+from reptrt.judge.options import BenchOptions
 from reptrt.trt import binding
 from reptrt.trt.binding import Gpu
 from reptrt.trt.runner import TrtRunner
@@ -98,9 +99,11 @@ def test_timing_with_and_without_host_copies(fake, engine):
 
 
 def test_bench_leaves_the_copies_out_if_asked(fake, engine):
-    (result,) = bench([engine], host_copies=False, min_seconds=0, warmup_seconds=0).results
+    (result,) = bench(
+        [engine], BenchOptions(host_copies=False, min_seconds=0, warmup_seconds=0)
+    ).results
     assert (result.device, result.host_copies, result.median_ms) == ("Fake GPU", False, 0.5)
-    (result,) = bench([engine], min_seconds=0, warmup_seconds=0).results
+    (result,) = bench([engine], BenchOptions(min_seconds=0, warmup_seconds=0)).results
     assert result.host_copies is True
 
 

@@ -23,6 +23,7 @@ from reptrt.graph.net import net_from_model, read_model
 from reptrt.graph.preprocess import read_preprocess
 from reptrt.judge.bench import bench
 from reptrt.judge.evaluate import evaluate
+from reptrt.judge.options import BenchOptions, EvaluateOptions
 from reptrt.linter import lint
 
 HERE = Path(__file__).resolve().parent
@@ -160,7 +161,7 @@ def judge(at: Bench, results: Sequence[Result], test: Path, limit: int | None) -
     new = [path for name, path in files.items() if _stored(_judged(path), keys[name]) is None]
 
     def judged(paths: Sequence[Path]) -> None:
-        report = evaluate(paths, test, reference=at.net, limit=limit, threads=1)
+        report = evaluate(paths, test, EvaluateOptions(reference=at.net, limit=limit, threads=1))
         for path, found in zip(paths, report.results, strict=True):
             _store(_judged(path), keys[path.stem], found.to_dict())
 
@@ -204,7 +205,8 @@ def time_all(
     def compute() -> Any:
         paths = [at.net, *files.values()]
         report = bench(
-            paths, batches=batches, threads=1, baseline=at.net, min_seconds=at.bench_seconds
+            paths,
+            BenchOptions(batches=batches, threads=1, baseline=at.net, min_seconds=at.bench_seconds),
         )
         return report.to_dict()
 
@@ -222,7 +224,7 @@ def time_all(
 
 def _runs(path: Path, batches: tuple[int, ...]) -> bool:
     try:
-        bench([path], batches=batches, threads=1, min_seconds=0.0, warmup_seconds=0.0)
+        bench([path], BenchOptions(batches=batches, threads=1, min_seconds=0.0, warmup_seconds=0.0))
     except ReptrtError:
         return False
     return True

@@ -1,0 +1,95 @@
+"""``reptrt calibrate`` and ``reptrt lint``."""
+
+import contextlib
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+
+from reptrt.cli.command import Command, emit, text_of
+from reptrt.cli.fields import PATH, FieldOptions
+
+CALIBRATE = FieldOptions("reptrt.pipeline.options:CalibrateOptions")
+
+
+@click.command(cls=Command, options=[CALIBRATE])
+@click.argument("model", type=PATH)
+@click.option(
+    "--data", type=PATH, required=True, help="Calibration images: a folder, an .npz or an .npy."
+)
+@click.option("-o", "--output", type=PATH, required=True, help="INT8 ONNX file to write.")
+@click.option(
+    "--diagnose", is_flag=True, help="Also measure where the net loses accuracy, and say why."
+)
+def calibrate(
+    model: Path, data: Path, output: Path, diagnose: bool, json_path: str | None, **values: Any
+) -> None:
+    """Quantize the float ONNX file MODEL to INT8, with scales measured on images."""
+    from reptrt import pipeline
+
+    options = CALIBRATE.value(values)
+    report = pipeline.calibrate(model, data, output, options)
+    text, content = _summary(report, options.recipe), report.to_dict()
+    if diagnose:
+        with _removed_on_failure(output):
+            from reptrt.judge.diagnose import diagnose as measure
+
+            diagnosis = measure(model, data, options, report)
+        tables = [text_of(table) + "\n" for table in diagnosis.to_tables()]
+        text = "\n".join([text, "", *tables, *diagnosis.to_lines()])
+        content |= {"diagnosis": diagnosis.to_dict()}
+    emit(text, content, json_path)
+
+
+def _summary(report: Any, recipe: str) -> str:
+    """Return the lines that say what `calibrate` did."""
+    margin = f" x {report.margin:.2f}" if report.margin > 1 else ""
+    text = (
+        f"calibrate  {report.path}  {recipe}  {report.threshold}{margin}  "
+        f"{report.images} images  {report.layers} layers  {len(report.tensors)} tensors  "
+        f"{sum(report.seconds.values()):.1f} s"
+    )
+    forms = Counter(split.form for split in report.splits)
+    splits = ", ".join(f"{count} {form}" for form, count in forms.items()) or "none"
+    text += f"\n           {report.equalized} tensors equalized, splits: {splits}"
+    text += f", full range: {len(report.full_range)} of {len(report.tensors)} tensors"
+    if report.decisions or report.full_range:
+        text += f", overhead {100 * report.overhead:.1f} %"
+    if report.learned is not None:
+        units = report.learned.units
+        better = sum(unit.kept == "learned" for unit in units)
+        text += f"\n           learned: {better} of {len(units)} units better on held-out images"
+    if report.simulation:
+        text += f"\nsimulation only, no engine can run it: {report.simulation}"
+    return text
+
+
+@contextlib.contextmanager
+def _removed_on_failure(output: Path) -> Iterator[None]:
+    """Remove an artifact and its sidecar if what follows fails: a failed command leaves nothing."""
+    try:
+        yield
+    except BaseException:
+        from reptrt.core.artifacts import sidecar_path
+
+        output.unlink(missing_ok=True)
+        sidecar_path(output).unlink(missing_ok=True)
+        raise
+
+
+@click.command(cls=Command)
+@click.argument("model", type=PATH)
+def lint(model: Path, json_path: str | None) -> None:
+    """Check whether TensorRT accepts the Q/DQ ONNX file MODEL, and whether it will run fast.
+
+    Needs neither TensorRT nor a GPU. Exits with 1 if there are errors.
+    """
+    from reptrt.linter import lint as check
+
+    report = check(model)
+    tables = [text_of(report.to_table())] if report.findings else []
+    emit("\n".join([*tables, *report.to_lines()]), report.to_dict(), json_path)
+    if report.has_errors:
+        click.get_current_context().exit(1)

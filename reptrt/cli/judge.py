@@ -1,0 +1,43 @@
+"""``reptrt eval`` and ``reptrt bench``."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from reptrt.cli.command import Command, emit, text_of
+from reptrt.cli.fields import PATH, FieldOptions
+
+_EVALUATE = FieldOptions("reptrt.judge.options:EvaluateOptions")
+_BENCH = FieldOptions("reptrt.judge.options:BenchOptions")
+
+
+@click.command("eval", cls=Command, options=[_EVALUATE])
+@click.argument("files", type=PATH, nargs=-1, required=True)
+@click.option(
+    "--data", type=PATH, required=True, help="Images to judge on: a folder, an .npz or an .npy."
+)
+def evaluate(files: Sequence[Path], data: Path, json_path: str | None, **values: Any) -> None:
+    """Judge FILES on the same images: top-1, top-5, agreement and SQNR with a reference."""
+    from reptrt.judge.evaluate import evaluate as judge
+
+    report = judge(list(files), data, _EVALUATE.value(values))
+    emit(text_of(report.to_table()), report.to_dict(), json_path)
+
+
+@click.command(cls=Command, options=[_BENCH])
+@click.argument("files", type=PATH, nargs=-1, required=True)
+def bench(files: Sequence[Path], json_path: str | None, **values: Any) -> None:
+    """Time FILES side by side, in interleaved rounds: median and percentiles.
+
+    With --baseline, explain each file that is not clearly faster than the baseline.
+    """
+    from reptrt.judge.bench import bench as measure
+    from reptrt.judge.explain import explain_all
+
+    report = measure(list(files), _BENCH.value(values))
+    explanations = explain_all(report)
+    lines = [line for explanation in explanations for line in explanation.to_lines()]
+    content = report.to_dict() | {"explanations": [entry.to_dict() for entry in explanations]}
+    emit("\n".join([text_of(report.to_table()), *lines]), content, json_path)

@@ -1,0 +1,53 @@
+"""Options of evaluate and bench; importing this loads nothing heavy."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from reptrt.core.choices import Device, RunnerKind
+from reptrt.core.errors import ConfigError, option
+from reptrt.core.option_fields import described
+
+
+@dataclass(frozen=True, slots=True)
+class RunnerOptions:
+    """How files are run."""
+
+    runner: RunnerKind = described("auto", "Runtime; auto decides by the suffix of each file.")
+    device: Device = described("cpu", "Device of onnxruntime.")
+    threads: int | None = described(None, "CPU threads of onnxruntime.")
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluateOptions(RunnerOptions):
+    """Options of `evaluate`."""
+
+    reference: Path | None = described(
+        None, "Float file to compare the outputs with; it need not be one of FILES."
+    )
+    limit: int | None = described(None, "Number of images, sampled from the data; default: all.")
+    batch_size: int = described(64, "Images that are run at a time.")
+    seed: int = 0  # for sampling images
+
+
+@dataclass(frozen=True, slots=True)
+class BenchOptions(RunnerOptions):
+    """Options of `bench`."""
+
+    batches: tuple[int, ...] = described((1,), "Batch sizes to time.", flag="--batch")
+    baseline: Path | None = described(None, "File that the ratios of latencies refer to.")
+    min_seconds: float = described(
+        2.0, "Seconds to measure each file at each batch size, in 10 rounds or more."
+    )
+    warmup_seconds: float = described(
+        0.5, "Seconds to warm up each file at each batch size before it is measured."
+    )
+    host_copies: bool = described(
+        True, "Count copies between host and GPU; without, those of engines are left out."
+    )
+    seed: int = 0  # for inputs, the order of runs and the bootstrap
+
+    def __post_init__(self) -> None:
+        if not self.batches or min(self.batches) < 1:
+            raise ConfigError(
+                f"{option('batches')}: got {self.batches}, expected positive batch sizes"
+            )
