@@ -1,1 +1,1 @@
-"""Decisions of calibration: splits, ranges, thresholds, biases, learned constants."""
+"""What calibration decides: splits, code ranges, thresholds, biases, learned constants."""

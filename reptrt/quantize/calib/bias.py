@@ -1,14 +1,14 @@
-"""Bias correction: take the mean error of quantized weights out of every layer's bias.
+"""Bias correction: subtract the mean error of quantized weights from each layer's bias.
 
     E[conv(x, Q(W)) - conv(x, W)] = conv(E[x], Q(W)) - conv(E[x], W)
 
-A convolution is linear, so the mean of its error over the images is its error on the mean image,
-borders included; E[x] is one map per layer input. Behind a ReLU all inputs are positive, so errors
-of weights do not average out: they move whole channels. The mean over positions of that map is
-subtracted from the bias, at no cost. Where the weights of many layers are hurt badly, as in a
-rep-net that is not split, layers that are right on average can still make a net that is further
-off: `reptrt.quantize.calib.outputs` tells. Empirical bias correction after arXiv
-1906.04721, in closed form (ours).
+A convolution is linear, so its mean error over the images is its error on the mean image E[x],
+borders included. After a ReLU all inputs are positive, so the errors of weights do not average out:
+they shift whole channels. The error's mean over positions is subtracted from the bias, which costs
+nothing at run time. In a net whose weights are quantized very coarsely (a rep-net without splits),
+layers that are right on average can still make the net worse, so `reptrt.quantize.calib.outputs`
+judges whether the correction is kept. Empirical bias correction after arXiv 1906.04721, in closed
+form (ours).
 """
 
 from collections.abc import Mapping
@@ -28,14 +28,14 @@ Float64Array = npt.NDArray[np.float64]
 def bias_errors(
     graph: TorchGraph, means: Mapping[str, Tensor], weights: Mapping[str, QuantizedWeight]
 ) -> dict[str, Float64Array]:
-    """Return node name -> mean error of each output channel, (O,), due to its quantized weight.
+    """Return node name -> mean error of each output channel, (O,), due to the quantized weight.
 
-    A layer that cannot take a correction is left out: a MatMul, a bias that is computed or not one
-    value per channel.
+    Layers that cannot be corrected are left out: a MatMul, and a layer whose bias is computed or
+    does not have one value per channel.
 
     Args:
         graph: the float graph, without quantized weights.
-        means: E[x] of the input of every node in ``weights``.
+        means: tensor name -> E[x], for the input of every node in ``weights``.
         weights: node name -> codes and scales.
     """
     steps = {step.name: step for step in graph.steps}
@@ -44,15 +44,15 @@ def bias_errors(
     deployed = deployed_weights(graph, weights)
     for name in weights:
         inputs, output = steps[name].inputs, steps[name].outputs[0]
-        held = [biases.get(bias) for bias in inputs[2:] if bias]
-        if steps[name].op == "MatMul" or not all(map(_is_per_channel, held)):
+        bias = [biases.get(tensor) for tensor in inputs[2:] if tensor]
+        if steps[name].op == "MatMul" or not all(map(_is_per_channel, bias)):
             continue
-        given = {inputs[0]: means[inputs[0]]}
-        exact = graph.run(given, [output])[output]
-        found = graph.run({**given, inputs[1]: deployed[inputs[1]]}, [output])[output]
-        difference = (found.double() - exact.double()).cpu()
-        axes = [axis for axis in range(difference.dim()) if axis != 1]
-        errors[name] = difference.mean(axes).numpy()
+        mean_input = {inputs[0]: means[inputs[0]]}
+        exact = graph.run(mean_input, [output])[output]
+        quantized = graph.run({**mean_input, inputs[1]: deployed[inputs[1]]}, [output])[output]
+        error = (quantized.double() - exact.double()).cpu()
+        axes = [axis for axis in range(error.dim()) if axis != 1]
+        errors[name] = error.mean(axes).numpy()
     return errors
 
 

@@ -1,4 +1,4 @@
-"""Statistics per channel of activations: what equalization and the choice of splits need."""
+"""Statistics of each channel of activations, for equalization and the choice of splits."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,11 +17,11 @@ Float64Array = npt.NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ChannelStats:
-    """Largest |x|, mean x^2 and mean x of each channel over all images and positions, all (C,)."""
+    """Statistics of each channel over all images and positions, (C,) each."""
 
-    maximum: Float64Array
-    mean_square: Float64Array
-    mean: Float64Array
+    maximum: Float64Array  # largest |x|
+    mean_square: Float64Array  # E[x^2]
+    mean: Float64Array  # E[x]
 
     @property
     def variance(self) -> Float64Array:
@@ -29,7 +29,7 @@ class ChannelStats:
         return np.maximum(self.mean_square - np.square(self.mean), 0.0)
 
     def merged(self, other: "ChannelStats", share: float) -> "ChannelStats":
-        """Return the statistics over both sets of images; ``share`` of them are the other's."""
+        """Return the statistics over both sets of images; ``share`` of them are in the other."""
         return ChannelStats(
             np.maximum(self.maximum, other.maximum),
             (1 - share) * self.mean_square + share * other.mean_square,
@@ -37,7 +37,7 @@ class ChannelStats:
         )
 
     def scaled(self, factors: npt.NDArray[np.floating]) -> "ChannelStats":
-        """Return the statistics after each channel is multiplied by its factor."""
+        """Return the statistics of the tensor with each channel multiplied by its factor."""
         return ChannelStats(
             self.maximum * factors, self.mean_square * np.square(factors), self.mean * factors
         )
@@ -48,8 +48,8 @@ def collect_channels(
 ) -> dict[str, ChannelStats]:
     """Return the statistics of each named tensor (N, C, ...) over all images.
 
-    The maxima are the same bits in any image order; the means, float32 within an image and
-    float64 over images, to one part in 1e12.
+    The maxima do not depend on the order of images. The means, summed in float32 within an image
+    and in float64 over images, depend on it by about one part in 1e12.
 
     Raises:
         CalibrationError: a tensor holds NaN or Inf.
@@ -63,8 +63,8 @@ def collect_channels(
         largest = value.abs().amax((0, 2))
         if not bool((largest < LARGEST).all()):
             raise not_finite(name)
-        known = maxima.get(name)
-        maxima[name] = largest if known is None else torch.maximum(known, largest)
+        before = maxima.get(name)
+        maxima[name] = largest if before is None else torch.maximum(before, largest)
         for totals, moment in ((squares, value.square()), (sums, value)):
             total = moment.mean(2).double().sum(0)
             totals[name] = total if name not in totals else totals[name] + total

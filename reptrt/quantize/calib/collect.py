@@ -1,4 +1,4 @@
-"""Run images through a float graph and collect statistics of its tensors, all in one pass."""
+"""Run all images through a float graph once and collect statistics of its tensors."""
 
 import functools
 import math
@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from reptrt.core.errors import CalibrationError
+from reptrt.core.errors import CalibrationError, option
 from reptrt.core.progress import track
 from reptrt.data.dataset import Dataset
 from reptrt.execute.torchgraph import TorchGraph
@@ -19,12 +19,12 @@ from reptrt.quantize.calib.histogram import Histogram, histogram_of
 
 COMPUTE_BATCH = 32
 
-Record = Callable[[str, int, Tensor], None]  # a tensor's name, images that count, its values
+Record = Callable[[str, int, Tensor], None]  # tensor name, number of images that count, values
 
 
 @dataclass(frozen=True, slots=True)
 class Statistics:
-    """What was seen of the tensors of a graph."""
+    """Statistics of the tensors of a graph over all images."""
 
     histograms: Mapping[str, Histogram]  # of |x|
     means: Mapping[str, Tensor]  # E[x] over the images, (1, C, H, W), summed in float64
@@ -33,14 +33,14 @@ class Statistics:
 def collect(
     graph: TorchGraph, dataset: Dataset, histograms: Collection[str], means: Collection[str] = ()
 ) -> Statistics:
-    """Return the histogram of |x| of some tensors, and the mean over all images of others.
+    """Return the histograms of |x| of some tensors and the mean over all images of others.
 
     Memory: one batch of activations, 64 KiB per histogram, one image per mean in float64.
 
     Raises:
         CalibrationError: a tensor with a histogram holds NaN or Inf.
     """
-    found: dict[str, Histogram] = {}
+    merged: dict[str, Histogram] = {}
     sums: dict[str, Tensor] = {}
 
     def count_values(name: str, count: int, value: Tensor) -> None:
@@ -48,7 +48,7 @@ def collect(
         histogram = histogram_of(value[:rows])
         if math.isinf(histogram.maximum):
             raise not_finite(name)
-        found[name] = histogram if name not in found else found[name].merged(histogram)
+        merged[name] = histogram if name not in merged else merged[name].merged(histogram)
 
     def add_up(name: str, count: int, value: Tensor) -> None:
         if len(value) == 1:  # of a net for one image: a Reshape to [1, -1] folds the batch
@@ -61,45 +61,50 @@ def collect(
         for name in names:
             records[name].append(record)
     watch(graph, dataset, records, "calibrate")
-    return Statistics(found, {n: (total / dataset.length).float() for n, total in sums.items()})
+    return Statistics(merged, {n: (total / dataset.length).float() for n, total in sums.items()})
 
 
 def watch(
     graph: TorchGraph, dataset: Dataset, records: Mapping[str, Collection[Record]], label: str
 ) -> None:
-    """Run all images and hand the values of tensors to their records.
+    """Run all images and pass the values of tensors to their record functions.
 
-    Images always run ``COMPUTE_BATCH`` at a time, the last batch filled up with repetitions that
-    do not count: a convolution library may round differently for another batch size, and the
-    result must not depend on one.
+    The batch size is always ``COMPUTE_BATCH``, because a convolution library may round differently
+    for another one. The last batch is filled up with repeated images that do not count.
+
+    Args:
+        graph: the graph, with one input.
+        dataset: the images.
+        records: tensor name -> functions to call with its values.
+        label: of the progress bar.
     """
 
-    def show(name: str, count: int, value: Tensor) -> None:
+    def record_all(name: str, count: int, value: Tensor) -> None:
         for record in records[name]:
             record(name, count, value)
 
     num_batches = math.ceil(dataset.length / COMPUTE_BATCH)
     for batch in track(dataset.batches(COMPUTE_BATCH), num_batches, label):
-        observers = {name: functools.partial(show, name, len(batch)) for name in records}
+        observers = {name: functools.partial(record_all, name, len(batch)) for name in records}
         x = torch.from_numpy(filled(batch))
         graph.run({graph.input_names[0]: x}, [], observe=observers)
 
 
 def compute_batch(graph: TorchGraph) -> int:
-    """Return how many images a graph may run at a time: one, if it was exported for one."""
-    for_one = graph.input_shapes[graph.input_names[0]][:1] == (1,)
-    return 1 if for_one else COMPUTE_BATCH
+    """Return how many images a graph runs at a time: 1 if it was exported for a single image."""
+    takes_one = graph.input_shapes[graph.input_names[0]][:1] == (1,)
+    return 1 if takes_one else COMPUTE_BATCH
 
 
 def filled(batch: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """Return a batch of exactly ``COMPUTE_BATCH`` images: the last one repeats its own."""
+    """Return a batch of exactly ``COMPUTE_BATCH`` images: a shorter one repeats its images."""
     if len(batch) == COMPUTE_BATCH:
         return batch
     return np.resize(batch, (COMPUTE_BATCH, *batch.shape[1:]))
 
 
 def not_finite(name: str) -> CalibrationError:
-    """Return the error for a tensor from which no statistics follow."""
+    """Return the error for a tensor whose values cannot be used."""
     return CalibrationError(
         f"{name}: holds NaN, Inf or values past 1e30; check the weights before it"
     )
@@ -108,10 +113,10 @@ def not_finite(name: str) -> CalibrationError:
 def merge_groups(
     activations: Iterable[Activation], histograms: Mapping[str, Histogram]
 ) -> dict[int, Histogram]:
-    """Return one histogram per scale group: what tensors with a common scale hold together.
+    """Return group -> histogram of all its tensors; the tensors of a group share one scale.
 
     Raises:
-        CalibrationError: a tensor is zero on all images, so no scale follows from it.
+        CalibrationError: a tensor is zero on all images, so it has no scale.
     """
     merged: dict[int, Histogram] = {}
     for activation in activations:
@@ -119,9 +124,10 @@ def merge_groups(
         if histogram.maximum == 0.0:
             readers = ", ".join(name for name, _ in activation.readers)
             raise CalibrationError(
-                f"{activation.tensor}: amax is 0 over {histogram.zeros} values: it is dead; "
-                f"check the weights before it, or leave {readers} in float with --exclude"
+                f"{activation.tensor}: amax is 0 over {histogram.zeros} values, so it has no "
+                "scale; check the weights before it, or leave "
+                f"{readers} in float with {option('exclude')}"
             )
-        known = merged.get(activation.group)
-        merged[activation.group] = histogram if known is None else known.merged(histogram)
+        others = merged.get(activation.group)
+        merged[activation.group] = histogram if others is None else others.merged(histogram)
     return merged

@@ -1,9 +1,9 @@
-"""A histogram of |x| that can grow, in bounded memory, to the same bits in whatever order.
+"""A streaming histogram of |x| in bounded memory that does not depend on the order of values.
 
 Bins have equal width 2^e and start at 0. When a larger value arrives, neighbouring bins are merged
-and e grows: floor(x / 2^(e+1)) = floor(floor(x / 2^e) / 2), so merging counts gives exactly what
-counting anew would have given. The final e depends on the largest value alone, all counts are
-integers, hence the result is independent of batch size and order. Method: ours.
+and e grows: floor(x / 2^(e+1)) = floor(floor(x / 2^e) / 2), so merging the counts gives exactly the
+same result as counting all values again. The final e depends only on the largest value, and all
+counts are integers; hence the result does not depend on batch size or order. Method: ours.
 """
 
 import math
@@ -13,23 +13,23 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-NUM_BINS = 8192  # after growth, more than half of them are below the largest value
-_EXACT_FLOAT32 = 1 << 24  # torch.histc counts in float32
-LARGEST = 2.0**100  # torch.histc computes the bin in float32
+NUM_BINS = 8192  # more than half of them lie below the largest value
+_EXACT_FLOAT32 = 1 << 24  # torch.histc counts in float32, which is exact up to here
+LARGEST = 2.0**100  # values must be smaller: torch.histc computes the bin in float32
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Histogram:
-    """Counts of |x| in bins [i * width, (i + 1) * width); exact zeros are counted apart."""
+    """Counts of |x| in bins [i * width, (i + 1) * width); exact zeros are counted separately."""
 
-    counts: npt.NDArray[np.int64]  # (NUM_BINS,), without the zeros
+    counts: npt.NDArray[np.int64]  # (NUM_BINS,), without exact zeros
     width: float  # a power of two
-    zeros: int
+    zeros: int  # number of exact zeros
     minimum: float  # smallest x, with its sign
     maximum: float  # largest |x|
 
     def merged(self, other: "Histogram") -> "Histogram":
-        """Return the histogram of both populations."""
+        """Return the histogram of the values of both."""
         width = max(self.width, other.width)
         return Histogram(
             _widened(self.counts, self.width, width) + _widened(other.counts, other.width, width),
@@ -40,7 +40,7 @@ class Histogram:
         )
 
     def below(self, limit: float) -> "Histogram":
-        """Return the histogram without the values beyond a limit, to a bin's width."""
+        """Return the histogram without the values beyond a limit, exact to one bin."""
         if limit >= self.maximum or not self.width:
             return self
         kept = np.where(np.arange(NUM_BINS) * self.width < limit, self.counts, 0)
@@ -50,8 +50,8 @@ class Histogram:
 def histogram_of(x: torch.Tensor) -> Histogram:
     """Return the histogram of all values of a tensor, on the tensor's device.
 
-    A tensor that holds NaN, Inf or a value of 2^100 or more gives an infinite maximum and no
-    counts.
+    If the tensor holds NaN, Inf or a value of 2^100 or more, the maximum is infinite and all counts
+    are 0.
     """
     low, high = (float(bound) for bound in x.aminmax())
     maximum = max(abs(low), abs(high))
@@ -70,7 +70,7 @@ def histogram_of(x: torch.Tensor) -> Histogram:
 
 
 def _flat(x: torch.Tensor) -> torch.Tensor:
-    """Return all values in memory order, without a copy where they lie densely."""
+    """Return all values in memory order, without a copy if the tensor is dense."""
     if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last):
         return x.permute(0, 2, 3, 1).reshape(-1)
     return x.reshape(-1)
@@ -84,8 +84,8 @@ def _width_for(maximum: float) -> float:
     return math.ldexp(1.0, max(exponent, -100) - int(math.log2(NUM_BINS)))
 
 
-def _widened(counts: npt.NDArray[np.int64], width: float, wanted: float) -> npt.NDArray[np.int64]:
-    while width < wanted:
+def _widened(counts: npt.NDArray[np.int64], width: float, target: float) -> npt.NDArray[np.int64]:
+    while width < target:
         pairs = counts.reshape(-1, 2).sum(axis=1)
         counts = np.concatenate([pairs, np.zeros_like(pairs)])
         width *= 2

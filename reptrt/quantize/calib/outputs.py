@@ -1,9 +1,9 @@
-"""What quantization does to the outputs of a net, on a few images: the judge of choices.
+"""The error that quantization makes in the outputs of a net, on held-out images.
 
-Choices that theory leaves open (a threshold rule and its margin, whether biases are corrected) are
-made by the least sum of (quantized output - float output)^2. On images that the ranges are from
-nothing lies beyond them, so a judge of thresholds has to make them as narrow as they would be
-without its images.
+It judges choices that theory leaves open (a threshold rule and its margin, whether biases are
+corrected): the choice with the least sum of (quantized output - float output)^2 is made. Images
+that were used to measure ranges never exceed them, so a comparison of thresholds has to clip
+activations to the ranges that were measured without the held-out images.
 """
 
 import functools
@@ -17,32 +17,34 @@ from reptrt.data.dataset import Dataset
 from reptrt.execute.torchgraph import Override, TorchGraph
 from reptrt.quantize.calib.collect import compute_batch
 
-_JUDGED = 64  # images, of hundreds
+_MOST_HELD_OUT = 64  # images
 _NOTHING: Mapping[str, Tensor] = MappingProxyType({})
 _NO_OVERRIDES: Mapping[str, Override] = MappingProxyType({})
 
 
 def stride_of(length: int) -> int:
-    """Return which images judge: every so many-th of ``length``, at least 2.
+    """Return s, at least 2: every s-th of ``length`` images is held out to judge.
 
-    An eighth of the images, but no more than 64 of them; of fewer than 64 images 8, at most half.
+    That is an eighth of the images but at most 64; of fewer than 64 images 8, but at most half.
     """
-    return max(2, min(8, length // 8), length // _JUDGED)
+    return max(2, min(8, length // 8), length // (_MOST_HELD_OUT + 1) + 1)
 
 
 def parts(dataset: Dataset) -> tuple[Dataset, Dataset]:
-    """Return the images that do not judge and those that do; a single one does both."""
+    """Return the other images and the held-out images; a single image is both."""
     if dataset.length == 1:
         return dataset, dataset
     return dataset.parted(stride_of(dataset.length))
 
 
 class Outputs:
-    """The outputs of a float net on images, or what stands in for those that cannot be compared.
+    """The outputs of a float net on images, to be compared with those of other graphs.
+
+    Outputs that cannot be compared are replaced: see `TorchGraph.comparable_names`.
 
     Args:
         graph: the float graph.
-        dataset: images.
+        dataset: the images.
     """
 
     def __init__(self, graph: TorchGraph, dataset: Dataset) -> None:
@@ -51,7 +53,7 @@ class Outputs:
 
     @functools.cached_property
     def _exact(self) -> list[tuple[Tensor, dict[str, Tensor]]]:
-        """Images and outputs, made when they are asked for."""
+        """Images and float outputs, batch by batch; computed at the first use."""
         batches = self._dataset.batches(compute_batch(self._graph))
         images = [torch.from_numpy(batch) for batch in batches]
         return [(x, self._run(self._graph, x)) for x in images]
@@ -59,23 +61,21 @@ class Outputs:
     def error(
         self,
         graph: TorchGraph,
-        given: Mapping[str, Tensor] = _NOTHING,
+        constants: Mapping[str, Tensor] = _NOTHING,
         overrides: Mapping[str, Override] = _NO_OVERRIDES,
     ) -> float:
         """Return the squared error of another graph's outputs, summed over images and outputs.
 
-        `TorchGraph.comparable_names` says what is compared.
-
         Args:
-            graph: one with the same input and outputs.
-            given: constants to replace, by name.
-            overrides: tensor name -> function of the tensor, in the other graph.
+            graph: a graph with the same input and outputs.
+            constants: name -> value, for constants of that graph to replace.
+            overrides: tensor name -> function of the tensor, applied in that graph.
         """
         total = 0.0
         for x, exact in self._exact:
-            found = self._run(graph, x, given, overrides)
+            outputs = self._run(graph, x, constants, overrides)
             total += sum(
-                float((found[name] - value).square().sum())
+                float((outputs[name] - value).square().sum())
                 for name, value in exact.items()
                 if value.is_floating_point()
             )
@@ -85,8 +85,8 @@ class Outputs:
         self,
         graph: TorchGraph,
         x: Tensor,
-        given: Mapping[str, Tensor] = _NOTHING,
+        constants: Mapping[str, Tensor] = _NOTHING,
         overrides: Mapping[str, Override] = _NO_OVERRIDES,
     ) -> dict[str, Tensor]:
-        inputs = {graph.input_names[0]: x, **given}
+        inputs = {graph.input_names[0]: x, **constants}
         return graph.run(inputs, self._graph.comparable_names, overrides=overrides)

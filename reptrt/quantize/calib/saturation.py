@@ -1,12 +1,12 @@
-"""Values that a quantizer may cut off because nothing behind it can tell.
+"""Values of a summand that may be clipped because they cannot change the quantized result.
 
-The rest of an INT8 identity split is added to d0 x and goes through a ReLU, into a pair that keeps
-at most y_max:
+In an INT8 identity split the output of the rest is added to d0 x; a ReLU follows, and a Q/DQ pair
+that keeps values up to y_max:
 
     y = relu(rest + d0 x),   0 <= x <= x_max,   0 < d0
 
-Below -d0 x_max the sum is negative whatever x is, and the ReLU makes it 0; above y_max the pair
-behind it saturates. So the rest needs codes up to max(d0 x_max, y_max) only, although it reaches
+If rest < -d0 x_max, the sum is negative for every x, and y is 0. If rest > y_max, the pair
+saturates. So the codes of the rest need to reach max(d0 x_max, y_max) only, although the rest is
 far below zero in channels that are mostly off. Ours.
 """
 
@@ -18,13 +18,13 @@ from reptrt.quantize.calib.histogram import Histogram
 
 
 def without_dead_values(net: Net, histograms: Mapping[str, Histogram]) -> dict[str, Histogram]:
-    """Return the histograms, of summands without what a ReLU hides.
+    """Return the histograms, those of INT8 rests without the values that cannot matter.
 
     Args:
-        net: the float net, splits done.
+        net: the float net, after the splits.
         histograms: tensor name -> histogram, of every activation to be quantized.
     """
-    found = dict(histograms)
+    limited = dict(histograms)
     nodes = {node.name: node for node in net.graph.nodes}
     for split in read_splits(net):
         if split.form != "identity-scalar" or split.precision != "int8":
@@ -36,5 +36,5 @@ def without_dead_values(net: Net, histograms: Mapping[str, Histogram]) -> dict[s
         if relu is None or relu.op != "Relu" or x is None or y is None or x.minimum < 0:
             continue
         skip = float(constant_of(mul.inputs[1])) * x.maximum
-        found[rest] = found[rest].below(max(skip, y.maximum))
-    return found
+        limited[rest] = limited[rest].below(max(skip, y.maximum))
+    return limited

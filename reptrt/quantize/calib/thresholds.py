@@ -1,20 +1,20 @@
 """Choose amax, the largest |x| to keep, from a histogram: one pure function per rule.
 
 All rules see a histogram as a density that is constant within a bin. A threshold t cuts [0, max]
-into the cells that share one code of the grid: cell k is [(k - 1/2) s, (k + 1/2) s) with s = t /
-qmax, and the last cell runs on to the maximum, because everything beyond t saturates to qmax.
-Exact zeros are represented exactly under every threshold and carry no information.
+into cells whose values share one code of the grid: cell k is [(k - 1/2) s, (k + 1/2) s) with
+s = t / qmax. The last cell extends to the maximum, because everything beyond t saturates to qmax.
+Exact zeros are represented exactly under every threshold and do not count.
 
 - ``max``         t = max |x|
 - ``percentile``  the given percentile of |x|, zeros included
 - ``mse``         min over t of sum (x - x_dq)^2
 - ``mae``         min over t of sum |x - x_dq|
-- ``entropy``     min over t of KL(p || q), TensorRT's way: 128 levels, p with the clipped mass
-                  folded into its last bin, q without it
-- ``kl``          min over t of KL(p || q_t), q_t what a reader of the codes alone would assume
+- ``entropy``     min over t of KL(p || q) as in TensorRT's calibrator: 128 levels, p with the
+                  clipped mass added to its last bin, q without it
+- ``kl``          min over t of KL(p || q_t), where q_t is the density that the codes alone imply
 
-The last is ours, after the idea of CFWS (arXiv 2312.10588) that many large activations bear
-clipping and that the similarity of distributions should decide. q_t spreads the mass P_k of each
+The last rule is ours, after the idea of CFWS (arXiv 2312.10588) that many large activations can be
+clipped and that the similarity of distributions should decide. q_t spreads the mass P_k of each
 cell evenly over its length L_k. Values of the last cell can lie anywhere beyond its border b: for
 them q_t falls off as P_last / s (1 + (x - b) / s)^-2. With e their mean distance from b, which
 bounds the mean of the logarithm,
@@ -22,13 +22,14 @@ bounds the mean of the logarithm,
     KL(p || q_t) = sum_bins p log p  -  sum_k P_k log(P_k width / L_k)
                    - P_last log(P_last width / s)  +  2 P_last log(1 + e / s)
 
-It is finite for every t, clipping carries a smooth penalty that grows with the distance, and t
-moves continuously, not by bins of 128.
+It is finite for every t, the penalty for clipping is smooth and grows with the distance, and t is
+continuous, not a multiple of 128 bins.
 
-No rule is best on every net: what a histogram cannot tell is how much a clipped value matters to
-the outputs. ``auto`` lets the outputs choose one rule for the net, out of max, percentile, mse and
-kl, and how much wider its thresholds have to be for images not seen (`calib.outputs`; ours).
-It left out entropy, which takes 60 times as long and is no better, and mae, which clips too much.
+No rule is best on every net: a histogram does not show how much a clipped value matters to the
+outputs. ``auto`` compares max, percentile, mse and kl by the outputs on held-out images, takes one
+of them for the whole net, and widens its thresholds as far as that brings the outputs closer
+(`calib.outputs`; ours). It does not try entropy, which takes 60 times as long and is no better, or
+mae, which clips too much.
 """
 
 from collections.abc import Callable, Mapping
@@ -42,7 +43,7 @@ from reptrt.quantize.calib.options import ThresholdOptions
 
 FloatArray = npt.NDArray[np.float64]
 
-_SMALLEST = 2.0**-10  # of the maximum: no rule clips further down
+_SMALLEST = 2.0**-10  # of the maximum: the smallest threshold that is tried
 _COARSE, _FINE, _ZOOMS = 160, 17, 3
 
 
@@ -51,8 +52,8 @@ def amax_from_histogram(histogram: Histogram, options: ThresholdOptions, grid: G
 
     Args:
         histogram: of |x|.
-        options: one rule; not auto, which needs the net.
-        grid: the codes.
+        options: a rule other than auto, which needs the net.
+        grid: codes of the activation.
     """
     if histogram.maximum == 0.0 or not histogram.counts.any():
         return histogram.maximum
@@ -90,7 +91,7 @@ class _Density:
 
 
 def _cells(density: _Density, amax: FloatArray, qmax: int, at: FloatArray) -> FloatArray:
-    """Return the cell borders ``at`` (in steps) for each threshold, the last one at infinity."""
+    """Return the cell borders ``at`` (in steps) for each threshold; the last is the maximum."""
     step = amax[:, None] / qmax
     borders = at[None, :] * step
     borders[:, -1] = density.edges[-1]
@@ -98,7 +99,7 @@ def _cells(density: _Density, amax: FloatArray, qmax: int, at: FloatArray) -> Fl
 
 
 def _mse(density: _Density, amax: FloatArray, qmax: int) -> FloatArray:
-    """Return sum (x - k s)^2 for each threshold, by the moments of each cell."""
+    """Return sum (x - k s)^2 for each threshold, from the moments of each cell."""
     codes = np.arange(qmax + 1.0)
     borders = _cells(density, amax, qmax, np.concatenate([[0.0], codes + 0.5]))
     m0, m1, m2 = np.diff(density.moments(borders), axis=-1)
@@ -107,7 +108,7 @@ def _mse(density: _Density, amax: FloatArray, qmax: int) -> FloatArray:
 
 
 def _mae(density: _Density, amax: FloatArray, qmax: int) -> FloatArray:
-    """Return sum |x - k s| for each threshold: below and above each code the sign differs."""
+    """Return sum |x - k s| for each threshold; the sign differs below and above each code."""
     halves = np.arange(2 * qmax + 2) / 2.0  # 0, 1/2, 1, ..., qmax + 1/2
     borders = _cells(density, amax, qmax, halves)
     m0, m1, _ = np.diff(density.moments(borders), axis=-1)
@@ -118,7 +119,7 @@ def _mae(density: _Density, amax: FloatArray, qmax: int) -> FloatArray:
 
 
 def _kl(density: _Density, amax: FloatArray, qmax: int) -> FloatArray:
-    """Return KL(p || q_t) in nats times the number of values, up to a constant."""
+    """Return KL(p || q_t) in nats, times the number of values and up to a constant."""
     at = np.concatenate([[0.0], np.arange(qmax + 1.0) + 0.5])
     borders = _cells(density, amax, qmax, at)
     mass, first_moment, _ = np.diff(density.moments(borders), axis=-1)
@@ -141,7 +142,7 @@ _LOSSES: Mapping[str, Callable[[_Density, FloatArray, int], FloatArray]] = {
 
 
 def _minimize(loss: Callable[[FloatArray], FloatArray], maximum: float) -> float:
-    """Return the best threshold: a geometric search, then zooming in around the best."""
+    """Return the best threshold: a geometric search, then finer searches around the best."""
     candidates = maximum * np.geomspace(_SMALLEST, 1.0, _COARSE)
     for zoom in range(_ZOOMS + 1):
         best = int(np.argmin(loss(candidates)))
@@ -152,26 +153,27 @@ def _minimize(loss: Callable[[FloatArray], FloatArray], maximum: float) -> float
 
 
 def _percentile(histogram: Histogram, percentile: float) -> float:
-    """Return the value below which the given share of |x| lies, interpolated within its bin.
+    """Return the percentile of |x|, zeros included, interpolated within its bin.
 
-    Where that value is 0, because more zeros than that were seen, it is the maximum: nothing else
-    bounds the values that are not zero.
+    If the percentile is 0, because so many values are exact zeros, the maximum is returned: nothing
+    else bounds the other values.
     """
-    wanted = percentile / 100.0 * (histogram.counts.sum() + histogram.zeros)
-    if wanted <= histogram.zeros:
+    below = percentile / 100.0 * (histogram.counts.sum() + histogram.zeros)
+    if below <= histogram.zeros:
         return histogram.maximum
     cumulative = histogram.zeros + np.cumsum(histogram.counts)
-    index = int(np.searchsorted(cumulative, wanted))
-    inside = 1.0 - (cumulative[index] - wanted) / histogram.counts[index]
+    index = int(np.searchsorted(cumulative, below))
+    inside = 1.0 - (cumulative[index] - below) / histogram.counts[index]
     return float(min((index + inside) * histogram.width, histogram.maximum))
 
 
 def _entropy(histogram: Histogram, num_levels: int) -> float:
-    """Return TensorRT's entropy threshold, as its calibrator was described.
+    """Return the entropy threshold as TensorRT's calibrator was described to compute it.
 
-    For each number of kept bins i from ``num_levels`` on: p = the first i bins plus all clipped
-    mass in the last of them; q = the first i bins, without it, merged to ``num_levels`` levels and
-    spread evenly over the bins of a level that are not empty. The i with the least KL(p || q) wins.
+    For each number i of kept bins, ``num_levels`` or more: p is the first i bins, with all clipped
+    mass added to the last of them; q is the first i bins without that mass, merged into
+    ``num_levels`` levels, each spread evenly over those of its bins that are not empty. The i with
+    the least KL(p || q) is taken.
     """
     used = int(np.flatnonzero(histogram.counts)[-1]) + 1
     merge = max(1, used // 2048)  # about 2048 bins, as described
