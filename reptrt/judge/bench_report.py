@@ -23,6 +23,7 @@ from typing import Any
 
 from rich.table import Table
 
+from reptrt.core.result import Result
 from reptrt.trt.machine import Conditions
 
 
@@ -55,8 +56,8 @@ class Timing:
     ratio_high: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class BenchReport:
+@dataclass(frozen=True, slots=True, repr=False)
+class BenchReport(Result):
     """Timings by batch size, then by file in the order they were given; and the conditions."""
 
     results: tuple[Timing, ...]

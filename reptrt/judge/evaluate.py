@@ -25,6 +25,7 @@ from rich.table import Table
 from reptrt.core.errors import ArtifactError, ConfigError, DataError, option
 from reptrt.core.metrics import agreement, sqnr_db, top_k_accuracy
 from reptrt.core.progress import track
+from reptrt.core.result import Result
 from reptrt.data.dataset import Dataset, open_dataset
 from reptrt.execute.runner import Runner, open_runner
 from reptrt.graph.net import net_from_model, read_model
@@ -61,8 +62,8 @@ class FileResult:
         }
 
 
-@dataclass(frozen=True, slots=True)
-class EvalReport:
+@dataclass(frozen=True, slots=True, repr=False)
+class EvalReport(Result):
     """One result for each file, in the order they were given."""
 
     results: tuple[FileResult, ...]

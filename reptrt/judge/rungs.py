@@ -14,6 +14,7 @@ from rich.table import Table
 
 from reptrt.core.errors import ArtifactError, DataError, EngineError, MissingDependencyError
 from reptrt.core.metrics import agreement, sqnr_db, top_k_accuracy
+from reptrt.core.result import Result
 from reptrt.data.dataset import Dataset
 from reptrt.execute.runner import Runner
 from reptrt.judge.evaluate import run_dataset
@@ -46,8 +47,8 @@ class Rung:
     not_run: str | None = None  # the reason
 
 
-@dataclass(frozen=True, slots=True)
-class Ladder:
+@dataclass(frozen=True, slots=True, repr=False)
+class Ladder(Result):
     """All rungs, from the first to the last."""
 
     rungs: tuple[Rung, ...]

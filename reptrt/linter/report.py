@@ -2,10 +2,11 @@
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 from rich.table import Table
+
+from reptrt.core.result import Result
 
 Severity = Literal["error", "warning", "info"]
 SEVERITIES: tuple[Severity, ...] = get_args(Severity)  # worst first
@@ -31,11 +32,11 @@ class Finding:
     mend: str  # what to do
 
 
-@dataclass(frozen=True, slots=True)
-class LintReport:
+@dataclass(frozen=True, slots=True, repr=False)
+class LintReport(Result):
     """All findings of one graph, worst first, then by rule, then in the order of the graph."""
 
-    path: Path | None  # None: a graph that is in no file
+    file: str | None  # the path of the file or the name of the model; None: a bare graph
     findings: tuple[Finding, ...]
     layers: int  # convolutions and matrix products with a constant weight
     int8_layers: int  # of these, with INT8 input and weight
@@ -52,7 +53,7 @@ class LintReport:
     def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON values."""
         return {
-            "file": None if self.path is None else str(self.path),
+            "file": self.file,
             "layers": self.layers,
             "int8_layers": self.int8_layers,
             "errors": self.count("error"),
@@ -80,7 +81,7 @@ class LintReport:
     def to_lines(self) -> list[str]:
         """Return why each broken rule costs and how to mend it, then the sum."""
         broken = {finding.rule: finding for finding in self.findings}
-        file = "graph" if self.path is None else str(self.path)
+        file = self.file or "graph"
         return [
             *(f"{found.rule}: {found.cost}. {found.mend}." for found in broken.values()),
             f"lint  {file}  {self.count('error')} errors  {self.count('warning')} warnings  "

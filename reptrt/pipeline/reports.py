@@ -1,13 +1,16 @@
 """What the stages report."""
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.table import Table
 
 from reptrt.core.choices import Threshold
+from reptrt.core.result import Result
 from reptrt.exporter.export import Proof
 from reptrt.graph.splits import Split
 from reptrt.quantize.choose import Decision, RangeDecision, full_range_of
@@ -15,8 +18,8 @@ from reptrt.quantize.reconstruct.options import ReconstructReport
 from reptrt.rewrite.contract import Skipped
 
 
-@dataclass(frozen=True, slots=True)
-class ExportReport:
+@dataclass(frozen=True, slots=True, repr=False)
+class ExportReport(Result):
     """What `export` made and proved."""
 
     path: Path | None  # None: it is in memory only
@@ -32,6 +35,27 @@ class ExportReport:
         content["blocks"] = content["proof"].pop("blocks")
         proof: dict[str, Any] = content.pop("proof")
         return content | proof
+
+    def to_table(self) -> Table:
+        """Return the difference that fusion makes, block by block."""
+        table = Table(box=None, pad_edge=False)
+        table.add_column("block", overflow="fold")
+        for title in ("max difference", "of values up to"):
+            table.add_column(title, justify="right", no_wrap=True)
+        for block in self.proof.blocks:
+            table.add_row(block.name, f"{block.max_difference:.2e}", f"{block.max_value:.3g}")
+        return table
+
+    def to_lines(self) -> list[str]:
+        """Return what was left alone and why, then the sum."""
+        overall = self.proof.overall
+        return [
+            *(f"{skip.node:32s} left alone: {skip.reason}" for skip in self.skipped),
+            f"export  {_text(self.path) or 'in memory'}  {len(self.proof.blocks)} blocks fused  "
+            f"{self.num_parameters / 1e6:.2f} M parameters  "
+            f"max |original - fused| {overall.max_difference:.2e} of {overall.max_value:.3g}  "
+            f"{self.seconds:.1f} s",
+        ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +76,8 @@ class TensorScale:
         return replace(self, amax=margin * self.amax, scale=scale)
 
 
-@dataclass(frozen=True, slots=True)
-class CalibrateReport:
+@dataclass(frozen=True, slots=True, repr=False)
+class CalibrateReport(Result):
     """What `calibrate` measured and chose."""
 
     path: Path | None  # None: the INT8 model is in memory only
@@ -81,6 +105,35 @@ class CalibrateReport:
     def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON values."""
         return asdict(self) | {"path": _text(self.path), "seconds": dict(self.seconds)}
+
+    def to_table(self) -> Table:
+        """Return what was measured and chosen, one row each."""
+        table = Table(box=None, pad_edge=False, show_header=False)
+        table.add_column("what", no_wrap=True)
+        table.add_column("value", overflow="fold")
+        margin = f", {self.margin:.2f} times as wide" if self.margin > 1 else ""
+        forms = Counter(split.form for split in self.splits)
+        splits = ", ".join(f"{count} {form}" for form, count in forms.items()) or "none"
+        rows = {
+            "file": _text(self.path) or "in memory",
+            "images": str(self.images),
+            "layers": f"{self.layers} INT8",
+            "activations": f"{len(self.tensors)}, {len(self.full_range)} with all 256 codes",
+            "threshold": f"{self.threshold}{margin}",
+            "equalized": f"{self.equalized} activations",
+            "split": f"{splits}; {len(self.left_whole)} left whole",
+            "extra work": f"{100 * self.overhead:.1f} % of the multiply-accumulates",
+        }
+        if self.learned is not None:
+            units = self.learned.units
+            better = sum(unit.kept == "learned" for unit in units)
+            rows["learned"] = f"{better} of {len(units)} units are better on held-out images"
+        if self.simulation is not None:
+            rows["simulation"] = f"no engine can run it: {self.simulation}"
+        rows["seconds"] = f"{sum(self.seconds.values()):.1f}"
+        for what, value in rows.items():
+            table.add_row(what, value)
+        return table
 
 
 def _text(path: Path | None) -> str | None:

@@ -9,6 +9,7 @@ from rich.table import Table
 
 from reptrt.core.artifacts import Sidecar, read_sidecar, sha256_of
 from reptrt.core.errors import ArtifactError, ConfigError
+from reptrt.core.result import Result
 from reptrt.graph.net import Net, net_from_model, read_model
 from reptrt.runs.compare import Change, Comparison, WeightChange, changes, compare_nets, ratio_text
 from reptrt.runs.manifest import STAGES, Manifest, check_made, read_finished, read_json
@@ -20,7 +21,7 @@ _WEIGHT_TITLES = ("differ", "max difference", "of the bias", "ratio of scales")
 
 
 @dataclass(frozen=True, slots=True)
-class Result:
+class ResultPair:
     """One measured number of A and of B."""
 
     file: str
@@ -29,8 +30,8 @@ class Result:
     b: float | None
 
 
-@dataclass(frozen=True, slots=True)
-class DiffReport:
+@dataclass(frozen=True, slots=True, repr=False)
+class DiffReport(Result):
     """Everything that differs between A and B; empty where nothing does."""
 
     a: str
@@ -40,7 +41,7 @@ class DiffReport:
     versions: tuple[Change, ...]  # packages and machine
     hashes: tuple[Change, ...]  # sha256 of what was made
     models: tuple[Comparison, ...]
-    results: tuple[Result, ...]  # of eval and bench, equal ones too
+    results: tuple[ResultPair, ...]  # of eval and bench, equal ones too
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON values."""
@@ -139,20 +140,20 @@ def _made(manifest: Manifest) -> dict[str, str]:
     return {stage.file: stage.sha256 for stage in stages if stage.file != "bench.json"}
 
 
-def _eval_results(a: Path, b: Path) -> Iterator[Result]:
+def _eval_results(a: Path, b: Path) -> Iterator[ResultPair]:
     rows = [_by_file(folder / "eval.json", ("file",)) for folder in (a, b)]
     for key in dict.fromkeys([*rows[0], *rows[1]]):
         for metric in _METRICS:
             one, other = (found.get(key, {}).get(metric) for found in rows)
             if one is not None or other is not None:
-                yield Result(key[0], metric, one, other)
+                yield ResultPair(key[0], metric, one, other)
 
 
-def _bench_results(a: Path, b: Path) -> Iterator[Result]:
+def _bench_results(a: Path, b: Path) -> Iterator[ResultPair]:
     rows = [_by_file(folder / "bench.json", ("file", "batch")) for folder in (a, b)]
     for key in dict.fromkeys([*rows[0], *rows[1]]):
         one, other = (found.get(key, {}).get("median_ms") for found in rows)
-        yield Result(key[0], f"median ms, batch {key[1]}", one, other)
+        yield ResultPair(key[0], f"median ms, batch {key[1]}", one, other)
 
 
 def _by_file(path: Path, keys: tuple[str, ...]) -> dict[tuple[Any, ...], dict[str, Any]]:

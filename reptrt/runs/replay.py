@@ -18,6 +18,7 @@ from rich.table import Table
 from reptrt.core.artifacts import sha256_of
 from reptrt.core.errors import ConfigError
 from reptrt.core.options_json import options_from_json
+from reptrt.core.result import Result
 from reptrt.runs.compare import Change, changes
 from reptrt.runs.inputs import check_data, check_source, source_files
 from reptrt.runs.manifest import FILE, STAGES, Manifest, read_finished
@@ -54,8 +55,8 @@ class ReplayedFile:
     kept: str | None  # what happened to the run's own file since; None: nothing
 
 
-@dataclass(frozen=True, slots=True)
-class ReplayReport:
+@dataclass(frozen=True, slots=True, repr=False)
+class ReplayReport(Result):
     """What a replay found."""
 
     folder: Path

@@ -17,9 +17,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from rich.table import Table
+
 from reptrt.core.artifacts import remove_parts, sha256_of, write_json
 from reptrt.core.errors import ArtifactError, ConfigError, MissingDependencyError, ReptrtError
 from reptrt.core.options_json import json_from_options, options_from_json
+from reptrt.core.result import Result
 from reptrt.judge.bench import bench
 from reptrt.judge.diagnose import diagnose
 from reptrt.judge.evaluate import evaluate
@@ -53,8 +56,8 @@ class StageResult:
     state: str  # "done", "kept" from an earlier run, or "skipped: reason"
 
 
-@dataclass(frozen=True, slots=True)
-class RunReport:
+@dataclass(frozen=True, slots=True, repr=False)
+class RunReport(Result):
     """What is in the run's folder."""
 
     folder: Path
@@ -64,6 +67,25 @@ class RunReport:
     def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON values."""
         return dict(self.results)
+
+    def to_table(self) -> Table:
+        """Return what became of each stage."""
+        table = Table(box=None, pad_edge=False)
+        for title in ("stage", "file", "state"):
+            table.add_column(title, overflow="fold")
+        for stage in self.stages:
+            table.add_row(stage.name, stage.file, stage.state)
+        return table
+
+    def to_lines(self) -> list[str]:
+        """Return accuracy and fidelity of each file, and where the report is."""
+        lines = []
+        for result in self.results["eval"]["results"]:
+            top1, sqnr = result["top1"], result["sqnr_db"]
+            accuracy = "no labels" if top1 is None else f"top-1 {100 * top1:.2f} %"
+            fidelity = "the reference" if sqnr is None else f"SQNR {sqnr:.2f} dB"
+            lines.append(f"{Path(result['file']).name:12s}  {accuracy}  {fidelity}")
+        return [*lines, f"run  {self.folder / 'report.json'}  {self.folder / 'report.html'}"]
 
 
 def run(

@@ -19,6 +19,7 @@ import onnx
 from reptrt.core.artifacts import require_folder, sha256_of
 from reptrt.core.errors import ConfigError, EngineError
 from reptrt.core.options_json import json_from_options
+from reptrt.core.result import Result
 from reptrt.graph.intent import planned_int8
 from reptrt.graph.net import bytes_from_model, net_from_model
 from reptrt.graph.preprocess import stored_preprocess
@@ -39,8 +40,8 @@ _SIGNAL_SECONDS = 0.1
 _T = TypeVar("_T")
 
 
-@dataclass(frozen=True, slots=True)
-class EngineSummary:
+@dataclass(frozen=True, slots=True, repr=False)
+class EngineSummary(Result):
     """What was built."""
 
     path: Path

@@ -9,8 +9,9 @@ from typing import Any, Literal
 import onnx
 from rich.table import Table
 
+from reptrt.core.result import Result
 from reptrt.graph.intent import node_name, planned_int8
-from reptrt.graph.net import read_model
+from reptrt.graph.model import Model, label_of, proto_of
 from reptrt.trt import binding
 from reptrt.trt.binding import Gpu
 from reptrt.trt.details import EngineRecord, TensorInfo, read_engine_record
@@ -19,11 +20,11 @@ from reptrt.trt.inspector import UNKNOWN, Layer, Tensor, parse_inspector, type_i
 from reptrt.trt.rtx_plan import layers_of_plan
 
 
-@dataclass(frozen=True, slots=True)
-class Inspection:
-    """The layers of a file."""
+@dataclass(frozen=True, slots=True, repr=False)
+class Inspection(Result):
+    """The layers of a network or an engine."""
 
-    path: Path
+    path: Path  # of the file; of a model in memory, its name
     kind: Literal["onnx", "engine"]
     made_by: str  # producer of the ONNX file, or TensorRT and its version
     inputs: tuple[Tensor, ...]
@@ -61,25 +62,27 @@ class Inspection:
         return table
 
 
-def inspect(path: Path) -> Inspection:
-    """Return the layers of an .onnx file, or of an engine.
+def inspect(network: Path | Model) -> Inspection:
+    """Return the layers of an .onnx file, of a model in memory, or of an engine.
 
     Raises:
         ArtifactError: the file cannot be read.
         EngineError: an engine that cannot be used on this machine.
     """
-    return inspect_onnx(path) if path.suffix.lower() == ".onnx" else inspect_engine(path)
+    if isinstance(network, Path) and network.suffix.lower() != ".onnx":
+        return inspect_engine(network)
+    return inspect_onnx(network)
 
 
-def inspect_onnx(path: Path) -> Inspection:
-    """Return the nodes of an ONNX file; ``precision`` is what the graph asks for.
+def inspect_onnx(network: Path | Model) -> Inspection:
+    """Return the nodes of an ONNX model; ``precision`` is what the graph asks for.
 
     A layer planned INT8 counts as INT8, every other as the type of its output.
 
     Raises:
         ArtifactError: the file cannot be read.
     """
-    model = onnx.shape_inference.infer_shapes(read_model(path))
+    model = onnx.shape_inference.infer_shapes(proto_of(network))
     graph = model.graph
     known = {info.name: _onnx_tensor(info) for info in (*graph.value_info, *graph.input)}
     known |= {info.name: _onnx_tensor(info) for info in graph.output}
@@ -90,7 +93,7 @@ def inspect_onnx(path: Path) -> Inspection:
     planned = planned_int8(model)
     constants = {constant.name for constant in graph.initializer}
     return Inspection(
-        path=path,
+        path=Path(label_of(network)),
         kind="onnx",
         made_by=f"{model.producer_name or 'ONNX'} {model.producer_version}".strip(),
         inputs=tuple(known[info.name] for info in graph.input if info.name not in constants),

@@ -19,7 +19,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.table import Table
+
 from reptrt.core.errors import ArtifactError, ConfigError, option
+from reptrt.core.result import Result
 from reptrt.graph.preprocess import Preprocess, crop_cover
 from reptrt.trt.details import EngineDetails, EngineRecord, TensorInfo, read_engine_record
 from reptrt.trt.file import PlanHeader, read_header
@@ -37,8 +40,8 @@ _TYPES = {  # TensorRT's name of a type -> Triton's
 }
 
 
-@dataclass(frozen=True, slots=True)
-class PackageReport:
+@dataclass(frozen=True, slots=True, repr=False)
+class PackageReport(Result):
     """What `package` wrote."""
 
     path: Path  # REPO/NAME
@@ -52,6 +55,19 @@ class PackageReport:
     def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON values."""
         return asdict(self) | {"path": str(self.path)}
+
+    def to_table(self) -> Table:
+        """Return what was written, one row each."""
+        table = Table(box=None, pad_edge=False, show_header=False)
+        table.add_row("folder", str(self.path))
+        table.add_row("largest batch", str(self.max_batch_size or "fixed"))
+        table.add_row("inputs", ", ".join(self.inputs))
+        table.add_row("outputs", ", ".join(self.outputs))
+        return table
+
+    def to_lines(self) -> list[str]:
+        """Return the warning if there is one."""
+        return [] if self.warning is None else [f"warning: {self.warning}"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,7 @@ from typing import Any
 
 from rich.table import Table
 
+from reptrt.core.result import Result
 from reptrt.judge.diagnose.parts import Part, Source
 
 _ENOUGH_DB = 30.0  # noise is a thousandth of the signal: hardly any top-1 changes
@@ -60,8 +61,8 @@ class Corner:
     agreement: float | None  # fraction of images with the same arg max; None: not a classifier
 
 
-@dataclass(frozen=True, slots=True)
-class Diagnosis:
+@dataclass(frozen=True, slots=True, repr=False)
+class Diagnosis(Result):
     """Why a net loses accuracy in few bits, on the images it was calibrated on."""
 
     images: int  # that the corners were measured on

@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import jinja2
+from rich.table import Table
 
 from reptrt.core.artifacts import refuse_overwriting, require_folder, write_bytes
+from reptrt.core.result import Result
 from reptrt.runs.report import environment, layers, results
 from reptrt.runs.report.content import AS_RECORDED, RunContent, read_run
 from reptrt.runs.report.page import Page, Section
@@ -50,8 +52,8 @@ class SectionState:
     absent: str | None  # why it is not there
 
 
-@dataclass(frozen=True, slots=True)
-class ReportFile:
+@dataclass(frozen=True, slots=True, repr=False)
+class ReportFile(Result):
     """What `write_report` wrote."""
 
     path: Path
@@ -62,6 +64,19 @@ class ReportFile:
     def to_dict(self) -> dict[str, Any]:
         """Return the result as JSON values."""
         return asdict(self) | {"path": str(self.path)}
+
+    def to_table(self) -> Table:
+        """Return the sections of the report: which are there, and why the others are not."""
+        table = Table(box=None, pad_edge=False)
+        for title in ("section", "state"):
+            table.add_column(title, overflow="fold")
+        for section in self.sections:
+            table.add_row(section.title, section.absent or "there")
+        return table
+
+    def to_lines(self) -> list[str]:
+        """Return the file and its size."""
+        return [f"report  {self.path}  {self.size_bytes / 2**10:.0f} KiB"]
 
 
 def write_report(folder: Path, output: Path | None = None) -> ReportFile:
