@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 FloatArray = npt.NDArray[np.floating]
+Codes = npt.NDArray[np.integer]  # INT8 or UINT8
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +33,18 @@ class Grid:
     def activation(num_bits: int) -> "Grid":
         """Codes of an activation: [-2^(b-1), 2^(b-1) - 1]."""
         return Grid(-(2 ** (num_bits - 1)), 2 ** (num_bits - 1) - 1)
+
+    @property
+    def dtype(self) -> type[np.int8] | type[np.uint8]:
+        """The type that holds the codes: UINT8 where they begin at 0, else INT8.
+
+        Raises:
+            ValueError: neither type holds all codes.
+        """
+        for dtype in (np.uint8,) if self.qmin == 0 else (np.int8,):
+            if np.iinfo(dtype).min <= self.qmin <= self.qmax <= np.iinfo(dtype).max:
+                return dtype
+        raise ValueError(f"{self}: codes of 8 bits cannot hold it with zero point 0")
 
     @property
     def full_range(self) -> "Grid":
@@ -58,8 +71,8 @@ def scale_from_amax(amax: FloatArray | float, grid: Grid) -> npt.NDArray[np.floa
 
 def quantize(
     x: FloatArray, scale: FloatArray | float, grid: Grid, axis: int | None = None
-) -> npt.NDArray[np.int8]:
-    """Return the INT8 codes of ``x``, same shape.
+) -> Codes:
+    """Return the codes of ``x``, same shape: of type ``grid.dtype``.
 
     Args:
         x: values, any shape.
@@ -68,11 +81,11 @@ def quantize(
         axis: the channel axis of a per-channel scale.
     """
     codes = np.rint(x / along_axis(scale, np.ndim(x), axis))
-    return np.asarray(np.clip(codes, grid.qmin, grid.qmax), dtype=np.int8)
+    return np.asarray(np.clip(codes, grid.qmin, grid.qmax), dtype=grid.dtype)
 
 
 def dequantize(
-    q: npt.NDArray[np.int8], scale: FloatArray | float, axis: int | None = None
+    q: Codes, scale: FloatArray | float, axis: int | None = None
 ) -> npt.NDArray[np.float32]:
     """Return q * scale in float32, same shape as ``q``."""
     return (q.astype(np.float32) * along_axis(scale, q.ndim, axis)).astype(np.float32)

@@ -20,8 +20,10 @@ import numpy as np
 import numpy.typing as npt
 import onnx_graphsurgeon as gs
 
-from reptrt.core.grid import along_axis
+from reptrt.core.grid import Grid, along_axis
+from reptrt.graph.layers import output_axis
 from reptrt.graph.net import constant_of, constant_value, producer
+from reptrt.graph.queries import given, is_dequantize, quantization_of
 
 AnyArray = npt.NDArray[Any]
 Float64Array = npt.NDArray[np.float64]
@@ -40,8 +42,7 @@ class _Codes:
     scale: npt.NDArray[np.float32]  # one value, or one per index of ``axis``
     axis: int
     zero_point: gs.Tensor | None
-    lowest: int  # code less zero point
-    highest: int
+    grid: Grid  # codes less zero point
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -60,7 +61,7 @@ class _Layer:
     def is_exact(self) -> bool:
         """Whether no partial sum, in whatever order, can pass 2^24."""
         rows = np.moveaxis(self.weight, self.axis, 0).reshape(len(self.step), -1)
-        low, high = rows * float(self.x.lowest), rows * float(self.x.highest)
+        low, high = rows * float(self.x.grid.qmin), rows * float(self.x.grid.qmax)
         above = np.maximum(low, high).sum(axis=1) + np.maximum(self.bias_codes, 0)
         below = np.minimum(low, high).sum(axis=1) + np.minimum(self.bias_codes, 0)
         return bool(max(above.max(), -below.min()) < _EXACT)
@@ -122,25 +123,17 @@ def quantize_behind(graph: gs.Graph, node: gs.Node) -> gs.Node | None:
 def _codes(tensor: gs.Tensor) -> _Codes | None:
     """Return the codes behind a dequantized tensor with one zero point; else None."""
     node = producer(tensor)
-    if node is None or node.op != "DequantizeLinear" or node.attrs.get("block_size", 0):
+    found = None if node is None or not is_dequantize(node) else quantization_of(node)
+    if node is None or found is None or found.grid is None:
         return None
-    scale, zero = constant_value(node.inputs[1]), np.zeros(1, np.uint8)
-    zero_point = node.inputs[2] if len(node.inputs) > 2 else None
-    if zero_point is not None:
-        given = constant_value(zero_point)
-        if given is None or given.dtype not in (np.int8, np.uint8) or np.ptp(given) != 0:
-            return None
-        zero = given.reshape(-1)
-    if scale is None or scale.dtype != np.float32 or not (scale > 0).all():
+    if found.scale.dtype != np.float32 or not (found.scale > 0).all():
         return None
-    limits, shift = np.iinfo(zero.dtype), int(zero[0])
     return _Codes(
         tensor=node.inputs[0],
-        scale=scale.reshape(()) if scale.size == 1 else scale,
-        axis=int(node.attrs.get("axis", 1)),
-        zero_point=zero_point,
-        lowest=int(limits.min) - shift,
-        highest=int(limits.max) - shift,
+        scale=found.scale.reshape(()) if found.scale.size == 1 else found.scale,
+        axis=found.axis,
+        zero_point=given(node, 2),
+        grid=found.grid,
     )
 
 
@@ -152,9 +145,11 @@ def _layer(graph: gs.Graph, node: gs.Node) -> _Layer | None:
         return None
     x, w = (_codes(tensor) for tensor in node.inputs[:2])
     weight = None if w is None else constant_value(w.tensor)
-    if x is None or w is None or weight is None or x.scale.size != 1 or w.lowest != -128:
+    if x is None or w is None or weight is None or x.scale.size != 1:
         return None
-    axis = 0 if node.op == "Conv" or node.attrs.get("transB", 0) else 1
+    if weight.dtype != np.int8 or w.grid != Grid.activation(8):
+        return None
+    axis = output_axis(node)
     if w.scale.size != 1 and w.axis != axis:
         return None
     step = np.broadcast_to(x.scale * w.scale, weight.shape[axis]).astype(np.float32)

@@ -32,15 +32,15 @@ it is.
 """
 
 import numpy as np
-import numpy.typing as npt
 import onnx
 import onnx_graphsurgeon as gs
 
-from reptrt.core.grid import along_axis
+from reptrt.core.grid import Grid, along_axis
 from reptrt.execute.code_sums import quantize_behind, sum_codes
 from reptrt.graph.net import constant_value, model_from_net, net_from_model, producer
 from reptrt.graph.placement import moves_values
-from reptrt.graph.recentred import restore
+from reptrt.graph.queries import quantization_of, symmetric_int8_scale
+from reptrt.rewrite.restore import restore
 
 _MAX_BIAS_CODE = 1 << 30  # leaves room for the sum in an INT32 accumulator
 _LONE_BIAS_CODE = 1 << 22  # of a channel without weights: sums in float are exact below 2^24
@@ -130,15 +130,16 @@ def _saturate_instead(graph: gs.Graph, node: gs.Node) -> None:
     if len(readers) != 1 or readers[0].op != "QuantizeLinear" or activated in graph.outputs:
         return
     quantize = readers[0]
-    if node.op == "Relu" and _has_codes(quantize, np.uint8):
+    found = quantization_of(quantize)
+    if node.op == "Relu" and found is not None and found.grid == Grid(0, 255):
         _bypass(graph, node)  # as onnxruntime does by itself
         return
-    scale = _int8_scale(quantize)
+    scale = symmetric_int8_scale(quantize)
     low, high = _bounds(node)
     codes = quantize.outputs[0]
     if scale is None or low != 0.0 or codes in graph.outputs:
         return
-    if any(_int8_scale(reader) is None for reader in codes.outputs):
+    if any(symmetric_int8_scale(reader) is None for reader in codes.outputs):
         return
     name = codes.name
     unsigned_zero = gs.Constant(f"{name}.u8_zero_point", np.array(0, dtype=np.uint8))
@@ -163,29 +164,17 @@ def _saturate_instead(graph: gs.Graph, node: gs.Node) -> None:
 
 def _make_unsigned(graph: gs.Graph, quantize: gs.Node) -> None:
     """Step 5."""
-    if quantize.op != "QuantizeLinear" or _int8_scale(quantize) is None:
+    if quantize.op != "QuantizeLinear" or symmetric_int8_scale(quantize) is None:
         return
     codes = quantize.outputs[0]
-    if codes in graph.outputs or any(_int8_scale(reader) is None for reader in codes.outputs):
+    if codes in graph.outputs or any(
+        symmetric_int8_scale(reader) is None for reader in codes.outputs
+    ):
         return
     zero_point = gs.Constant(f"{codes.name}.u8_zero_point", np.array(128, dtype=np.uint8))
     for node in (quantize, *codes.outputs):
         node.inputs[2] = zero_point
     codes.dtype = np.dtype(np.uint8)
-
-
-def _int8_scale(node: gs.Node) -> npt.NDArray[np.float32] | None:
-    """Return the one scale of a symmetric INT8 Q or DQ, None if the node is anything else."""
-    if node.op not in ("QuantizeLinear", "DequantizeLinear") or len(node.inputs) < 3:
-        return None
-    scale = constant_value(node.inputs[1])
-    return scale if _has_codes(node, np.int8) and scale is not None and scale.size == 1 else None
-
-
-def _has_codes(node: gs.Node, dtype: type) -> bool:
-    """Return whether a Q or DQ has codes of a type, with zero point 0."""
-    zero_point = constant_value(node.inputs[2]) if len(node.inputs) > 2 else np.uint8(0)
-    return zero_point is not None and zero_point.dtype == dtype and not zero_point.any()
 
 
 def _bounds(node: gs.Node) -> tuple[float, float]:

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from reptrt.execute.lowering import lower
 from reptrt.execute.torchgraph import TorchGraph
 from reptrt.graph.net import Net, constant_of, net_from_model
-from reptrt.graph.qdq import is_simulation
-from reptrt.graph.queries import is_dequantize, is_quantize, value_of
+from reptrt.graph.quantized import activation_pairs
 from reptrt.graph.recentred import read_recentred
 
 AnyArray = npt.NDArray[Any]
@@ -101,16 +100,15 @@ def float_activations(net: Net) -> Replacements:
     Weights keep their codes. The pair is skipped, and the Clip of a simulation before it. Where the
     saturation of a Q stands in for a ReLU (`graph.recentred`), that is all that is left of it.
     """
-    codes = {one.quantize: one.code for one in read_recentred(net)}
+    codes = {record.quantize: record.code for record in read_recentred(net)}
     replacements: dict[str, Callable[..., Tensor]] = {}
-    for node in net.graph.nodes:
-        if is_quantize(node) and value_of(node.inputs[0]) is None:
-            code = codes.get(node.name)
-            replacements[node.name] = _first if code is None else functools.partial(_from, code)
-            readers = (reader for reader in node.outputs[0].outputs if is_dequantize(reader))
-            replacements |= {reader.name: _rescaled(node, reader) for reader in readers}
-        elif is_simulation(node):
-            replacements[node.name] = _first
+    for _, pair in activation_pairs(net):
+        quantize = pair.quantize
+        code = codes.get(quantize.name)
+        replacements[quantize.name] = _first if code is None else functools.partial(_from, code)
+        replacements |= {node.name: _rescaled(quantize, node) for node in pair.dequantizes}
+        if pair.clip is not None:
+            replacements[pair.clip.name] = _first
     return replacements
 
 

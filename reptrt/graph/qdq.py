@@ -1,13 +1,14 @@
-"""Write scales and INT8 codes into a graph as Q/DQ pairs: the form that TensorRT takes.
+"""Write a plan into a graph as Q/DQ pairs: the form that TensorRT takes.
 
     activation  x -> QuantizeLinear(scale) -> DequantizeLinear(scale) -> readers
     weight      INT8 codes (initializer) -> DequantizeLinear(scale per output channel) -> layer
     bias        stays float
 
-Zero points are 0 and INT8 everywhere. Placement: `graph.placement`, arithmetic: `core.grid`.
+All zero points are 0. Codes are INT8; an activation with full range has UINT8 codes until
+`reptrt.rewrite.recentre` moves them. Numbers: `graph.plan`, arithmetic: `core.grid`.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,31 +17,25 @@ import onnx_graphsurgeon as gs
 
 from reptrt.core.errors import CalibrationError
 from reptrt.core.grid import Grid, channel_amax, quantize, scale_from_amax
-from reptrt.graph.net import Net, constant_value
-from reptrt.graph.placement import Placement, Weight
+from reptrt.graph.net import Net, constant_value, maker_of
+from reptrt.graph.placement import Placement
+from reptrt.graph.plan import QuantizedActivation, QuantizedWeight, QuantPlan
+from reptrt.graph.queries import base, maker
 
 _INT8 = Grid.activation(8)
 _WHOLE = (_INT8, _INT8.full_range)  # grids that saturation alone enforces
 _ROLES = ("scale", "zero_point", "q", "dq", "quantize", "dequantize", "clip", "clipped")
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class QuantizedWeight:
-    """INT8 codes and the scale of each output channel: weight ~ codes * scale along ``axis``."""
-
-    codes: npt.NDArray[np.int8]
-    scale: npt.NDArray[np.float32]  # (O,)
-    axis: int
-
-
 def quantize_weight(weight: npt.NDArray[np.floating], axis: int, grid: Grid) -> QuantizedWeight:
     """Quantize a weight per output channel, rounding to nearest: scale = amax / qmax."""
     scale = scale_from_amax(channel_amax(weight, axis), grid)
-    return QuantizedWeight(quantize(weight, scale, grid, axis), scale, axis)
+    codes = quantize(weight, scale, grid, axis).astype(np.int8, casting="safe", copy=False)
+    return QuantizedWeight(codes, scale, axis)
 
 
 def quantize_weights(net: Net, placement: Placement, grid: Grid) -> dict[str, QuantizedWeight]:
-    """Quantize every weight of the plan to nearest; returns node name -> codes and scales.
+    """Quantize every weight of a placement to nearest; return node name -> codes and scales.
 
     Raises:
         CalibrationError: a weight is not finite.
@@ -57,59 +52,103 @@ def quantize_weights(net: Net, placement: Placement, grid: Grid) -> dict[str, Qu
     return quantized
 
 
-def insert_qdq(
-    net: Net,
-    placement: Placement,
-    scales: Mapping[str, float],
-    weights: Mapping[str, QuantizedWeight],
-    grid: Grid,
-    full_range: Collection[str] = (),
-) -> None:
+def insert_qdq(net: Net, plan: QuantPlan) -> None:
     """Insert all Q/DQ pairs of a plan into a net, in place.
 
-    A grid smaller than INT8 is simulated: a Clip before Q keeps the codes inside it.
+    A grid smaller than INT8 is simulated: a Clip before the Q keeps the codes inside it.
 
     Args:
         net: the float graph that the plan was made for.
-        placement: where pairs go.
-        scales: tensor name -> step size, for every activation of the plan.
-        weights: node name -> codes, for every weight of the plan.
-        grid: the codes of activations.
-        full_range: activations that are never negative and take the UINT8 codes of
-            ``grid.full_range``; `reptrt.rewrite.recentre` brings them to zero point 0.
+        plan: the pairs.
     """
     nodes = {node.name: node for node in net.graph.nodes}
     tensors = net.graph.tensors()
-    for activation in placement.activations:
-        scale = scales[activation.tensor]
-        codes = grid.full_range if activation.tensor in full_range else grid
-        result = _append_pair(net, tensors[activation.tensor], scale, codes)
+    for tensor, activation in plan.activations.items():
+        result = _append_pair(net, tensors[tensor], activation)
         for node_name, index in activation.readers:
             nodes[node_name].inputs[index] = result
-    for weight in placement.weights:
-        _replace_weight(net, nodes[weight.node], weight, weights[weight.node])
+    for node_name, weight in plan.weights.items():
+        _replace_weight(net, nodes[node_name], weight)
     net.graph.cleanup(remove_unused_graph_inputs=False).toposort()
 
 
-def is_simulation(clip: gs.Node) -> bool:
+def update_qdq(net: Net, plan: QuantPlan) -> None:
+    """Write the scales and codes of a plan into the pairs that an earlier form of it inserted.
+
+    Args:
+        net: the Q/DQ graph; its constants change in place.
+        plan: the same activations and weights, with other numbers.
+    """
+    for tensor, pair in inserted_pairs(net, plan).items():
+        activation = plan.activations[tensor]
+        for node in (pair.quantize, *pair.dequantizes):
+            node.inputs[1].values = np.array(activation.scale, dtype=np.float32)
+        if pair.clip is not None:
+            for bound, value in zip(pair.clip.inputs[1:], _clip_bounds(activation), strict=True):
+                bound.values = value
+    nodes = {node.name: node for node in net.graph.nodes}
+    for name, weight in plan.weights.items():
+        dequantize = maker_of(nodes[name].inputs[1])
+        dequantize.inputs[0].values, dequantize.inputs[1].values = weight.codes, weight.scale
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Pair:
+    """The nodes of the Q/DQ pair of one activation."""
+
+    quantize: gs.Node
+    dequantizes: tuple[gs.Node, ...]  # one, unless later rewrites gave some readers their own
+    clip: gs.Node | None  # that simulates fewer bits
+
+    @property
+    def source(self) -> gs.Tensor:
+        """The tensor that the pair quantizes; casts before Q and Clip are looked through."""
+        return base((self.quantize if self.clip is None else self.clip).inputs[0])
+
+
+def pair_of(quantize: gs.Node) -> Pair:
+    """Return the pair that a QuantizeLinear belongs to."""
+    clip = maker(quantize.inputs[0])
+    readers = quantize.outputs[0].outputs
+    return Pair(
+        quantize,
+        tuple(node for node in readers if node.op == "DequantizeLinear"),
+        clip if clip is not None and _is_simulation(clip) else None,
+    )
+
+
+def inserted_pairs(net: Net, plan: QuantPlan) -> dict[str, Pair]:
+    """Return the pairs that `insert_qdq` wrote for a plan: tensor -> nodes."""
+    return dict(_inserted_pairs(net, plan))
+
+
+def _inserted_pairs(net: Net, plan: QuantPlan) -> Iterator[tuple[str, Pair]]:
+    nodes = {node.name: node for node in net.graph.nodes}
+    for tensor, activation in plan.activations.items():
+        node_name, index = activation.readers[0]
+        dequantize = maker_of(nodes[node_name].inputs[index])
+        yield tensor, pair_of(maker_of(dequantize.inputs[0]))
+
+
+def _is_simulation(clip: gs.Node) -> bool:
     """Whether a Clip is the one that simulates fewer bits, which `insert_qdq` puts before a Q."""
     prefix, dot, role = clip.name.rpartition(".")
     readers = [reader.name for reader in clip.outputs[0].outputs]
     return clip.op == "Clip" and role == "clip" and readers == [f"{prefix}{dot}quantize"]
 
 
-def _append_pair(net: Net, tensor: gs.Tensor, scale: float, grid: Grid) -> gs.Variable:
+def _append_pair(net: Net, tensor: gs.Tensor, activation: QuantizedActivation) -> gs.Variable:
     """Append the Q/DQ pair of a tensor; return its result."""
     name = net.fresh_prefix(tensor.name, _ROLES)
-    dtype = np.uint8 if grid.qmin == 0 else np.int8
+    dtype = activation.grid.dtype
     parameters = [
-        gs.Constant(f"{name}.scale", np.array(scale, dtype=np.float32)),
+        gs.Constant(f"{name}.scale", np.array(activation.scale, dtype=np.float32)),
         gs.Constant(f"{name}.zero_point", np.array(0, dtype=dtype)),
     ]
     codes = gs.Variable(f"{name}.q", dtype=dtype, shape=tensor.shape)
     result = gs.Variable(f"{name}.dq", dtype=np.float32, shape=tensor.shape)
-    if grid not in _WHOLE:
-        tensor = _clip(net.graph, name, tensor, scale, grid)
+    if activation.grid not in _WHOLE:
+        tensor = _clip(net.graph, name, tensor, activation)
     net.graph.nodes += [
         gs.Node("QuantizeLinear", f"{name}.quantize", {}, [tensor, *parameters], [codes]),
         gs.Node("DequantizeLinear", f"{name}.dequantize", {}, [codes, *parameters], [result]),
@@ -117,26 +156,36 @@ def _append_pair(net: Net, tensor: gs.Tensor, scale: float, grid: Grid) -> gs.Va
     return result
 
 
-def _clip(graph: gs.Graph, prefix: str, tensor: gs.Tensor, scale: float, grid: Grid) -> gs.Tensor:
+def _clip(
+    graph: gs.Graph, prefix: str, tensor: gs.Tensor, activation: QuantizedActivation
+) -> gs.Tensor:
     name = f"{prefix}.clip"
     bounds = [
-        gs.Constant(f"{name}.{role}", np.array(np.float32(code) * np.float32(scale)))
-        for role, code in (("min", grid.qmin), ("max", grid.qmax))
+        gs.Constant(f"{name}.{role}", value)
+        for role, value in zip(("min", "max"), _clip_bounds(activation), strict=True)
     ]
     result = gs.Variable(f"{name}ped", dtype=np.float32, shape=tensor.shape)
     graph.nodes.append(gs.Node("Clip", name, {}, [tensor, *bounds], [result]))
     return result
 
 
-def _replace_weight(net: Net, node: gs.Node, weight: Weight, quantized: QuantizedWeight) -> None:
+def _clip_bounds(activation: QuantizedActivation) -> list[npt.NDArray[np.float32]]:
+    """Return the real values of the smallest and the largest code."""
+    scale = np.float32(activation.scale)
+    return [
+        np.array(np.float32(code) * scale) for code in (activation.grid.qmin, activation.grid.qmax)
+    ]
+
+
+def _replace_weight(net: Net, node: gs.Node, weight: QuantizedWeight) -> None:
     name = net.fresh_prefix(f"{node.name}.weight", _ROLES)
-    zero_point = np.zeros(quantized.scale.shape, dtype=np.int8)
+    zero_point = np.zeros(weight.scale.shape, dtype=np.int8)
     inputs = [
-        gs.Constant(f"{name}.q", quantized.codes),
-        gs.Constant(f"{name}.scale", quantized.scale),
+        gs.Constant(f"{name}.q", weight.codes),
+        gs.Constant(f"{name}.scale", weight.scale),
         gs.Constant(f"{name}.zero_point", zero_point),
     ]
-    result = gs.Variable(f"{name}.dq", dtype=np.float32, shape=quantized.codes.shape)
+    result = gs.Variable(f"{name}.dq", dtype=np.float32, shape=weight.codes.shape)
     dequantize = gs.Node(
         "DequantizeLinear", f"{name}.dequantize", {"axis": weight.axis}, inputs, [result]
     )

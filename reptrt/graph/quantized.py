@@ -1,19 +1,40 @@
-"""What a Q/DQ graph computes with: scales of activations, codes and scales of weights.
+"""What a Q/DQ graph computes with, read from the graph: pairs, scales, codes, the whole plan.
 
-Any tool's file will do: INT8 codes with a DequantizeLinear, or float weights with a pair. A float
-graph gives float weights.
+The file may be of any tool: weights are INT8 codes with a DequantizeLinear, or floats with a pair.
+A float graph gives float weights.
 """
 
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnx_graphsurgeon as gs
 
-from reptrt.graph.net import WEIGHTED_OPS, Net, constant_value, producer
-from reptrt.graph.qdq import is_simulation
-from reptrt.graph.queries import base, dequantize_before, given, is_quantize, value_of
+from reptrt.core.grid import Grid
+from reptrt.graph.net import (
+    WEIGHTED_OPS,
+    Net,
+    constant_of,
+    constant_value,
+    producer,
+    weighted_nodes,
+)
+from reptrt.graph.placement import moves_values
+from reptrt.graph.plan import QuantizedActivation, QuantizedWeight, QuantPlan
+from reptrt.graph.qdq import Pair, pair_of
+from reptrt.graph.queries import (
+    base,
+    dequantize_before,
+    given,
+    is_quantize,
+    maker,
+    quantization_of,
+    quantize_before,
+    readers,
+    value_of,
+)
 from reptrt.graph.recentred import read_recentred
 
 AnyArray = npt.NDArray[Any]
@@ -45,49 +66,70 @@ class LayerWeight:
         return values * self.scale.reshape(shape)
 
 
+def activation_pairs(net: Net) -> Iterator[tuple[str, Pair]]:
+    """Yield the tensor and the nodes of the pair of every quantized activation.
+
+    The tensor of a recentred pair is the one that it was made for, the output of a ReLU that is
+    no longer in the graph.
+    """
+    recentred = {record.quantize: record.tensor for record in read_recentred(net)}
+    for node in net.graph.nodes:
+        if is_quantize(node) and value_of(node.inputs[0]) is None:
+            pair = pair_of(node)
+            yield recentred.get(node.name) or pair.source.name, pair
+
+
 def activation_scales(net: Net) -> dict[str, Float64Array]:
     """Return tensor name -> scale, for every quantized activation whose scale is a constant."""
-    found = {}
-    recentred = {one.quantize: one.tensor for one in read_recentred(net)}  # their ReLU is gone
-    for node in net.graph.nodes:
-        if not is_quantize(node) or value_of(node.inputs[0]) is not None:
-            continue
-        scale = value_of(node.inputs[1])
-        if scale is not None:
-            name = recentred.get(node.name) or quantized_tensor(node).name
-            found[name] = np.asarray(scale, dtype=np.float64)
-    return found
+    scales = {tensor: value_of(pair.quantize.inputs[1]) for tensor, pair in activation_pairs(net)}
+    return {
+        tensor: np.asarray(scale, dtype=np.float64)
+        for tensor, scale in scales.items()
+        if scale is not None
+    }
 
 
 def layer_weights(net: Net) -> dict[str, LayerWeight]:
     """Return layer name -> weight, for every layer with a constant one."""
-    found = {}
-    for node in net.graph.nodes:
-        if node.op not in WEIGHTED_OPS:
-            continue
-        weight = _weight(node)
-        if weight is not None:
-            found[node.name] = weight
-    return found
+    layers = (node for node in net.graph.nodes if node.op in WEIGHTED_OPS)
+    weights = {node.name: _layer_weight(node) for node in layers}
+    return {name: weight for name, weight in weights.items() if weight is not None}
 
 
-def quantized_tensor(quantize: gs.Node) -> gs.Tensor:
-    """Return the tensor that a QuantizeLinear reads, before casts and the Clip of a simulation."""
-    tensor = base(quantize.inputs[0])
-    clip = producer(tensor)
-    if clip is not None and is_simulation(clip):
-        return base(clip.inputs[0])
-    return tensor
+def plan_from_net(net: Net) -> QuantPlan:
+    """Return the plan of a Q/DQ graph: that which `reptrt.graph.qdq.insert_qdq` wrote into it.
+
+    Later rewrites of the same graph are seen through: a recentred activation has its codes from 0
+    on, and a DQ with a scale of its own, which took the place of a Mul, is a reader.
+
+    In a file of another tool, what a plan cannot express is left out: scales per channel of an
+    activation, codes other than INT8 and UINT8, weights with zero points; of several pairs on one
+    tensor, all but the first. The codes of an activation are those less its zero point.
+    """
+    codes = {record.tensor: record.code for record in read_recentred(net)}
+    activations: dict[str, QuantizedActivation] = {}
+    for tensor, pair in activation_pairs(net):
+        found = _activation(pair, codes.get(tensor))
+        if found is not None:
+            activations.setdefault(tensor, found)
+    groups = _groups(net, activations)
+    layers = (node for node in net.graph.nodes if node.op in WEIGHTED_OPS)
+    weights = {node.name: _quantized_weight(node) for node in layers}
+    return QuantPlan(
+        {name: replace(found, group=groups[name]) for name, found in activations.items()},
+        {name: weight for name, weight in weights.items() if weight is not None},
+        tuple(sorted(node.name for node in weighted_nodes(net.graph))),
+    )
 
 
-def _weight(node: gs.Node) -> LayerWeight | None:
+def _layer_weight(node: gs.Node) -> LayerWeight | None:
     bias = given(node, 2)
     bias_values = None if bias is None else constant_value(bias)
-    known = None if bias_values is None else np.asarray(bias_values, dtype=np.float64)
+    floats = None if bias_values is None else np.asarray(bias_values, dtype=np.float64)
     dequantize = dequantize_before(node.inputs[1])
     if dequantize is None:
         values = value_of(node.inputs[1])
-        return None if values is None else LayerWeight(np.asarray(values), None, 0, known)
+        return None if values is None else LayerWeight(np.asarray(values), None, 0, floats)
     scale, values = value_of(dequantize.inputs[1]), value_of(dequantize.inputs[0])
     quantize = producer(base(dequantize.inputs[0]))
     if values is None and quantize is not None and is_quantize(quantize):
@@ -95,4 +137,69 @@ def _weight(node: gs.Node) -> LayerWeight | None:
     if values is None or scale is None:
         return None
     axis = int(dequantize.attrs.get("axis", 1))
-    return LayerWeight(np.asarray(values), np.asarray(scale, dtype=np.float64), axis, known)
+    return LayerWeight(np.asarray(values), np.asarray(scale, dtype=np.float64), axis, floats)
+
+
+def _activation(pair: Pair, code: int | None) -> QuantizedActivation | None:
+    """Return what a pair says, in a group of its own; ``code`` is that of c if it is recentred."""
+    found = quantization_of(pair.quantize)
+    grid = None if found is None else found.grid
+    if found is None or grid is None or found.scale.size != 1:
+        return None
+    scale = float(found.scale.reshape(()))
+    if code is not None:
+        grid = Grid(0, 2 * code - 1)
+    elif pair.clip is not None:
+        low, high = (float(constant_of(bound)) for bound in pair.clip.inputs[1:])
+        grid = Grid(round(low / scale), round(high / scale))
+    return QuantizedActivation(tuple(_readers(pair)), 0, scale, grid)
+
+
+def _readers(pair: Pair) -> Iterator[tuple[str, int]]:
+    """Yield node name and input index of what reads the result of a pair."""
+    scale = constant_of(pair.quantize.inputs[1])
+    for dequantize in pair.dequantizes:
+        own = value_of(dequantize.inputs[1])
+        if own is not None and (own != scale).any():
+            yield dequantize.name, 0
+        else:
+            yield from ((node.name, index) for node, index in readers(dequantize.outputs[0]))
+
+
+def _quantized_weight(node: gs.Node) -> QuantizedWeight | None:
+    """Return the INT8 codes of a layer's weight with a scale per output channel, or None."""
+    dequantize = maker(node.inputs[1])
+    found = None if dequantize is None else quantization_of(dequantize)
+    if dequantize is None or found is None or found.type != "int8" or found.zero_point:
+        return None
+    codes = value_of(dequantize.inputs[0])
+    axis = found.axis % codes.ndim if codes is not None else 0
+    if codes is None or found.scale.size not in (1, codes.shape[axis]):
+        return None
+    scale = np.broadcast_to(found.scale.reshape(-1).astype(np.float32), codes.shape[axis])
+    return QuantizedWeight(codes.astype(np.int8), scale, axis)
+
+
+def _groups(net: Net, tensors: Collection[str]) -> dict[str, int]:
+    """Return tensor -> number of its group: inputs and output of a Concat belong together."""
+    root = {tensor: tensor for tensor in tensors}
+    for node in net.graph.nodes:
+        if node.op != "Concat":
+            continue
+        inputs = [_origin(tensor) for tensor in node.inputs]
+        if None in inputs:
+            continue
+        members = {root[n] for n in (*inputs, node.outputs[0].name) if n in root}
+        first = min(members, default="")
+        root |= {name: first for name, old in root.items() if old in members}
+    numbers = {name: index for index, name in enumerate(dict.fromkeys(root.values()))}
+    return {tensor: numbers[root[tensor]] for tensor in tensors}
+
+
+def _origin(tensor: gs.Tensor) -> str | None:
+    """Return the tensor whose pair a tensor comes from, past what moves values; None: float."""
+    node = maker(tensor)
+    while node is not None and moves_values(node):
+        node = maker(node.inputs[0])
+    quantize = quantize_before(node)
+    return None if quantize is None else pair_of(quantize).source.name

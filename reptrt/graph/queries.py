@@ -5,12 +5,15 @@ nodes. A node *moves* values if it changes no value, only places, so that Q/DQ c
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnx
 import onnx_graphsurgeon as gs
 
+from reptrt.core.grid import Grid
 from reptrt.graph.net import WEIGHTED_OPS, constant_value, producer
 
 LOOKED_THROUGH = ("Cast", "Identity")
@@ -164,6 +167,53 @@ def scale_text(scale: npt.NDArray[np.generic] | None) -> str:
     if scale is None:
         return "unknown"
     return f"{float(scale.ravel()[0]):.6g}" if scale.size == 1 else f"{scale.size} scales"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Quantization:
+    """What a Q or DQ says of its codes: x = scale * (code - zero_point)."""
+
+    scale: npt.NDArray[Any]  # one value, or one per index of ``axis``
+    axis: int
+    type: str  # of the codes: "int8"
+    zero_point: int
+
+    @property
+    def grid(self) -> Grid | None:
+        """The codes less the zero point; None if they are not INT8 or UINT8."""
+        if self.type not in ("int8", "uint8"):
+            return None
+        limits = np.iinfo(self.type)
+        return Grid(int(limits.min) - self.zero_point, int(limits.max) - self.zero_point)
+
+
+def quantization_of(node: gs.Node) -> Quantization | None:
+    """Return scale and codes of a Q or DQ.
+
+    None: it is another node, its scale or zero point is no known constant or has a value per block,
+    or its zero points differ.
+    """
+    if not (is_quantize(node) or is_dequantize(node)) or node.attrs.get("block_size", 0):
+        return None
+    scale, kind, tensor = value_of(node.inputs[1]), codes_type(node), given(node, 2)
+    zero_points = np.zeros(1, np.int8) if tensor is None else value_of(tensor)
+    if scale is None or kind is None or zero_points is None or zero_points.size == 0:
+        return None
+    if (zero_points != zero_points.flat[0]).any():
+        return None
+    return Quantization(scale, int(node.attrs.get("axis", 1)), kind, int(zero_points.flat[0]))
+
+
+def symmetric_int8_scale(node: gs.Node) -> npt.NDArray[Any] | None:
+    """Return the scale () of a Q or DQ of INT8 codes that has a zero point input, of value 0.
+
+    None: the node is anything else.
+    """
+    found = quantization_of(node)
+    if found is None or given(node, 2) is None or found.scale.size != 1:
+        return None
+    is_symmetric = found.type == "int8" and found.zero_point == 0
+    return found.scale.reshape(()) if is_symmetric else None
 
 
 def codes_type(node: gs.Node) -> str | None:

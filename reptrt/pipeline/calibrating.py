@@ -16,12 +16,13 @@ from reptrt.core.clock import Clock
 from reptrt.core.grid import Grid, scale_from_amax
 from reptrt.data.dataset import Dataset, Images, open_dataset
 from reptrt.execute.torchgraph import TorchGraph
+from reptrt.graph.layers import add_to_bias
 from reptrt.graph.model import Model, blaming
 from reptrt.graph.net import Net, refuse_not_finite
 from reptrt.graph.placement import Placement
+from reptrt.graph.plan import QuantizedWeight, QuantPlan, plan_from_placement
 from reptrt.graph.preprocess import read_preprocess
-from reptrt.graph.qdq import QuantizedWeight, insert_qdq, quantize_weights
-from reptrt.graph.recentred import add_to_bias
+from reptrt.graph.qdq import insert_qdq, quantize_weights
 from reptrt.graph.splits import read_splits
 from reptrt.pipeline.options import CalibrateOptions, recorded_options
 from reptrt.pipeline.preparing import Prepared, prepare, torch_device
@@ -149,14 +150,15 @@ def _calibrate(
     reference = net.copy()
     tensors, rule, margin, weights = _quantities(net, prepared, dataset, options, clock)
     scales = {tensor.tensor: tensor.scale for tensor in tensors}
-    insert_qdq(net, placement, scales, weights, options.grids[0], full_range)
+    plan = plan_from_placement(placement, scales, weights, options.grids[0], full_range)
+    insert_qdq(net, plan)
     parents = {model.name: model.sha256, Path(dataset.name).name: dataset.digest()}
     learned = None
     if (learning := options.learning) is not None:
         finished = _finished_units(resume, options, parents)
-        learned = _learn(net, reference, placement, dataset, options, learning, finished)
+        learned, plan = _learn(net, reference, plan, dataset, options, learning, finished)
         clock.lap("learn")
-    left_fp32 = _finish(net, options)
+    left_fp32 = _finish(net, plan, options)
     proto, sha256 = finished_model(net)
     details = {
         "splits": [asdict(split) for split in prepared.splits],
@@ -186,11 +188,11 @@ def _calibrate(
     return Calibrated(name=name, proto=proto, sha256=sha256, origin=origin, report=report)
 
 
-def _finish(net: Net, options: CalibrateOptions) -> tuple[Skipped, ...]:
+def _finish(net: Net, plan: QuantPlan, options: CalibrateOptions) -> tuple[Skipped, ...]:
     """Bring a Q/DQ graph into the form that is written; return the nodes that FP16 cannot hold."""
-    round_scales(net)
+    plan = round_scales(net, plan)
     round_biases(net)
-    recentre(net)
+    recentre(net, plan)
     fold_skip_scale(net)
     left_fp32 = to_fp16(net).skipped if options.high_precision == "fp16" else ()
     log_left_fp32(left_fp32)
@@ -250,7 +252,8 @@ def _thresholds(
         """Of a net with quantized activations and float weights, ranges not the judges'."""
         trial = net.copy()
         scales = {tensor.tensor: tensor.scale for tensor in tensors}
-        insert_qdq(trial, replace(placement, weights=()), scales, {}, grid, full_range)
+        floats = replace(placement, weights=())
+        insert_qdq(trial, plan_from_placement(floats, scales, {}, grid, full_range))
         limits = {
             tensor.tensor: _clamp(tensor.amax * prepared.without_judges[tensor.tensor])
             for tensor in tensors
@@ -369,22 +372,22 @@ def _finished_units(
 def _learn(
     net: Net,
     reference: Net,
-    placement: Placement,
+    plan: QuantPlan,
     dataset: Dataset,
     options: CalibrateOptions,
     learning: LearnOptions,
     finished: Finished,
-) -> ReconstructReport:
+) -> tuple[ReconstructReport, QuantPlan]:
     """Learn the constants of a Q/DQ graph; affines come and, unless kept, go."""
     if learning.affine:
         insert_affine(net)
-    report = reconstruct(
-        Quantized(net, reference, placement, options.grids[1]),
+    report, plan = reconstruct(
+        Quantized(net, reference, plan, options.grids[1]),
         dataset,
         learning,
         device=torch_device(options.device),
         finished=finished,
     )
     if learning.affine and not options.keep_affine:
-        fold_affine(net)
-    return report
+        _, plan = fold_affine(net, plan)
+    return report, plan

@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_graphsurgeon as gs
 
-from reptrt.graph.recentred import dequantized_weight
+from reptrt.graph.layers import dequantized_weight
 
 Float64Array = npt.NDArray[np.float64]
 

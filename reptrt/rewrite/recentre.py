@@ -27,26 +27,22 @@ Requires: constant weights and biases. Ensures: outputs as before to float round
 scales), INT8 with zero point 0, tensors other than those named keep name and value.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 import onnx_graphsurgeon as gs
 
 from reptrt.core.errors import RewriteError
-from reptrt.graph.net import Net, constant_value, is_private, producer
+from reptrt.graph.layers import add_to_bias, dequantized_weight
+from reptrt.graph.net import Net, producer
 from reptrt.graph.placement import Activation, Placement
-from reptrt.graph.recentred import (
-    Recentred,
-    add_to_bias,
-    dequantized_weight,
-    move_bounds,
-    offsets_of,
-    record_recentred,
-    set_codes,
-)
+from reptrt.graph.plan import QuantizedActivation, QuantizedWeight, QuantPlan
+from reptrt.graph.qdq import Pair, inserted_pairs, update_qdq
+from reptrt.graph.recentred import Recentred, read_recentred, record_recentred
 from reptrt.rewrite.borders import output_size, outside_sums, pads_of
 from reptrt.rewrite.contract import RewriteReport
+from reptrt.rewrite.offsets import move_pair, offsets_of, total
 from reptrt.rewrite.surroundings import ByIdentity, Readers, Surroundings
 
 Float64Array = npt.NDArray[np.float64]
@@ -105,97 +101,120 @@ def padded_readers(net: Net, tensor: str) -> tuple[PaddedReader, ...]:
     return tuple(found)
 
 
-def round_scales(net: Net) -> None:
-    """Round the scales that `recentre` would round, in place: of UINT8 pairs and their readers."""
-    around = Surroundings(net, set())
-    for pair in [pair for node in net.graph.nodes if (pair := _pair(around, node)) is not None]:
-        _round_scales(pair)
+def round_scales(net: Net, plan: QuantPlan) -> QuantPlan:
+    """Round the scales that enter into biases to FP16, where it holds them; return the new plan.
 
-
-def recentre(net: Net, *, fp16_scales: bool = True) -> RewriteReport:
-    """Turn every UINT8 pair with zero point 0 into an INT8 one that carries x - c, in place.
+    These are the scales of activations with full range and of the weights that read them.
 
     Args:
-        net: a Q/DQ net with FP32 scales.
-        fp16_scales: round the scales that enter into biases to FP16 first.
+        net: the Q/DQ net that the plan was written into; its scales change in place.
+        plan: the scales so far.
+    """
+    scales: dict[str, float] = {}
+    weights: dict[str, QuantizedWeight] = {}
+    for shifted in _shifted_pairs(net, plan):
+        scales[shifted.tensor] = float(_rounded(np.float32(shifted.activation.scale)))
+        for layer in shifted.readers.layers:
+            if (weight := plan.weights.get(layer.name)) is not None:
+                weights[layer.name] = replace(weight, scale=_rounded(weight.scale))
+    rounded = plan.with_scales(scales).with_weights(weights)
+    update_qdq(net, rounded)
+    return rounded
+
+
+def recentre(net: Net, plan: QuantPlan) -> RewriteReport:
+    """Give every activation with full range INT8 codes: its pair carries x - c, in place.
+
+    Args:
+        net: the Q/DQ net that the plan was written into, with FP32 scales.
+        plan: the scales and codes that the net has now.
 
     Raises:
         RewriteError: something around such a pair cannot make up for c; the net is unchanged.
     """
     around = Surroundings(net, set())
-    pairs = [pair for node in net.graph.nodes if (pair := _pair(around, node)) is not None]
-    if fp16_scales:
-        for pair in pairs:
-            _round_scales(pair)
+    pairs = _shifted_pairs(net, plan)
+    added = [_add_behind(net, around, pair) for pair in pairs]
+    records = [pair.record(names) for pair, names in zip(pairs, added, strict=True)]
     nodes = {node.name: node for node in net.graph.nodes}
-    added = {pair.tensor: _add_behind(net, around, pair) for pair in pairs}
-    records = [_record(pair, added[pair.tensor]) for pair in pairs]
-    deltas: dict[str, Float64Array] = {}
-    for one in records:
-        for name, delta in offsets_of(nodes, one, one.offset).items():
-            deltas[name] = deltas.get(name, np.zeros(())) + delta
+    deltas = total(offsets_of(nodes, record, record.offset) for record in records)
     for name, delta in deltas.items():
         add_to_bias(net, nodes[name], delta)
     for pair in pairs:
-        _shift_pair(net, pair)
+        clips = [] if pair.pair.clip is None else [pair.pair.clip]
+        move_pair(net, pair.pair, clips, np.int8, -pair.offset)
+        _remove_relu(pair.relu)
     net.graph.cleanup(remove_unused_graph_inputs=False).toposort()
-    record_recentred(net, records)
+    record_recentred(net, (*read_recentred(net), *records))
     return RewriteReport("recentre", tuple(pair.tensor for pair in pairs))
 
 
 @dataclass(frozen=True, slots=True)
-class _Pair:
-    """One UINT8 pair and all that is to change."""
+class _ShiftedPair:
+    """One UINT8 pair, and the nodes around it that change with it."""
 
     tensor: str
-    quantize: gs.Node
-    dequantizes: list[gs.Node]
-    code: int  # that stands for 0 in the end, times -1
-    relu: gs.Node | None
-    clips: list[gs.Node]
-    producer: gs.Node
+    activation: QuantizedActivation
+    pair: Pair
+    relu: gs.Node
+    producer: gs.Node  # takes -c into its bias
     readers: Readers
 
     @property
-    def scale(self) -> float:
-        return float(np.asarray(constant_value(self.quantize.inputs[1])).reshape(()))
+    def code(self) -> int:
+        """The code of c, half the number of codes."""
+        return (self.activation.grid.qmax + 1) // 2
 
     @property
     def offset(self) -> float:
-        return self.code * self.scale
+        """The constant c."""
+        return self.code * self.activation.scale
+
+    def record(self, added: list[str]) -> Recentred:
+        """Return the record of what recentring changes, with the names of the Adds it made."""
+        return Recentred(
+            tensor=self.tensor,
+            offset=self.offset,
+            code=self.code,
+            quantize=self.pair.quantize.name,
+            relu=self.relu.name,
+            clips=() if self.pair.clip is None else (self.pair.clip.name,),
+            producer=self.producer.name,
+            layers=tuple(layer.name for layer in self.readers.layers),
+            factors=tuple((mul.name, holder.name) for mul, holder in self.readers.factors),
+            skips=tuple(holder.name for holder in self.readers.skips),
+            added=tuple(added),
+        )
 
 
-def _pair(around: Surroundings, quantize: gs.Node) -> _Pair | None:
-    """Return the pair of a QuantizeLinear with UINT8 codes and zero point 0, else None."""
-    if quantize.op != "QuantizeLinear" or not _is_unsigned(quantize):
-        return None
-    tensor, highest = quantize.inputs[0], np.inf
-    clips: list[gs.Node] = []
-    relu: gs.Node | None = None
-    name = tensor.name
-    while (node := producer(tensor)) is not None and node.op in ("Relu", "Clip"):
-        if not is_private(around.graph, tensor):
-            raise _refusal(name, f"{tensor.name} is read in float too")
-        if node.op == "Relu":
-            relu, name = node, tensor.name
-        else:
-            low, high = _bounds(node)
-            if low != 0.0:
-                raise _refusal(name, f"Clip {node.name} begins at {low}, not at 0")
-            clips, highest = [*clips, node], min(highest, high)
-        tensor = node.inputs[0]
-    holder, readers = around.holder(tensor), Readers()
-    dequantizes = list(quantize.outputs[0].outputs)
+def _shifted_pairs(net: Net, plan: QuantPlan) -> list[_ShiftedPair]:
+    """Return the pairs with full range, in execution order."""
+    around = Surroundings(net, set())
+    position = {node.name: index for index, node in enumerate(net.graph.nodes)}
+    pairs = [
+        (tensor, pair)
+        for tensor, pair in inserted_pairs(net, plan).items()
+        if plan.activations[tensor].has_full_range
+    ]
+    pairs.sort(key=lambda item: position[item[1].quantize.name])
+    return [_shifted_pair(around, name, plan.activations[name], pair) for name, pair in pairs]
+
+
+def _shifted_pair(
+    around: Surroundings, tensor: str, activation: QuantizedActivation, pair: Pair
+) -> _ShiftedPair:
+    relu = producer(pair.source)
+    if relu is None or relu.op != "Relu" or len(pair.source.outputs) != 1:
+        raise _refusal(tensor, "it is not the output of a ReLU that the pair alone reads")
+    holder, readers = around.holder(relu.inputs[0]), Readers()
     if isinstance(holder, str):
-        raise _refusal(name, holder)
-    for node in dequantizes:
-        found = around.readers(node.outputs[0]) if _is_unsigned(node) else f"{node.op} reads codes"
+        raise _refusal(tensor, holder)
+    for node in pair.dequantizes:
+        found = around.readers(node.outputs[0])
         if isinstance(found, str):
-            raise _refusal(name, found)
+            raise _refusal(tensor, found)
         readers.extend(found)
-    scale = np.asarray(constant_value(quantize.inputs[1]))
-    code = 1 << (int(min(255.0, np.rint(highest / float(scale)))).bit_length() - 1)
-    return _Pair(name, quantize, dequantizes, code, relu, clips, holder, readers)
+    return _ShiftedPair(tensor, activation, pair, relu, holder, readers)
 
 
 def _refusal(tensor: str, reason: str) -> RewriteError:
@@ -205,22 +224,15 @@ def _refusal(tensor: str, reason: str) -> RewriteError:
     )
 
 
-def _round_scales(pair: _Pair) -> None:
-    """Round the scale of a pair, and of the weights that read it, to FP16 where it holds them."""
-    weights = [producer(layer.inputs[1]) for layer in pair.readers.layers]
-    for node in (pair.quantize, *pair.dequantizes, *weights):
-        scale = node.inputs[1] if node is not None and node.op == "DequantizeLinear" else None
-        if scale is None or not isinstance(scale, gs.Constant):
-            continue
-        before = np.asarray(scale.values)
-        if (before >= _HALF.smallest_normal).all() and (before <= _HALF.max).all():
-            scale.values = before.astype(np.float16).astype(np.float32)
-        if scale is pair.dequantizes[0].inputs[1]:
-            pair.quantize.inputs[1] = scale
+def _rounded(scale: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Return scales rounded to FP16; unchanged where one is outside its normal range."""
+    if (scale >= _HALF.smallest_normal).all() and (scale <= _HALF.max).all():
+        return scale.astype(np.float16).astype(np.float32)
+    return scale
 
 
-def _add_behind(net: Net, around: Surroundings, pair: _Pair) -> list[str]:
-    """Add maps of borders behind layers, and c behind averages; return the names of the Adds."""
+def _add_behind(net: Net, around: Surroundings, pair: _ShiftedPair) -> list[str]:
+    """Add border maps behind layers, and c behind averages; return the names of the Adds."""
     values: dict[ByIdentity, Float64Array] = {}
     for layer in pair.readers.layers:
         border = outside_sums(layer)
@@ -229,10 +241,7 @@ def _add_behind(net: Net, around: Surroundings, pair: _Pair) -> list[str]:
             values[spot] = values.get(spot, np.zeros(())) - pair.offset * border[None]
     for node in pair.readers.averages:
         values[ByIdentity(node)] = np.array(pair.offset)
-    added = []
-    for spot, value in values.items():
-        added.append(_append_add(net, spot.node, value))
-    return added
+    return [_append_add(net, spot.node, value) for spot, value in values.items()]
 
 
 def _append_add(net: Net, node: gs.Node, value: Float64Array) -> str:
@@ -248,32 +257,12 @@ def _append_add(net: Net, node: gs.Node, value: Float64Array) -> str:
     return name
 
 
-def _shift_pair(net: Net, pair: _Pair) -> None:
-    set_codes(net, [pair.quantize, *pair.dequantizes], np.int8)
-    for clip in pair.clips:
-        move_bounds(net, clip, -pair.offset)
-    if pair.relu is not None:
-        result, source = pair.relu.outputs[0], pair.relu.inputs[0]
-        reader = result.outputs[0]
-        reader.inputs[0] = source
-        pair.relu.inputs.clear()
-        pair.relu.outputs.clear()
-
-
-def _record(pair: _Pair, added: list[str]) -> Recentred:
-    return Recentred(
-        tensor=pair.tensor,
-        offset=pair.offset,
-        code=pair.code,
-        quantize=pair.quantize.name,
-        relu=None if pair.relu is None else pair.relu.name,
-        clips=tuple(clip.name for clip in pair.clips),
-        producer=pair.producer.name,
-        layers=tuple(layer.name for layer in pair.readers.layers),
-        factors=tuple((mul.name, holder.name) for mul, holder in pair.readers.factors),
-        skips=tuple(holder.name for holder in pair.readers.skips),
-        added=tuple(added),
-    )
+def _remove_relu(relu: gs.Node) -> None:
+    """Let the one reader of a ReLU read its input."""
+    (reader,) = relu.outputs[0].outputs
+    reader.inputs[0] = relu.inputs[0]
+    relu.inputs.clear()
+    relu.outputs.clear()
 
 
 def _only_pair_reads(graph: gs.Graph, tensor: gs.Tensor, activation: Activation) -> bool:
@@ -285,21 +274,3 @@ def _only_pair_reads(graph: gs.Graph, tensor: gs.Tensor, activation: Activation)
     }
     is_output = any(tensor is output for output in graph.outputs)
     return found == set(activation.readers) and not is_output
-
-
-def _is_unsigned(node: gs.Node) -> bool:
-    """Whether a node is a Q or DQ of UINT8 codes with one constant scale and zero point 0."""
-    if node.op not in ("QuantizeLinear", "DequantizeLinear") or len(node.inputs) < 3:
-        return False
-    scale, zero_point = (constant_value(tensor) for tensor in node.inputs[1:3])
-    if scale is None or zero_point is None or scale.size != 1 or scale.dtype != np.float32:
-        return False
-    return bool(zero_point.dtype == np.uint8 and not zero_point.any())
-
-
-def _bounds(clip: gs.Node) -> tuple[float, float]:
-    bounds = [-np.inf, np.inf]
-    for index, tensor in enumerate(clip.inputs[1:3]):
-        value = None if tensor.is_empty() else constant_value(tensor)
-        bounds[index] = bounds[index] if value is None else float(value)
-    return bounds[0], bounds[1]

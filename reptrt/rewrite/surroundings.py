@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 
 import onnx_graphsurgeon as gs
 
+from reptrt.graph.layers import dequantized_weight, has_bias
 from reptrt.graph.net import Net, constant_value, is_private, producer
 from reptrt.graph.placement import moves_values
-from reptrt.graph.recentred import dequantized_weight, has_bias
 from reptrt.graph.splits import Split, read_splits
 from reptrt.rewrite.borders import pads_of
 

@@ -10,7 +10,8 @@ from reptrt.core.errors import CalibrationError
 from reptrt.core.grid import Grid, channel_amax, dequantize
 from reptrt.execute.torchgraph import TorchGraph
 from reptrt.graph.net import model_from_net, net_from_model
-from reptrt.graph.placement import Placement, place
+from reptrt.graph.placement import place
+from reptrt.graph.plan import QuantPlan
 from reptrt.graph.qdq import insert_qdq, quantize_weight, quantize_weights
 from tests.support.helpers import ort_run
 from tests.support.onnx_nets import Builder, basic_block, plain_chain, without_names
@@ -199,7 +200,7 @@ def test_the_same_input_gives_the_same_bytes() -> None:
 
 def test_an_empty_plan_changes_nothing() -> None:
     net = net_from_model(plain_chain())
-    insert_qdq(net, Placement((), ()), {}, {}, Grid.activation(8))
+    insert_qdq(net, QuantPlan({}, {}))
     assert [n.op_type for n in model_from_net(net).graph.node] == [
         n.op_type for n in plain_chain().graph.node
     ]

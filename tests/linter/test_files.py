@@ -15,6 +15,7 @@ from reptrt.core.errors import ArtifactError
 from reptrt.core.grid import Grid
 from reptrt.graph.net import bytes_from_model, model_from_net, net_from_model, read_model
 from reptrt.graph.placement import place
+from reptrt.graph.plan import plan_from_placement
 from reptrt.graph.qdq import insert_qdq, quantize_weights
 from reptrt.linter import RULES, lint, lint_net
 from reptrt.pipeline import CalibrateOptions, ExportOptions, calibrate, export
@@ -86,7 +87,7 @@ def quantized(model: onnx.ModelProto, rewrite: Callable | None = None) -> onnx.M
     placement = place(net)
     scales = {a.tensor: 0.01 * (1 + a.group) for a in placement.activations}
     weights = quantize_weights(net, placement, Grid.weight(8))
-    insert_qdq(net, placement, scales, weights, Grid.activation(8))
+    insert_qdq(net, plan_from_placement(placement, scales, weights, Grid.activation(8)))
     return model_from_net(net)
 
 

@@ -15,8 +15,9 @@ from reptrt.data.dataset import Dataset, open_dataset
 from reptrt.execute.torchgraph import TorchGraph
 from reptrt.graph.net import Net, model_from_net, net_from_model
 from reptrt.graph.placement import place
+from reptrt.graph.plan import QuantizedWeight
 from reptrt.graph.preprocess import Preprocess, read_preprocess, write_preprocess
-from reptrt.graph.qdq import QuantizedWeight, quantize_weights
+from reptrt.graph.qdq import quantize_weights
 from reptrt.graph.splits import read_splits
 from reptrt.pipeline import CalibrateOptions, calibrate, calibrating
 from reptrt.quantize.calib.bias import bias_errors, deployed_weights

@@ -12,6 +12,7 @@ import pytest
 from reptrt.data.dataset import open_dataset
 from reptrt.graph.net import model_from_net, net_from_model
 from reptrt.graph.placement import place
+from reptrt.graph.plan import plan_from_placement
 from reptrt.graph.preprocess import read_preprocess
 from reptrt.graph.qdq import insert_qdq
 from reptrt.pipeline import CalibrateOptions, CalibrateReport, calibrate, prepare
@@ -58,7 +59,8 @@ def error_of(
     net = net_from_model(model)
     (exact,) = ort_run(model, {"x": x}, optimize=False).values()
     placement = replace(place(net), weights=())
-    insert_qdq(net, placement, scales_of(report, margin), {}, OPTIONS.grids[0], report.full_range)
+    scales, grid = scales_of(report, margin), OPTIONS.grids[0]
+    insert_qdq(net, plan_from_placement(placement, scales, {}, grid, report.full_range))
     limits = {t.tensor: np.float32(margin * t.amax * shares[t.tensor]) for t in report.tensors}
     for quantize in [node for node in net.graph.nodes if node.op == "QuantizeLinear"]:
         tensor = quantize.inputs[0]

@@ -275,7 +275,7 @@ def test_what_is_not_better_on_held_out_images_leaves_no_trace(
     kept = {unit.unit for unit in report.units if unit.kept == "learned"}
     assert kept or spoiled == UNITS
     before, after = weights_of(case.net), weights_of(net)
-    tensors = {a.group: a.tensor for a in case.placement.activations}
+    tensors = {a.group: tensor for tensor, a in case.plan.activations.items()}
     for unit in set(UNITS) - kept:
         for old, new in zip(before[unit], after[unit], strict=True):
             np.testing.assert_array_equal(new, old)
@@ -448,7 +448,7 @@ def test_nets_of_every_shape(name: str, tmp_path: Path, monkeypatch: pytest.Monk
 
     watch(monkeypatch, note)
     net, report = case.learn(tmp_path, QUICK)
-    groups = {activation.group for activation in case.placement.activations}
+    groups = {activation.group for activation in case.plan.activations.values()}
     assert sorted(steps) == sorted(groups)  # each learned once, by the first unit that reads it
     assert len(report.units) >= at_least
     for unit in report.units:

@@ -125,7 +125,7 @@ def site(weight: np.ndarray, grid: Grid) -> WeightSite:
     quantized = quantize_weight(weight, 0, grid)
     scale = quantized.scale.reshape(-1, *[1] * (weight.ndim - 1))
     return WeightSite(
-        "layer", torch.from_numpy(weight), torch.from_numpy(scale), "dq", "q", "layer", False
+        "layer", torch.from_numpy(weight), torch.from_numpy(scale), "dq", "layer", False
     )
 
 

@@ -19,6 +19,7 @@ from reptrt.execute.runner import OrtRunner, optimized_op_counts
 from reptrt.execute.torch_runner import float_activations, graph_runner
 from reptrt.graph.net import Net, constant_of, model_from_net, net_from_model, read_model
 from reptrt.graph.placement import place
+from reptrt.graph.plan import plan_from_placement
 from reptrt.graph.qdq import insert_qdq, quantize_weights
 from reptrt.pipeline import CalibrateOptions, calibrate
 from reptrt.quantize.calib.histogram import histogram_of
@@ -46,9 +47,10 @@ def quantized_scalar(*, full: bool = False, factor: float | None = None) -> Net:
     scales = {a.tensor: 0.02 for a in placement.activations}
     relus = {n.outputs[0].name for n in net.graph.nodes if n.op == "Relu"}
     weights = quantize_weights(net, placement, Grid.weight(8))
-    insert_qdq(net, placement, scales, weights, Grid.activation(8), relus if full else ())
-    if full:
-        recentre(net, fp16_scales=False)
+    full_range = relus if full else ()
+    plan = plan_from_placement(placement, scales, weights, Grid.activation(8), full_range)
+    insert_qdq(net, plan)
+    recentre(net, plan)
     return net
 
 

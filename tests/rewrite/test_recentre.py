@@ -16,9 +16,10 @@ from reptrt.execute.runner import OrtRunner, optimized_op_counts
 from reptrt.execute.torchgraph import TorchGraph
 from reptrt.graph.net import Net, constant_value, model_from_net, net_from_model
 from reptrt.graph.placement import place
+from reptrt.graph.quantized import plan_from_net
 from reptrt.graph.recentred import read_recentred
 from reptrt.linter import lint_net
-from reptrt.rewrite.recentre import full_range_obstacle, padded_readers, recentre
+from reptrt.rewrite.recentre import full_range_obstacle, padded_readers, recentre, round_scales
 from reptrt.rewrite.to_fp16 import to_fp16
 from tests.support.full_range_nets import Case, cases, on_grid, split_net, unsigned
 from tests.support.helpers import ort_run
@@ -74,7 +75,7 @@ def test_same_codes_in_every_form(case: Case, bits: int) -> None:
     assert wanted
     before = model_from_net(net)
     expected, logits = codes_and_logits(before, wanted, x)
-    report = recentre(net)
+    report = recentre(net, plan_from_net(net))
     assert set(report.changed) == set(wanted)
     after = model_from_net(net)
     assert_trt_form(after)
@@ -102,7 +103,7 @@ def test_the_random_nets_have_all_kinds_of_readers() -> None:
     @given(case=cases())
     def look(case: Case) -> None:
         net, _ = unsigned(split_net(case), exact_images(case), bits=5)
-        recentre(net)
+        recentre(net, plan_from_net(net))
         for one in read_recentred(net):
             for kind in seen:
                 seen[kind] += len(getattr(one, kind))
@@ -163,7 +164,7 @@ def test_the_map_is_what_the_border_lacks(name: str) -> None:
     weight = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
     net = one_conv(weight, 6, 9, group=group, **window)
     (reader,) = padded_readers(net, "act.dq")
-    recentre(net)
+    recentre(net, plan_from_net(net))
     (add,) = [node for node in net.graph.nodes if node.name == "conv.border"]
     found = constant_value(add.inputs[1])
     expected = -64.0 * outside_by_hand(weight, (6, 9), window, found.shape[1:])  # c = 128 * 0.5
@@ -183,7 +184,7 @@ def test_padding_that_the_runtime_chooses(auto_pad: str, stride: int) -> None:
     net = one_conv(weight, 5, 6, auto_pad=auto_pad, strides=[stride] * 2)
     x = np.random.default_rng(2).integers(-20, 200, (2, 2, 5, 6)).astype(np.float32)
     before = ort_run(model_from_net(net), {"x": x}, optimize=False)["y"]
-    recentre(net)
+    recentre(net, plan_from_net(net))
     assert any(node.op == "Add" for node in net.graph.nodes) == (auto_pad != "VALID")
     np.testing.assert_array_equal(
         ort_run(model_from_net(net), {"x": x}, optimize=False)["y"], before
@@ -207,7 +208,7 @@ def test_a_gemm_with_factors_and_no_bias() -> None:
         net.graph.outputs = [y]
         x = rng.integers(-20, 200, (5, 2, 1, 1)).astype(np.float32)
         before = ort_run(model_from_net(net), {"x": x}, optimize=False)["y2"]
-        recentre(net)
+        recentre(net, plan_from_net(net))
         np.testing.assert_allclose(
             ort_run(model_from_net(net), {"x": x}, optimize=False)["y2"], before, rtol=1e-6
         )
@@ -240,7 +241,7 @@ def test_real_scales_fp16_lint_and_engine(form: str) -> None:
     assert len(wanted) == 5
     reference = ort_run(model_from_net(float_net), {"x": x})["head"]
     _, before = codes_and_logits(model_from_net(net), wanted, x)
-    recentre(net)
+    recentre(net, plan_from_net(net))
     model = model_from_net(net)
     _, after = codes_and_logits(model, wanted, x)
     # beside rare codes that fall the other way, scales were rounded to FP16
@@ -262,7 +263,7 @@ def test_real_scales_fp16_lint_and_engine(form: str) -> None:
 @pytest.mark.parametrize("form", ["plain", "split", "depthwise"])
 def test_tensorrt_rtx_builds_it(form: str) -> None:
     net, _ = unsigned(split_net(rep_chain(form)), images(8), exact=False)
-    recentre(net)
+    recentre(net, plan_from_net(net))
     to_fp16(net)
     assert not refused_by_rtx(model_from_net(net))
 
@@ -270,9 +271,9 @@ def test_tensorrt_rtx_builds_it(form: str) -> None:
 def test_scales_are_what_fp16_holds() -> None:
     """FP16 rounds scales; rounded before, the offset and what makes up for it agree there too."""
     net, _ = unsigned(split_net(rep_chain("plain")), images(8), exact=False)
-    rounded = net.copy()
-    recentre(rounded)
-    recentre(net, fp16_scales=False)
+    rounded, plan = net.copy(), plan_from_net(net)
+    recentre(rounded, round_scales(rounded, plan))
+    recentre(net, plan)
     changed = 0
     for one, other in zip(read_recentred(rounded), read_recentred(net), strict=True):
         scale = one.offset / one.code
@@ -299,7 +300,7 @@ def test_full_range_halves_the_step() -> None:
     found = []
     for leave in ([], [a.tensor for a in place(float_net).activations]):
         net, wanted = unsigned(float_net, x, leave=leave)
-        recentre(net)
+        recentre(net, plan_from_net(net))
         logits = ort_run(model_from_net(net), {"x": x}, optimize=False)["head"]
         found.append((len(wanted), sqnr_db(reference, logits)))
     assert [count for count, _ in found] == [3, 0]
@@ -308,7 +309,7 @@ def test_full_range_halves_the_step() -> None:
 
 def test_lowered_runs_in_int8_without_clips() -> None:
     net, _ = unsigned(split_net(Case(plain_chain())), images(), exact=False)
-    recentre(net)
+    recentre(net, plan_from_net(net))
     counts = optimized_op_counts(model_from_net(net).SerializeToString())
     assert (counts["QLinearConv"], counts["QGemm"]) == (2, 1)
     assert not [op for op in ("Conv", "FusedConv", "Relu", "Clip", "Add") if counts[op]]
@@ -321,7 +322,7 @@ def test_lowered_runs_in_int8_without_clips() -> None:
 def test_a_record_that_does_not_fit_changes_nothing() -> None:
     """A node was renamed since: the graph stays recentred, and right."""
     net, wanted = unsigned(split_net(Case(basic_block())), images(), exact=False)
-    recentre(net)
+    recentre(net, plan_from_net(net))
     next(node for node in net.graph.nodes if node.name == "c1").name = "renamed"
     model = model_from_net(net)
     x = images(8, seed=2)
@@ -340,7 +341,7 @@ def test_a_record_that_does_not_fit_changes_nothing() -> None:
 def test_nothing_to_do() -> None:
     net, _ = unsigned(split_net(Case(plain_chain())), images(), leave=["c1.relu", "c2.relu"])
     before = model_from_net(net).SerializeToString(deterministic=True)
-    assert recentre(net).changed == ()
+    assert recentre(net, plan_from_net(net)).changed == ()
     assert model_from_net(net).SerializeToString(deterministic=True) == before
 
 
@@ -404,7 +405,7 @@ def test_int8_summands(form: str) -> None:
     quantized, wanted = unsigned(net, x, exact=False)
     assert wanted == ["c1.relu", "c3.relu"]
     _, expected = codes_and_logits(model_from_net(quantized), wanted, x)
-    recentre(quantized)
+    recentre(quantized, plan_from_net(quantized))
     assert [node.name for node in quantized.graph.nodes if "border" in node.name] == [
         "c2.fine.border"
     ]
@@ -435,5 +436,5 @@ def test_a_pair_that_cannot_be_recentred_is_refused() -> None:
     conv.inputs[0].shape = ("N", 2, "H", "W")
     before = model_from_net(net.copy()).SerializeToString(deterministic=True)
     with pytest.raises(RewriteError, match=r"act: cannot have all 256 codes .*conv pads it with"):
-        recentre(net)
+        recentre(net, plan_from_net(net))
     assert model_from_net(net.copy()).SerializeToString(deterministic=True) == before

@@ -22,7 +22,7 @@ from reptrt.execute.torch_runner import TorchRunner, float_activations, graph_ru
 from reptrt.exporter.export import ExportSettings, onnx_from_module
 from reptrt.graph.net import Net, model_from_net, net_from_model
 from reptrt.graph.preprocess import Preprocess
-from reptrt.graph.quantized import activation_scales
+from reptrt.graph.quantized import activation_scales, plan_from_net
 from reptrt.judge.rungs import Step, measure
 from reptrt.pipeline import CalibrateOptions, ExportOptions
 from reptrt.rewrite.recentre import recentre
@@ -222,7 +222,7 @@ def test_weights_alone_keep_the_relu_that_a_pair_stands_in_for(bits: int) -> Non
         without_activation_pairs(model_from_net(net.copy())), {"x": x}, optimize=False
     ).values()
     pairs, relus = set(activation_scales(net)), num_relus(net)
-    recentre(net, fp16_scales=False)
+    recentre(net, plan_from_net(net))
     assert num_relus(net) == relus - len(wanted) < relus - 5
     assert set(activation_scales(net)) == pairs
     with graph_runner(net, CPU, float_activations(net)) as runner:

@@ -15,7 +15,8 @@ from onnx import numpy_helper
 from reptrt.core.grid import Grid, channel_amax, quantize, scale_from_amax
 from reptrt.graph.net import Net, constant_value, model_from_net, net_from_model
 from reptrt.graph.placement import Placement, place
-from reptrt.graph.qdq import QuantizedWeight, insert_qdq, quantize_weights
+from reptrt.graph.plan import QuantizedWeight, plan_from_placement
+from reptrt.graph.qdq import insert_qdq, quantize_weights
 from reptrt.rewrite.recentre import full_range_obstacle
 from reptrt.rewrite.split_coarse_fine import split_coarse_fine
 from reptrt.rewrite.split_identity import split_identity
@@ -76,7 +77,8 @@ def unsigned(
     weights = _exact_weights(net, placement) if exact else quantize_weights(net, placement, WEIGHTS)
     scales = _scales(net, placement, x, wanted, bits, exact)
     quantized = net.copy()
-    insert_qdq(quantized, placement, scales, weights, Grid.activation(bits), full_range=wanted)
+    grid = Grid.activation(bits)
+    insert_qdq(quantized, plan_from_placement(placement, scales, weights, grid, wanted))
     return quantized, wanted
 
 

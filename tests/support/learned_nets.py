@@ -11,7 +11,8 @@ from onnx import numpy_helper
 from reptrt.core.grid import Grid, scale_from_amax
 from reptrt.data.dataset import Dataset, open_dataset
 from reptrt.graph.net import Net, model_from_net, net_from_model
-from reptrt.graph.placement import Placement, place
+from reptrt.graph.placement import place
+from reptrt.graph.plan import QuantPlan, plan_from_placement
 from reptrt.graph.preprocess import Preprocess, write_preprocess
 from reptrt.graph.qdq import insert_qdq, quantize_weights
 from reptrt.quantize.reconstruct.driver import Quantized, reconstruct
@@ -68,7 +69,7 @@ class Case:
     model: onnx.ModelProto
     net: Net  # Q/DQ, without affines
     reference: Net
-    placement: Placement
+    plan: QuantPlan
     data: Dataset
     grid: Grid
 
@@ -77,14 +78,14 @@ class Case:
         net = self.net.copy()
         if options.affine:
             insert_affine(net)
-        report = reconstruct(
-            Quantized(net, self.reference, self.placement, self.grid),
+        report, plan = reconstruct(
+            Quantized(net, self.reference, self.plan, self.grid),
             self.data,
             options,
             device=torch.device("cpu"),
             finished=Finished(folder / "o.onnx", {"options": asdict(options)}),
         )
-        fold_affine(net)
+        fold_affine(net, plan)
         return net, report
 
     def sqnr(self, net: Net, x: np.ndarray) -> float:
@@ -111,5 +112,6 @@ def nearest(model: onnx.ModelProto, path: Path, *, weight_bits: int = 8, bits: i
     codes, grid = Grid.activation(bits), Grid.weight(weight_bits)
     scales = {a.tensor: float(scale_from_amax(amax[a.group], codes)) for a in placement.activations}
     reference = net.copy()
-    insert_qdq(net, placement, scales, quantize_weights(net, placement, grid), codes)
-    return Case(model, net, reference, placement, data, grid)
+    plan = plan_from_placement(placement, scales, quantize_weights(net, placement, grid), codes)
+    insert_qdq(net, plan)
+    return Case(model, net, reference, plan, data, grid)

@@ -6,6 +6,7 @@ import onnx
 from reptrt.core.grid import Grid, scale_from_amax
 from reptrt.graph.net import model_from_net, net_from_model
 from reptrt.graph.placement import place
+from reptrt.graph.plan import plan_from_placement
 from reptrt.graph.qdq import insert_qdq, quantize_weights
 from tests.support.helpers import ort_run
 from tests.support.onnx_nets import Builder
@@ -41,7 +42,7 @@ def quantized(
     grid = Grid.activation(bits)
     scales = {a.tensor: float(scale_from_amax(amax[a.group], grid)) for a in placement.activations}
     weights = quantize_weights(net, placement, Grid.weight(bits))
-    insert_qdq(net, placement, scales, weights, grid)
+    insert_qdq(net, plan_from_placement(placement, scales, weights, grid))
     return model_from_net(net)
 
 

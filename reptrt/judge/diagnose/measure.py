@@ -22,6 +22,7 @@ from reptrt.data.dataset import Dataset
 from reptrt.execute.torchgraph import TorchGraph
 from reptrt.graph.net import Net, producer
 from reptrt.graph.placement import Placement, moves_values
+from reptrt.graph.plan import plan_from_placement
 from reptrt.graph.qdq import insert_qdq, quantize_weights
 from reptrt.graph.splits import Split, read_splits
 from reptrt.quantize.calib.collect import compute_batch
@@ -138,8 +139,9 @@ def halves_of(
     """
     weights, activations = net.copy(), net.copy()
     codes = quantize_weights(net, placement, grids[1])
-    insert_qdq(weights, replace(placement, activations=()), {}, codes, grids[0])
-    insert_qdq(activations, replace(placement, weights=()), scales, {}, grids[0], full_range)
+    plan = plan_from_placement(placement, scales, codes, grids[0], full_range)
+    insert_qdq(weights, replace(plan, activations={}))
+    insert_qdq(activations, replace(plan, weights={}))
     return Halves(*(TorchGraph(graph, device) for graph in (net, weights, activations)))
 
 

@@ -18,9 +18,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from reptrt.core.grid import dequantize
 from reptrt.execute.torchgraph import TorchGraph
-from reptrt.graph.qdq import QuantizedWeight
+from reptrt.graph.plan import QuantizedWeight
 
 Float64Array = npt.NDArray[np.float64]
 
@@ -66,6 +65,5 @@ def deployed_weights(
     """Return what the weights of a float graph are once they are quantized, by tensor name."""
     inputs = {step.name: step.inputs for step in graph.steps}
     return {
-        inputs[name][1]: torch.from_numpy(dequantize(w.codes, w.scale, w.axis))
-        for name, w in weights.items()
+        inputs[name][1]: torch.from_numpy(weight.dequantized()) for name, weight in weights.items()
     }

@@ -19,7 +19,7 @@ from reptrt.core.progress import track
 from reptrt.data.dataset import Dataset
 from reptrt.execute.torchgraph import TorchGraph
 from reptrt.graph.net import Net
-from reptrt.graph.placement import Placement
+from reptrt.graph.plan import QuantPlan
 from reptrt.graph.splits import read_splits
 from reptrt.quantize.calib.collect import COMPUTE_BATCH
 from reptrt.quantize.reconstruct.cache import (
@@ -55,7 +55,7 @@ class Quantized:
 
     net: Net  # the Q/DQ graph, with affines if they are to be learned
     reference: Net  # the float graph it was made from
-    placement: Placement  # where its Q/DQ pairs are
+    plan: QuantPlan  # its codes and scales
     grid: Grid  # codes of weights
 
 
@@ -66,7 +66,7 @@ def reconstruct(
     *,
     device: torch.device,
     finished: Finished,
-) -> ReconstructReport:
+) -> tuple[ReconstructReport, QuantPlan]:
     """Learn the constants of a Q/DQ graph and write them into it.
 
     Args:
@@ -75,6 +75,9 @@ def reconstruct(
         options: what is learned, and for how long.
         device: where to compute.
         finished: units that an earlier run finished; those of this run are added.
+
+    Returns:
+        The report of all units, and the plan with the learned codes and scales.
 
     Raises:
         DataError: there are too few images to hold some out.
@@ -93,8 +96,7 @@ def reconstruct(
             "activations between units do not fit the memory of the device; lower "
             f"{option('memory_budget')}, or use {option('device', 'cpu')}"
         ) from err
-    write(quantized.net, run.sites, run.state)
-    return report
+    return report, write(quantized.net, quantized.plan, run.sites, run.state)
 
 
 class _Run:
@@ -116,9 +118,7 @@ class _Run:
         net, reference = quantized.net, quantized.reference
         self._options, self._finished, self._device = options, finished, device
         self._graph, self._float_graph = TorchGraph(net, device), TorchGraph(reference, device)
-        self.sites, self.state = find_sites(
-            net, reference, quantized.placement, quantized.grid, device
-        )
+        self.sites, self.state = find_sites(net, reference, quantized.plan, quantized.grid, device)
         self._dataset, self._image = dataset, self._float_graph.input_names[0]
         sides = {split.side for split in read_splits(reference)}
         self._layout = find_units(

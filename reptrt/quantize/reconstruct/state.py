@@ -1,23 +1,23 @@
 """The learnable constants of a Q/DQ graph: where they are, and their values.
 
 `Sites` is the structure. `State` holds the values as they are deployed: the integer codes of each
-weight, the gain and shift of each affine, the step of each activation. `find_sites` reads both from
-a Q/DQ graph, `simulation` lets torch run a state, `write` writes a state into the graph.
+weight, the gain and shift of each affine, the step of each activation. `find_sites` returns both
+for a plan and the graph that it was written into, `simulation` lets torch run a state, `write`
+writes a state into plan and graph.
 """
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
-import onnx_graphsurgeon as gs
 import torch
 from torch import Tensor
 
 from reptrt.core.grid import Grid, along_axis
 from reptrt.graph.affines import read_affines
-from reptrt.graph.net import Net, constant_of, maker_of, producer
-from reptrt.graph.placement import Placement
-from reptrt.graph.qdq import is_simulation
+from reptrt.graph.net import Net, constant_of
+from reptrt.graph.plan import QuantPlan
+from reptrt.graph.qdq import inserted_pairs, update_qdq
 from reptrt.graph.splits import read_splits
 from reptrt.quantize.reconstruct.fake_quantize import fake_quantize
 
@@ -32,7 +32,6 @@ class WeightSite:
     weight: Tensor  # the float weight
     scale: Tensor  # shaped to broadcast over the weight
     dequantized: str  # name of the tensor that the node reads
-    codes: str  # name of the initializer that holds the codes
     layer: str  # the layer whose affine scales it; the node's name for a layer that is not split
     exact: bool  # the codes represent the weight exactly: its rounding is not learned
 
@@ -79,14 +78,14 @@ class State:
 
 
 def find_sites(
-    net: Net, reference: Net, placement: Placement, grid: Grid, device: torch.device
+    net: Net, reference: Net, plan: QuantPlan, grid: Grid, device: torch.device
 ) -> tuple[Sites, State]:
     """Return the learnable constants of a Q/DQ graph and their present values.
 
     Args:
         net: the Q/DQ graph, with affines.
         reference: the float graph that it was made from.
-        placement: the plan it was made by.
+        plan: the codes and scales that it has.
         grid: codes of weights.
         device: where the tensors go.
     """
@@ -95,23 +94,24 @@ def find_sites(
     affines = {affine.layer: (affine.gain, affine.shift) for affine in read_affines(net)}
     layers = _layer_of_nodes(net)
     weights, codes = {}, {}
-    for weight in placement.weights:
-        original = np.asarray(constant_of(originals[weight.node].inputs[1]), np.float32)
-        dequantize = maker_of(nodes[weight.node].inputs[1])
-        scale = along_axis(constant_of(dequantize.inputs[1]), original.ndim, weight.axis)
-        nearest = np.asarray(constant_of(dequantize.inputs[0]), np.float32)
+    for node, weight in plan.weights.items():
+        original = np.asarray(constant_of(originals[node].inputs[1]), np.float32)
+        scale = along_axis(weight.scale, original.ndim, weight.axis)
+        nearest = weight.codes.astype(np.float32)
         exact = bool((np.abs(original / scale - nearest) <= _SAME_CODE).all())
-        codes[weight.node] = torch.tensor(nearest, device=device)
-        weights[weight.node] = WeightSite(
-            weight.node,
+        codes[node] = torch.tensor(nearest, device=device)
+        weights[node] = WeightSite(
+            node,
             torch.tensor(original, device=device),
             torch.tensor(scale, device=device),
-            nodes[weight.node].inputs[1].name,
-            dequantize.inputs[0].name,
-            layers.get(weight.node, weight.node),
+            nodes[node].inputs[1].name,
+            layers.get(node, node),
             exact,
         )
-    pairs, steps = _pairs(net, placement, device)
+    steps = {
+        activation.group: torch.tensor(np.float32(activation.scale), device=device)
+        for activation in plan.activations.values()
+    }
     constants = _float_constants(net, affines, device)
     state = State(
         codes,
@@ -119,7 +119,7 @@ def find_sites(
         {layer: constants[shift] for layer, (_, shift) in affines.items()},
         steps,
     )
-    return Sites(weights, pairs, affines, grid), state
+    return Sites(weights, _pairs(net, plan), affines, grid), state
 
 
 def simulation(
@@ -151,29 +151,23 @@ def deployed_weights(sites: Sites, state: State, nodes: Collection[str]) -> dict
     }
 
 
-def write(net: Net, sites: Sites, state: State) -> None:
-    """Write a state into the Q/DQ graph that `find_sites` read."""
-    nodes = {node.name: node for node in net.graph.nodes}
-    for node, site in sites.weights.items():
-        dequantize = maker_of(nodes[node].inputs[1])
-        values = state.codes[node].to("cpu", torch.int8).numpy()
-        dequantize.inputs[0] = gs.Constant(site.codes, values)
+def write(net: Net, plan: QuantPlan, sites: Sites, state: State) -> QuantPlan:
+    """Write a state into the Q/DQ graph that `find_sites` read; return the changed plan."""
+    weights = {
+        node: replace(weight, codes=state.codes[node].to("cpu", torch.int8).numpy())
+        for node, weight in plan.weights.items()
+    }
+    scales = {
+        tensor: state.step[activation.group].item()
+        for tensor, activation in plan.activations.items()
+    }
+    learned = plan.with_scales(scales).with_weights(weights)
+    update_qdq(net, learned)
     tensors = net.graph.tensors()
     for layer, names in sites.affines.items():
         for name, value in zip(names, (state.gain[layer], state.shift[layer]), strict=True):
             tensors[name].values = value.to("cpu", torch.float32).numpy()
-    for pair in sites.pairs.values():
-        _write_step(nodes, pair, np.float32(state.step[pair.group].item()))
-
-
-def _write_step(nodes: Mapping[str, gs.Node], pair: Pair, step: np.float32) -> None:
-    for name in (pair.nodes[-1], pair.dequantize):
-        nodes[name].inputs[1].values = np.array(step, dtype=np.float32)
-    if len(pair.nodes) == 2:
-        for tensor, code in zip(
-            nodes[pair.nodes[0]].inputs[1:], (pair.grid.qmin, pair.grid.qmax), strict=True
-        ):
-            tensor.values = np.array(np.float32(code) * step, dtype=np.float32)
+    return learned
 
 
 def _unchanged(x: Tensor, *_: Tensor) -> Tensor:
@@ -202,32 +196,17 @@ def _float_constants(
     }
 
 
-def _pairs(
-    net: Net, placement: Placement, device: torch.device
-) -> tuple[dict[str, Pair], dict[int, Tensor]]:
-    nodes = {node.name: node for node in net.graph.nodes}
+def _pairs(net: Net, plan: QuantPlan) -> dict[str, Pair]:
     pairs: dict[str, Pair] = {}
-    steps: dict[int, Tensor] = {}
-    for activation in placement.activations:
-        name, index = activation.readers[0]
-        dequantize = maker_of(nodes[name].inputs[index])
-        quantize = maker_of(dequantize.inputs[0])
-        clip = producer(quantize.inputs[0])
-        step = np.float32(constant_of(quantize.inputs[1]))
-        unsigned = constant_of(quantize.inputs[2]).dtype == np.uint8
-        grid = Grid(0, 255) if unsigned else Grid.activation(8)
-        inserted = [quantize.name]
-        if clip is not None and is_simulation(clip):
-            inserted = [clip.name, quantize.name]
-            low, high = (float(constant_of(tensor)) for tensor in clip.inputs[1:])
-            grid = Grid(round(low / float(step)), round(high / float(step)))
-        pairs[activation.tensor] = Pair(
-            activation.tensor,
+    for tensor, inserted in inserted_pairs(net, plan).items():
+        activation = plan.activations[tensor]
+        clips = () if inserted.clip is None else (inserted.clip,)
+        pairs[tensor] = Pair(
+            tensor,
             frozenset(reader for reader, _ in activation.readers),
-            tuple(inserted),
-            dequantize.name,
+            tuple(node.name for node in (*clips, inserted.quantize)),
+            inserted.dequantizes[0].name,
             activation.group,
-            grid,
+            activation.grid,
         )
-        steps[activation.group] = torch.tensor(step, device=device)
-    return pairs, steps
+    return pairs
