@@ -267,13 +267,6 @@ def test_an_input_that_ends_tensorrt(tmp_path: Path) -> None:
         read_buildable(save(model, tmp_path / "m.onnx"))
 
 
-def test_damage_to_metadata_is_found_before_an_engine_is_built(tmp_path: Path) -> None:
-    model = plain_chain()
-    helper.set_model_props(model, {"reptrt.preprocess": "{"})
-    with pytest.raises(ArtifactError, match=r"metadata reptrt\.preprocess"):
-        read_buildable(save(model, tmp_path / "m.onnx"))
-
-
 def test_a_record_whose_options_are_something_else(tmp_path: Path) -> None:
     run = make_run(write_factory(tmp_path), write_data(tmp_path / "x.npz"), tmp_path / "run")
     content = json.loads((run / "run.json").read_text())
