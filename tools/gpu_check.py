@@ -74,9 +74,10 @@ from reptrt.data.dataset import Dataset, open_dataset  # noqa: E402
 from reptrt.execute.runner import Runner, open_runner  # noqa: E402
 from reptrt.graph.net import bytes_from_model, net_from_model, read_model  # noqa: E402
 from reptrt.graph.preprocess import read_preprocess  # noqa: E402
-from reptrt.trt import binding  # noqa: E402
-from reptrt.trt.binding import Backend, Gpu  # noqa: E402
+from reptrt.trt import binding, driver  # noqa: E402
+from reptrt.trt.driver import Gpu  # noqa: E402
 from reptrt.trt.input import with_rest  # noqa: E402
+from reptrt.trt.versions import Backend  # noqa: E402
 
 # Each net with what its FP16 rest is made from, None: its rest is FP32.
 NETS = {
@@ -199,7 +200,7 @@ def needed(path: Path) -> Path:
 
 def environment() -> dict[str, Any]:
     """Return what the numbers depend on."""
-    gpu = binding.find_gpu()
+    gpu = driver.find_gpu()
     return {
         "gpu": gpu.name if isinstance(gpu, Gpu) else None,
         "target": gpu.target if isinstance(gpu, Gpu) else None,
@@ -321,7 +322,7 @@ def engines(
         source, target = needed(check.net(net)), check.engine(backend, net)
         options = ["--backend", backend, "--shapes", shapes, "--high-precision"]
         options.append("fp32" if NETS[net] is None else "fp16")
-        if backend == "tensorrt-rtx" and isinstance(binding.find_gpu(), Gpu):
+        if backend == "tensorrt-rtx" and isinstance(driver.find_gpu(), Gpu):
             try:
                 return check.reptrt(
                     "build-engine", source, "-o", target, *options, "--target", "current"

@@ -41,7 +41,7 @@ from reptrt.runs.manifest import FILE, LADDER_FILE, Manifest, check_made, read_f
 from reptrt.runs.options import RunOptions
 from reptrt.runs.run import ENGINE_FILE, FLOAT_FILE, INT8_FILE
 from reptrt.sources.source import Source, module_from_source
-from reptrt.trt import binding
+from reptrt.trt import driver
 from reptrt.trt.build import build_engine
 
 _LOG = logging.getLogger(__name__)
@@ -247,7 +247,7 @@ def _open_engine(files: Files, options: RunOptions, folder: Path) -> Runner:
         EngineError: there is no GPU, or TensorRT refuses.
         MissingDependencyError: TensorRT or pycuda is not installed.
     """
-    gpu = binding.find_gpu()
+    gpu = driver.find_gpu()
     if isinstance(gpu, str):
         raise EngineError(gpu)
     engine = files.engine

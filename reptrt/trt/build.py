@@ -17,22 +17,24 @@ from typing import Any, TypeVar
 import onnx
 
 from reptrt.core.artifacts import require_folder, sha256_of
-from reptrt.core.errors import ConfigError, EngineError
+from reptrt.core.errors import ConfigError, EngineError, option
 from reptrt.core.options_json import json_from_options
 from reptrt.core.result import Result
 from reptrt.graph.intent import planned_int8
 from reptrt.graph.net import bytes_from_model, net_from_model
 from reptrt.graph.preprocess import stored_preprocess
-from reptrt.trt import binding, timing_cache
-from reptrt.trt.binding import CURRENT, Backend, Gpu, Messages
+from reptrt.trt import binding, driver, timing_cache, versions
 from reptrt.trt.details import EngineDetails, TensorInfo, write_engine
+from reptrt.trt.driver import Gpu
 from reptrt.trt.input import read_buildable, with_rest
+from reptrt.trt.messages import Messages, one_line
 from reptrt.trt.options import (
     BuildOptions,
     ShapeRange,
     check_options,
     profile_shapes,
 )
+from reptrt.trt.versions import CURRENT, Backend
 
 _LOG = logging.getLogger(__name__)
 _MIB = 1 << 20
@@ -103,7 +105,7 @@ def build_engine(onnx_path: Path, output: Path, options: BuildOptions) -> Engine
     backend = binding.load(options.backend)
     without_effect = check_options(backend, options)
     for name in without_effect:
-        _LOG.warning("--%s: %s has no use for it", name.replace("_", "-"), backend.label)
+        _LOG.warning("option %s has no effect: %s ignores it", name, backend.label)
     _check_paths(onnx_path, output, options)
     model, rest = with_rest(read_buildable(onnx_path), options.high_precision)
     preprocess = stored_preprocess(net_from_model(model))
@@ -136,7 +138,7 @@ def _targets(backend: Backend, options: BuildOptions) -> tuple[str, ...]:
     """Return the compute capabilities that an engine was built for, () for the default of rtx."""
     if backend.features.builds_without_gpu and options.targets != (CURRENT,):
         return options.targets
-    gpu = binding.find_gpu()
+    gpu = driver.find_gpu()
     return (gpu.target,) if isinstance(gpu, Gpu) else options.targets
 
 
@@ -146,7 +148,7 @@ def _check_paths(onnx_path: Path, output: Path, options: BuildOptions) -> None:
         if path is not None:
             require_folder(path)
     if output.resolve() == onnx_path.resolve():
-        raise ConfigError(f"-o {output}: is the ONNX file itself; name another file")
+        raise ConfigError(f"output {output}: is the ONNX file itself; name another file")
 
 
 def _run_cancellable(work: Callable[[threading.Event], _T]) -> _T:
@@ -208,7 +210,7 @@ def _open(
 ) -> _Session:
     """Parse the model into a strongly typed network."""
     builder = binding.create_builder(backend, messages)
-    network = binding.create_network(backend, builder)
+    network = versions.create_network(backend, builder)
     parser = backend.trt.OnnxParser(network, messages.logger)
     if not parser.parse(bytes_from_model(model)) or parser.num_errors:
         raise EngineError(f"{path}: {backend.label} cannot take {_parser_error(parser, messages)}")
@@ -239,7 +241,7 @@ def _parser_error(parser: Any, messages: Messages) -> str:
     if not parser.num_errors:
         return f"the graph: {messages.reason()}"
     error = parser.get_error(0)
-    reason = binding.one_line(error.desc())
+    reason = one_line(error.desc())
     if reason in ("", "false"):  # all that it says of an operator it does not know
         reason = f"the operator is not supported ({error.code().name})"
     more = f" (and {parser.num_errors - 1} more)" if parser.num_errors > 1 else ""
@@ -258,7 +260,7 @@ def _add_profile(session: _Session, shapes: ShapeRange | None) -> dict[str, Shap
     for name, wanted in profile.items():
         optimisation.set_shape(name, wanted.minimum, wanted.optimum, wanted.maximum)
     if session.config.add_optimization_profile(optimisation) < 0:
-        raise ConfigError(f"--shapes: refused by TensorRT ({session.messages.reason()})")
+        raise ConfigError(f"{option('shapes')}: refused by TensorRT ({session.messages.reason()})")
     return profile
 
 
@@ -269,8 +271,8 @@ def _configure(session: _Session, options: BuildOptions) -> None:
     if options.workspace_mib is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace_mib * _MIB)
     if features.targets:
-        binding.set_targets(session.backend, config, options.targets)
-    binding.set_hardware_compatibility(session.backend, config, options.hardware_compatible)
+        versions.set_targets(session.backend, config, options.targets)
+    versions.set_hardware_compatibility(session.backend, config, options.hardware_compatible)
     wanted = {
         "VERSION_COMPATIBLE": options.version_compatible,
         "REFIT": options.refit,
@@ -278,15 +280,18 @@ def _configure(session: _Session, options: BuildOptions) -> None:
         "EDITABLE_TIMING_CACHE": features.timing_cache and options.timing_cache is not None,
         "ERROR_ON_TIMING_CACHE_MISS": options.pinned_tactics,
     }
-    binding.set_flags(session.backend, config, [name for name, on in wanted.items() if on])
+    versions.set_flags(session.backend, config, [name for name, on in wanted.items() if on])
 
 
 def _hint(options: BuildOptions) -> str:
     """Return what the user may have caused a failed build with."""
     if options.pinned_tactics:
-        return "; --pinned-tactics: build once without it, so that the timing cache is complete"
+        return (
+            f"; {option('pinned_tactics')}: build once without it, so that the timing cache is "
+            "complete"
+        )
     if options.workspace_mib is not None:
-        return f"; --workspace {options.workspace_mib} MiB may be too small"
+        return f"; {option('workspace_mib')}: {options.workspace_mib} MiB may be too small"
     return ""
 
 

@@ -14,22 +14,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from reptrt.core.errors import ArtifactError, EngineError
-from reptrt.trt import binding
-from reptrt.trt.binding import CURRENT, Backend, Gpu, Messages, capability
+from reptrt.trt import binding, driver, versions
 from reptrt.trt.details import EngineRecord, read_engine_record
+from reptrt.trt.driver import Gpu
+from reptrt.trt.messages import Messages
+from reptrt.trt.versions import Backend, capability
 
 _TAGS = (b"ftrt", b"vtrt")
 _HEADER_BYTES = 28
 _OLDEST_FULL = 8  # major versions below are tensorrt_rtx's
-_INVALID = {  # trt.EngineInvalidityDiagnostics of tensorrt_rtx, bits
-    1: "it is of another version",
-    2: "it was not built for this GPU",
-    4: "the NVIDIA driver is too old",
-    8: "the CUDA runtime is too old",
-    16: "the GPU has too little memory",
-    32: "it is damaged",
-    64: "CUDA fails",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +100,7 @@ def open_engine(path: Path) -> Iterator[OpenEngine]:
     """
     header = read_header(path)
     record = read_engine_record(path)
-    gpu = binding.find_gpu()
+    gpu = driver.find_gpu()
     if not isinstance(gpu, Gpu):
         raise EngineError(f"{path}: using an engine needs an NVIDIA GPU: {gpu}")
     backend = binding.load(header.backend)
@@ -117,8 +110,12 @@ def open_engine(path: Path) -> Iterator[OpenEngine]:
     plan = path.read_bytes()
     with Messages(backend) as messages:
         runtime = _create_runtime(path, backend, messages)
-        if backend.features.engine_validity:
-            _check_validity(path, backend, runtime.get_engine_validity(plan), gpu)
+        reason = versions.why_invalid(backend, runtime, plan)
+        if reason is not None:
+            raise EngineError(
+                f"{path}: {backend.label} on {gpu.name} ({gpu.target}) refuses this engine: "
+                f"{reason}; {_remedy(backend, gpu)}"
+            )
         if record is not None and record.options.version_compatible:
             runtime.engine_host_code_allowed = True  # its own lean runtime is in the file
         engine = runtime.deserialize_cuda_engine(plan)
@@ -144,20 +141,17 @@ def _check_version(
         return
     raise EngineError(
         f"{path}: built by {header.label}, this is {backend.label}; build it again here"
-        + (", or with --version-compatible there" if later and backend.name == "tensorrt" else "")
+        + (", or version compatible there" if later and backend.name == "tensorrt" else "")
     )
 
 
-def _check_validity(path: Path, backend: Backend, answer: tuple[Any, int], gpu: Gpu) -> None:
-    """Refuse what tensorrt_rtx itself calls invalid, with its reasons in words."""
-    validity, bits = answer
-    if validity != backend.trt.EngineValidity.INVALID:
-        return
-    reasons = [reason for bit, reason in _INVALID.items() if int(bits) & bit]
-    target = gpu.target if gpu.target in backend.features.targets else CURRENT
-    raise EngineError(
-        f"{path}: {backend.label} on {gpu.name} ({gpu.target}) refuses this engine: "
-        f"{', '.join(reasons) or 'it gave no reason'}; build it again with --target {target}"
+def _remedy(backend: Backend, gpu: Gpu) -> str:
+    """Return how to get an engine that runs on a GPU, after a backend refused one."""
+    if gpu.target in backend.features.targets:
+        return f"build it again for target {gpu.target}"
+    return (
+        f"{backend.name} runs on {', '.join(backend.features.targets)} only: build it here with "
+        "backend tensorrt"
     )
 
 

@@ -78,7 +78,7 @@ def with_rest(model: onnx.ModelProto, wanted: HighPrecision) -> tuple[onnx.Model
     """
     if is_half(model):
         if wanted == "fp32":
-            _LOG.warning("--high-precision fp32: the graph is FP16 already and is left as it is")
+            _LOG.warning("high precision fp32: the graph is FP16 already and is left as it is")
         return model, Rest("was fp16")
     if wanted == "fp32":
         return model, Rest("fp32")

@@ -12,9 +12,9 @@ from rich.table import Table
 from reptrt.core.result import Result
 from reptrt.graph.intent import node_name, planned_int8
 from reptrt.graph.model import Model, label_of, proto_of
-from reptrt.trt import binding
-from reptrt.trt.binding import Gpu
+from reptrt.trt import driver
 from reptrt.trt.details import EngineRecord, TensorInfo, read_engine_record
+from reptrt.trt.driver import Gpu
 from reptrt.trt.file import OpenEngine, PlanHeader, open_engine, read_header
 from reptrt.trt.inspector import UNKNOWN, Layer, Tensor, parse_inspector, type_in
 from reptrt.trt.rtx_plan import layers_of_plan
@@ -114,7 +114,7 @@ def inspect_engine(path: Path) -> Inspection:
         EngineError: an engine that cannot be used on this machine.
     """
     header = read_header(path)
-    if header.backend == "tensorrt-rtx" and not isinstance(binding.find_gpu(), Gpu):
+    if header.backend == "tensorrt-rtx" and not isinstance(driver.find_gpu(), Gpu):
         return _inspect_without_gpu(path, header)
     with open_engine(path) as opened:
         text = _inspector_text(opened)

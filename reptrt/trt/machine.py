@@ -13,8 +13,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from reptrt.trt import binding
-from reptrt.trt.binding import Gpu
+from reptrt.trt import driver
+from reptrt.trt.driver import Gpu
 
 # Runs nvidia-smi with these arguments; returns what it printed, None if it failed.
 Ask = Callable[[Sequence[str]], str | None]
@@ -55,7 +55,7 @@ class Conditions:
 
 def read_conditions(*, gpu: bool) -> Conditions:
     """Read the state of this machine; that of its GPU only if asked for."""
-    state = read_gpu(binding.find_gpu(), ask_nvidia_smi) if gpu else None
+    state = read_gpu(driver.find_gpu(), ask_nvidia_smi) if gpu else None
     return Conditions(read_cpu_mhz(Path("/")), _load_average(), state)
 
 

@@ -1,4 +1,4 @@
-"""What an engine build can be asked for, and whether the TensorRT at hand can do it."""
+"""Options of an engine build, and whether the installed TensorRT can follow them."""
 
 import re
 from collections.abc import Sequence
@@ -9,8 +9,9 @@ from typing import Literal
 from reptrt.core.choices import HighPrecision
 from reptrt.core.errors import ConfigError, option
 from reptrt.core.option_fields import described
-from reptrt.trt import binding
-from reptrt.trt.binding import CURRENT, Backend, BackendName, Gpu, capability
+from reptrt.trt import driver
+from reptrt.trt.driver import Gpu
+from reptrt.trt.versions import CURRENT, Backend, BackendName, capability
 
 HardwareCompatibility = Literal["none", "ampere+", "same-compute-capability"]
 Shape = tuple[int, ...]
@@ -33,10 +34,12 @@ class ShapeRange:
     def __post_init__(self) -> None:
         rows = (self.minimum, self.optimum, self.maximum)
         if len({len(row) for row in rows}) != 1 or not self.minimum:
-            raise ConfigError(f"--shapes {self}: expected three shapes of the same rank")
+            raise ConfigError(
+                f"{option('shapes', str(self))}: expected three shapes of the same rank"
+            )
         for low, best, high in zip(*rows, strict=True):
             if not 1 <= low <= best <= high:
-                raise ConfigError(f"--shapes {self}: expected 1 <= MIN <= OPT <= MAX")
+                raise ConfigError(f"{option('shapes', str(self))}: expected 1 <= MIN <= OPT <= MAX")
 
     @classmethod
     def from_text(cls, text: str) -> "ShapeRange":
@@ -99,11 +102,17 @@ class BuildOptions:
 
     def __post_init__(self) -> None:
         if self.workspace_mib is not None and self.workspace_mib < 1:
-            raise ConfigError(f"--workspace: got {self.workspace_mib}, expected MiB, 1 or more")
+            raise ConfigError(
+                f"{option('workspace_mib')}: got {self.workspace_mib}, expected MiB, 1 or more"
+            )
         if not 0 <= self.optimization_level <= 5:
-            raise ConfigError(f"--optimization-level: got {self.optimization_level}, expected 0..5")
+            raise ConfigError(
+                f"{option('optimization_level')}: got {self.optimization_level}, expected 0..5"
+            )
         if self.pinned_tactics and self.timing_cache is None:
-            raise ConfigError("--pinned-tactics: needs the --timing-cache that the tactics are in")
+            raise ConfigError(
+                f"{option('pinned_tactics')}: needs {option('timing_cache')}, which holds the tactics"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,8 +158,8 @@ def parse_shapes(text: str) -> ShapeRange:
     shape = re.compile(r"[0-9]{1,9}(x[0-9]{1,9})*", re.IGNORECASE)
     if len(parts) not in (1, 3) or not all(shape.fullmatch(part) for part in parts):
         raise ConfigError(
-            f"--shapes: got {text!r}, expected MIN:OPT:MAX as batch sizes (1:8:64) or full shapes "
-            "(1x3x32x32:8x3x32x32:64x3x32x32)"
+            f"{option('shapes')}: got {text!r}, expected MIN:OPT:MAX as batch sizes (1:8:64) or "
+            "full shapes (1x3x32x32:8x3x32x32:64x3x32x32)"
         )
     rows = [tuple(int(size) for size in part.lower().split("x")) for part in parts]
     return ShapeRange(rows[0], rows[len(rows) // 2], rows[-1])
@@ -171,30 +180,32 @@ def parse_targets(text: str) -> tuple[str, ...]:
         return (CURRENT,)
     targets = set()
     for part in text.split(","):
-        found = re.fullmatch(r"(?:sm_?)?([0-9]{1,2})\.?([0-9])", part.strip().lower())
-        if found is None:
+        match = re.fullmatch(r"(?:sm_?)?([0-9]{1,2})\.?([0-9])", part.strip().lower())
+        if match is None:
             raise ConfigError(
-                f"--target: got {part.strip()!r}, expected compute capabilities such as "
+                f"{option('targets')}: got {part.strip()!r}, expected compute capabilities such as "
                 "sm80,sm86,sm89,sm120, or current alone"
             )
-        targets.add(f"sm{int(found[1])}{found[2]}")
+        targets.add(f"sm{int(match[1])}{match[2]}")
     return tuple(sorted(targets, key=capability))
 
 
 def check_options(backend: Backend, options: BuildOptions) -> tuple[str, ...]:
-    """Check options against a backend; return the names of those it takes but does not follow.
+    """Check options against a backend; return the names of those it accepts but ignores.
 
     Raises:
         ConfigError: an option that the backend or the GPU of this machine cannot follow.
     """
     features = backend.features
-    gpu = binding.find_gpu()
+    gpu = driver.find_gpu()
     if features.targets:
         _check_portable(backend, options, gpu)
     elif isinstance(gpu, Gpu):
         _check_local(backend, options, gpu)
     if options.pinned_tactics and not features.pinned_tactics:
-        raise ConfigError(f"--pinned-tactics: {backend.label} measures no tactics; leave it out")
+        raise ConfigError(
+            f"{option('pinned_tactics')}: {backend.label} measures no tactics; leave it out"
+        )
     without_effect = []
     if options.timing_cache is not None and not features.timing_cache:
         without_effect.append("timing_cache")
@@ -204,63 +215,82 @@ def check_options(backend: Backend, options: BuildOptions) -> tuple[str, ...]:
 
 
 def profile_shapes(name: str, dims: Sequence[int], shapes: ShapeRange | None) -> ShapeRange | None:
-    """Return the full shapes that an input is to be optimised for; None: its shape is fixed.
+    """Return the full shapes that an engine is optimised for; None if the shape is fixed.
 
     Args:
         name: the input, for messages.
         dims: its shape in the graph, -1 where it may change.
-        shapes: what was asked for; None is batch 1:8:64.
+        shapes: the requested range; None is batch 1:8:64.
 
     Raises:
         ConfigError: the range does not fit the graph.
     """
     graph = "x".join("?" if size < 0 else str(size) for size in dims)
-    wanted = DEFAULT_BATCHES if shapes is None else shapes
+    full = DEFAULT_BATCHES if shapes is None else shapes
     if shapes is None and all(size >= 0 for size in dims):
         return None
-    if len(wanted.minimum) == 1 and len(dims) != 1:
+    if len(full.minimum) == 1 and len(dims) != 1:
         if any(size < 0 for size in dims[1:]):
             raise ConfigError(
-                f"input {name}: its shape is {graph}; give full shapes in --shapes, for example "
-                "1x3x224x224:8x3x224x224:64x3x224x224"
+                f"input {name}: its shape is {graph}; give full shapes in {option('shapes')}, for "
+                "example 1x3x224x224:8x3x224x224:64x3x224x224"
             )
         rest = tuple(dims[1:])
-        rows = (wanted.minimum, wanted.optimum, wanted.maximum)
-        wanted = ShapeRange(*(row + rest for row in rows))
-    fits = len(wanted.minimum) == len(dims) and all(
+        rows = (full.minimum, full.optimum, full.maximum)
+        full = ShapeRange(*(row + rest for row in rows))
+    fits = len(full.minimum) == len(dims) and all(
         size < 0 or low == high == size
-        for size, low, high in zip(dims, wanted.minimum, wanted.maximum, strict=True)
+        for size, low, high in zip(dims, full.minimum, full.maximum, strict=True)
     )
     if not fits:
         raise ConfigError(
-            f"--shapes {wanted}: does not fit input {name}, whose shape is {graph}; only "
-            "dimensions shown as ? can change (export with a dynamic batch to change the batch)"
+            f"{option('shapes', str(full))}: does not fit input {name}, whose shape is {graph}; "
+            "only dimensions shown as ? can change (export with a dynamic batch to change the batch)"
         )
-    return None if all(size >= 0 for size in dims) else wanted
+    return None if all(size >= 0 for size in dims) else full
 
 
 def _check_portable(backend: Backend, options: BuildOptions, gpu: Gpu | str) -> None:
     """Check against a backend that builds for any GPU (tensorrt-rtx)."""
-    known = ", ".join(backend.features.targets)
-    if CURRENT in options.targets and not isinstance(gpu, Gpu):
-        raise ConfigError(f"--target current: there is no GPU to build for ({gpu})")
+    supported = ", ".join(backend.features.targets)
+    if CURRENT in options.targets:
+        _check_current(backend, gpu)
     for target in options.targets:
         if target not in (CURRENT, *backend.features.targets):
-            raise ConfigError(f"--target {target}: {backend.label} builds for {known} only")
+            raise ConfigError(
+                f"{option('targets', target)}: {backend.label} builds for {supported} only"
+            )
     if options.hardware_compatible != "none":
         raise ConfigError(
-            f"--hardware-compatible: {backend.label} names GPUs by --target (any of {known}); its "
-            "default already runs on sm80 and later"
+            f"{option('hardware_compatible')}: {backend.label} takes {option('targets')} instead "
+            f"(any of {supported}); its default already runs on sm80 and later"
         )
     if options.version_compatible:
         raise ConfigError(
-            f"--version-compatible: {backend.label} comes without the lean runtime that goes into "
-            "such an engine; use --backend tensorrt"
+            f"{option('version_compatible')}: {backend.label} comes without the lean runtime that "
+            f"such an engine contains; use {option('backend', 'tensorrt')}"
         )
     if (options.refit or options.strip_plan) and not isinstance(gpu, Gpu):
         raise ConfigError(
-            f"--refit, --strip-plan: {backend.label} builds such engines only on a machine with "
-            f"an NVIDIA driver ({gpu})"
+            f"{option('refit')}, {option('strip_plan')}: {backend.label} builds such engines only "
+            f"on a machine with an NVIDIA driver ({gpu})"
+        )
+
+
+def _check_current(backend: Backend, gpu: Gpu | str) -> None:
+    """Refuse the target ``current`` where the backend would build an engine that does not run.
+
+    tensorrt_rtx builds for a GPU that it does not support without a word, and refuses the engine
+    when it is loaded (seen on SM90).
+    """
+    current = option("targets", CURRENT)
+    if not isinstance(gpu, Gpu):
+        raise ConfigError(f"{current}: there is no GPU to build for ({gpu})")
+    if gpu.target not in backend.features.targets:
+        raise ConfigError(
+            f"{current}: {backend.label} does not run on this GPU ({gpu.name}, {gpu.target}), only "
+            f"on {', '.join(backend.features.targets)}; use {option('backend', 'tensorrt')} here, "
+            "or name the GPU that will run the engine"
         )
 
 
@@ -268,12 +298,14 @@ def _check_local(backend: Backend, options: BuildOptions, gpu: Gpu) -> None:
     """Check against a backend that builds for the GPU of this machine (tensorrt)."""
     ampere = options.hardware_compatible == "ampere+"
     if ampere and capability(gpu.target) < _AMPERE:
-        raise ConfigError(f"--hardware-compatible ampere+: {gpu.name} is {gpu.target}, before sm80")
+        raise ConfigError(
+            f"{option('hardware_compatible', 'ampere+')}: {gpu.name} is {gpu.target}, before sm80"
+        )
     for target in options.targets:
         if target in (CURRENT, gpu.target) or (ampere and capability(target) >= _AMPERE):
             continue
         raise ConfigError(
-            f"--target {target}: {backend.label} builds for the GPU of this machine ({gpu.name}, "
-            f"{gpu.target}) only; use --backend tensorrt-rtx, or --hardware-compatible ampere+ for "
-            "every GPU from sm80 on"
+            f"{option('targets', target)}: {backend.label} builds for the GPU of this machine "
+            f"({gpu.name}, {gpu.target}) only; use {option('backend', 'tensorrt-rtx')}, or "
+            f"{option('hardware_compatible', 'ampere+')} for every GPU from sm80 on"
         )

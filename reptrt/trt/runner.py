@@ -9,8 +9,9 @@ import numpy as np
 import numpy.typing as npt
 
 from reptrt.core.errors import ConfigError, DataError, EngineError
-from reptrt.trt import binding
+from reptrt.trt import binding, versions
 from reptrt.trt.file import OpenEngine, open_engine
+from reptrt.trt.messages import one_line
 
 AnyArray = npt.NDArray[Any]
 
@@ -152,7 +153,7 @@ class TrtRunner:
         if not fits:
             raise DataError(
                 f"{self._path}: batch {shape}, the engine takes {low} to {high}; build it again "
-                "with --shapes for this size"
+                "for shapes that include this one"
             )
 
     def _allocate(self, shape: tuple[int, ...]) -> None:
@@ -192,19 +193,13 @@ class TrtRunner:
             yield
         except self._cuda.Error as err:
             raise EngineError(
-                f"{self._path}: CUDA failed on {self.device}: {binding.one_line(str(err))}; "
+                f"{self._path}: CUDA failed on {self.device}: {one_line(str(err))}; "
                 "try a smaller batch"
             ) from err
 
 
 def _execution_context(opened: OpenEngine, cuda_graph: bool) -> Any:
-    trt, engine = opened.backend.trt, opened.engine
-    if cuda_graph and opened.backend.features.cuda_graph_strategy:
-        config = engine.create_runtime_config()
-        config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
-        context = engine.create_execution_context(config)
-    else:
-        context = engine.create_execution_context()
+    context = versions.create_context(opened.backend, opened.engine, cuda_graph=cuda_graph)
     if context is None:
         raise EngineError(
             f"{opened.path}: no execution context on {opened.gpu.name}: {opened.messages.reason()}"

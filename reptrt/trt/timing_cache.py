@@ -15,7 +15,8 @@ from typing import Any, BinaryIO
 
 from reptrt.core.artifacts import write_bytes
 from reptrt.core.errors import ArtifactError, ConfigError, EngineError
-from reptrt.trt.binding import Backend, Messages
+from reptrt.trt.messages import Messages
+from reptrt.trt.versions import Backend
 
 _LOG = logging.getLogger(__name__)
 
@@ -30,7 +31,7 @@ def attach(backend: Backend, messages: Messages, config: Any, path: Path) -> Non
     if cache is None or not config.set_timing_cache(cache, False):
         raise EngineError(
             f"{path}: not a timing cache of {backend.label} on this GPU ({messages.reason()}); "
-            "delete it, or name another --timing-cache"
+            f"delete it, or name another {option('timing_cache')}"
         )
 
 

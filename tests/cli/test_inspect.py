@@ -8,7 +8,7 @@ from click.testing import CliRunner, Result
 
 from reptrt.cli import main
 from reptrt.core.artifacts import sidecar_path
-from reptrt.trt import binding
+from reptrt.trt import driver
 from tests.support.qdq_graphs import qdq_model, save
 
 
@@ -19,7 +19,7 @@ def inspect(*args: str | Path) -> Result:
 @pytest.fixture
 def engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     pytest.importorskip("tensorrt_rtx")
-    monkeypatch.setattr(binding, "find_gpu", lambda: "no NVIDIA driver on this machine")
+    monkeypatch.setattr(driver, "find_gpu", lambda: "no NVIDIA driver on this machine")
     path = save(qdq_model(), tmp_path / "m.onnx")
     args = ["build-engine", str(path), "-o", str(tmp_path / "m.engine"), "--target", "sm80"]
     args += ["--backend", "tensorrt-rtx"]

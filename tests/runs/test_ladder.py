@@ -29,7 +29,7 @@ from reptrt.rewrite.recentre import recentre
 from reptrt.runs import ladder as ladder_module
 from reptrt.runs.options import RunOptions
 from reptrt.sources.source import Source, module_from_source
-from reptrt.trt.binding import Gpu
+from reptrt.trt.driver import Gpu
 from tests.support.full_range_nets import unsigned
 from tests.support.helpers import ort_run
 from tests.support.qdq_nets import images, quantized, residual_net
@@ -410,7 +410,7 @@ def test_the_engine_is_the_last_rung_where_there_is_a_gpu(
     def open_any(path: Path, **options: Any) -> Runner:
         return OrtRunner(path.read_bytes() if path in built else path, **options)
 
-    monkeypatch.setattr(ladder_module.binding, "find_gpu", lambda: Gpu("GPU", "sm89", (12, 8)))
+    monkeypatch.setattr(ladder_module.driver, "find_gpu", lambda: Gpu("GPU", "sm89", (12, 8)))
     monkeypatch.setattr(ladder_module, "build_engine", build)
     monkeypatch.setattr(ladder_module, "open_runner", open_any)
     copied = shutil.copytree(made / "run", made / "without engine")
@@ -425,7 +425,7 @@ def test_the_engine_is_the_last_rung_where_there_is_a_gpu(
 
 
 def test_without_a_gpu_the_reason_is_said(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ladder_module.binding, "find_gpu", lambda: "no NVIDIA driver here")
+    monkeypatch.setattr(ladder_module.driver, "find_gpu", lambda: "no NVIDIA driver here")
     result = reptrt("ladder", made / "run", "--limit", 20)
     assert result.stdout.splitlines()[-1] == "engine: not run: no NVIDIA driver here"
 

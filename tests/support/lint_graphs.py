@@ -9,7 +9,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from reptrt.graph.net import bytes_from_model, net_from_model
 from reptrt.linter import LintReport, lint_net
-from reptrt.trt import binding
+from reptrt.trt import binding, versions
+from reptrt.trt.messages import Messages
 
 C = 16  # channels
 IMAGE = (1, C, 8, 8)
@@ -36,14 +37,14 @@ def rules(report: LintReport, *severities: str) -> list[str]:
 def refused_by_rtx(model: onnx.ModelProto) -> bool:
     """Parse with tensorrt_rtx, and build for sm89 if that works."""
     backend = binding.load("tensorrt-rtx")
-    with binding.Messages(backend) as messages:
+    with Messages(backend) as messages:
         builder = binding.create_builder(backend, messages)
-        network = binding.create_network(backend, builder)
+        network = versions.create_network(backend, builder)
         parser = backend.trt.OnnxParser(network, messages.logger)
         if not parser.parse(bytes_from_model(model)) or parser.num_errors:
             return True
         config = builder.create_builder_config()
-        binding.set_targets(backend, config, ("sm89",))
+        versions.set_targets(backend, config, ("sm89",))
         profile = builder.create_optimization_profile()
         for index in range(network.num_inputs):
             tensor = network.get_input(index)

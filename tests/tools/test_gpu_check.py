@@ -14,8 +14,8 @@ from click.testing import CliRunner
 
 from reptrt.cli import main as reptrt_main
 from reptrt.core import choices
-from reptrt.trt import binding
-from reptrt.trt.binding import Gpu
+from reptrt.trt import driver
+from reptrt.trt.driver import Gpu
 from tests.support.helpers import TOOLS, load_tool
 from tests.support.onnx_nets import plain_chain
 
@@ -36,7 +36,7 @@ def in_this_process(command: Sequence[str]) -> tuple[int, str]:
 
 @pytest.fixture
 def check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr(binding, "find_gpu", lambda: "no NVIDIA driver on this machine")
+    monkeypatch.setattr(driver, "find_gpu", lambda: "no NVIDIA driver on this machine")
     onnx.save(plain_chain(), str(tmp_path / "m.onnx"))
     pixels = np.random.default_rng(0).integers(0, 256, (32, 3, 8, 8), dtype=np.uint8)
     np.savez(tmp_path / "images.npz", x=pixels)
@@ -152,7 +152,7 @@ def test_an_engine_that_does_not_run_is_not_timed(check: Any, monkeypatch: Any) 
 def test_rtx_builds_for_the_gpu_that_is_there_or_portably(
     check: Any, monkeypatch: pytest.MonkeyPatch, current: bool
 ) -> None:
-    monkeypatch.setattr(binding, "find_gpu", lambda: Gpu("NVIDIA H100", "sm90", (13, 0)))
+    monkeypatch.setattr(driver, "find_gpu", lambda: Gpu("NVIDIA H100", "sm90", (13, 0)))
     monkeypatch.setattr(gpu_check, "_load", lambda name: None)
     commands: list[Sequence[str]] = []
 

@@ -1,6 +1,5 @@
 """The loader: which TensorRT it takes, what it says when there is none, what it detects."""
 
-import logging
 import re
 import subprocess
 import sys
@@ -8,8 +7,9 @@ import sys
 import pytest
 
 from reptrt.core.errors import ConfigError, MissingDependencyError
-from reptrt.trt import binding
-from reptrt.trt.binding import Gpu, Messages, load
+from reptrt.trt import driver
+from reptrt.trt.binding import load
+from reptrt.trt.driver import Gpu
 from tests.support.fake_tensorrt import API, FakeTensorrt
 
 RTX_RELEASES = [release for release in API if release.startswith("tensorrt-rtx")]
@@ -20,7 +20,7 @@ def install(monkeypatch, tensorrt=None, tensorrt_rtx=None, gpu=GPU):
     """Make exactly these modules importable; None blocks one."""
     monkeypatch.setitem(sys.modules, "tensorrt", tensorrt)
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", tensorrt_rtx)
-    monkeypatch.setattr(binding, "find_gpu", lambda: gpu)
+    monkeypatch.setattr(driver, "find_gpu", lambda: gpu)
 
 
 @pytest.mark.parametrize("release", API, ids=str)
@@ -119,82 +119,3 @@ def test_importing_the_loader_imports_no_tensorrt():
     code = f"import sys, reptrt.trt.binding; print({found})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
-
-
-def test_messages_reach_the_log_and_errors_are_kept(monkeypatch, caplog):
-    fake = FakeTensorrt("tensorrt-11.4.0.106")
-    install(monkeypatch, fake)
-    severity = fake.ILogger.Severity
-    caplog.set_level(logging.DEBUG, "reptrt.tensorrt")
-
-    with Messages(load()) as messages:
-        messages.logger.log(severity.WARNING, "be careful")
-        messages.logger.log(severity.ERROR, "Error Code 4:\n  the cause")
-        messages.logger.log(severity.ERROR, "an echo [checkMacros.cpp::catchCudaError::250]")
-    messages.logger.log(severity.ERROR, "of somebody else")
-
-    assert messages.reason() == "Error Code 4: the cause"
-    warnings = [r.message for r in caplog.records if r.levelno == logging.WARNING]
-    assert warnings == ["be careful"]
-    assert len(caplog.records) == 4
-
-
-def test_one_logger_per_process(monkeypatch):
-    """TensorRT ignores every logger after the first: a second one would hear nothing."""
-    install(monkeypatch, FakeTensorrt("tensorrt-11.4.0.106"))
-    assert Messages(load()).logger is Messages(load()).logger
-
-
-def test_find_gpu_without_a_driver(monkeypatch):
-    def no_library(name):
-        raise OSError(name)
-
-    monkeypatch.setattr(binding.ctypes, "CDLL", no_library)
-    assert re.fullmatch(r"no NVIDIA driver on this machine \(\S+ not found\)", binding.find_gpu())
-
-
-class FakeCuda:
-    """The driver library of a machine with one RTX 4090, or with a defect."""
-
-    def __init__(self, init=0):
-        self.init = init
-
-    def cuInit(self, flags):  # noqa: N802
-        return self.init
-
-    def cuDeviceGet(self, device, ordinal):  # noqa: N802
-        return 0
-
-    def cuDeviceGetName(self, name, length, device):  # noqa: N802
-        name.value = b"NVIDIA GeForce RTX 4090"
-        return 0
-
-    def cuDeviceGetPCIBusId(self, text, length, device):  # noqa: N802
-        text.value = b"0000:01:00.0"
-        return 0
-
-    def cuDriverGetVersion(self, version):  # noqa: N802
-        version._obj.value = 12080
-        return 0
-
-    def cuDeviceGetAttribute(self, number, attribute, device):  # noqa: N802
-        number._obj.value = {75: 8, 76: 9}[attribute]
-        return 0
-
-
-@pytest.mark.parametrize(
-    ("init", "expected"),
-    [
-        (
-            0,
-            r"Gpu\(name='NVIDIA GeForce RTX 4090', target='sm89', driver=\(12, 8\), "
-            r"bus_id='0000:01:00\.0'\)",
-        ),
-        (100, "the NVIDIA driver shows no GPU .*"),
-        (999, ".*cuInit gives error 999.*"),
-    ],
-    ids=["gpu", "no device", "broken"],
-)
-def test_find_gpu(monkeypatch, init, expected):
-    monkeypatch.setattr(binding.ctypes, "CDLL", lambda name: FakeCuda(init))
-    assert re.fullmatch(expected, str(binding.find_gpu()))

@@ -18,10 +18,10 @@ from onnx import helper
 from reptrt.core.artifacts import read_sidecar, sha256_of, sidecar_path, write_artifact
 from reptrt.core.errors import ArtifactError, ConfigError, EngineError
 from reptrt.graph.preprocess import Preprocess
-from reptrt.trt import binding
-from reptrt.trt.binding import Gpu
+from reptrt.trt import binding, driver
 from reptrt.trt.build import TensorInfo, build_engine
 from reptrt.trt.details import read_engine_record
+from reptrt.trt.driver import Gpu
 from reptrt.trt.options import BuildOptions, parse_shapes
 from reptrt.trt.rtx_plan import layers_of_plan
 from tests.support.fake_tensorrt import API, FULL_RELEASES, FakeTensorrt
@@ -31,7 +31,7 @@ needs_rtx = pytest.mark.skipif(
     importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt-rtx is not installed"
 )
 no_gpu = pytest.mark.skipif(
-    isinstance(binding.find_gpu(), Gpu), reason="states what happens without a GPU"
+    isinstance(driver.find_gpu(), Gpu), reason="states what happens without a GPU"
 )
 RTX = BuildOptions(backend="tensorrt-rtx", targets=("sm89",))
 
@@ -163,7 +163,10 @@ def test_options_without_effect_are_said(source, output, tmp_path, caplog):
     assert summary.details.without_effect == ("timing_cache", "optimization_level")
     assert not (tmp_path / "t").exists()
     warned = [r.message for r in caplog.records if r.levelno == logging.WARNING]
-    assert [line.split(":")[0] for line in warned] == ["--timing-cache", "--optimization-level"]
+    assert [line.split(":")[0] for line in warned] == [
+        "option timing_cache has no effect",
+        "option optimization_level has no effect",
+    ]
 
 
 # --- what is refused: one line, nothing written ----------------------------------------------
@@ -232,7 +235,7 @@ def test_a_scale_computed_from_constants_builds(tmp_path, output):
 @needs_rtx
 def test_the_builders_own_reason_is_quoted(source, output):
     options = BuildOptions("tensorrt-rtx", targets=("sm89",), workspace_mib=1)
-    expected = r"built no engine: .*workspace limit.*; --workspace 1 MiB may be too small"
+    expected = r"built no engine: .*workspace limit.*; workspace_mib: 1 MiB may be too small"
     assert_refused(source, output, options, EngineError, expected)
     assert_refused(source, output, options, EngineError, expected)  # heard a second time too
 
@@ -263,7 +266,7 @@ def test_rtx_refits_only_with_a_driver(source, output, option):
 @needs_rtx
 def test_pinned_tactics_need_a_backend_that_measures(source, output, tmp_path):
     options = BuildOptions("tensorrt-rtx", timing_cache=tmp_path / "t", pinned_tactics=True)
-    assert_refused(source, output, options, ConfigError, "--pinned-tactics: .*measures no tactics")
+    assert_refused(source, output, options, ConfigError, "pinned_tactics: .*measures no tactics")
 
 
 @needs_rtx
@@ -376,7 +379,7 @@ def test_ctrl_c_on_the_command_line_is_one_line_and_exit_130(source, output):
 @no_gpu
 def test_rtx_builds_for_the_current_gpu_only_where_there_is_one(source, output):
     options = BuildOptions("tensorrt-rtx", targets=("current",))
-    expected = "--target current: there is no GPU to build for "
+    expected = "targets='current': there is no GPU to build for "
     assert_refused(source, output, options, ConfigError, expected)
 
 
@@ -384,15 +387,31 @@ def test_rtx_builds_for_the_current_gpu_only_where_there_is_one(source, output):
 def test_the_current_gpu_is_named_in_the_sidecar(release, source, output, monkeypatch):
     fake = FakeTensorrt(release)
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", fake)
-    monkeypatch.setattr(binding, "find_gpu", lambda: Gpu("NVIDIA H100", "sm90", (13, 0)))
+    monkeypatch.setattr(driver, "find_gpu", lambda: Gpu("NVIDIA L4", "sm89", (13, 0)))
     options = BuildOptions("tensorrt-rtx", targets=("current",))
     summary = build_engine(source, output, options)
     assert fake.called("IBuilderConfig.num_compute_capabilities") == [(1,)]
     current = fake.ComputeCapability.CURRENT
     assert fake.called("IBuilderConfig.set_compute_capability") == [(current, 0)]
-    assert summary.details.targets == ("sm90",)
-    with pytest.raises(ConfigError, match=r"--target sm90: .* builds for sm75, sm80, "):
-        build_engine(source, output, BuildOptions("tensorrt-rtx", targets=("sm90",)))
+    assert summary.details.targets == ("sm89",)
+
+
+@pytest.mark.parametrize("release", [r for r in API if "rtx" in r])
+def test_rtx_refuses_a_gpu_that_it_does_not_run_on(release, source, output, monkeypatch):
+    """It would build such an engine without a word, and call it invalid when it is loaded."""
+    fake = FakeTensorrt(release)
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", fake)
+    monkeypatch.setattr(driver, "find_gpu", lambda: Gpu("NVIDIA H100", "sm90", (13, 0)))
+    current = BuildOptions("tensorrt-rtx", targets=("current",))
+    expected = (
+        r"targets='current': tensorrt-rtx .* does not run on this GPU \(NVIDIA H100, sm90\), only "
+        r"on sm75, sm80, .*; use backend='tensorrt' here, or name the GPU that will run the engine"
+    )
+    assert_refused(source, output, current, ConfigError, expected)
+    named = BuildOptions("tensorrt-rtx", targets=("sm90",))
+    expected = r"targets='sm90': .* builds for sm75, sm80, "
+    assert_refused(source, output, named, ConfigError, expected)
+    assert not fake.called("Builder.build_serialized_network")
 
 
 # --- tensorrt 10.12+, 11.x: calls by the names that their bindings have -------------------------
@@ -403,7 +422,7 @@ def fake(request, monkeypatch):
     module = FakeTensorrt(request.param)
     monkeypatch.setitem(sys.modules, "tensorrt", module)
     gpu = Gpu("NVIDIA GeForce RTX 4090", "sm89", (12, 8))
-    monkeypatch.setattr(binding, "find_gpu", lambda: gpu)
+    monkeypatch.setattr(driver, "find_gpu", lambda: gpu)
     return module
 
 
@@ -447,11 +466,13 @@ def test_tensorrt_options_reach_the_builder(fake, source, output):
 
 def test_tensorrt_builds_for_its_own_gpu_only(fake, source, output):
     build_engine(source, output, BuildOptions(targets=("sm89",)))
-    expected = r"--target sm80: .*GPU of this machine \(NVIDIA .* 4090, sm89\) only; .*tensorrt-rtx"
+    expected = (
+        r"targets='sm80': .*GPU of this machine \(NVIDIA .* 4090, sm89\) only; .*tensorrt-rtx"
+    )
     with pytest.raises(ConfigError, match=expected):
         build_engine(source, output, BuildOptions(targets=("sm80",)))
     turing = BuildOptions(targets=("sm75",), hardware_compatible="ampere+")
-    with pytest.raises(ConfigError, match="--target sm75"):
+    with pytest.raises(ConfigError, match="targets='sm75'"):
         build_engine(source, output, turing)
 
 
@@ -462,7 +483,7 @@ def test_the_current_gpu_is_that_of_tensorrt_anyway(fake, source, output):
 
 
 def test_ampere_engines_need_an_ampere_gpu(fake, source, output, monkeypatch):
-    monkeypatch.setattr(binding, "find_gpu", lambda: Gpu("Tesla T4", "sm75", (12, 8)))
+    monkeypatch.setattr(driver, "find_gpu", lambda: Gpu("Tesla T4", "sm75", (12, 8)))
     options = BuildOptions(hardware_compatible="ampere+")
     with pytest.raises(ConfigError, match=r"Tesla T4 is sm75, before sm80"):
         build_engine(source, output, options)
@@ -473,7 +494,7 @@ def test_tensorrt_without_a_gpu(fake, source, output, monkeypatch):
         raise TypeError("pybind11::init(): factory function returned nullptr")
 
     monkeypatch.setattr(fake, "Builder", no_builder)
-    monkeypatch.setattr(binding, "find_gpu", lambda: "no NVIDIA driver on this machine")
+    monkeypatch.setattr(driver, "find_gpu", lambda: "no NVIDIA driver on this machine")
     options = BuildOptions(backend="tensorrt")
     expected = r"tensorrt 1\d\S* does not start: no NVIDIA driver on this machine; .*tensorrt-rtx"
     assert_refused(source, output, options, EngineError, expected)
@@ -507,7 +528,7 @@ def test_timing_cache_is_written_and_extended(fake, source, output, tmp_path):
 def test_pinned_tactics_come_from_the_cache_only(fake, source, output, tmp_path):
     cache = tmp_path / "timing.cache"
     pinned = BuildOptions(timing_cache=cache, pinned_tactics=True)
-    expected = r"no timing of conv.*; --pinned-tactics: build once without it"
+    expected = r"no timing of conv.*; pinned_tactics: build once without it"
     assert_refused(source, output, pinned, EngineError, expected)
 
     build_engine(source, output, BuildOptions(timing_cache=cache))

@@ -15,7 +15,7 @@ from reptrt.core.errors import ArtifactError, ConfigError
 from reptrt.judge.evaluate import preprocess_of
 from reptrt.judge.explain import evidence
 from reptrt.rewrite.contract import Skipped
-from reptrt.trt import binding
+from reptrt.trt import driver
 from reptrt.trt.details import EngineDetails, Rest, TensorInfo, read_engine_record
 from reptrt.trt.inspect import inspect
 from reptrt.trt.options import BuildOptions, PackageOptions, ShapeRange
@@ -132,7 +132,7 @@ def assert_one_error(engine: Path, expected: str) -> None:
 
 @pytest.fixture(autouse=True)
 def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(binding, "find_gpu", lambda: "no NVIDIA driver on this machine")
+    monkeypatch.setattr(driver, "find_gpu", lambda: "no NVIDIA driver on this machine")
 
 
 @pytest.mark.parametrize(("name", "value", "expected"), DAMAGE)

@@ -7,9 +7,9 @@ import pytest
 
 from reptrt.core.artifacts import write_artifact
 from reptrt.core.errors import ArtifactError, EngineError
-from reptrt.trt import binding
-from reptrt.trt.binding import Gpu
+from reptrt.trt import driver
 from reptrt.trt.build import build_engine
+from reptrt.trt.driver import Gpu
 from reptrt.trt.file import open_engine, read_header
 from reptrt.trt.options import BuildOptions
 from tests.support.engines import write_fake_engine
@@ -25,7 +25,7 @@ ADA = Gpu("NVIDIA GeForce RTX 4090", "sm89", (12, 8))
 def install(monkeypatch, release, gpu=ADA):
     fake = FakeTensorrt(release)
     monkeypatch.setitem(sys.modules, fake.__name__, fake)
-    monkeypatch.setattr(binding, "find_gpu", lambda: gpu)
+    monkeypatch.setattr(driver, "find_gpu", lambda: gpu)
     return fake
 
 
@@ -186,13 +186,19 @@ def test_an_engine_of_another_gpu(monkeypatch, tmp_path, target, options, runs):
             pass
 
 
-@pytest.mark.parametrize(("target", "advice"), [("sm89", "sm89"), ("sm90", "current")])
+@pytest.mark.parametrize(
+    ("target", "advice"),
+    [
+        ("sm89", "build it again for target sm89"),
+        ("sm90", r"runs on sm75, sm80, .*, sm121 only: build it here with backend tensorrt"),
+    ],
+)
 def test_what_tensorrt_rtx_calls_invalid_is_said_in_words(monkeypatch, tmp_path, target, advice):
     gpu = Gpu("This GPU", target, (12, 8))
     fake = install(monkeypatch, "tensorrt-rtx-1.7.1.116", gpu)
     fake.validity = ("INVALID", 2 | 4)
     path = engine_of(fake, tmp_path / "m.engine")
-    expected = "not built for this GPU, the NVIDIA driver is too old; .* --target " + advice
+    expected = "not built for this GPU, the NVIDIA driver is too old; .*" + advice
     with pytest.raises(EngineError, match=expected), open_engine(path):
         pass
     assert not fake.called("Runtime.deserialize_cuda_engine")

@@ -79,7 +79,7 @@ def test_a_graph_with_half_types_is_left_as_it_is(kind: int, caplog) -> None:  #
     assert caplog.messages == []
     assert with_rest(model, "fp32") == (model, Rest("was fp16"))
     assert caplog.messages == [
-        "--high-precision fp32: the graph is FP16 already and is left as it is"
+        "high precision fp32: the graph is FP16 already and is left as it is"
     ]
 
 

@@ -7,10 +7,10 @@ import sys
 import pytest
 
 from reptrt.core.errors import ConfigError, EngineError
-from reptrt.trt import binding
+from reptrt.trt import driver
 from reptrt.trt.audit import audit, compare
-from reptrt.trt.binding import Gpu
 from reptrt.trt.build import build_engine
+from reptrt.trt.driver import Gpu
 from reptrt.trt.inspect import Inspection, inspect, inspect_onnx
 from reptrt.trt.inspector import onnx_names, parse_inspector
 from reptrt.trt.options import BuildOptions
@@ -137,7 +137,7 @@ def test_inspect_onnx_of_a_float_graph_plans_nothing(tmp_path):
 def fake(request, monkeypatch):
     module = FakeTensorrt(request.param)
     monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.setattr(binding, "find_gpu", lambda: Gpu("Fake GPU", "sm89", (12, 8)))
+    monkeypatch.setattr(driver, "find_gpu", lambda: Gpu("Fake GPU", "sm89", (12, 8)))
     old = request.param.startswith("tensorrt-10")
     module.inspector_text = SCHEMAS["10" if old else "11"]()
     return module
@@ -180,7 +180,7 @@ def test_audit_without_a_plan(fake, tmp_path):
 
 @pytest.fixture
 def no_gpu(monkeypatch):
-    monkeypatch.setattr(binding, "find_gpu", lambda: "no NVIDIA driver on this machine")
+    monkeypatch.setattr(driver, "find_gpu", lambda: "no NVIDIA driver on this machine")
 
 
 def build_rtx(model, folder):

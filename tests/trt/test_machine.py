@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from reptrt.trt import machine
-from reptrt.trt.binding import Gpu
+from reptrt.trt.driver import Gpu
 from reptrt.trt.machine import (
     Conditions,
     GpuState,

@@ -30,7 +30,7 @@ def test_parse_shapes(text, expected):
     "text", ["", "1:8", "a:b:c", "1:8:64:128", "1x:2:3", "-1:2:3", "1.5:2:3", "1;2;3", "9" * 10]
 )
 def test_parse_shapes_refuses_nonsense(text):
-    with pytest.raises(ConfigError, match=r"--shapes: got .*, expected MIN:OPT:MAX as batch sizes"):
+    with pytest.raises(ConfigError, match=r"shapes: got .*, expected MIN:OPT:MAX as batch sizes"):
         parse_shapes(text)
 
 
@@ -63,9 +63,7 @@ def test_parse_targets(text, expected):
     "text", ["", "sm", "rtx4090", "sm80,,sm89", "sm8", "sm8000", "ampere", "current,sm89"]
 )
 def test_parse_targets_refuses_nonsense(text):
-    with pytest.raises(
-        ConfigError, match=r"--target: got '.*', expected compute capabilities such"
-    ):
+    with pytest.raises(ConfigError, match=r"targets: got '.*', expected compute capabilities such"):
         parse_targets(text)
 
 
@@ -109,8 +107,8 @@ def test_profile_shapes_refuses_what_does_not_fit(dims, text, expected):
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({"workspace_mib": 0}, "--workspace: got 0, expected MiB, 1 or more"),
-        ({"optimization_level": 6}, r"--optimization-level: got 6, expected 0\.\.5"),
+        ({"workspace_mib": 0}, "workspace_mib: got 0, expected MiB, 1 or more"),
+        ({"optimization_level": 6}, r"optimization_level: got 6, expected 0\.\.5"),
         ({"pinned_tactics": True}, "--pinned-tactics: needs the --timing-cache"),
     ],
     ids=["workspace", "level", "pinned"],

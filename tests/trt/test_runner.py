@@ -9,8 +9,8 @@ from reptrt.core.errors import ConfigError, DataError, EngineError, MissingDepen
 from reptrt.execute.runner import open_runner
 from reptrt.judge.bench import bench
 from reptrt.judge.options import BenchOptions
-from reptrt.trt import binding
-from reptrt.trt.binding import Gpu
+from reptrt.trt import driver
+from reptrt.trt.driver import Gpu
 from reptrt.trt.runner import TrtRunner
 from tests.support.fake_tensorrt import API, FakeTensorrt, plan_of
 
@@ -20,7 +20,7 @@ def fake(request, monkeypatch):
     module = FakeTensorrt(request.param)
     monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setitem(sys.modules, "pycuda.driver", module.cuda)
-    monkeypatch.setattr(binding, "find_gpu", lambda: Gpu("Fake GPU", "sm89", (12, 8)))
+    monkeypatch.setattr(driver, "find_gpu", lambda: Gpu("Fake GPU", "sm89", (12, 8)))
     return module
 
 
@@ -135,7 +135,7 @@ def test_without_pycuda(fake, engine, monkeypatch):
 
 
 def test_without_a_gpu(fake, engine, monkeypatch):
-    monkeypatch.setattr(binding, "find_gpu", lambda: "no NVIDIA driver on this machine")
+    monkeypatch.setattr(driver, "find_gpu", lambda: "no NVIDIA driver on this machine")
     with pytest.raises(EngineError, match=r"m\.engine: using an engine needs an NVIDIA GPU: no NV"):
         TrtRunner(engine)
 
