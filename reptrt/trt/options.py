@@ -110,8 +110,9 @@ class BuildOptions:
                 f"{option('optimization_level')}: got {self.optimization_level}, expected 0..5"
             )
         if self.pinned_tactics and self.timing_cache is None:
+            needed = option("timing_cache")
             raise ConfigError(
-                f"{option('pinned_tactics')}: needs {option('timing_cache')}, which holds the tactics"
+                f"{option('pinned_tactics')}: needs {needed}, which holds the tactics"
             )
 
 
@@ -245,7 +246,7 @@ def profile_shapes(name: str, dims: Sequence[int], shapes: ShapeRange | None) ->
     if not fits:
         raise ConfigError(
             f"{option('shapes', str(full))}: does not fit input {name}, whose shape is {graph}; "
-            "only dimensions shown as ? can change (export with a dynamic batch to change the batch)"
+            "only dimensions shown as ? can change (to change the batch, export it as dynamic)"
         )
     return None if all(size >= 0 for size in dims) else full
 

@@ -1,20 +1,21 @@
 """A timing cache file that several builds may use at once.
 
-A build reads the file at its start. At its end it takes the lock, reads what others have written
-in the meantime, adds its own measurements and replaces the file: nothing that anyone measured is
-lost, and a reader never sees half a file. The lock is on ``<file>.lock``, which stays; the system
-releases it when its holder dies.
+A build reads the file when it starts. When it ends it takes the lock, reads what other builds have
+written meanwhile, adds its own measurements and replaces the file: no measurement is lost, and no
+reader sees half a file. The lock is ``<file>.lock``; the operating system releases it when the
+process that holds it dies.
 """
 
 import contextlib
 import logging
-import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
+
+import filelock
 
 from reptrt.core.artifacts import write_bytes
-from reptrt.core.errors import ArtifactError, ConfigError, EngineError
+from reptrt.core.errors import ArtifactError, EngineError, option
 from reptrt.trt.messages import Messages
 from reptrt.trt.versions import Backend
 
@@ -22,7 +23,7 @@ _LOG = logging.getLogger(__name__)
 
 
 def attach(backend: Backend, messages: Messages, config: Any, path: Path) -> None:
-    """Give a builder config the measurements in ``path``; none if there is no such file yet.
+    """Give a builder config the measurements in ``path``, none if the file does not exist yet.
 
     Raises:
         EngineError: the file is not a timing cache of this TensorRT and this GPU.
@@ -36,40 +37,40 @@ def attach(backend: Backend, messages: Messages, config: Any, path: Path) -> Non
 
 
 def merge(config: Any, path: Path) -> None:
-    """Add what a build has measured to ``path``, together with what others added meanwhile."""
+    """Add the measurements of a build to those in ``path``, which other builds may have extended.
+
+    A file that meanwhile belongs to another TensorRT or GPU is left as it is, with a warning.
+
+    Raises:
+        ArtifactError: the file cannot be locked, read or written.
+    """
     cache = config.get_timing_cache()
     with locked(path):
         others = _read(path)
         if others:
             theirs = _parse(config, others)
             if theirs is None or not cache.combine(theirs, False):
-                _LOG.warning("%s: now of another TensorRT or GPU; left as it is", path)
+                _LOG.warning("%s: belongs to another TensorRT or GPU now; left as it is", path)
                 return
         write_bytes(path, bytes(cache.serialize()))
 
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold the lock of ``path``, waiting for whoever holds it.
+    """Hold the lock of ``path``; wait for the process that holds it.
 
     Raises:
         ArtifactError: the lock file cannot be made.
-        ConfigError: the system has no file locks of this kind.
     """
-    if sys.platform == "win32":
-        raise ConfigError("--timing-cache: needs POSIX file locks; build without it on Windows")
-    import fcntl
-
-    with _open_lock(path.with_name(path.name + ".lock")) as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
-        yield
-
-
-def _open_lock(path: Path) -> BinaryIO:
+    lock = filelock.FileLock(path.with_name(path.name + ".lock"))
     try:
-        return open(path, "ab")
+        lock.acquire()
     except OSError as err:
-        raise ArtifactError(f"{path}: cannot be written ({err.strerror or err})") from err
+        raise ArtifactError(f"{lock.lock_file}: cannot be locked ({err.strerror or err})") from err
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _read(path: Path) -> bytes:

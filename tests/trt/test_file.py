@@ -113,7 +113,7 @@ def test_an_engine_of_another_version(monkeypatch, tmp_path):
     install(monkeypatch, "tensorrt-10.16.1.11")
     expected = (
         r"built by tensorrt 10\.12\.0\.36, this is tensorrt 10\.16\.1\.11; build it again here, "
-        "or with --version-compatible there"
+        "or version compatible there"
     )
     with pytest.raises(EngineError, match=expected), open_engine(path):
         pass

@@ -89,7 +89,7 @@ def test_profile_shapes(dims, text, expected):
         (
             (4, 3, 8, 8),
             "1:8:64",
-            r"--shapes 1x3x8x8.* does not fit input x, whose shape is 4x3x8x8",
+            r"shapes='1x3x8x8.* does not fit input x, whose shape is 4x3x8x8",
         ),
         ((-1, 3, 8, 8), "1x3x9x9:1x3x9x9:1x3x9x9", r"whose shape is \?x3x8x8"),
         ((-1, 3, 8, 8), "1x3x8:2x3x8:4x3x8", r"whose shape is \?x3x8x8"),
@@ -109,7 +109,7 @@ def test_profile_shapes_refuses_what_does_not_fit(dims, text, expected):
     [
         ({"workspace_mib": 0}, "workspace_mib: got 0, expected MiB, 1 or more"),
         ({"optimization_level": 6}, r"optimization_level: got 6, expected 0\.\.5"),
-        ({"pinned_tactics": True}, "--pinned-tactics: needs the --timing-cache"),
+        ({"pinned_tactics": True}, "pinned_tactics: needs timing_cache"),
     ],
     ids=["workspace", "level", "pinned"],
 )
