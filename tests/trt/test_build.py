@@ -244,10 +244,10 @@ def test_the_builders_own_reason_is_quoted(source, output):
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({"targets": ("sm90",)}, r"--target sm90: .* builds for sm75, sm80, .*sm120, sm121 only"),
+        ({"targets": ("sm90",)}, r"targets='sm90': .* builds for sm75, sm80, .*sm120, sm121 only"),
         ({"version_compatible": True}, "version_compatible: .*backend='tensorrt'"),
         ({"hardware_compatible": "ampere+"}, "hardware_compatible: .*targets instead"),
-        ({"shapes": parse_shapes("1x3x9x9")}, r"--shapes .* does not fit input input"),
+        ({"shapes": parse_shapes("1x3x9x9")}, r"shapes=.* does not fit input input"),
     ],
     ids=["target", "version", "hardware", "shapes"],
 )
