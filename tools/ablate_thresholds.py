@@ -1,10 +1,10 @@
-"""Compare the threshold rules: SQNR of the logits on images that no rule has seen.
+"""Compare the threshold rules by the SQNR of the logits on held-out images.
 
     python tools/ablate_thresholds.py --data ../shared/cifar10/calib NET.onnx [NET.onnx ...]
 
-Half of the images calibrate, the other half judge, several samples of halves; test images are not
-touched, so a default may be chosen by this table. Nets are float ONNX files as `reptrt export`
-writes them.
+For each seed, a random half of the images calibrates and the other half judges. Test images are not
+used, so defaults may be chosen by this table. Nets are float ONNX files as `reptrt export` writes
+them.
 """
 
 import itertools
@@ -25,19 +25,26 @@ from reptrt.judge.options import EvaluateOptions
 from reptrt.pipeline import CalibrateOptions, calibrate
 from reptrt.quantize.calib.options import ThresholdOptions
 
-Row = npt.NDArray[np.float64]  # a value for every rule
+Row = npt.NDArray[np.float64]  # one value for each rule
 
 
 @click.command()
 @click.argument("nets", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True))
 @click.option("--data", required=True, type=click.Path(path_type=Path, exists=True))
-@click.option("--bits", default="8,6", show_default=True, help="Of weights and activations.")
-@click.option("--seeds", default="0,1,2", show_default=True, help="Of the halves.")
-@click.option("--rules", "names", default=",".join(get_args(Threshold)), show_default=True)
+@click.option("--bits", default="8,6", show_default=True, help="Bits of weights and activations.")
+@click.option("--seeds", default="0,1,2", show_default=True, help="Seeds of the random halves.")
+@click.option(
+    "--rules",
+    "names",
+    default=",".join(get_args(Threshold)),
+    show_default=True,
+    help="Rules to compare.",
+)
 def main(nets: tuple[Path, ...], data: Path, bits: str, seeds: str, names: str) -> None:
-    """Print SQNR in dB for every net, bit width, preparation and rule, and each rule's means."""
+    """Print SQNR in dB for every net, bit width, equalization and rule, and each rule's means."""
     rules = [ThresholdOptions(name) for name in names.split(",")]  # type: ignore[arg-type]
-    click.echo("  ".join([f"{'net':16s} bits equalize", *(f"{one.rule:>10s}" for one in rules)]))
+    head = [f"{'net':16s} bits equalize", *(f"{options.rule:>10s}" for options in rules)]
+    click.echo("  ".join(head))
     table: dict[bool, list[Row]] = {True: [], False: []}
     for net, width, equal in itertools.product(nets, map(int, bits.split(",")), table):
         options = CalibrateOptions(equalize=equal, weight_bits=width, activation_bits=width)
@@ -52,18 +59,18 @@ def main(nets: tuple[Path, ...], data: Path, bits: str, seeds: str, names: str) 
 def _row(
     net: Path, data: Path, base: CalibrateOptions, rules: Sequence[ThresholdOptions], seed: int
 ) -> Row:
-    """Return the SQNR of every rule for one sample of images."""
+    """Return the SQNR of every rule for one seed."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         calibrating, judging = halves(net, data, folder, seed)
-        found = []
+        sqnrs = []
         for rule in rules:
             images = len(np.load(calibrating)["x"])
             options = replace(base, images=images, threshold=rule)
             calibrate(net, calibrating, folder / "q.onnx", options)
             report = evaluate([folder / "q.onnx"], judging, EvaluateOptions(reference=net))
-            found.append(report.results[0].sqnr_db or float("nan"))
-    return np.array(found)
+            sqnrs.append(report.results[0].sqnr_db or float("nan"))
+    return np.array(sqnrs)
 
 
 def _print(label: str, row: Row) -> None:

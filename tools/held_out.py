@@ -1,4 +1,4 @@
-"""Calibration images in two halves: one to calibrate with, one to judge by."""
+"""Split calibration images in two halves: one to calibrate with, the other to judge by."""
 
 from pathlib import Path
 
@@ -10,11 +10,11 @@ from reptrt.graph.preprocess import read_preprocess
 
 
 def halves(net: Path, data: Path, folder: Path, seed: int) -> tuple[Path, Path]:
-    """Write the pixels of two random halves of a data set, as the net takes them."""
+    """Write the pixels of two random halves of a data set, in the size that the net takes."""
     dataset = open_dataset(data, read_preprocess(net_from_model(read_model(net))))
     x = np.concatenate(list(dataset.batches(256)))
     order = np.random.default_rng(seed).permutation(len(x))
     files = folder / "calibrate.npz", folder / "judge.npz"
-    for path, chosen in zip(files, np.array_split(order, 2), strict=True):
-        np.savez(path, x=x[np.sort(chosen)])
+    for path, indices in zip(files, np.array_split(order, 2), strict=True):
+        np.savez(path, x=x[np.sort(indices)])
     return files

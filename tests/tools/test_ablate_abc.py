@@ -134,4 +134,4 @@ def test_a_row_that_is_not_there(made: Path) -> None:
     command = [str(made / "tiny.onnx"), "--data", str(made / "d.npz"), "--rows", "nearest;best"]
     done = CliRunner().invoke(tool.main, command)
     assert done.exit_code == 2
-    assert "--rows: {'best'}: expected of ['nearest'" in done.output
+    assert "--rows: got ['best'], expected rows of ['nearest'" in done.output
