@@ -35,7 +35,7 @@ from reptrt.quantize.reconstruct.options import LearnOptions, ReconstructReport,
 from reptrt.quantize.reconstruct.resume import Finished
 from reptrt.quantize.reconstruct.state import (
     State,
-    deployed_weights,
+    dequantized_weights,
     find_sites,
     simulation,
     write,
@@ -268,7 +268,7 @@ class _Run:
 
     def _error(self, task: Task, state: State) -> float:
         """Return the relative error of a task's outputs on the held-out images."""
-        weights = deployed_weights(self.sites, state, task.nodes & self.sites.weights.keys())
+        weights = dequantized_weights(self.sites, state, task.nodes)
         constants, hooks = simulation(self.sites, weights, state)
         kind, total = self._options.loss, 0.0
         with torch.no_grad():
@@ -305,7 +305,7 @@ class _Run:
 
     def _simulation(self, nodes: Collection[str]) -> tuple[dict[str, Tensor], Hooks]:
         """Return the constants and hooks with which torch runs nodes in the state so far."""
-        weights = deployed_weights(self.sites, self.state, set(nodes) & self.sites.weights.keys())
+        weights = dequantized_weights(self.sites, self.state, nodes)
         return simulation(self.sites, weights, self.state)
 
 

@@ -19,7 +19,7 @@ from reptrt.core.errors import CalibrationError, option
 from reptrt.execute.torchgraph import TorchGraph, exact_math
 from reptrt.quantize.reconstruct.options import LearnOptions
 from reptrt.quantize.reconstruct.rounding import SoftCodes, beta_at
-from reptrt.quantize.reconstruct.state import Sites, State, deployed_weights, simulation
+from reptrt.quantize.reconstruct.state import Sites, State, dequantized_weights, simulation
 
 Batch = Callable[[Tensor], Mapping[str, Tensor]]  # image indices -> tensors by name
 
@@ -91,7 +91,7 @@ class _Trial:
         self._task, self._start, self._options = task, start, options
         sites = task.sites
         unit_sites = [site for node, site in sites.weights.items() if node in task.nodes]
-        self._weights = deployed_weights(sites, start, [site.node for site in unit_sites])
+        self._weights = dequantized_weights(sites, start, [site.node for site in unit_sites])
         self._soft: dict[str, SoftCodes] = {}
         if options.rounding:
             self._soft = {

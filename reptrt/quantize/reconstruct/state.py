@@ -101,12 +101,12 @@ def find_sites(
         exact = bool((np.abs(original / scale - nearest) <= _SAME_CODE).all())
         codes[node] = torch.tensor(nearest, device=device)
         weights[node] = WeightSite(
-            node,
-            torch.tensor(original, device=device),
-            torch.tensor(scale, device=device),
-            nodes[node].inputs[1].name,
-            layers.get(node, node),
-            exact,
+            node=node,
+            weight=torch.tensor(original, device=device),
+            scale=torch.tensor(scale, device=device),
+            dequantized=nodes[node].inputs[1].name,
+            layer=layers.get(node, node),
+            exact=exact,
         )
     steps = {
         activation.group: torch.tensor(np.float32(activation.scale), device=device)
@@ -142,8 +142,8 @@ def simulation(
     return inputs, hooks
 
 
-def deployed_weights(sites: Sites, state: State, nodes: Collection[str]) -> dict[str, Tensor]:
-    """Return node -> codes * scale."""
+def dequantized_weights(sites: Sites, state: State, nodes: Collection[str]) -> dict[str, Tensor]:
+    """Return node -> codes * scale, for those of the nodes that have a quantized weight."""
     return {
         node: state.codes[node] * sites.weights[node].scale
         for node in nodes
@@ -202,11 +202,11 @@ def _pairs(net: Net, plan: QuantPlan) -> dict[str, Pair]:
         activation = plan.activations[tensor]
         clips = () if inserted.clip is None else (inserted.clip,)
         pairs[tensor] = Pair(
-            tensor,
-            frozenset(reader for reader, _ in activation.readers),
-            tuple(node.name for node in (*clips, inserted.quantize)),
-            inserted.dequantizes[0].name,
-            activation.group,
-            activation.grid,
+            tensor=tensor,
+            readers=frozenset(reader for reader, _ in activation.readers),
+            nodes=tuple(node.name for node in (*clips, inserted.quantize)),
+            dequantize=inserted.dequantizes[0].name,
+            group=activation.group,
+            grid=activation.grid,
         )
     return pairs
