@@ -1,47 +1,42 @@
-"""The state of a machine while something is timed: clocks, load, what holds a GPU back.
+"""The machine while something is timed: its clocks, its load, and what slows its GPU down.
 
-Everything here may be unreadable (a virtual machine hides its clocks, a container its nvidia-smi):
-then it is None, never an error.
+A value that cannot be read is None, never an error: a virtual machine hides its clocks, and the GPU
+is only read where ``nvidia-ml-py`` is installed.
 """
 
 import contextlib
+import importlib
 import os
 import platform
-import shutil
-import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from reptrt.trt import driver
 from reptrt.trt.driver import Gpu
 
-# Runs nvidia-smi with these arguments; returns what it printed, None if it failed.
-Ask = Callable[[Sequence[str]], str | None]
-
-_TIMEOUT_S = 10.0
-_CLOCK_CHANGE = 0.05  # of the clock itself: less is noise of reading it
+_CLOCK_CHANGE = 0.05  # relative; smaller changes are noise of reading the clock
 _BUSY = 0.5  # load average per core above which other programs matter
-_REASONS = {  # bits of NVML's clocks event reasons that mean: slower than it could be
+_REASONS = {  # bits of NVML's clocks event reasons that slow a GPU down
     0x4: "power cap",
     0x8: "hardware slowdown",
     0x20: "temperature (software)",
     0x40: "temperature (hardware)",
     0x80: "power brake",
 }
-_FIELDS = ("pci.bus_id", "clocks.sm", "clocks.mem", "temperature.gpu", "power.draw")
-_REASON_FIELDS = ("clocks_event_reasons.active", "clocks_throttle_reasons.active")  # new, old name
 
 
 @dataclass(frozen=True, slots=True)
 class GpuState:
-    """What nvidia-smi says of a GPU at one moment."""
+    """What NVML says of a GPU at one moment; None is not readable."""
 
-    sm_mhz: float | None
-    memory_mhz: float | None
-    temperature_c: float | None
-    power_w: float | None
-    held_back_by: tuple[str, ...] | None  # (): it runs as fast as it is asked to
+    sm_mhz: float | None = None
+    memory_mhz: float | None = None
+    temperature_c: float | None = None
+    power_w: float | None = None
+    held_back_by: tuple[str, ...] | None = None  # (): it runs as fast as it is asked to
+    unknown: str | None = None  # why nothing could be read
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,63 +45,89 @@ class Conditions:
 
     cpu_mhz: float | None  # mean over the cores
     load_average: float | None  # processes that want a core, mean of the last minute
-    gpu: GpuState | None  # also None where no GPU is used
+    gpu: GpuState | None  # None: no GPU is used
 
 
 def read_conditions(*, gpu: bool) -> Conditions:
-    """Read the state of this machine; that of its GPU only if asked for."""
-    state = read_gpu(driver.find_gpu(), ask_nvidia_smi) if gpu else None
+    """Read the state of this machine, and of its GPU if asked for."""
+    state = read_gpu(driver.find_gpu()) if gpu else None
     return Conditions(read_cpu_mhz(Path("/")), _load_average(), state)
 
 
 def read_cpu_mhz(root: Path) -> float | None:
     """Return the mean clock of the cores: as the kernel sets it, else as it last measured it."""
-    found = []
+    clocks = []
     for path in root.glob("sys/devices/system/cpu/cpu[0-9]*/cpufreq/scaling_cur_freq"):
         with contextlib.suppress(OSError, ValueError):
-            found.append(float(path.read_text()) / 1e3)
-    if not found:
+            clocks.append(float(path.read_text()) / 1e3)
+    if not clocks:
         with contextlib.suppress(OSError, ValueError):
             for line in (root / "proc/cpuinfo").read_text().splitlines():
                 if line.startswith("cpu MHz"):
-                    found.append(float(line.partition(":")[2]))
-    return sum(found) / len(found) if found else None
+                    clocks.append(float(line.partition(":")[2]))
+    return sum(clocks) / len(clocks) if clocks else None
 
 
-def read_gpu(gpu: Gpu | str, ask: Ask) -> GpuState | None:
-    """Return what nvidia-smi says of a GPU; None if there is none, or no nvidia-smi."""
+def read_gpu(gpu: Gpu | str) -> GpuState:
+    """Return what NVML says of a GPU.
+
+    Args:
+        gpu: the GPU, or why there is none.
+    """
     if not isinstance(gpu, Gpu):
-        return None
-    for reasons in _REASON_FIELDS:
-        fields = ",".join((*_FIELDS, reasons))
-        answer = ask([f"--query-gpu={fields}", "--format=csv,noheader,nounits"])
-        row = None if answer is None else _row(answer, gpu)
-        if row is not None:
-            sm_mhz, memory_mhz, celsius, watts = (_number(cell) for cell in row[1:-1])
-            return GpuState(sm_mhz, memory_mhz, celsius, watts, _held_back_by(row[-1]))
-    return None
-
-
-def ask_nvidia_smi(arguments: Sequence[str]) -> str | None:
-    """Run nvidia-smi; return what it printed, None if it is missing or failed."""
-    program = shutil.which("nvidia-smi")
-    if program is None:
-        return None
+        return GpuState(unknown=gpu)
     try:
-        done = subprocess.run(
-            [program, *arguments], capture_output=True, text=True, timeout=_TIMEOUT_S, check=False
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout if done.returncode == 0 else None
+        nvml = importlib.import_module("pynvml")
+    except ImportError:
+        return GpuState(unknown="nvidia-ml-py is not installed: pip install 'reptrt[gpu]'")
+    try:
+        nvml.nvmlInit()
+    except nvml.NVMLError as err:
+        return GpuState(unknown=f"NVML does not start ({err})")
+    try:
+        return _state(nvml, _handle(nvml, gpu))
+    except nvml.NVMLError as err:
+        return GpuState(unknown=f"NVML does not show {gpu.name} ({err})")
+    finally:
+        nvml.nvmlShutdown()
+
+
+def _handle(nvml: Any, gpu: Gpu) -> Any:
+    """Return NVML's handle of a GPU: the one with its bus id, or the first if that is not known."""
+    if gpu.bus_id:
+        return nvml.nvmlDeviceGetHandleByPciBusId(gpu.bus_id)
+    return nvml.nvmlDeviceGetHandleByIndex(0)
+
+
+def _state(nvml: Any, handle: Any) -> GpuState:
+    def read(function: Callable[..., int], *args: int) -> int | None:
+        try:
+            return function(handle, *args)
+        except nvml.NVMLError:
+            return None
+
+    milliwatts = read(nvml.nvmlDeviceGetPowerUsage)
+    # Drivers before 535 know the reasons by this name only; later ones know it too.
+    bits = read(nvml.nvmlDeviceGetCurrentClocksThrottleReasons)
+    return GpuState(
+        sm_mhz=read(nvml.nvmlDeviceGetClockInfo, nvml.NVML_CLOCK_SM),
+        memory_mhz=read(nvml.nvmlDeviceGetClockInfo, nvml.NVML_CLOCK_MEM),
+        temperature_c=read(nvml.nvmlDeviceGetTemperature, nvml.NVML_TEMPERATURE_GPU),
+        power_w=None if milliwatts is None else milliwatts / 1e3,
+        held_back_by=None if bits is None else _held_back_by(bits),
+    )
+
+
+def _held_back_by(bits: int) -> tuple[str, ...]:
+    return tuple(reason for bit, reason in _REASONS.items() if bits & bit)
 
 
 def remarks(before: Conditions, after: Conditions, cores: int) -> tuple[str, ...]:
-    """Return what may have disturbed a measurement between two moments, a line each.
+    """Return what may have disturbed a measurement, or is unknown, a line each.
 
     Args:
-        before: when everything was warm.
-        after: right after the last run.
+        before: the machine after warming up.
+        after: the machine right after the last run.
         cores: CPU cores that this process may use.
     """
     lines = []
@@ -117,6 +138,9 @@ def remarks(before: Conditions, after: Conditions, cores: int) -> tuple[str, ...
     lines += _clock_remark("CPU", before.cpu_mhz, after.cpu_mhz)
     if before.gpu is not None and after.gpu is not None:
         lines += _clock_remark("GPU", before.gpu.sm_mhz, after.gpu.sm_mhz)
+        unknown = before.gpu.unknown or after.gpu.unknown
+        if unknown:
+            lines.append(f"clocks and throttling of the GPU are unknown: {unknown}")
         held = (*(before.gpu.held_back_by or ()), *(after.gpu.held_back_by or ()))
         if held:
             lines.append(f"the GPU was held back: {', '.join(dict.fromkeys(held))}")
@@ -129,9 +153,9 @@ def cpu_name() -> str:
 
 
 def may_saturate() -> bool:
-    """Whether sums of UINT8 times INT8 may saturate: x86 without VNNI, or not known to have it.
+    """Return whether sums of UINT8 times INT8 may saturate: on x86 that is not known to have VNNI.
 
-    Such processors add two products in 16 bits, which 255 * 127 * 2 does not fit.
+    Such processors add two products in 16 bits, into which 2 * 255 * 127 does not fit.
     """
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return False
@@ -139,7 +163,7 @@ def may_saturate() -> bool:
 
 
 def _cpuinfo(field: str) -> str | None:
-    """Return what the kernel says of the first core; None where it does not."""
+    """Return a field of /proc/cpuinfo for the first core; None if there is none."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.partition(":")[0].strip() == field:
@@ -148,7 +172,7 @@ def _cpuinfo(field: str) -> str | None:
 
 
 def _load_average() -> float | None:
-    with contextlib.suppress(OSError, AttributeError):  # no such thing on Windows
+    with contextlib.suppress(OSError, AttributeError):  # Windows has no load average
         return os.getloadavg()[0]
     return None
 
@@ -157,28 +181,3 @@ def _clock_remark(what: str, before: float | None, after: float | None) -> list[
     if not before or not after or abs(after / before - 1) < _CLOCK_CHANGE:
         return []
     return [f"the {what} clock changed from {before:.0f} to {after:.0f} MHz"]
-
-
-def _row(answer: str, gpu: Gpu) -> list[str] | None:
-    """Return the cells of a GPU: the row with its bus id, or the only row."""
-    rows = [[cell.strip() for cell in line.split(",")] for line in answer.splitlines() if line]
-    rows = [row for row in rows if len(row) == len(_FIELDS) + 1]
-    short = gpu.bus_id.lower()[-len("01:00.0") :]  # the domain has 4 digits there and 8 here
-    same = [row for row in rows if short and row[0].lower().endswith(short)]
-    return (same or rows)[0] if same or len(rows) == 1 else None
-
-
-def _number(cell: str) -> float | None:
-    """Return a number; None for ``[N/A]`` and the like."""
-    try:
-        return float(cell)
-    except ValueError:
-        return None
-
-
-def _held_back_by(cell: str) -> tuple[str, ...] | None:
-    try:
-        bits = int(cell, 16)
-    except ValueError:
-        return None
-    return tuple(reason for bit, reason in _REASONS.items() if bits & bit)

@@ -1,11 +1,12 @@
 """Clocks, load and throttling: read where they can be, None where not."""
 
-import subprocess
+import sys
+import types
 from pathlib import Path
 
 import pytest
 
-from reptrt.trt import machine
+from reptrt.trt import driver
 from reptrt.trt.driver import Gpu
 from reptrt.trt.machine import (
     Conditions,
@@ -17,15 +18,57 @@ from reptrt.trt.machine import (
 )
 
 GPU = Gpu("NVIDIA A10", "sm86", (12, 8), "0000:01:00.0")
-ROW = "00000000:01:00.0, 1695, 6251, 61, 148.20, 0x0000000000000004"
-OTHER = "00000000:02:00.0, 210, 405, 30, 20.00, 0x0000000000000001"
 
 
-def answering(*rows: str, unknown: str = "none"):  # type: ignore[no-untyped-def]
-    def ask(arguments):  # type: ignore[no-untyped-def]
-        return None if unknown in arguments[0] else "".join(f"{row}\n" for row in rows)
+class FakeNvml(types.ModuleType):
+    """``pynvml`` of a machine with two GPUs, by the names that nvidia-ml-py has."""
 
-    return ask
+    class NVMLError(Exception):
+        pass
+
+    NVML_CLOCK_SM, NVML_CLOCK_MEM, NVML_TEMPERATURE_GPU = 1, 2, 0
+
+    def __init__(self, bits: int = 4, unsupported: str = "", init: str = "") -> None:
+        super().__init__("pynvml")
+        self.bits, self.unsupported, self.init = bits, unsupported, init
+        self.open = 0
+
+    def nvmlInit(self) -> None:  # noqa: N802
+        if self.init:
+            raise self.NVMLError(self.init)
+        self.open += 1
+
+    def nvmlShutdown(self) -> None:  # noqa: N802
+        self.open -= 1
+
+    def nvmlDeviceGetHandleByPciBusId(self, bus_id: str) -> str:  # noqa: N802
+        if bus_id not in ("0000:01:00.0", "0000:02:00.0"):
+            raise self.NVMLError("Not Found")
+        return bus_id
+
+    def nvmlDeviceGetHandleByIndex(self, index: int) -> str:  # noqa: N802
+        return ("0000:01:00.0", "0000:02:00.0")[index]
+
+    def _answer(self, name: str, handle: str, value: int) -> int:
+        if self.unsupported in (name, "all"):
+            raise self.NVMLError("Not Supported")
+        return value if handle == "0000:01:00.0" else 1
+
+    def nvmlDeviceGetClockInfo(self, handle: str, kind: int) -> int:  # noqa: N802
+        return self._answer("clock", handle, {1: 1695, 2: 6251}[kind])
+
+    def nvmlDeviceGetTemperature(self, handle: str, sensor: int) -> int:  # noqa: N802
+        return self._answer("temperature", handle, 61)
+
+    def nvmlDeviceGetPowerUsage(self, handle: str) -> int:  # noqa: N802
+        return self._answer("power", handle, 148_200)
+
+    def nvmlDeviceGetCurrentClocksThrottleReasons(self, handle: str) -> int:  # noqa: N802
+        return self._answer("reasons", handle, self.bits)
+
+
+def install(monkeypatch: pytest.MonkeyPatch, nvml: FakeNvml | None) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
 
 
 def test_this_machine_gives_numbers_or_none() -> None:
@@ -48,70 +91,78 @@ def test_the_clock_of_sysfs_comes_first(tmp_path: Path) -> None:
     assert read_cpu_mhz(tmp_path) == 2500.0
 
 
-@pytest.mark.parametrize("rows", [(ROW,), (OTHER, ROW)], ids=["one", "two"])
-def test_the_row_of_the_gpu_is_taken(rows: tuple[str, ...]) -> None:
-    found = read_gpu(GPU, answering(*rows))
-    assert found == GpuState(1695.0, 6251.0, 61.0, 148.2, ("power cap",))
-
-
-def test_an_older_driver_knows_the_older_name() -> None:
-    found = read_gpu(GPU, answering(ROW, unknown="clocks_event_reasons"))
-    assert found is not None
-    assert found.held_back_by == ("power cap",)
+@pytest.mark.parametrize("bus_id", ["0000:01:00.0", ""], ids=["by bus id", "the first"])
+def test_the_state_of_a_gpu(monkeypatch: pytest.MonkeyPatch, bus_id: str) -> None:
+    nvml = FakeNvml()
+    install(monkeypatch, nvml)
+    gpu = Gpu("NVIDIA A10", "sm86", (12, 8), bus_id)
+    assert read_gpu(gpu) == GpuState(1695, 6251, 61, 148.2, ("power cap",))
+    assert nvml.open == 0
 
 
 @pytest.mark.parametrize(
     ("bits", "expected"),
     [
-        ("0x0000000000000000", ()),
-        ("0x0000000000000001", ()),  # idle
-        ("0x0000000000000002", ()),  # clocks as an application asked for them
-        ("0x0000000000000068", ("hardware slowdown", "temperature (software)", "temperature (h")),
-        ("[N/A]", None),
+        (0x00, ()),
+        (0x01, ()),  # idle
+        (0x02, ()),  # clocks as an application asked for them
+        (0x68, ("hardware slowdown", "temperature (software)", "temperature (hardware)")),
     ],
 )
-def test_reasons(bits: str, expected: tuple[str, ...] | None) -> None:
-    found = read_gpu(GPU, answering(ROW.rpartition(",")[0] + f", {bits}"))
-    assert found is not None
-    if expected is None:
-        assert found.held_back_by is None
-    else:
-        assert found.held_back_by is not None
-        assert len(found.held_back_by) == len(expected)
-        assert all(a.startswith(b) for a, b in zip(found.held_back_by, expected, strict=True))
-
-
-def test_what_is_not_available_is_none() -> None:
-    found = read_gpu(GPU, answering("00000000:01:00.0, [N/A], 6251, 61, [Not Supported], [N/A]"))
-    assert found == GpuState(None, 6251.0, 61.0, None, None)
+def test_reasons(monkeypatch: pytest.MonkeyPatch, bits: int, expected: tuple[str, ...]) -> None:
+    install(monkeypatch, FakeNvml(bits))
+    assert read_gpu(GPU).held_back_by == expected
 
 
 @pytest.mark.parametrize(
-    "ask",
-    [lambda _: None, answering(""), answering("No devices were found"), answering(OTHER, OTHER)],
-    ids=["no program", "nothing", "other words", "other gpus"],
+    ("unsupported", "expected"),
+    [
+        ("clock", GpuState(None, None, 61, 148.2, ("power cap",))),
+        ("temperature", GpuState(1695, 6251, None, 148.2, ("power cap",))),
+        ("power", GpuState(1695, 6251, 61, None, ("power cap",))),
+        ("reasons", GpuState(1695, 6251, 61, 148.2, None)),
+        ("all", GpuState()),
+    ],
 )
-def test_no_answer_is_none(ask) -> None:  # type: ignore[no-untyped-def]
-    assert read_gpu(GPU, ask) is None
-    assert read_gpu("no NVIDIA driver", ask) is None
-
-
-def test_nvidia_smi_may_be_missing_fail_or_hang(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def test_what_is_not_supported_is_none(
+    monkeypatch: pytest.MonkeyPatch, unsupported: str, expected: GpuState
 ) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert machine.ask_nvidia_smi(["--x"]) is None
-    program = tmp_path / "nvidia-smi"
-    program.write_text('#!/bin/sh\n[ "$1" = --x ] && echo said "$1"\n')
-    program.chmod(0o755)
-    assert machine.ask_nvidia_smi(["--x"]) == "said --x\n"
-    assert machine.ask_nvidia_smi(["--y"]) is None
+    install(monkeypatch, FakeNvml(unsupported=unsupported))
+    assert read_gpu(GPU) == expected
 
-    def hanging(*_, **options):  # type: ignore[no-untyped-def]
-        raise subprocess.TimeoutExpired("nvidia-smi", options["timeout"])
 
-    monkeypatch.setattr(machine.subprocess, "run", hanging)
-    assert machine.ask_nvidia_smi(["--x"]) is None
+def test_what_is_unknown_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert read_gpu("no NVIDIA driver") == GpuState(unknown="no NVIDIA driver")
+    install(monkeypatch, None)
+    assert "nvidia-ml-py is not installed: pip install" in (read_gpu(GPU).unknown or "")
+    install(monkeypatch, FakeNvml(init="NVML Shared Library Not Found"))
+    expected = "NVML does not start (NVML Shared Library Not Found)"
+    assert read_gpu(GPU) == GpuState(unknown=expected)
+    nvml = FakeNvml()
+    install(monkeypatch, nvml)
+    elsewhere = Gpu("NVIDIA L4", "sm89", (12, 8), "0000:09:00.0")
+    assert read_gpu(elsewhere) == GpuState(unknown="NVML does not show NVIDIA L4 (Not Found)")
+    assert nvml.open == 0
+
+
+def test_the_fake_has_the_names_of_nvidia_ml_py() -> None:
+    pynvml = pytest.importorskip("pynvml")
+    names = [name for name in dir(FakeNvml) if name.lower().startswith("nvml")]
+    assert len(names) > 9
+    assert [name for name in names if not hasattr(pynvml, name)] == []
+
+
+def test_a_machine_without_a_gpu_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(driver, "find_gpu", lambda: GPU)
+    pynvml = pytest.importorskip("pynvml")
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        found = read_conditions(gpu=True).gpu
+        assert found is not None
+        assert (found.unknown or "").startswith("NVML does not start (")
+    else:
+        pytest.skip("this machine has NVML")
 
 
 def state(sm_mhz: float, *held: str) -> GpuState:
@@ -134,3 +185,9 @@ def test_a_quiet_machine_gives_no_remark() -> None:
     assert remarks(quiet, Conditions(2950, 2.0, state(1900)), cores=2) == ()
     nothing = Conditions(None, None, None)
     assert remarks(nothing, nothing, cores=2) == ()
+
+
+def test_an_unknown_gpu_is_a_remark() -> None:
+    blind = Conditions(None, None, GpuState(unknown="nvidia-ml-py is not installed"))
+    expected = "clocks and throttling of the GPU are unknown: nvidia-ml-py is not installed"
+    assert remarks(blind, blind, cores=2) == (expected,)
