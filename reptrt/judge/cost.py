@@ -1,42 +1,28 @@
-"""What each layer costs by its shapes: multiply-accumulates, and bytes that have to move.
+"""What each layer costs, by its shapes: multiply-accumulates, and bytes that have to move.
 
 The bytes are those of input, weight and output, each moved once: the least that a layer can do.
-A layer planned INT8 moves one byte a value (its output too, as if the next Q were fused), any other
-as many as the graph's types have.
+A layer planned INT8 moves one byte per value, its output included, as if the next Q were fused.
+Every other layer moves as many bytes per value as the types of the graph have.
 
-Intensity is multiply-accumulates per byte. A processor that can do R of them in the time in which
-it moves one byte is kept waiting by every layer whose intensity is below R (the roofline model,
-doi 10.1145/1498765.1498785): a dense 3x3 convolution of 64 channels has 288 in INT8 on a large
-image, a depthwise one 4.5.
+Intensity is multiply-accumulates per byte. A processor that computes R of them in the time in which
+it moves one byte has to wait for memory in every layer whose intensity is below R (the roofline
+model, doi 10.1145/1498765.1498785): a dense 3x3 convolution of 64 channels has 288 in INT8 on a
+large image, a depthwise one 4.5.
 """
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
 
+import numpy as np
 import onnx
+import onnx_graphsurgeon as gs
 
-from reptrt.graph.intent import node_name, planned_int8
-from reptrt.graph.net import WEIGHTED_OPS
+from reptrt.graph.intent import planned_int8
+from reptrt.graph.net import WEIGHTED_OPS, constant_value, net_from_model, producer
+from reptrt.graph.queries import label
 
-_DEFAULT_BYTES = 4
-_BYTES: dict[int, int] = {
-    onnx.TensorProto.FLOAT: 4,
-    onnx.TensorProto.FLOAT16: 2,
-    onnx.TensorProto.BFLOAT16: 2,
-    onnx.TensorProto.DOUBLE: 8,
-}
-
-
-class _Activation(NamedTuple):
-    kind: int  # onnx.TensorProto.DataType
-    shape: tuple[int, ...]  # a dimension that can change is 0
-
-    @property
-    def values(self) -> int:
-        """Number of values of one image."""
-        return math.prod(self.shape[1:])
+_DEFAULT_BYTES = 4  # per value of a tensor whose type is unknown
+_SAME_SHAPE = ("QuantizeLinear", "DequantizeLinear", "Cast")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,68 +47,63 @@ class LayerCost:
 def layer_costs(model: onnx.ModelProto, batch: int) -> tuple[LayerCost, ...]:
     """Return the cost of every Conv, ConvTranspose, Gemm and MatMul with a constant weight.
 
-    Layers whose shapes are not known beside the batch are left out.
+    Layers of which a dimension other than the batch is unknown are left out.
 
     Args:
         model: a float or Q/DQ graph; the first dimension of activations is the batch.
         batch: number of images.
     """
-    model = onnx.shape_inference.infer_shapes(model)
-    graph = model.graph
-    known = {i.name: _activation(i) for i in (*graph.value_info, *graph.input, *graph.output)}
-    weights = _weights(graph)
+    net = net_from_model(onnx.shape_inference.infer_shapes(model))
     int8 = set(planned_int8(model))
     costs = []
-    for node in graph.node:
-        if node.op_type not in WEIGHTED_OPS or node.input[1] not in weights:
-            continue
-        source, result = known.get(node.input[0]), known.get(node.output[0])
-        if source is not None and result is not None and source.values and result.values:
-            weight, is_int8 = weights[node.input[1]], node_name(node) in int8
-            costs.append(_cost(node, weight, source, result, batch, is_int8=is_int8))
+    for node in net.graph.nodes:
+        weight = _shape_of_constant(node.inputs[1]) if node.op in WEIGHTED_OPS else None
+        ends = (_dimensions(node.inputs[0]), _dimensions(node.outputs[0])) if weight else ()
+        if weight and all(math.prod(shape) for shape in ends):
+            costs.append(_cost(node, weight, batch, is_int8=label(node) in int8))
     return tuple(costs)
 
 
-def _cost(
-    node: onnx.NodeProto,
-    weight: tuple[int, ...],
-    source: _Activation,
-    result: _Activation,
-    batch: int,
-    *,
-    is_int8: bool,
-) -> LayerCost:
-    """Return the cost of a layer from the shapes of its weight and both ends."""
+def _cost(node: gs.Node, weight: tuple[int, ...], batch: int, *, is_int8: bool) -> LayerCost:
+    """Return the cost of a layer from the shapes of its weight, input and output."""
+    source, result = node.inputs[0], node.outputs[0]
     positions = {
-        "Conv": result.shape[2:],
-        "ConvTranspose": source.shape[2:],
-        "MatMul": result.shape[1:-1],
-    }.get(node.op_type, ())
-    size_in, size_out = (
-        1 if is_int8 else _BYTES.get(end.kind, _DEFAULT_BYTES) for end in (source, result)
-    )
-    moved = batch * (source.values * size_in + result.values * size_out)
+        "Conv": _dimensions(result)[1:],
+        "ConvTranspose": _dimensions(source)[1:],
+        "MatMul": _dimensions(result)[:-1],
+    }.get(node.op, ())
+    size_in, size_out = (1 if is_int8 else _bytes_per_value(end) for end in (source, result))
+    values_in, values_out = math.prod(_dimensions(source)), math.prod(_dimensions(result))
+    moved = batch * (values_in * size_in + values_out * size_out)
     return LayerCost(
-        layer=node_name(node),
+        layer=label(node),
         macs=batch * math.prod(weight) * math.prod(positions),
         bytes_moved=moved + math.prod(weight) * size_in,
         is_int8=is_int8,
     )
 
 
-def _weights(graph: onnx.GraphProto) -> Mapping[str, tuple[int, ...]]:
-    """Return the shape of every constant, also behind Q, DQ and Cast."""
-    found = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
-    for node in graph.node:
-        for attribute in node.attribute:
-            if node.op_type == "Constant" and attribute.name == "value":
-                found[node.output[0]] = tuple(attribute.t.dims)
-        passes = node.op_type in ("QuantizeLinear", "DequantizeLinear", "Cast", "Identity")
-        if passes and node.input[0] in found:
-            found[node.output[0]] = found[node.input[0]]
-    return found
+def _shape_of_constant(tensor: gs.Tensor) -> tuple[int, ...] | None:
+    """Return the shape of a constant, also behind Q, DQ and Cast; None if it is no constant."""
+    while (value := constant_value(tensor)) is None:
+        node = producer(tensor)
+        if node is None or node.op not in _SAME_SHAPE:
+            return None
+        tensor = node.inputs[0]
+    return value.shape
 
 
-def _activation(info: onnx.ValueInfoProto) -> _Activation:
-    kind = info.type.tensor_type
-    return _Activation(kind.elem_type, tuple(int(d.dim_value) for d in kind.shape.dim))
+def _dimensions(tensor: gs.Tensor) -> tuple[int, ...]:
+    """Return the dimensions of one image of an activation, 0 where unknown; (0,) if all are."""
+    if not tensor.shape:
+        return (0,)
+    return tuple(size if isinstance(size, int) and size > 0 else 0 for size in tensor.shape[1:])
+
+
+def _bytes_per_value(tensor: gs.Tensor) -> int:
+    kind = tensor.dtype  # a NumPy type, or ONNX's code of a type that NumPy does not have
+    if kind is None:
+        return _DEFAULT_BYTES
+    return np.dtype(
+        onnx.helper.tensor_dtype_to_np_dtype(kind) if isinstance(kind, int) else kind
+    ).itemsize
