@@ -31,14 +31,16 @@ What is not in the form that reptrt writes (other zero points, codes that others
 it is.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
 from reptrt.core.grid import Grid, along_axis
 from reptrt.execute.code_sums import quantize_behind, sum_codes
+from reptrt.graph.flow import moves_values
 from reptrt.graph.net import constant_value, model_from_net, net_from_model, producer
-from reptrt.graph.placement import moves_values
 from reptrt.graph.queries import quantization_of, symmetric_int8_scale
 from reptrt.rewrite.restore import restore
 
@@ -193,25 +195,29 @@ def _bounds(node: gs.Node) -> tuple[float, float]:
 def _repeat_pair(graph: gs.Graph, node: gs.Node) -> None:
     """Step 2."""
     dequantize = producer(node.inputs[0])
-    if dequantize is None or dequantize.op != "DequantizeLinear" or not node.outputs[0].outputs:
+    if dequantize is None or dequantize.op != "DequantizeLinear" or len(dequantize.inputs) < 3:
         return
-    if all(reader.op == "QuantizeLinear" for reader in node.outputs[0].outputs):
-        return
-    if len(dequantize.inputs) < 3:
-        return
-    moved = node.outputs[0]
-    scale, zero_point = dequantize.inputs[1:3]
-    if np.asarray(constant_value(scale)).size != 1:
+    if np.asarray(constant_value(dequantize.inputs[1])).size != 1:
         return  # one scale per channel: the channels may have moved
-    codes = gs.Variable(f"{moved.name}.q", dtype=zero_point.dtype, shape=moved.shape)
+    for moved in node.outputs:
+        if any(reader.op != "QuantizeLinear" for reader in moved.outputs):
+            prefix = node.name if moved is node.outputs[0] else moved.name
+            _append_pair(graph, prefix, moved, dequantize.inputs[1:3])
+
+
+def _append_pair(
+    graph: gs.Graph, prefix: str, moved: gs.Tensor, parameters: Sequence[gs.Tensor]
+) -> None:
+    """Give all readers of a tensor its Q/DQ pair instead; a graph output stays what it is."""
+    codes = gs.Variable(f"{moved.name}.q", dtype=parameters[1].dtype, shape=moved.shape)
     result = gs.Variable(f"{moved.name}.dq", dtype=np.float32, shape=moved.shape)
     for reader in list(moved.outputs):
         for index, tensor in enumerate(reader.inputs):
             if tensor is moved:
                 reader.inputs[index] = result
     graph.nodes += [
-        gs.Node("QuantizeLinear", f"{node.name}.q", {}, [moved, scale, zero_point], [codes]),
-        gs.Node("DequantizeLinear", f"{node.name}.dq", {}, [codes, scale, zero_point], [result]),
+        gs.Node("QuantizeLinear", f"{prefix}.q", {}, [moved, *parameters], [codes]),
+        gs.Node("DequantizeLinear", f"{prefix}.dq", {}, [codes, *parameters], [result]),
     ]
 
 

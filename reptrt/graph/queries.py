@@ -4,7 +4,7 @@
 nodes. A node *moves* values if it changes no value, only places, so that Q/DQ commute with it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,22 +22,27 @@ POOLS = ("AveragePool", "GlobalAveragePool", "ReduceMean")
 ACTIVATIONS = (
     *("Relu", "Clip", "LeakyRelu", "PRelu", "ThresholdedRelu", "Elu", "Selu", "Celu", "Gelu"),
     *("Sigmoid", "HardSigmoid", "HardSwish", "Swish", "Mish", "Tanh", "Softplus", "Softsign"),
+    "QuickGelu",
 )
 POINTWISE = (
     *ACTIVATIONS,
     *(*SUMS, "Sub", "Mul", "Div", "Pow", "Sqrt", "Exp", "Log", "Erf", "Abs", "Neg", "Reciprocal"),
-    *("Min", "Max", "Floor", "Ceil", "Round", "Where", "BatchNormalization", "Dropout"),
+    *("Min", "Max", "Floor", "Ceil", "Round", "Sign", "Sin", "Cos", "Where"),
+    *("BatchNormalization", "Dropout"),
 )
 _MOVING = (
-    *("MaxPool", "Flatten", "Reshape", "Squeeze", "Unsqueeze", "Transpose", "Slice", "Split"),
-    *("DepthToSpace", "SpaceToDepth", "Pad", "Expand", "Tile", "Gather"),
+    *("MaxPool", "GlobalMaxPool", "Flatten", "Reshape", "Squeeze", "Unsqueeze", "Transpose"),
+    *("Slice", "Split", "DepthToSpace", "SpaceToDepth", "Expand", "Tile", "Gather"),
 )
+_SHAPE_OPS = ("Shape", "Size", "NonZero")  # what they make is no activation
+_POINTWISE_OR_CAST = (*POINTWISE, *LOOKED_THROUGH)
+_FIRST_ONLY = ("Clip", "Resize", "Pad", "Pow", "Dropout", "BatchNormalization", *POOLS)
 _INTEGER_OPS = (
     *("ConvInteger", "MatMulInteger", "DynamicQuantizeLinear", "QGemm", "QAttention"),
     *("DynamicQuantizeMatMul", "MatMulIntegerToFloat", "DynamicQuantizeLSTM", "MatMulNBits"),
 )
 _BINARY = ("Add", "Sub", "Mul", "Div")
-_TYPE_KEEPERS = (*POINTWISE, *_MOVING, *POOLS, *WEIGHTED_OPS, "Concat", "Resize", "Identity")
+_TYPE_KEEPERS = (*POINTWISE, *_MOVING, "Pad", *POOLS, *WEIGHTED_OPS, "Concat", "Resize", "Identity")
 
 
 def label(node: gs.Node) -> str:
@@ -61,13 +66,56 @@ def is_dequantize(node: gs.Node | None) -> bool:
 
 
 def moves(node: gs.Node) -> bool:
-    """Whether a node changes no value, only places."""
-    return node.op in _MOVING or (node.op == "Resize" and node.attrs.get("mode") == "nearest")
+    """Whether a node changes no value, only places; zeros that a Pad adds are code 0."""
+    if node.op == "Pad":
+        fill = given(node, 2)
+        value = node.attrs.get("value", 0) if fill is None else value_of(fill)
+        is_constant = node.attrs.get("mode", "constant") == "constant"
+        return not is_constant or (value is not None and not np.any(value))
+    if node.op == "Resize":
+        return bool(node.attrs.get("mode", "nearest") == "nearest")
+    return node.op in _MOVING
 
 
 def fuses(node: gs.Node) -> bool:
     """Whether a float node joins the kernel before it, or commutes with Q/DQ."""
-    return node.op in (*POINTWISE, *LOOKED_THROUGH, "Concat") or moves(node)
+    return node.op in (*POINTWISE, *LOOKED_THROUGH, "Concat", "Pad") or moves(node)
+
+
+def value_inputs(node: gs.Node) -> list[tuple[int, gs.Tensor]]:
+    """Return the inputs of a node that carry values: no shapes, bounds, conditions, constants."""
+    if node.op in _SHAPE_OPS:
+        return []
+    count = 1 if moves(node) or node.op in _FIRST_ONLY else len(node.inputs)
+    numbered = list(enumerate(node.inputs))[1:3] if node.op == "Where" else enumerate(node.inputs)
+    return [
+        (index, tensor)
+        for index, tensor in list(numbered)[:count]
+        if not tensor.is_empty() and value_of(tensor) is None
+    ]
+
+
+def joins_one_tensor(node: gs.Node, order: Mapping[int, int]) -> bool:
+    """Whether a node with several operands computes a pointwise function of one tensor.
+
+    So does the sum inside GELU by tanh, 0.5 x (1 + tanh(a (x + b x^3))), but no residual sum. From
+    the operands, the way back goes through pointwise nodes, the latest first, until one tensor is
+    left or no pointwise node.
+
+    Args:
+        node: one of the graph.
+        order: id of each node -> its place in an order of execution.
+    """
+    front = {id(tensor): tensor for _, tensor in value_inputs(node)}
+    while len(front) > 1:
+        makers = [(maker, key) for key, t in front.items() if (maker := producer(t)) is not None]
+        open_ = [(order[id(n)], key, n) for n, key in makers if n.op in _POINTWISE_OR_CAST]
+        if not open_:
+            return False
+        _, key, latest = max(open_, key=lambda item: item[0])
+        del front[key]
+        front |= {id(tensor): tensor for _, tensor in value_inputs(latest)}
+    return True
 
 
 def value_of(tensor: gs.Tensor) -> npt.NDArray[np.generic] | None:

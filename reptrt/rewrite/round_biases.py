@@ -13,9 +13,9 @@ Requires: a Q/DQ net whose scales are final. Ensures: a bias moves by g / 2 at m
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from reptrt.graph.flow import moves_values
 from reptrt.graph.layers import add_to_bias, has_bias
 from reptrt.graph.net import Net, constant_value, producer
-from reptrt.graph.placement import moves_values
 from reptrt.rewrite.contract import RewriteReport
 
 

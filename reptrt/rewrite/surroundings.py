@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 
 import onnx_graphsurgeon as gs
 
+from reptrt.graph.flow import moves_values
 from reptrt.graph.layers import dequantized_weight, has_bias
 from reptrt.graph.net import Net, constant_value, is_private, producer
-from reptrt.graph.placement import moves_values
 from reptrt.graph.splits import Split, read_splits
 from reptrt.rewrite.borders import pads_of
 
@@ -103,7 +103,7 @@ class Surroundings:
         at = [index for index, operand in enumerate(node.inputs) if operand is tensor]
         if len(at) > 1:
             return f"{node.op} {node.name} reads it twice"
-        if node.op == "Pad" and moves_values(node):
+        if node.op == "Pad" and node.attrs.get("mode", "constant") == "constant":
             return f"Pad {node.name} puts zeros beside it"
         if moves_values(node) and at == [0] and not any(t.outputs for t in node.outputs[1:]):
             return self.readers(node.outputs[0], fixed=fixed)

@@ -36,6 +36,7 @@ def groups(placement: Placement) -> list[set[str]]:
     return sorted(found.values(), key=sorted)
 
 
+SAME = {"kernel_shape": [3, 3], "pads": [1] * 4}
 HEAD = {"pool": {("flat", 0)}}  # Flatten moves values: the pair goes before it
 
 
@@ -99,10 +100,10 @@ def test_an_add_of_two_activations_gets_two_pairs() -> None:
 def test_a_convolution_that_is_read_twice_is_not_fused_with_the_add() -> None:
     b = Builder()
     main = b.conv("x", 8, "a")
-    total = b.node("Add", [main, b.relu(main)], "add")
+    total = b.node("Add", [main, b.relu(b.node("MaxPool", [main], "m", **SAME))], "add")
     found = pairs(plan(b.model(b.head(total))))
     assert found["a"] == {("add", 0)}
-    assert found["a.relu"] == {("add", 1)}
+    assert found["m.relu"] == {("add", 1)}
 
 
 def test_an_add_at_the_output_stays_in_float() -> None:
@@ -203,11 +204,11 @@ def test_int8_summands_before_a_residual_add(form: str) -> None:
 def test_a_sum_that_is_read_twice_is_not_fused_with_the_add(form: str) -> None:
     b = Builder()
     main = b.conv(b.relu(b.conv("x", 8, "stem")), 8, "a")
-    total = b.node("Add", [main, b.relu(main)], "add")
+    total = b.node("Add", [main, b.relu(b.node("MaxPool", [main], "m", **SAME))], "add")
     net = split(net_from_model(b.model(b.head(total))), form, "a")
     found = pairs(place(net))
     assert found["a"] == {("add", 0)}
-    assert found["a.relu"] == {("add", 1)}
+    assert found["m.relu"] == {("add", 1)}
 
 
 def test_concat_has_one_scale() -> None:
@@ -376,10 +377,133 @@ def test_excluded_layers_stay_in_float() -> None:
     assert found["c2"] == {("add", 0)}
 
 
+def test_float_nodes_take_their_tail_with_them() -> None:
+    """Any node can be named; what is reached only behind it stays in float too."""
+    net = net_from_model(basic_block())
+    placement = place(net, float_nodes=["^add$"])
+    assert placement.float_nodes == ("add", "add.relu", "flat", "head", "pool")
+    assert placement.excluded == ("head",)
+    assert pairs(placement) == {
+        "x": {("stem", 0)},
+        "stem.relu": {("c1", 0)},
+        "c1.relu": {("c2", 0)},
+    }
+
+
+def test_a_tail_ends_where_other_values_come_in() -> None:
+    placement = place(net_from_model(basic_block()), float_nodes=[r"^c1\.relu$"])
+    assert placement.float_nodes == ("c1.relu", "c2")
+    assert pairs(placement) == {
+        "x": {("stem", 0)},
+        "stem.relu": {("c1", 0), ("add", 1)},
+        "c2": {("add", 0)},  # a float layer: TensorRT does not fuse it with the Add
+        "add.relu": {("pool", 0)},
+        **HEAD,
+    }
+
+
+def test_float_nodes_say_what_is_wrong_with_a_pattern() -> None:
+    net = net_from_model(basic_block())
+    with pytest.raises(ConfigError, match=r"float_nodes='no': matches none of 10 nodes \(stem, st"):
+        place(net, float_nodes=["no"])
+    with pytest.raises(ConfigError, match=r"no layer to quantize \(4 weighted\)"):
+        place(net, float_nodes=["stem"])
+
+
+# Behind the last layer ---------------------------------------------------------------------------
+
+
+def test_decoded_boxes_stay_in_float() -> None:
+    """Reshape, Sigmoid, arithmetic on slices, and a Concat of pixels and scores."""
+    b = Builder()
+    feature = b.relu(b.conv("x", 8, "body"))
+    levels = []
+    for level in ("p3", "p4"):
+        flat = b.constant(f"{level}.shape", np.array([0, 6, -1]))
+        y = b.node("Reshape", [b.conv(feature, 6, level), flat], f"{level}.flat")
+        y = b.node("Sigmoid", [y], f"{level}.sigmoid")
+        sizes = b.constant(f"{level}.sizes", np.array([2, 2, 2]))
+        parts = [f"{level}.{part}" for part in ("centre", "size", "score")]
+        b.nodes.append(helper.make_node("Split", [y, sizes], parts, f"{level}.split", axis=1))
+        grid = b.constant(f"{level}.grid", np.float32(0.5))
+        centre = b.node("Add", [parts[0], grid], f"{level}.add")
+        half = b.node("Mul", [parts[1], grid], f"{level}.half")
+        corner = b.node("Sub", [centre, half], f"{level}.corner")
+        other = b.node("Add", [centre, half], f"{level}.other")  # two tensors, but no residual
+        levels.append(b.node("Concat", [corner, other, parts[2]], f"{level}.boxes", axis=1))
+    found = pairs(plan(b.model(b.node("Concat", levels, "boxes", axis=2))))
+    assert found == {"x": {("body", 0)}, "body.relu": {("p3", 0), ("p4", 0)}}
+
+
+def test_a_softmax_lets_nothing_through() -> None:
+    """The layer behind it reads a pair of its own; the Concat in front of it gets none."""
+    b = Builder()
+    cat = b.node("Concat", [b.conv("x", 4, "a"), b.conv("x", 4, "b")], "cat", axis=1)
+    spread = b.node("Softmax", [cat], "softmax", axis=1)
+    b.channels[spread] = 8
+    found = pairs(plan(b.model(b.conv(spread, 1, "mean", size=1))))
+    assert found == {"x": {("a", 0), ("b", 0)}, "softmax": {("mean", 0)}}
+
+
+def test_a_residual_behind_a_residual_is_on_the_way() -> None:
+    b = Builder()
+    x = b.relu(b.conv("x", 8, "stem"))
+    first = b.node("Add", [b.conv(x, 8, "a"), x], "add1")
+    second = b.node("Add", [b.conv(first, 8, "b"), first], "add2")
+    found = pairs(plan(b.model(b.head(second))))
+    assert found["stem.relu"] == {("a", 0), ("add1", 1)}
+    assert found["add1"] == {("b", 0), ("add2", 1)}
+
+
+def test_three_summands_have_pairs_on_the_skips_only() -> None:
+    """One layer absorbs both sums, so there is no pair between the sums."""
+    b = Builder()
+    x = b.relu(b.conv("x", 8, "stem"))
+    y = b.relu(b.conv(x, 8, "other"))
+    inner = b.node("Add", [b.conv(y, 8, "a"), x], "add1")
+    found = pairs(plan(b.model(b.head(b.node("Add", [inner, y], "add2")))))
+    assert found["stem.relu"] == {("other", 0), ("add1", 1)}
+    assert found["other.relu"] == {("a", 0), ("add2", 1)}
+    assert "add1" not in found
+
+
+def test_one_half_of_a_split_goes_to_the_caller() -> None:
+    """A pair in front of the Split would round the half that is an output of the net."""
+    b = Builder()
+    y = b.relu(b.conv("x", 8, "a"))
+    b.nodes.append(
+        helper.make_node("Split", [y], ["left", "right"], "split", axis=1, num_outputs=2)
+    )
+    b.channels["left"] = b.channels["right"] = 4
+    last = b.relu(b.conv("left", 4, "b"))
+    assert pairs(plan(b.model(last, "right"))) == {"x": {("a", 0)}, "left": {("b", 0)}}
+    both = b.relu(b.conv("right", 4, "c"))
+    assert pairs(plan(b.model(last, both))) == {"x": {("a", 0)}, "a.relu": {("split", 0)}}
+
+
+def test_a_gather_reads_floats() -> None:
+    """Not every TensorRT gathers codes: the pair goes behind it."""
+    b = Builder()
+    y = b.relu(b.conv("x", 8, "a"))
+    y = b.node("Gather", [y, b.constant("order", np.arange(8)[::-1].copy())], "shuffle", axis=1)
+    b.channels[y] = 8
+    assert pairs(plan(b.model(b.conv(y, 4, "b"))))["shuffle"] == {("b", 0)}
+
+
+@pytest.mark.parametrize("mode", ["reflect", "edge"])
+def test_a_pad_that_repeats_values_commutes(mode: str) -> None:
+    b = Builder()
+    pads = b.constant("pads", np.array([0, 0, 1, 1, 0, 0, 1, 1]))
+    y = b.node("Pad", [b.relu(b.conv("x", 4, "a")), pads], "pad", mode=mode)
+    b.channels[y] = 4
+    found = pairs(plan(b.model(b.conv(y, 4, "b", pads=[0] * 4))))
+    assert found == {"x": {("a", 0)}, "a.relu": {("pad", 0)}}
+
+
 def test_exclude_says_what_is_wrong_with_a_pattern() -> None:
-    with pytest.raises(ConfigError, match=r"--exclude nope: matches none of 4 layers \(stem, c1"):
+    with pytest.raises(ConfigError, match=r"exclude='nope': matches none of 4 layers \(stem, c1"):
         plan(basic_block(), "nope")
-    with pytest.raises(ConfigError, match=r"--exclude \(: not a regular expression"):
+    with pytest.raises(ConfigError, match=r"exclude='\(': not a regular expression"):
         plan(basic_block(), "(")
     with pytest.raises(ConfigError, match=r"no layer to quantize \(4 weighted\)"):
         plan(basic_block(), ".")

@@ -20,8 +20,9 @@ from reptrt.core.metrics import agreement, db_from_powers
 from reptrt.core.progress import track
 from reptrt.data.dataset import Dataset
 from reptrt.execute.torchgraph import TorchGraph
+from reptrt.graph.flow import moves_values
 from reptrt.graph.net import Net, producer
-from reptrt.graph.placement import Placement, moves_values
+from reptrt.graph.placement import Placement
 from reptrt.graph.plan import plan_from_placement
 from reptrt.graph.qdq import insert_qdq, quantize_weights
 from reptrt.graph.splits import Split, read_splits
