@@ -13,6 +13,7 @@ import numpy.typing as npt
 import onnx_graphsurgeon as gs
 
 from reptrt.core.grid import Grid
+from reptrt.graph.flow import moves_values
 from reptrt.graph.net import (
     WEIGHTED_OPS,
     Net,
@@ -21,7 +22,6 @@ from reptrt.graph.net import (
     producer,
     weighted_nodes,
 )
-from reptrt.graph.placement import moves_values
 from reptrt.graph.plan import QuantizedActivation, QuantizedWeight, QuantPlan
 from reptrt.graph.qdq import Pair, pair_of
 from reptrt.graph.queries import (
