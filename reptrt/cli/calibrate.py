@@ -1,8 +1,6 @@
 """``reptrt calibrate`` and ``reptrt lint``."""
 
-import contextlib
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +28,16 @@ def calibrate(
     from reptrt import pipeline
 
     options = CALIBRATE.value(values)
-    report = pipeline.calibrate(model, data, output, options)
-    text, content = _summary(report, options.recipe), report.to_dict()
-    if diagnose:
-        with _removed_on_failure(output):
-            from reptrt.judge.diagnose import diagnose as measure
+    diagnoses: list[Any] = []
 
-            diagnosis = measure(model, data, options, report)
+    def measure(calibrated: Any) -> None:
+        from reptrt.judge.diagnose import diagnose as measured
+
+        diagnoses.append(measured(model, data, options, calibrated))
+
+    report = pipeline.calibrate(model, data, output, options, measure if diagnose else None)
+    text, content = _summary(report, options.recipe), report.to_dict()
+    for diagnosis in diagnoses:
         tables = [text_of(table) + "\n" for table in diagnosis.to_tables()]
         text = "\n".join([text, "", *tables, *diagnosis.to_lines()])
         content |= {"diagnosis": diagnosis.to_dict()}
@@ -64,19 +65,6 @@ def _summary(report: Any, recipe: str) -> str:
     if report.simulation:
         text += f"\nsimulation only, no engine can run it: {report.simulation}"
     return text
-
-
-@contextlib.contextmanager
-def _removed_on_failure(output: Path) -> Iterator[None]:
-    """Remove an artifact and its sidecar if what follows fails: a failed command leaves nothing."""
-    try:
-        yield
-    except BaseException:
-        from reptrt.core.artifacts import sidecar_path
-
-        output.unlink(missing_ok=True)
-        sidecar_path(output).unlink(missing_ok=True)
-        raise
 
 
 @click.command(cls=Command)

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from reptrt.core.errors import ConfigError, option
+
 _KEY = "reptrt.description"
 
 
@@ -41,3 +43,20 @@ def descriptions(kind: type) -> dict[str, Description]:
     """Return the described fields of a dataclass, in their order."""
     metadata = {item.name: item.metadata for item in fields(kind)}
     return {name: data[_KEY] for name, data in metadata.items() if _KEY in data}
+
+
+def require_at_least(least: float, options: Any, *names: str) -> None:
+    """Refuse options below a bound; None, the default of some, passes.
+
+    Args:
+        least: the smallest value that is accepted.
+        options: a dataclass.
+        *names: its fields.
+
+    Raises:
+        ConfigError: a value is smaller, or no number; names the option.
+    """
+    for name in names:
+        value = getattr(options, name)
+        if value is not None and not value >= least:
+            raise ConfigError(f"{option(name)}: got {value}, expected {least} or more")

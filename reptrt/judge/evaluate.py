@@ -130,7 +130,7 @@ def run_dataset(runners: Sequence[Runner], dataset: Dataset, batch_size: int) ->
         ArtifactError: the first axis of an output is not the batch.
     """
     parts: list[list[Float32Array]] = [[] for _ in runners]
-    num_batches = -(-dataset.length // batch_size) if batch_size > 0 else 0
+    num_batches = -(-dataset.length // batch_size)
     for batch in track(dataset.batches(batch_size), num_batches, "eval"):
         for runner, part in zip(runners, parts, strict=True):
             part += _first_outputs(runner, batch)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from reptrt.core.choices import Device, RunnerKind
 from reptrt.core.errors import ConfigError, option
-from reptrt.core.option_fields import described
+from reptrt.core.option_fields import described, require_at_least
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +27,9 @@ class EvaluateOptions(RunnerOptions):
     limit: int | None = described(None, "Number of images, sampled from the data; default: all.")
     batch_size: int = described(64, "Images that are run at a time.")
     seed: int = 0  # for sampling images
+
+    def __post_init__(self) -> None:
+        require_at_least(1, self, "limit", "batch_size", "threads")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,3 +54,5 @@ class BenchOptions(RunnerOptions):
             raise ConfigError(
                 f"{option('batches')}: got {self.batches}, expected positive batch sizes"
             )
+        require_at_least(1, self, "threads")
+        require_at_least(0, self, "min_seconds", "warmup_seconds")

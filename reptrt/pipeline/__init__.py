@@ -18,7 +18,6 @@ if TYPE_CHECKING:
         PLAIN_INT8,
         CalibrateOptions,
         ExportOptions,
-        recorded_options,
     )
     from reptrt.pipeline.preparing import Prepared, prepare, split_layers, torch_device
     from reptrt.pipeline.reports import CalibrateReport, ExportReport, TensorScale
@@ -42,7 +41,6 @@ __all__ = [
     "export",
     "export_net",
     "prepare",
-    "recorded_options",
     "split_layers",
     "torch_device",
 ]
@@ -56,7 +54,6 @@ __getattr__ = lazily(
             "PLAIN_INT8",
             "CalibrateOptions",
             "ExportOptions",
-            "recorded_options",
         ),
         "reptrt.pipeline.preparing": ("Prepared", "prepare", "split_layers", "torch_device"),
         "reptrt.pipeline.reports": ("CalibrateReport", "ExportReport", "TensorScale"),

@@ -14,6 +14,7 @@ from reptrt.core.artifacts import package_versions, refuse_overwriting, require_
 from reptrt.core.choices import Threshold
 from reptrt.core.clock import Clock
 from reptrt.core.grid import Grid, scale_from_amax
+from reptrt.core.options_json import json_from_options
 from reptrt.data.dataset import Dataset, Images, open_dataset
 from reptrt.execute.torchgraph import TorchGraph
 from reptrt.graph.layers import add_to_bias
@@ -24,7 +25,7 @@ from reptrt.graph.plan import QuantizedWeight, QuantPlan, plan_from_placement
 from reptrt.graph.preprocess import read_preprocess
 from reptrt.graph.qdq import insert_qdq, quantize_weights
 from reptrt.graph.splits import read_splits
-from reptrt.pipeline.options import CalibrateOptions, recorded_options
+from reptrt.pipeline.options import CalibrateOptions
 from reptrt.pipeline.preparing import Prepared, prepare, torch_device
 from reptrt.pipeline.reports import CalibrateReport, TensorScale
 from reptrt.pipeline.values import Calibrated, Origin, finished_model
@@ -58,7 +59,11 @@ _WIDEST = 4.0  # where it ends
 
 
 def calibrate(
-    model: Path, images: Images, output: Path, options: CalibrateOptions
+    model: Path,
+    images: Images,
+    output: Path,
+    options: CalibrateOptions,
+    before_saving: Callable[[Calibrated], None] | None = None,
 ) -> CalibrateReport:
     """Quantize a float ONNX file and write the INT8 file with its sidecar.
 
@@ -69,6 +74,8 @@ def calibrate(
         images: calibration images.
         output: the Q/DQ ONNX file to write.
         options: of calibration.
+        before_saving: called with the result before the file is written, e.g. to diagnose it; if
+            it raises, nothing is written.
 
     Raises:
         ReptrtError: the model or the images cannot be used; nothing is written.
@@ -81,6 +88,8 @@ def calibrate(
         dataset = calibration_images(source, images, options)
     clock.lap("load")
     calibrated = calibrate_net(source, dataset, options, resume=output)
+    if before_saving is not None:
+        before_saving(calibrated)
     calibrated.save(output)
     if options.learning is not None:
         remove_finished(output)
@@ -184,7 +193,7 @@ def _calibrate(
         simulation=options.simulation,
         seconds=clock.laps,
     )
-    origin = Origin("int8-onnx", parents, recorded_options(options), details)
+    origin = Origin("int8-onnx", parents, json_from_options(options), details)
     return Calibrated(name=name, proto=proto, sha256=sha256, origin=origin, report=report)
 
 
@@ -365,7 +374,7 @@ def _finished_units(
     output: Path | None, options: CalibrateOptions, parents: Mapping[str, str]
 ) -> Finished:
     """Open what an interrupted calibration of the same file, images and options left behind."""
-    key = {"options": recorded_options(options), "parents": dict(parents)}
+    key = {"options": json_from_options(options), "parents": dict(parents)}
     return Finished(output, key | {"versions": package_versions()})
 
 

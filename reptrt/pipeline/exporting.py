@@ -12,6 +12,7 @@ from torch import nn
 
 from reptrt.core.artifacts import read_sidecar, refuse_overwriting, require_folder, sha256_of
 from reptrt.core.errors import ConfigError, option
+from reptrt.core.options_json import json_from_options
 from reptrt.exporter.export import (
     ExportSettings,
     block_outputs,
@@ -23,7 +24,7 @@ from reptrt.exporter.export import (
 from reptrt.graph.model import blaming
 from reptrt.graph.net import net_from_model
 from reptrt.graph.preprocess import Preprocess, read_preprocess
-from reptrt.pipeline.options import ExportOptions, recorded_options
+from reptrt.pipeline.options import ExportOptions
 from reptrt.pipeline.reports import ExportReport
 from reptrt.pipeline.values import Exported, Origin, finished_model
 from reptrt.sources.module import deployable_copy, state_sha256
@@ -149,7 +150,7 @@ def _fused(original: _Original, options: ExportOptions, name: str, started: floa
     origin = Origin(
         artifact="float-onnx",
         parents=original.parents,
-        options={"source": original.asked_for, **recorded_options(options)},
+        options={"source": original.asked_for, **json_from_options(options)},
         details={"proof": asdict(proof), "skipped": [asdict(skip) for skip in skipped]},
     )
     return Exported(name=name, proto=proto, sha256=sha256, origin=origin, report=report)

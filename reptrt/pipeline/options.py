@@ -1,9 +1,8 @@
 """Options of export and calibrate."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from reptrt.core.choices import (
     HighPrecision,
@@ -15,8 +14,8 @@ from reptrt.core.choices import (
     SplitPrecision,
     TorchDevice,
 )
-from reptrt.core.errors import ConfigError
-from reptrt.core.option_fields import described
+from reptrt.core.errors import ConfigError, option
+from reptrt.core.option_fields import described, require_at_least
 from reptrt.quantize.calib.options import ThresholdOptions
 from reptrt.quantize.reconstruct.options import LearnOptions
 
@@ -120,29 +119,32 @@ class CalibrateOptions:
     seed: int = described(0, "Seed for sampling calibration images and for learning.")
 
     def __post_init__(self) -> None:
-        for name, bits in (("weight", self.weight_bits), ("activation", self.activation_bits)):
-            if not 2 <= bits <= 8:
-                raise ConfigError(f"--{name}-bits: got {bits}, expected 2..8 (simulated in INT8)")
+        for name in ("weight_bits", "activation_bits"):
+            if not 2 <= (bits := getattr(self, name)) <= 8:
+                raise ConfigError(f"{option(name)}: got {bits}, expected 2..8 (simulated in INT8)")
         if self.equalize and self.split_precision == "int8" and self.split == "coarse-fine":
             raise ConfigError(
-                "--split coarse-fine --split-precision int8: the summands lie before the ReLU, "
-                "where equalized channels have no common range; give --no-equalize too, or "
-                "--split-precision float"
+                f"{option('split', 'coarse-fine')}, {option('split_precision', 'int8')}: the "
+                "summands lie before the ReLU, where equalized channels have no common range; give "
+                f"{option('equalize', False)} too, or {option('split_precision', 'float')}"
             )
         if self.keep_affine and (self.learning is None or not self.learning.affine):
             raise ConfigError(
-                "--keep-affine: no gains and shifts are learned; give --qprep too, or a recipe"
+                f"{option('keep_affine')}: no gains and shifts are learned; give "
+                f"{option('qprep', True)} too, or a recipe that learns"
             )
+        require_at_least(1, self, "images", "iterations")
+        require_at_least(0, self, "max_overhead")
         if not 0 < self.memory_budget < float("inf"):
-            raise ConfigError(f"--memory-budget: got {self.memory_budget}, expected GiB above 0")
-        if not self.max_overhead >= 0:
-            raise ConfigError(f"--max-overhead: got {self.max_overhead}, expected 0 or more")
+            got = self.memory_budget
+            raise ConfigError(f"{option('memory_budget')}: got {got}, expected GiB above 0")
 
     @property
     def split_form(self) -> SplitForm:
-        """What every layer is split into that can be, if not chosen one by one.
+        """The form into which every layer is split that can be; "none" for ``auto``.
 
-        Of INT8 summands the identity has one factor a layer: then it is not rounded again.
+        Where the summands are INT8, an identity split uses one factor for the whole layer, so that
+        the identity is not rounded a second time.
         """
         if self.split == "auto":
             return "none"
@@ -179,7 +181,7 @@ class CalibrateOptions:
 
     @property
     def is_auto(self) -> bool:
-        """Whether the outputs choose thresholds."""
+        """Whether the rule for thresholds is chosen by its effect on the outputs."""
         return self.threshold.rule == "auto"
 
     @property
@@ -197,12 +199,4 @@ PLAIN_INT8 = CalibrateOptions(
     full_range=False,
     correct_bias=False,
 )
-"""What a quantizer does that knows nothing of branches: each tensor's maximum, nearest codes."""
-
-
-def recorded_options(options: Any) -> dict[str, Any]:
-    """Return an options dataclass as JSON values."""
-    return {
-        name: str(value) if isinstance(value, Path) else value
-        for name, value in asdict(options).items()
-    }
+"""Plain quantization, which knows nothing of branches: thresholds at maxima, nearest codes."""

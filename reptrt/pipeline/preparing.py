@@ -8,7 +8,7 @@ import numpy.typing as npt
 import torch
 
 from reptrt.core.choices import SplitForm
-from reptrt.core.errors import ConfigError
+from reptrt.core.errors import ConfigError, option
 from reptrt.data.dataset import Dataset
 from reptrt.execute.torchgraph import TorchGraph
 from reptrt.graph.net import Net, weighted_nodes
@@ -199,7 +199,7 @@ def torch_device(name: str) -> torch.device:
     """
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError(
-            "--device cuda: torch finds no CUDA device; use --device cpu, or install a CUDA build "
-            "of torch and a driver"
+            f"{option('device', 'cuda')}: torch finds no CUDA device; give "
+            f"{option('device', 'cpu')}, or install a CUDA build of torch and a driver"
         )
     return torch.device(name)

@@ -108,7 +108,8 @@ def ladder_of_run(folder: Path, data: Path | None = None, limit: int | None = No
         check_data("--data", found.eval_data, data)
     engine = folder / ENGINE_FILE if "build-engine" in found.stages else None
     files = Files(folder / FLOAT_FILE, folder / INT8_FILE, engine)
-    options = replace(options, eval_limit=limit or options.eval_limit)
+    if limit is not None:
+        options = replace(options, eval_limit=limit)
     measured = climb(source, files, data, found.data.path, options)
     if data == found.eval_data.path:
         _keep(folder, found, measured)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from reptrt.core.option_fields import described
+from reptrt.core.option_fields import described, require_at_least
 from reptrt.pipeline.options import CalibrateOptions, ExportOptions
 from reptrt.trt.options import BuildOptions
 
@@ -26,3 +26,6 @@ class RunOptions:
         2.0,
         "Seconds to measure each file at each batch size, after a quarter of it to warm up.",
     )
+
+    def __post_init__(self) -> None:
+        require_at_least(1, self, "eval_limit", "threads")

@@ -23,6 +23,7 @@ from PIL import Image
 from torch import nn
 
 from reptrt.cli import main
+from reptrt.core.errors import CalibrationError
 from reptrt.sources.models import build
 from reptrt.sources.options import ArchitectureOptions
 from tests.support.helpers import SHARED, needs_shared
@@ -602,8 +603,8 @@ def test_usage_errors_exit_2(arguments: list[str]) -> None:
     ("option", "value", "message"),
     [
         ("--weight-bits", "9", "--weight-bits: got 9, expected 2..8"),
-        ("-n", "0", "number of images: got 0, expected at least 1"),
-        ("-n", "-3", "number of images: got -3"),
+        ("-n", "0", "--images: got 0, expected 1 or more"),
+        ("-n", "-3", "--images: got -3"),
         ("--exclude", "nope", "--exclude nope: matches none of 3 layers"),
         ("--exclude", "(", "not a regular expression"),
         ("--exclude", ".", "no layer to quantize"),
@@ -633,6 +634,69 @@ def test_values_that_cannot_work(
 )
 def test_sources_that_cannot_work(tmp_path: Path, arguments: list[str], message: str) -> None:
     assert message in refused(tmp_path, "export", *arguments, "-o", tmp_path / "o.onnx")
+
+
+def test_a_failed_diagnosis_leaves_no_file(
+    tmp_path: Path, model: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*arguments: object) -> None:
+        raise CalibrationError("nothing to measure")
+
+    monkeypatch.setattr("reptrt.judge.diagnose.diagnose", failing)
+    command = ["calibrate", model, "--data", data, "-n", 20, "-o", tmp_path / "o.onnx"]
+    assert refused(tmp_path, *command, "--diagnose") == "error: nothing to measure"
+    assert run(*command).exit_code == 0
+
+
+def test_a_failed_diagnosis_keeps_what_was_learned(
+    tmp_path: Path, model: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*arguments: object) -> None:
+        raise CalibrationError("nothing to measure")
+
+    monkeypatch.setattr("reptrt.judge.diagnose.diagnose", failing)
+    command = ["calibrate", model, "--data", data, "-n", 20, "-o", tmp_path / "o.onnx"]
+    command += ["--rounding", "learned", "--iterations", 2]
+    before = contents(tmp_path)
+    assert run(*command, "--diagnose").exit_code == 1
+    assert not (tmp_path / "o.onnx").exists()
+    assert contents(tmp_path).keys() - before.keys()  # the finished units, for the next call
+    assert run(*command).exit_code == 0
+    assert contents(tmp_path).keys() - before.keys() == {"o.onnx", "o.onnx.json"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["bench", "m.onnx", "--batch", "0"], "--batch: got (0,)"),
+        (
+            ["ladder", "m.onnx", "--data", "data.npz", "--calib-data", "data.npz", "--limit", "0"],
+            "--limit: got 0",
+        ),
+        (
+            ["calibrate", "m.onnx", "--data", "data.npz", "-o", "o.onnx", "-n", "0"],
+            "--images: got 0",
+        ),
+        (["build-engine", "m.onnx", "-o", "o.engine", "--workspace", "0"], "--workspace: got 0"),
+        (["build-engine", "m.onnx", "-o", "o.engine", "--target", "x"], "--target: got 'x'"),
+        (
+            ["package", "m.engine", "-o", "repo", "--max-queue-delay", "-1"],
+            "--max-queue-delay: got -1",
+        ),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_a_message_names_the_flag_of_its_command(
+    tmp_path: Path,
+    model: Path,
+    data: Path,
+    arguments: list[str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Rooms name parameters (batches, eval_limit, workspace_mib); commands print their flags."""
+    monkeypatch.chdir(tmp_path)
+    assert refused(tmp_path, *arguments).startswith(f"error: {message}")
 
 
 def test_a_multi_line_reason_becomes_one_line(tmp_path: Path) -> None:

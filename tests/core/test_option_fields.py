@@ -2,7 +2,10 @@
 
 from dataclasses import dataclass
 
-from reptrt.core.option_fields import described, descriptions
+import pytest
+
+from reptrt.core.errors import ConfigError
+from reptrt.core.option_fields import described, descriptions, require_at_least
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,3 +29,14 @@ def test_only_described_fields_have_a_description() -> None:
         1,
     )
     assert description.flag is None
+
+
+@pytest.mark.parametrize("value", [0, -3, float("nan")])
+def test_a_value_below_the_bound_is_named(value: int) -> None:
+    with pytest.raises(ConfigError, match=f"^images: got {value}, expected 1 or more$"):
+        require_at_least(1, Options(images=value), "images")
+
+
+@pytest.mark.parametrize("value", [1, 7, None])
+def test_the_bound_itself_and_none_pass(value: int) -> None:
+    require_at_least(1, Options(images=value), "images")

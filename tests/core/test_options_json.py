@@ -121,5 +121,5 @@ def test_whole_numbers_are_floats_too() -> None:
 
 def test_what_a_dataclass_refuses_is_its_own_error() -> None:
     content = json_from_options(CalibrateOptions()) | {"weight_bits": 9}
-    with pytest.raises(ConfigError, match="--weight-bits: got 9"):
+    with pytest.raises(ConfigError, match="weight_bits: got 9"):
         options_from_json(CalibrateOptions, content, "options")

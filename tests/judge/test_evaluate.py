@@ -229,7 +229,7 @@ def test_nan_outputs_are_a_failure_not_a_number(tmp_path: Path, data: Path) -> N
 
 
 def test_a_batch_size_must_be_positive(nets: tuple[Path, Path], data: Path) -> None:
-    with pytest.raises(ConfigError, match="batch size: got 0"):
+    with pytest.raises(ConfigError, match="batch_size: got 0"):
         evaluate([nets[0]], data, EvaluateOptions(batch_size=0, threads=1))
 
 

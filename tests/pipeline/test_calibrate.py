@@ -307,9 +307,9 @@ def test_the_model_is_never_overwritten(tmp_path: Path, data: Path) -> None:
 
 
 def test_options_that_cannot_work() -> None:
-    with pytest.raises(ConfigError, match=r"--weight-bits: got 9, expected 2\.\.8"):
+    with pytest.raises(ConfigError, match=r"weight_bits: got 9, expected 2\.\.8"):
         CalibrateOptions(weight_bits=9)
-    with pytest.raises(ConfigError, match=r"--activation-bits: got 1, expected 2\.\.8"):
+    with pytest.raises(ConfigError, match=r"activation_bits: got 1, expected 2\.\.8"):
         CalibrateOptions(activation_bits=1)
 
 
@@ -319,7 +319,7 @@ def test_a_device_that_is_not_there(tmp_path: Path, data: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("this machine has a CUDA device")
     path = save(plain_chain(), tmp_path / "m.onnx")
-    with pytest.raises(ConfigError, match=r"--device cuda: torch finds no CUDA device"):
+    with pytest.raises(ConfigError, match=r"device=.cuda.: torch finds no CUDA device"):
         calibrate(path, data, tmp_path / "o.onnx", replace(PLAIN, device="cuda"))
 
 

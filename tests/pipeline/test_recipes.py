@@ -226,7 +226,7 @@ def test_too_few_images_leave_nothing_behind(folder: Path, tmp_path: Path) -> No
 
 
 def test_affines_cannot_be_kept_where_nothing_is_learned() -> None:
-    with pytest.raises(ConfigError, match="--keep-affine: no gains and shifts are learned"):
+    with pytest.raises(ConfigError, match="keep_affine: no gains and shifts are learned"):
         CalibrateOptions(keep_affine=True)
 
 
