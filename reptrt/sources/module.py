@@ -1,7 +1,8 @@
-"""A torch module in memory as a source: a copy that can be exported, and what identifies it."""
+"""Torch modules as inference runs them: without wrappers, float32, on the CPU, in eval mode."""
 
 import copy
 import hashlib
+import logging
 
 import torch
 from torch import nn
@@ -10,18 +11,43 @@ from torch.nn.parameter import is_lazy
 
 from reptrt.core.errors import ConfigError
 
-_WRAPPERS = ("module", "_orig_mod")  # of DataParallel and DistributedDataParallel; of torch.compile
+logger = logging.getLogger(__name__)
+
+
+def deployable(module: nn.Module, name: str) -> nn.Module:
+    """Bring a module into the form that is exported; it may be changed.
+
+    - ``DataParallel``, ``DistributedDataParallel``, ``AveragedModel`` and the result of
+      ``torch.compile`` are replaced by the module inside, wherever they occur, and
+      ``module.compile()`` is undone.
+    - Weights of another float type become float32, and a warning says so.
+
+    Args:
+        module: the net.
+        name: what messages call it.
+
+    Raises:
+        ConfigError: it has no weights yet, complex weights, or works only in training.
+    """
+    module = _unwrapped(module)
+    _refuse_unusable(module, name)
+    tensors = (*module.parameters(), *module.buffers())
+    others = {tensor.dtype for tensor in tensors if tensor.is_floating_point()} - {torch.float32}
+    if others:
+        kinds = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in others))
+        logger.warning("%s: weights of type %s are converted to float32", name, kinds)
+    return module.cpu().float().eval()
 
 
 def deployable_copy(module: nn.Module) -> nn.Module:
-    """Return a copy of a module in eval mode, on the CPU and in float32; the module stays as it is.
+    """Return a copy of a module in the form that is exported; the module stays as it is.
 
     Raises:
-        ConfigError: it cannot be copied, has no weights yet, or works only in training.
+        ConfigError: it cannot be copied; or as `deployable`.
     """
-    module = _unwrapped(module)
+    module = _outermost(module)
     kind = type(module).__name__
-    _refuse_unusable(kind, module)
+    _refuse_unusable(module, kind)
     try:
         copied = copy.deepcopy(module)
     except (RuntimeError, TypeError) as err:  # tensors with a graph; locks and open files
@@ -31,7 +57,7 @@ def deployable_copy(module: nn.Module) -> nn.Module:
         ) from err
     for parameter in copied.parameters():
         parameter.grad = None
-    return copied.eval().requires_grad_(False).cpu().float()
+    return deployable(copied, kind).requires_grad_(False)
 
 
 def state_sha256(module: nn.Module) -> str:
@@ -46,23 +72,50 @@ def state_sha256(module: nn.Module) -> str:
 
 
 def _unwrapped(module: nn.Module) -> nn.Module:
-    parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
-    while isinstance(module, parallel) or type(module).__name__ == "OptimizedModule":
-        module = next(getattr(module, name) for name in _WRAPPERS if hasattr(module, name))
+    """Return a module with every wrapper in it replaced by the module inside."""
+    module = _outermost(module)
+    if getattr(module, "_compiled_call_impl", None) is not None:
+        module._compiled_call_impl = None  # what module.compile() sets
+    for name, child in module.named_children():
+        unwrapped = _unwrapped(child)
+        if unwrapped is not child:
+            setattr(module, name, unwrapped)
     return module
 
 
-def _refuse_unusable(kind: str, module: nn.Module) -> None:
-    if any(is_lazy(value) for value in (*module.parameters(), *module.buffers())):
+def _outermost(module: nn.Module) -> nn.Module:
+    """Return the first module that is no wrapper, from the outside in."""
+    while (inner := _inner(module)) is not None:
+        module = inner
+    return module
+
+
+def _inner(module: nn.Module) -> nn.Module | None:
+    """Return the module inside a wrapper; None if a module is no wrapper."""
+    from torch.optim.swa_utils import AveragedModel
+
+    if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel | AveragedModel):
+        inner: nn.Module = module.module
+        return inner
+    # The class of compiled modules is told by its name: to import it takes seconds.
+    compiled = type(module).__name__ == "OptimizedModule"
+    return getattr(module, "_orig_mod", None) if compiled else None
+
+
+def _refuse_unusable(module: nn.Module, name: str) -> None:
+    tensors = (*module.parameters(), *module.buffers())
+    if any(is_lazy(value) for value in tensors):
         raise ConfigError(
-            f"{kind}: lazy layers have no weights yet; run one batch through it first"
+            f"{name}: lazy layers have no weights yet; run one batch through it first"
         )
-    if any(value.is_meta for value in (*module.parameters(), *module.buffers())):
-        raise ConfigError(f"{kind}: is on the meta device, without weights; load them first")
-    for name, layer in module.named_modules():
+    if any(value.is_meta for value in tensors):
+        raise ConfigError(f"{name}: is on the meta device, without weights; load them first")
+    if any(value.is_complex() for value in module.parameters()):
+        raise ConfigError(f"{name}: has complex weights, expected real numbers")
+    for path, layer in module.named_modules():
         if isinstance(layer, _BatchNorm) and layer.running_mean is None:
             raise ConfigError(
-                f"{kind}: {name or type(layer).__name__} normalizes by the statistics of each "
+                f"{name}: {path or type(layer).__name__} normalizes by the statistics of each "
                 "batch, in eval mode too (track_running_stats=False); train it with running "
                 "statistics"
             )
