@@ -28,17 +28,14 @@ from reptrt.pipeline.options import ExportOptions
 from reptrt.pipeline.reports import ExportReport
 from reptrt.pipeline.values import Exported, Origin, finished_model
 from reptrt.sources.module import deployable_copy, state_sha256
-from reptrt.sources.source import Source, module_from_source
-
-_IMAGENET_SIZE = (3, 224, 224)
-_IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+from reptrt.sources.source import Source, implied_preprocess, module_from_source
 
 
 def export(source: Source, output: Path, options: ExportOptions) -> ExportReport:
     """Write a net as one fused float ONNX file with its preprocessing, proved equal to the source.
 
     Args:
-        source: a zoo net, a factory, or an ONNX file, train-form or fused.
+        source: a net of the zoo or of timm, a factory, or an ONNX file, train-form or fused.
         output: the ONNX file to write.
         options: of export.
 
@@ -58,8 +55,9 @@ def export_net(
     """Return a net as one fused float ONNX model with its preprocessing, proved equal to it.
 
     Args:
-        source: a zoo net, a factory, or an ONNX file, train-form or fused; or a torch module, which
-            is not changed: a copy of it is exported in eval mode, on the CPU and in float32.
+        source: a net of the zoo or of timm, a factory, or an ONNX file, train-form or fused; or a
+            torch module, which is not changed: a copy of it is exported in eval mode, on the CPU
+            and in float32.
         options: of export; a module needs ``input_size``.
         name: of the result; None: that of the source.
 
@@ -106,10 +104,7 @@ def _from_onnx(source: Source, options: ExportOptions) -> _Original:
 
 def _from_source(source: Source, options: ExportOptions) -> _Original:
     module = module_from_source(_with_channels(source, options))
-    base = Preprocess.plain(*(options.input_size or _IMAGENET_SIZE))
-    if source.is_imagenet_variant and base.channels == len(_IMAGENET_MEAN):
-        base = replace(base, mean=_IMAGENET_MEAN, std=_IMAGENET_STD, resize="crop")
-    preprocess = _as_asked(base, options)
+    preprocess = _as_asked(implied_preprocess(source, options.input_size), options)
     model = onnx_from_module(module, preprocess, ExportSettings(options.opset))
     name = source.name.rpartition(":")[2]
     return _Original(name, source.name, model, preprocess, module, _parents(source))
@@ -157,9 +152,9 @@ def _fused(original: _Original, options: ExportOptions, name: str, started: floa
 
 
 def _with_channels(source: Source, options: ExportOptions) -> Source:
-    """Let the input size say how many channels a net of the zoo reads."""
+    """Let the input size say how many channels a net of the zoo or of timm reads."""
     given = source.architecture.in_channels is not None
-    if ":" in source.name or options.input_size is None or given:
+    if source.is_factory or options.input_size is None or given:
         return source
     architecture = replace(source.architecture, in_channels=options.input_size[0])
     return replace(source, architecture=architecture)

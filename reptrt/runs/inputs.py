@@ -71,8 +71,8 @@ def source_files(source: Source) -> tuple[Path, ...]:
 
     Of a factory that is the file that holds it, without the modules that it imports.
     """
-    path, _, factory = source.name.rpartition(":")
-    code = Path(path) if path.endswith(".py") else _module_file(path) if factory and path else None
+    path = source.name.rpartition(":")[0] if source.is_factory else ""
+    code = Path(path) if path.endswith(".py") else _module_file(path) if path else None
     found = [code] if code is not None else []
     for file in source.files:
         found += [file, *(_external_data(file) if file == Path(source.name) else [])]

@@ -181,11 +181,11 @@ def _first(
         wanted = options.export
         model = model_from_file(Path(source.name), wanted.opset, wanted.input_size)
         return _in_onnxruntime("source", model, options)
-    if ":" not in source.name and source.architecture.in_channels is None:
+    if not source.is_factory and source.architecture.in_channels is None:
         architecture = replace(source.architecture, in_channels=preprocess.channels)
         source = replace(source, architecture=architecture)
     module = module_from_source(source)
-    if ":" in source.name and source.weights is None:
+    if source.is_factory and source.weights is None:
         _check_repeatable(source, module)
     return Step("train-form", "torch", lambda: module_runner(module, device))
 

@@ -198,7 +198,7 @@ def _reasons(
     if not reasons:
         reasons = [str(change) for change in changed]
     if not reasons:
-        is_factory = ":" in before.source["name"] and before.source["weights"] is None
+        is_factory = Source(before.source["name"]).is_factory and before.source["weights"] is None
         reasons = [_FACTORY if stage == "export" and is_factory else _UNEXPLAINED]
     return tuple(reasons)
 

@@ -1,224 +1,237 @@
-"""Checkpoints: file -> state dict of float32 tensors -> module. Nothing in a file is ever run.
+"""Checkpoints: file -> state dicts -> the weights of a module. Nothing in a file is ever run.
 
-Files written by ``torch.save`` are read with ``weights_only=True``, safetensors files by their own
-reader. A file that needs more than tensors and plain containers (a whole pickled model, say) is
-refused with the reason. Training scripts store the weights beside other things; the part that a
-script would evaluate is taken, averaged weights (EMA) first.
+Files are data: see `reptrt.sources.unpickle` for how a pickle is read without its code. A state
+dict may lie inside other things that training scripts store, or inside a whole pickled model.
+`load_weights` takes the one that fits the net and says so when it had a choice.
 """
 
 import logging
-import mmap
-import pickle
-import re
-import warnings
-import zipfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
-from reptrt.core.errors import CheckpointError
+from reptrt.core.errors import CheckpointError, option
+from reptrt.sources.matching import (
+    AmbiguousWeightsError,
+    Candidate,
+    averaged_part,
+    fitting,
+    is_averaged,
+    nearest,
+    rank,
+    shape_of,
+    without_counters,
+)
+from reptrt.sources.rebuild import StandIn, UnsafePickleError
+from reptrt.sources.states import StateDict, entries_of, find_states, kind_of, tensor_of
+from reptrt.sources.torch_file import UnsupportedFileError, read_content
 
 logger = logging.getLogger(__name__)
 
-# Where training scripts keep the weights, the one to evaluate first.
-_WRAPPERS = (
-    "state_dict_ema",
-    "model_ema",
-    "ema_state_dict",
-    "ema",
-    "state_dict",
-    "model_state_dict",
-    "model_state",
-    "model",
-    "net",
-    "network",
-    "module",
-    "weights",
-    "params",
-)
-_PREFIXES = ("module.", "_orig_mod.")  # DataParallel and averaged models, torch.compile
-_NOT_WEIGHTS = ("n_averaged",)  # the step count of torch's AveragedModel
-_COUNTER = "num_batches_tracked"  # BatchNorm's step count: without effect in eval mode
 _SAVE = "save the weights alone with torch.save(model.state_dict(), 'weights.pt')"
 
 
-def load_state_dict(path: Path) -> dict[str, torch.Tensor]:
-    """Read a checkpoint; return parameter name -> tensor on the CPU, float32 where floating.
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """The state dicts of a file, by location: the keys that lead there, joined by dots."""
 
-    Wrappers (``state_dict``, ``model``, ``ema``, ...) and ``module.`` prefixes are removed.
+    path: Path
+    states: Mapping[str, StateDict]  # as stored, in any float type; not empty
+    averaged: tuple[str, ...] = ()  # keys that name averaged weights, usable or not
+
+    @property
+    def preferred(self) -> StateDict:
+        """The state dict that is taken if several fit."""
+        return self.states[min(self.states, key=rank)]
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Read the state dicts in a file written by torch.save or safetensors.
 
     Raises:
-        CheckpointError: the file is missing, damaged, holds more than tensors, or a weight is NaN
-            or infinite.
+        CheckpointError: the file is missing or damaged, asks for a call that reaches the system,
+            or holds no state dict.
     """
     content = _read(path)
-    found = _find_states(content)
-    if not found:
+    try:
+        states = find_states(content)
+    except Exception as err:  # damaged bytes can yield values of any kind
+        raise CheckpointError(f"{path}: {_why_unreadable(err)}") from err
+    if not states:
         raise CheckpointError(f"{path}: {_why_no_state(content)}; {_SAVE}")
-    if len(found) > 1:
-        others = ", ".join(list(found)[1:])
-        logger.warning("%s: taking the weights in %s, not %s", path, next(iter(found)), others)
-    state = _strip(next(iter(found.values())))
-    tensors = {name: _as_float32(path, name, value) for name, value in state.items()}
-    _refuse_not_finite(path, tensors)
-    return tensors
+    return Checkpoint(path, states, _averaged_keys(content))
 
 
-def load_weights(module: nn.Module, state: Mapping[str, torch.Tensor], where: str) -> None:
-    """Copy a state dict into a module: every parameter, nothing else; BatchNorm counters may lack.
+def load_weights(module: nn.Module, checkpoint: Checkpoint) -> None:
+    """Copy the state dict of a checkpoint that fits a module into it, as float32.
 
-    The module is unchanged when this raises.
-
-    Args:
-        module: changed in place.
-        state: what `load_state_dict` returns.
-        where: the file's name, for messages.
+    It fits if, without a prefix, it has every parameter and buffer of the module in its shape, and
+    nothing else; BatchNorm's counters may be missing. The module is unchanged when this raises.
 
     Raises:
-        CheckpointError: names are missing or left over, or shapes differ.
+        CheckpointError: none fits or several do, or a weight is NaN or infinite.
     """
-    expected = {
-        name: value
-        for name, value in module.state_dict().items()
-        if isinstance(value, torch.Tensor) and not name.endswith(_COUNTER)
-    }
-    given = {name: value for name, value in state.items() if not name.endswith(_COUNTER)}
-    problems = _problems(expected, given)
-    if problems:
+    path = checkpoint.path
+    expected = without_counters(module.state_dict())
+    try:
+        candidates = fitting(expected, checkpoint.states)
+    except AmbiguousWeightsError as err:
         raise CheckpointError(
-            f"{where}: does not fit the architecture: {', '.join(problems)}; "
-            + _hint(set(expected), set(given))
+            f"{path}: fits the net in more than one place ({err}); save the state dict that is "
+            "meant alone"
+        ) from err
+    if not candidates:
+        raise CheckpointError(_why_no_fit(checkpoint, expected))
+    state = _averaged_over(checkpoint, candidates, expected)
+    tensors = {
+        name: value.detach().float() if value.is_floating_point() else value.detach()
+        for name, value in state.items()
+    }
+    _refuse_not_finite(path, tensors)
+    module.load_state_dict(tensors, strict=False)
+
+
+def _averaged_over(
+    checkpoint: Checkpoint, candidates: list[Candidate], expected: StateDict
+) -> StateDict:
+    """Return the best candidate's state dict, with averaged weights in it; log what was chosen."""
+    path, best = checkpoint.path, candidates[0]
+    outside = _beside(checkpoint, best)
+    if outside:
+        logger.warning(
+            "%s: %d tensors outside %s are not in the net and are left out (%s)",
+            *(path, len(outside), best.location, _first(outside)),
         )
-    module.load_state_dict(given, strict=False)
+    if is_averaged(best.location) or not checkpoint.averaged:
+        if len(candidates) > 1:
+            others = ", ".join(candidate.location for candidate in candidates[1:])
+            logger.warning("%s: taking the weights in %s, not %s", path, best.location, others)
+        return best.state
+    part = averaged_part(expected, checkpoint.states)
+    if part is None:
+        logger.warning(
+            "%s: the averaged weights in %s do not fit the net; taking the weights in %s",
+            *(path, ", ".join(checkpoint.averaged), best.location or "the file itself"),
+        )
+        return best.state
+    logger.warning(
+        "%s: taking %d averaged tensors from %s, the other %d from %s",
+        *(path, len(part.state), part.location),
+        *(len(expected) - len(part.state), best.location or "the file itself"),
+    )
+    return {**best.state, **part.state}
 
 
-def _problems(expected: Mapping[str, torch.Tensor], given: Mapping[str, torch.Tensor]) -> list[str]:
-    """Return what keeps ``given`` from being loaded, one phrase per kind of problem."""
-    missing = [name for name in expected if name not in given]
-    unexpected = [name for name in given if name not in expected]
+def _beside(checkpoint: Checkpoint, candidate: Candidate) -> list[str]:
+    """Return the names in a candidate's state dict that do not start with its prefix."""
+    owner = _owner(checkpoint, candidate)
+    if owner is None:
+        return []
+    prefix = candidate.prefix.removeprefix(f"{owner}." if owner else "")
+    state = checkpoint.states[owner]
+    return [name for name, value in state.items() if not name.startswith(prefix) and value.ndim]
+
+
+def _owner(checkpoint: Checkpoint, candidate: Candidate) -> str | None:
+    """Return the location of the state dict that a candidate is a part of."""
+    owners = [key for key in checkpoint.states if not key or candidate.prefix.startswith(f"{key}.")]
+    return max(owners, key=len, default=None)
+
+
+def _why_no_fit(checkpoint: Checkpoint, expected: StateDict) -> str:
+    """Say what is missing, left over, or of another shape in the part that is nearest to a fit."""
+    candidate = nearest(expected, checkpoint.states)
+    given, outside = candidate.state, _beside(checkpoint, candidate)
     wrong = [
-        f"{name}: got {_describe(given[name])}, expected {_describe(expected[name])}"
+        f"{name}: got {shape_of(given[name])}, expected {shape_of(expected[name])}"
         for name in expected
-        if name in given and _describe(given[name]) != _describe(expected[name])
+        if name in given and shape_of(given[name]) != shape_of(expected[name])
     ]
-    kinds = (("missing", missing), ("unexpected", unexpected), ("of another shape or kind", wrong))
-    return [f"{len(items)} {kind} ({_first(items)})" for kind, items in kinds if items]
+    kinds = (
+        ("missing", [name for name in expected if name not in given]),
+        ("unexpected", [name for name in given if name not in expected]),
+        ("of another shape or kind", wrong),
+        (f"outside {candidate.location}", outside),
+    )
+    problems = [f"{len(items)} {kind} ({_first(items)})" for kind, items in kinds if items]
+    where = f"{candidate.location} in {checkpoint.path}"
+    return (
+        f"{where if candidate.location else checkpoint.path}: does not fit the architecture: "
+        f"{', '.join(problems)}; {_hint(set(expected), set(given))}"
+    )
+
+
+def _hint(expected: set[str], given: set[str]) -> str:
+    """Return the likely reason why names do not agree."""
+    has_statistics, wants_statistics = (
+        any(name.endswith("running_mean") for name in names) for names in (given, expected)
+    )
+    if wants_statistics and not has_statistics:
+        return "it has no BatchNorm: it looks like a deploy-form (fused) checkpoint"
+    if has_statistics and not wants_statistics:
+        return "it has BatchNorm, the net has none: it looks like a train-form checkpoint"
+    if not expected & given:
+        return "no name agrees: another architecture, or another naming of its parameters"
+    options = ", ".join(map(option, ("widths", "blocks", "branches", "num_classes")))
+    return f"check the architecture and its options ({options})"
 
 
 def _read(path: Path) -> Any:
     """Return what the file holds, without running anything in it."""
     try:
-        with open(path, "rb") as stream:
-            head, num_bytes = stream.read(9), path.stat().st_size
+        return read_content(path)
     except FileNotFoundError as err:
         raise CheckpointError(f"{path}: does not exist; check the path") from err
+    except UnsafePickleError as err:
+        raise CheckpointError(
+            f"{path}: asks for a call of {err}, which no checkpoint needs; it was not called; do "
+            f"not trust this file, or {_SAVE}"
+        ) from err
+    except UnsupportedFileError as err:
+        raise CheckpointError(f"{path}: {err}; {_SAVE}") from err
     except OSError as err:
         raise CheckpointError(f"{path}: cannot be read ({err.strerror or err})") from err
-    if not num_bytes:
-        raise CheckpointError(f"{path}: the file is empty; copy it again")
-    try:
-        if _is_safetensors(path, head, num_bytes):
-            return load_file(path, device="cpu")
-        return _torch_load(path)
-    except pickle.UnpicklingError as err:
-        raise CheckpointError(f"{path}: {_why_refused(path, str(err))}") from err
     except Exception as err:  # damaged bytes can make the readers raise anything
         raise CheckpointError(f"{path}: {_why_unreadable(err)}") from err
 
 
-def _torch_load(path: Path) -> Any:
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()  # torch itself does not look at the checksums
-        if damaged is not None:
-            raise zipfile.BadZipFile(f"the checksum of {damaged} does not agree")
-    # An open file, because given a path some versions of torch go by its suffix.
-    with open(path, "rb") as stream, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch warns about its own internals and old formats
-        return torch.load(stream, map_location="cpu", weights_only=True)
-
-
-def _is_safetensors(path: Path, head: bytes, num_bytes: int) -> bool:
-    """Return whether a file starts as safetensors do: the header's length in 8 bytes, then JSON."""
-    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= num_bytes - 8:
-        return True
-    return path.suffix == ".safetensors" and not head.startswith(b"PK")
-
-
-def _why_refused(path: Path, message: str) -> str:
-    """Say why the weights-only unpickler stopped."""
-    found = re.search(r"(?:GLOBAL|[Cc]lass) ([\w.]+\w)", message)
-    if found is None:
-        return _why_unreadable(message.split("WeightsUnpickler error:")[-1])
-    if _pickles_a_module(path):
-        return f"holds a whole pickled model ({found[1]}), which only its code can load; {_SAVE}"
-    return f"holds more than tensors: {found[1]}, not loaded because that would run code; {_SAVE}"
-
-
-def _pickles_a_module(path: Path) -> bool:
-    """Return whether a file names the attribute that every pickled nn.Module has."""
-    with open(path, "rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as view:
-        return view.find(b"_non_persistent_buffers_set") >= 0
-
-
-def _why_unreadable(reason: Exception | str) -> str:
-    text = str(reason).strip()
-    if "TorchScript" in text:
-        return f"a TorchScript archive, not a state dict; open it with torch.jit.load and {_SAVE}"
-    line = text.splitlines()[0].split(". ")[0][:120] if text else "no details"
-    kind = "" if isinstance(reason, str) else f"{type(reason).__name__}: "
-    return f"not a checkpoint, or a damaged one ({kind}{line}); copy it again, or {_SAVE}"
-
-
-def _find_states(content: Any, depth: int = 3) -> dict[str, Mapping[str, torch.Tensor]]:
-    """Return every state dict inside a checkpoint by its path of wrapper keys, the best first."""
-    if not isinstance(content, Mapping) or not content or depth == 0:
-        return {}
-    if all(isinstance(name, str) and torch.is_tensor(value) for name, value in content.items()):
-        return {"": content}
-    return {
-        f"{key}.{inner}".rstrip("."): state
-        for key in _WRAPPERS
-        for inner, state in _find_states(content.get(key), depth - 1).items()
-    }
+def _why_unreadable(err: Exception) -> str:
+    line = next(iter(str(err).splitlines()), "no details")[:120]
+    return (
+        f"not a checkpoint, or a damaged one ({type(err).__name__}: {line}); copy it again, or "
+        f"{_SAVE}"
+    )
 
 
 def _why_no_state(content: Any) -> str:
-    """Say what is found where a state dict was expected."""
-    if not isinstance(content, Mapping):
-        return f"holds a {type(content).__name__}, expected a state dict (name -> tensor)"
-    if not content:
+    """Say what the file holds where a state dict was expected."""
+    entries = entries_of(content)
+    if not isinstance(content, dict) and not entries:
+        return f"holds a {kind_of(content)}, expected a state dict (name -> tensor)"
+    if not entries:
         return "the state dict is empty, expected name -> tensor"
     others = [
-        f"{name!r}: {type(value).__name__}"
-        for name, value in content.items()
-        if not (isinstance(name, str) and torch.is_tensor(value))
+        f"{name!r}: {kind_of(value)}"
+        for name, value in entries.items()
+        if not (isinstance(name, str) and tensor_of(value) is not None)
     ]
-    counts = f"{len(others)} of {len(content)} entries"
+    counts = f"{len(others)} of {len(entries)} entries"
     return f"expected only tensors, but {counts} are something else ({_first(others)})"
 
 
-def _strip(state: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
-    """Remove the prefixes that wrappers of a module put before every name."""
-    state = {name: value for name, value in state.items() if name not in _NOT_WEIGHTS} or state
-    for prefix in _PREFIXES:
-        if all(name.startswith(prefix) for name in state):
-            return _strip({name.removeprefix(prefix): value for name, value in state.items()})
-    return state
-
-
-def _as_float32(path: Path, name: str, value: torch.Tensor) -> torch.Tensor:
-    value = value.detach()
-    if value.layout != torch.strided or value.is_quantized or value.is_complex() or value.is_meta:
-        raise CheckpointError(
-            f"{path}: {name} is a tensor of kind {value.layout}, {value.dtype} on {value.device}, "
-            "expected a dense float tensor with its values; export the float net instead"
-        )
-    return value.float() if value.is_floating_point() else value
+def _averaged_keys(content: Any, depth: int = 2) -> tuple[str, ...]:
+    """Return the keys of a checkpoint that name averaged weights and hold anything with entries."""
+    keys: list[str] = []
+    for key, value in entries_of(content).items() if depth else ():
+        if not isinstance(key, str) or not isinstance(value, dict | list | StandIn):
+            continue
+        inner = _averaged_keys(value, depth - 1)
+        keys += [key] if is_averaged(key) else [f"{key}.{name}" for name in inner]
+    return tuple(keys)
 
 
 def _refuse_not_finite(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -230,29 +243,6 @@ def _refuse_not_finite(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
         )
 
 
-def _describe(value: torch.Tensor) -> str:
-    """Return what has to agree between a stored and an expected tensor."""
-    kind = "" if value.is_floating_point() else f" {value.dtype}"
-    return f"{tuple(value.shape)}{kind}"
-
-
 def _first(items: list[str]) -> str:
     """Return the first five items, and that there are more."""
     return ", ".join(items[:5]) + (", ..." if len(items) > 5 else "")
-
-
-def _hint(expected: set[str], given: set[str]) -> str:
-    """Return the likely reason why names do not agree."""
-    has_statistics, wants_statistics = (
-        any(name.endswith("running_mean") for name in names) for names in (given, expected)
-    )
-    prefixes = {name.split(".")[0] + "." for name in given}
-    if wants_statistics and not has_statistics:
-        return "it has no BatchNorm: it looks like a deploy-form (fused) checkpoint"
-    if has_statistics and not wants_statistics:
-        return "it has BatchNorm, the net has none: it looks like a train-form checkpoint"
-    if len(prefixes) == 1 and {name.split(".", 1)[-1] for name in given} & expected:
-        return f"every name starts with {prefixes.pop()!r}: save the state dict of that part alone"
-    if not expected & given:
-        return "no name agrees: another architecture, or another naming of its parameters"
-    return "check the architecture and its options (--widths, --blocks, --branches, --num-classes)"

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
-from reptrt.core.errors import ConfigError
+from reptrt.core.errors import ConfigError, option
 from reptrt.core.option_fields import described
 
 if TYPE_CHECKING:
@@ -38,10 +38,12 @@ class ArchitectureOptions:
             entries = value if isinstance(value, tuple) else (value,)
             least = 0 if name == "se_blocks" else 1
             if not entries:
-                raise ConfigError(f"{flag(name)}: the list is empty; expected one number per stage")
+                raise ConfigError(
+                    f"{option(name)}: the list is empty; expected one number per stage"
+                )
             if not all(isinstance(entry, int) and entry >= least for entry in entries):
                 raise ConfigError(
-                    f"{flag(name)}: got {show(entries)}, expected whole numbers from {least} up"
+                    f"{option(name)}: got {show(entries)}, expected whole numbers from {least} up"
                 )
 
     def given(self) -> tuple[str, ...]:
@@ -58,15 +60,6 @@ class Architecture:
     takes: tuple[str, ...]  # fields of ArchitectureOptions that the free form understands
     deploy_marker: str  # a part of parameter names that only the deploy form has
     head_weight: str  # parameter whose first axis counts the classes
-
-
-def flag(name: str) -> str:
-    """Return the command-line spelling of an option.
-
-    >>> flag("num_classes")
-    '--num-classes'
-    """
-    return "--" + name.replace("_", "-")
 
 
 def show(values: tuple[object, ...]) -> str:
@@ -87,5 +80,6 @@ def check_length(name: str, values: tuple[int, ...], expected: tuple[int, ...], 
     if len(values) not in expected:
         lengths = " or ".join(str(length) for length in expected)
         raise ConfigError(
-            f"{flag(name)}: got {len(values)} entries ({show(values)}), expected {lengths} ({why})"
+            f"{option(name)}: got {len(values)} entries ({show(values)}), expected {lengths} "
+            f"({why})"
         )

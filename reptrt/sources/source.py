@@ -1,6 +1,6 @@
-"""Where a network comes from: a zoo name, a factory in a Python file or module, an ONNX file.
+"""Where a net comes from: a zoo name, a net of timm, a factory in Python, or an ONNX file.
 
-A factory is code that the user names and we call; a checkpoint is data and is never executed.
+A factory is code that the user names and reptrt calls; a checkpoint is data and is never executed.
 """
 
 import contextlib
@@ -8,16 +8,17 @@ import importlib
 import importlib.util
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from torch import nn
 
-from reptrt.core.errors import ConfigError
+from reptrt.core.errors import ConfigError, option
 from reptrt.graph.net import first_free
-from reptrt.sources.checkpoint import load_state_dict, load_weights
+from reptrt.graph.preprocess import Preprocess
+from reptrt.sources.checkpoint import load_weights, read_checkpoint
 from reptrt.sources.models import (
     ArchitectureOptions,
     build,
@@ -26,25 +27,33 @@ from reptrt.sources.models import (
     names,
     options_from_state,
 )
-from reptrt.sources.options import flag
+from reptrt.sources.module import deployable
+
+_IMAGENET_SIZE = (3, 224, 224)
+_IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_TIMM = "timm:"
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """What to export."""
+    """What to export.
 
-    name: str  # zoo name | module.py:factory | package.module:factory | file.onnx
+    Raises:
+        ConfigError: an ONNX file is given weights or an option of the architecture.
+    """
+
+    name: str  # zoo name | timm:NAME | module.py:factory | package.module:factory | file.onnx
     weights: Path | None = None  # checkpoint; None keeps the initial weights
     architecture: ArchitectureOptions = field(default_factory=ArchitectureOptions)
-    seed: int = 0  # of the initial weights of a zoo net
+    seed: int = 0  # of the initial weights of a net of the zoo or of timm
 
     def __post_init__(self) -> None:
-        given = ["--weights"] if self.weights is not None else []
-        given += [flag(name) for name in self.architecture.given()]
+        given = ["weights"] if self.weights is not None else []
+        given += self.architecture.given()
         if self.is_onnx and given:
             raise ConfigError(
-                f"{self.name}: an ONNX file holds its architecture and weights, got {given[0]}; "
-                "leave it out"
+                f"{self.name}: an ONNX file holds its architecture and weights, got "
+                f"{option(given[0])}; leave it out"
             )
 
     @property
@@ -59,20 +68,50 @@ class Source:
         return self.name.lower().endswith(".onnx")
 
     @property
-    def is_imagenet_variant(self) -> bool:
-        """Whether the source is a published ImageNet net, with the preprocessing that implies."""
-        return is_variant(self.name)
+    def is_timm(self) -> bool:
+        """Whether the source is a net of timm."""
+        return self.name.startswith(_TIMM)
+
+    @property
+    def is_factory(self) -> bool:
+        """Whether the source is a function in a Python file or module."""
+        return ":" in self.name and not self.is_timm and not self.is_onnx
 
 
 def module_from_source(source: Source) -> nn.Module:
-    """Return the net in eval mode with its weights loaded.
+    """Return the net with its weights loaded: float32, on the CPU, in eval mode, unwrapped.
 
     Raises:
         ConfigError: the name is unknown, or the factory cannot be found or called.
         CheckpointError: the weights cannot be read or do not fit.
+        MissingDependencyError: the source is a net of timm, which is not installed.
     """
-    module = _from_factory(source) if ":" in source.name else _from_zoo(source)
-    return module.eval()
+    if source.is_factory:
+        return _from_factory(source)
+    return (_from_timm(source) if source.is_timm else _from_zoo(source)).eval()
+
+
+def implied_preprocess(source: Source, size: tuple[int, int, int] | None) -> Preprocess:
+    """Return the preprocessing that a torch source implies if nothing else is asked for.
+
+    A published ImageNet net has ImageNet's mean, std and crop, a net of timm what timm says; other
+    nets get pixels / 255.
+
+    Args:
+        source: not an ONNX file.
+        size: (C, H, W); None: what the source implies, else 3 x 224 x 224.
+
+    Raises:
+        MissingDependencyError: the source is a net of timm, which is not installed.
+    """
+    if source.is_timm:
+        from reptrt.sources.timm_net import timm_preprocess
+
+        return timm_preprocess(source.name, size)
+    plain = Preprocess.plain(*(size or _IMAGENET_SIZE))
+    if not is_variant(source.name) or plain.channels != len(_IMAGENET_MEAN):
+        return plain
+    return replace(plain, mean=_IMAGENET_MEAN, std=_IMAGENET_STD, resize="crop")
 
 
 def _from_zoo(source: Source) -> nn.Module:
@@ -80,16 +119,32 @@ def _from_zoo(source: Source) -> nn.Module:
 
     if source.name not in names() and (source.name.endswith(".py") or Path(source.name).exists()):
         raise ConfigError(
-            f"{source.name}: expected a zoo name, FILE.py:FACTORY, MODULE:FACTORY or an .onnx file"
+            f"{source.name}: expected a zoo name, timm:NAME, FILE.py:FACTORY, MODULE:FACTORY or an "
+            ".onnx file"
         )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(source.seed)
         if source.weights is None:
             return build(source.name, source.architecture, deploy=False)
-        state = load_state_dict(source.weights)
+        checkpoint = read_checkpoint(source.weights)
+        state = checkpoint.preferred
         options = options_from_state(source.name, source.architecture, state)
         module = build(source.name, options, deploy=is_deploy_state(state))
-    load_weights(module, state, str(source.weights))
+    load_weights(module, checkpoint)
+    return module
+
+
+def _from_timm(source: Source) -> nn.Module:
+    import torch
+
+    from reptrt.sources.timm_net import build_timm_net
+
+    checkpoint = None if source.weights is None else read_checkpoint(source.weights)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(source.seed)
+        module = build_timm_net(source.name, source.architecture, checkpoint)
+    if checkpoint is not None:
+        load_weights(module, checkpoint)
     return module
 
 
@@ -97,7 +152,7 @@ def _from_factory(source: Source) -> nn.Module:
     given = source.architecture.given()
     if given:
         raise ConfigError(
-            f"{source.name}: a factory is called without arguments, got {flag(given[0])}; "
+            f"{source.name}: a factory is called without arguments, got {option(given[0])}; "
             "set it inside the factory"
         )
     path, _, attribute = source.name.rpartition(":")
@@ -111,8 +166,9 @@ def _from_factory(source: Source) -> nn.Module:
         raise ConfigError(
             f"{source.name}: the factory returned {type(module).__name__}, expected torch.nn.Module"
         )
+    module = deployable(module, source.name)
     if source.weights is not None:
-        load_weights(module, load_state_dict(source.weights), str(source.weights))
+        load_weights(module, read_checkpoint(source.weights))
     return module
 
 

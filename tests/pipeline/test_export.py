@@ -397,7 +397,7 @@ def test_names_that_lead_nowhere(tmp_path: Path, factories: Path) -> None:
     for name, message in {
         f"{tmp_path}/nowhere.py:make": r"nowhere\.py: no such file",
         "no_such_package.nets:make": r"no_such_package\.nets: cannot be imported",
-        str(factories): r"expected a zoo name, FILE\.py:FACTORY",
+        str(factories): r"expected a zoo name, timm:NAME, FILE\.py:FACTORY",
         "repvg": r"repvg.*repvgg",
         f"{tmp_path}/no.onnx": r"no\.onnx does not exist",
     }.items():
@@ -406,15 +406,15 @@ def test_names_that_lead_nowhere(tmp_path: Path, factories: Path) -> None:
 
 
 def test_options_that_a_source_cannot_take(tmp_path: Path, factories: Path) -> None:
-    with pytest.raises(ConfigError, match=r"called without arguments, got --num-classes"):
+    with pytest.raises(ConfigError, match=r"called without arguments, got num_classes"):
         export(
             Source(f"{factories}:make", architecture=ArchitectureOptions(num_classes=3)),
             tmp_path / "M.onnx",
             SMALL,
         )
-    with pytest.raises(ConfigError, match=r"an ONNX file holds its .*got --weights; leave it out"):
+    with pytest.raises(ConfigError, match=r"an ONNX file holds its .*got weights; leave it out"):
         Source("m.onnx", weights=Path("w.pt"))
-    with pytest.raises(ConfigError, match=r"an ONNX file holds its .*got --blocks; leave it out"):
+    with pytest.raises(ConfigError, match=r"an ONNX file holds its .*got blocks; leave it out"):
         Source("m.onnx", architecture=ArchitectureOptions(blocks=(1,)))
 
 

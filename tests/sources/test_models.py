@@ -6,7 +6,7 @@ from torch import nn
 
 from reptrt.core.errors import ConfigError
 from reptrt.sources import models
-from reptrt.sources.checkpoint import load_state_dict, load_weights
+from reptrt.sources.checkpoint import load_weights, read_checkpoint
 from reptrt.sources.models import ArchitectureOptions
 from tests.support.helpers import SHARED, needs_shared
 
@@ -154,13 +154,14 @@ def test_variant_has_the_published_size_and_cost(name):
 @needs_shared
 def test_trained_nets_load_strictly_by_their_command_line(name, options):
     path = SHARED / "zoo" / f"{name}_cifar10.pt"
-    state = load_state_dict(path)
+    checkpoint = read_checkpoint(path)
+    state = checkpoint.preferred
     assert not models.is_deploy_state(state)
     net = models.build(name, models.options_from_state(name, options, state), deploy=False)
     assert {k: v.shape for k, v in net.state_dict().items()} == {
         k: v.shape for k, v in state.items()
     }
-    load_weights(net, state, path.name)
+    load_weights(net, checkpoint)
     assert all(
         torch.equal(value, state[key])
         for key, value in net.state_dict().items()
@@ -337,8 +338,12 @@ def test_number_of_classes_comes_from_the_checkpoint_unless_given():
         branches=2, num_classes=10
     )
     assert models.options_from_state("repvgg", given, state) is given
-    assert models.options_from_state("repvgg_a0", free, {"head.weight": torch.zeros(3)}) is free
-    assert models.options_from_state("repvgg", free, {"linear.weight": torch.tensor(1.0)}) is free
+    prefixed = {f"model.{name}": value for name, value in state.items()}
+    assert models.options_from_state("mobileone", free, prefixed).num_classes == 10
+    two = {**prefixed, "teacher.linear.weight": torch.zeros(12, 256)}
+    assert models.options_from_state("mobileone", free, two).num_classes is None
+    assert models.options_from_state("repvgg_a0", free, {"head.weight": torch.zeros(3)}) == free
+    assert models.options_from_state("repvgg", free, {"linear.weight": torch.tensor(1.0)}) == free
 
 
 @pytest.mark.parametrize(
@@ -350,41 +355,41 @@ def test_number_of_classes_comes_from_the_checkpoint_unless_given():
         (
             "repvgg",
             {"widths": (8, 8), "blocks": (1, 1)},
-            r"--widths: got 2 entries \(8,8\), expected 3 \(the stem, then one per entry of --bl",
+            r"widths: got 2 entries \(8,8\), expected 3 \(the stem, then one per entry of bl",
         ),
         (
             "repvgg",
             {"blocks": (1, 1, 1)},
-            r"--widths: got 5 entries \(48,48,96,192,1280\), expected 4",
+            r"widths: got 5 entries \(48,48,96,192,1280\), expected 4",
         ),
         (
             "repvgg",
             {"widths": (8, 8), "blocks": (1,), "strides": (1, 1, 1)},
-            r"--strides: got 3 entries \(1,1,1\), expected 2",
+            r"strides: got 3 entries \(1,1,1\), expected 2",
         ),
         (
             "mobileone",
             {"widths": (8, 8), "blocks": (1, 1, 1)},
-            r"--widths: got 2 entries \(8,8\), expected 3 or 4 \(.*the stem's in front\)",
+            r"widths: got 2 entries \(8,8\), expected 3 or 4 \(.*the stem's in front\)",
         ),
         (
             "mobileone",
             {"strides": (1, 1, 1, 1, 1, 1)},
-            r"--strides: got 6 entries \(1,1,1,1,1,1\), expected 4 or 5",
+            r"strides: got 6 entries \(1,1,1,1,1,1\), expected 4 or 5",
         ),
-        ("mobileone", {"se_blocks": (1,)}, r"--se-blocks: got 1 entries \(1\), expected 4"),
-        ("mobileone", {"se_blocks": (3, 0, 0, 0)}, r"--se-blocks: got 3,0,0,0, expected at most"),
+        ("mobileone", {"se_blocks": (1,)}, r"se_blocks: got 1 entries \(1\), expected 4"),
+        ("mobileone", {"se_blocks": (3, 0, 0, 0)}, r"se_blocks: got 3,0,0,0, expected at most"),
         (
             "repvgg_a0",
             {"widths": (8,), "groups": 2},
-            r"got --widths, --groups, expected only --num-classes, --in-channels; 'repvgg' is",
+            r"got widths, groups, expected only num_classes, in_channels; 'repvgg' is",
         ),
-        ("mobileone", {"groups": 2}, r"mobileone: got --groups, expected only --widths, "),
-        ("repvgg", {"branches": 2}, r"repvgg: got --branches, expected only --widths, "),
+        ("mobileone", {"groups": 2}, r"mobileone: got groups, expected only widths, "),
+        ("repvgg", {"branches": 2}, r"repvgg: got branches, expected only widths, "),
         (
             "repvgg",
             {"groups": 4, "widths": (8, 8, 10), "blocks": (1, 2)},
-            r"--groups: layer 2 has 8 -> 10 channels, which do not divide into 4 groups",
+            r"groups: layer 2 has 8 -> 10 channels, which do not divide into 4 groups",
         ),
     ],
     ids=lambda value: value if isinstance(value, str) and len(value) < 12 else "",
@@ -397,15 +402,15 @@ def test_impossible_architectures_are_refused(name, options, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"widths": ()}, r"--widths: the list is empty"),
-        ({"widths": (8, 0, 8)}, r"--widths: got 8,0,8, expected whole numbers from 1 up"),
-        ({"blocks": (-1,)}, r"--blocks: got -1,"),
-        ({"strides": (1.5,)}, r"--strides: got 1.5,"),
-        ({"num_classes": 0}, r"--num-classes: got 0,"),
-        ({"in_channels": -3}, r"--in-channels: got -3,"),
-        ({"groups": 0}, r"--groups: got 0,"),
-        ({"branches": 0}, r"--branches: got 0,"),
-        ({"se_blocks": (0, -1)}, r"--se-blocks: got 0,-1, expected whole numbers from 0 up"),
+        ({"widths": ()}, r"widths: the list is empty"),
+        ({"widths": (8, 0, 8)}, r"widths: got 8,0,8, expected whole numbers from 1 up"),
+        ({"blocks": (-1,)}, r"blocks: got -1,"),
+        ({"strides": (1.5,)}, r"strides: got 1.5,"),
+        ({"num_classes": 0}, r"num_classes: got 0,"),
+        ({"in_channels": -3}, r"in_channels: got -3,"),
+        ({"groups": 0}, r"groups: got 0,"),
+        ({"branches": 0}, r"branches: got 0,"),
+        ({"se_blocks": (0, -1)}, r"se_blocks: got 0,-1, expected whole numbers from 0 up"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

@@ -12,9 +12,9 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from reptrt.core.errors import ConfigError
+from reptrt.core.errors import ConfigError, option
 from reptrt.sources.models import mobileone, repvgg
-from reptrt.sources.options import Architecture, ArchitectureOptions, flag
+from reptrt.sources.options import Architecture, ArchitectureOptions
 
 __all__ = [
     "ArchitectureOptions",
@@ -22,6 +22,7 @@ __all__ = [
     "is_deploy_state",
     "is_variant",
     "names",
+    "num_classes_of",
     "options_from_state",
 ]
 
@@ -60,10 +61,22 @@ def options_from_state(
     Raises:
         ConfigError: no architecture has that name.
     """
-    head = state.get(_find(name)[1].head_weight)
-    if options.num_classes is not None or head is None or head.ndim == 0 or not len(head):
+    if options.num_classes is not None:
         return options
-    return replace(options, num_classes=len(head))
+    return replace(options, num_classes=num_classes_of(state, _find(name)[1].head_weight))
+
+
+def num_classes_of(state: Mapping[str, torch.Tensor], head_weight: str) -> int | None:
+    """Return the length of the last layer's weight in a state dict, whatever its prefix.
+
+    None if there is no such weight, or if several differ in length.
+    """
+    lengths = {
+        len(value)
+        for name, value in state.items()
+        if f".{name}".endswith(f".{head_weight}") and value.ndim and len(value)
+    }
+    return lengths.pop() if len(lengths) == 1 else None
 
 
 def build(name: str, options: ArchitectureOptions, *, deploy: bool) -> nn.Module:
@@ -102,9 +115,9 @@ def _find(name: str) -> tuple[str, Architecture]:
 def _refuse_untaken(
     name: str, options: ArchitectureOptions, takes: tuple[str, ...], remedy: str
 ) -> None:
-    untaken = [flag(field) for field in options.given() if field not in takes]
+    untaken = [option(field) for field in options.given() if field not in takes]
     if untaken:
         raise ConfigError(
             f"{name}: got {', '.join(untaken)}, expected only "
-            f"{', '.join(map(flag, takes))}; {remedy}"
+            f"{', '.join(map(option, takes))}; {remedy}"
         )

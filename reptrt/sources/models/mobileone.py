@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from reptrt.core.errors import ConfigError
+from reptrt.core.errors import ConfigError, option
 from reptrt.sources.models.layers import (
     ConvSpec,
     classifier,
@@ -32,7 +32,6 @@ from reptrt.sources.options import (
     Architecture,
     ArchitectureOptions,
     check_length,
-    flag,
     show,
 )
 
@@ -98,10 +97,10 @@ class _Design:
 
     def __post_init__(self) -> None:
         stages = len(self.blocks)
-        check_length("se_blocks", self.se_blocks, (stages,), "one per entry of --blocks")
+        check_length("se_blocks", self.se_blocks, (stages,), f"one per entry of {option('blocks')}")
         if any(se > count for se, count in zip(self.se_blocks, self.blocks, strict=True)):
             raise ConfigError(
-                f"{flag('se_blocks')}: got {show(self.se_blocks)}, expected at most --blocks, "
+                f"{option('se_blocks')}: got {show(self.se_blocks)}, expected at most "
                 f"{show(self.blocks)}"
             )
 
@@ -128,7 +127,7 @@ def _design_from_options(options: ArchitectureOptions) -> _Design:
     stages = len(blocks)
     widths = options.widths or _S0_WIDTHS
     strides = options.strides or (2,) * stages
-    why = "one per entry of --blocks; one more: the stem's in front"
+    why = f"one per entry of {option('blocks')}; one more: the stem's in front"
     check_length("widths", widths, (stages, stages + 1), why)
     check_length("strides", strides, (stages, stages + 1), why)
     if len(widths) == stages:

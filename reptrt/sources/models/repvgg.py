@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from reptrt.core.errors import ConfigError
+from reptrt.core.errors import ConfigError, option
 from reptrt.sources.models.layers import (
     ConvSpec,
     classifier,
@@ -25,7 +25,7 @@ from reptrt.sources.models.layers import (
     fused_block,
     initialize,
 )
-from reptrt.sources.options import Architecture, ArchitectureOptions, check_length, flag
+from reptrt.sources.options import Architecture, ArchitectureOptions, check_length
 
 _BLOCKS_A = (2, 4, 14, 1)
 _BLOCKS_B = (4, 6, 16, 1)
@@ -62,7 +62,7 @@ class _Design:
 
     def __post_init__(self) -> None:
         stages = len(self.blocks) + 1
-        why = "the stem, then one per entry of --blocks"
+        why = f"the stem, then one per entry of {option('blocks')}"
         check_length("widths", self.widths, (stages,), why)
         check_length("strides", self.strides, (stages,), why)
 
@@ -104,8 +104,9 @@ def _specs(design: _Design, in_channels: int) -> list[ConvSpec]:
             spec = ConvSpec(in_channels, width, 3, stride if index == 0 else 1, groups)
             if in_channels % groups or width % groups:
                 raise ConfigError(
-                    f"{flag('groups')}: layer {layer} has {in_channels} -> {width} channels, which "
-                    f"do not divide into {groups} groups; choose other {flag('widths')} or groups"
+                    f"{option('groups')}: layer {layer} has {in_channels} -> {width} channels, "
+                    f"which do not divide into {groups} groups; choose other "
+                    f"{option('widths')} or {option('groups')}"
                 )
             specs.append(spec)
             in_channels = width
