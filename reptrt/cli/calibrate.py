@@ -58,6 +58,8 @@ def _summary(report: Any, recipe: str) -> str:
     text += f", full range: {len(report.full_range)} of {len(report.tensors)} tensors"
     if report.decisions or report.full_range:
         text += f", overhead {100 * report.overhead:.1f} %"
+    for label, names in report.left_float.items():
+        text += f"\n           {label}: {names}"
     if report.learned is not None:
         units = report.learned.units
         better = sum(unit.kept == "learned" for unit in units)

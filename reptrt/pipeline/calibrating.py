@@ -180,6 +180,8 @@ def _calibrate(
         sha256=sha256,
         images=dataset.length,
         layers=len(placement.weights),
+        excluded=placement.excluded,
+        float_nodes=placement.float_nodes,
         threshold=rule,
         margin=margin,
         tensors=tensors,

@@ -109,7 +109,17 @@ class CalibrateOptions:
         8, "Bits of an activation, 2 to 8; fewer than 8 are simulated in INT8."
     )
     exclude: tuple[str, ...] = described(
-        (), "Regular expression for names of layers that stay in float.", metavar="REGEX"
+        (),
+        "Regular expression for names of layers (convolutions, matrix products) that stay in "
+        "float.",
+        metavar="REGEX",
+    )
+    float_nodes: tuple[str, ...] = described(
+        (),
+        "Regular expression for names of nodes of any kind that stay in float, and with them "
+        "everything that is reached only through them.",
+        metavar="REGEX",
+        flag="--float",
     )
     high_precision: HighPrecision = described(
         "fp32",

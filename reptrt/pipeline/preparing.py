@@ -57,13 +57,12 @@ def prepare(net: Net, dataset: Dataset, options: CalibrateOptions) -> Prepared:
         dataset: calibration images.
         options: of calibration.
     """
-    placement = place(net, options.exclude)
-    excluded = placement.excluded
-    unsplit = exactly(excluded)
+    placement = place(net, options.exclude, options.float_nodes)
+    in_float = (exactly(placement.excluded), exactly(placement.float_nodes))
     layers = {
         node.name: node.inputs[0].name
         for node in weighted_nodes(net.graph)
-        if node.name not in excluded
+        if node.name not in placement.excluded
     }
     linked = [link.tensor.name for link in find_links(net)[0]] if options.equalize else []
     stats: dict[str, ChannelStats] = {}
@@ -87,7 +86,7 @@ def prepare(net: Net, dataset: Dataset, options: CalibrateOptions) -> Prepared:
         net,
         inputs,
         _choose_options(options),
-        _can_have_full_range(net, unsplit) if options.full_range else (),
+        _can_have_full_range(net, place(net, *in_float)) if options.full_range else (),
     )
     total = num_macs(net)
     if options.split == "auto":
@@ -98,14 +97,14 @@ def prepare(net: Net, dataset: Dataset, options: CalibrateOptions) -> Prepared:
     else:
         decisions = ()
         left_whole = _split_as_asked(net, layers, options)
-    possible = set(_can_have_full_range(net, unsplit)) if choice.ranges else set()
+    possible = set(_can_have_full_range(net, place(net, *in_float))) if choice.ranges else set()
     ranges = tuple(
         replace(decision, full=decision.full and decision.tensor in possible)
         for decision in choice.ranges
     )
     extra = replace(choice, ranges=ranges).extra_macs
     overhead = extra / total if total else 0.0
-    placement = place(net, unsplit)
+    placement = place(net, *in_float)
     return Prepared(
         equalized, read_splits(net), decisions, left_whole, ranges, overhead, placement, shares
     )
@@ -142,8 +141,7 @@ def _statistics(
     return stats, shares
 
 
-def _can_have_full_range(net: Net, exclude: Collection[str]) -> list[str]:
-    placement = place(net, exclude)
+def _can_have_full_range(net: Net, placement: Placement) -> list[str]:
     return [
         activation.tensor
         for activation in placement.activations

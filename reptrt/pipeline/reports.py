@@ -1,7 +1,7 @@
 """What the stages report."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,8 @@ from reptrt.graph.splits import Split
 from reptrt.quantize.choose import Decision, RangeDecision, full_range_of
 from reptrt.quantize.reconstruct.options import ReconstructReport
 from reptrt.rewrite.contract import Skipped
+
+_NAMED = 5  # names that a line shows before it counts
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -84,6 +86,8 @@ class CalibrateReport(Result):
     sha256: str
     images: int
     layers: int
+    excluded: tuple[str, ...]  # layers that stay in float on request
+    float_nodes: tuple[str, ...]  # nodes of any kind that do, those behind them included
     threshold: Threshold  # the rule; of auto the one that was chosen
     margin: float  # by which auto widened its thresholds, for images not seen; 1 for a given rule
     tensors: tuple[TensorScale, ...]
@@ -102,6 +106,12 @@ class CalibrateReport(Result):
         """The activations that take all codes."""
         return full_range_of(self.ranges)
 
+    @property
+    def left_float(self) -> dict[str, str]:
+        """What stays in float on request: a label and the names, no entry where that is nothing."""
+        groups = {"layers in float": self.excluded, "nodes in float": self.float_nodes}
+        return {label: _names(names) for label, names in groups.items() if names}
+
     def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON values."""
         return asdict(self) | {"path": _text(self.path), "seconds": dict(self.seconds)}
@@ -118,6 +128,7 @@ class CalibrateReport(Result):
             "file": _text(self.path) or "in memory",
             "images": str(self.images),
             "layers": f"{self.layers} INT8",
+            **self.left_float,
             "activations": f"{len(self.tensors)}, {len(self.full_range)} with all 256 codes",
             "threshold": f"{self.threshold}{margin}",
             "equalized": f"{self.equalized} activations",
@@ -138,3 +149,9 @@ class CalibrateReport(Result):
 
 def _text(path: Path | None) -> str | None:
     return None if path is None else str(path)
+
+
+def _names(names: Sequence[str]) -> str:
+    """Return a count and the first few names."""
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return f"{len(names)}: {', '.join(names[:_NAMED])}{more}"

@@ -608,6 +608,8 @@ def test_usage_errors_exit_2(arguments: list[str]) -> None:
         ("--exclude", "nope", "--exclude nope: matches none of 3 layers"),
         ("--exclude", "(", "not a regular expression"),
         ("--exclude", ".", "no layer to quantize"),
+        ("--float", "nope", "--float nope: matches none of "),
+        ("--float", "[", "--float [: not a regular expression"),
     ],
 )
 def test_values_that_cannot_work(

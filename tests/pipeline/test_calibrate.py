@@ -12,6 +12,7 @@ from onnx import helper, numpy_helper
 from PIL import Image
 
 from reptrt.core.artifacts import read_sidecar, sha256_of
+from reptrt.core.choices import SplitMode
 from reptrt.core.errors import ArtifactError, CalibrationError, ConfigError, DataError, ReptrtError
 from reptrt.execute.runner import optimized_op_counts
 from reptrt.graph.net import net_from_model
@@ -149,11 +150,31 @@ def test_every_rule_writes_a_net_that_runs(tmp_path: Path, data: Path, rule: str
     assert np.isfinite(got).all()
 
 
+@pytest.mark.parametrize("split", ["auto", "coarse-fine"])
+def test_a_node_of_any_kind_and_its_tail_stay_in_float(
+    tmp_path: Path, data: Path, split: SplitMode
+) -> None:
+    model = save(residual_net(), tmp_path / "m.onnx")
+    options = replace(PLAIN, float_nodes=("^pool$",), split=split)
+    report = calibrate(model, data, tmp_path / "o.onnx", options)
+    assert report.float_nodes == ("flat", "head", "pool")
+    assert report.excluded == ("head",)
+    assert report.left_float["nodes in float"] == "3: flat, head, pool"
+    assert "flat, head, pool" in str(report)
+    written = onnx.load(str(tmp_path / "o.onnx")).graph
+    nodes = {node.name: node for node in written.node}
+    dequantized = {n.output[0] for n in written.node if n.op_type == "DequantizeLinear"}
+    assert dequantized.isdisjoint({*nodes["pool"].input, *nodes["head"].input})
+    assert not {split.layer for split in report.splits} & {"head"}
+
+
 def test_exclude_and_fewer_bits(tmp_path: Path, data: Path) -> None:
     model = save(residual_net(), tmp_path / "m.onnx")
     options = replace(PLAIN, exclude=("^stem$", "^head$"), weight_bits=4)
     report = calibrate(model, data, tmp_path / "o.onnx", options)
     assert report.layers == 10
+    assert report.excluded == ("head", "stem")
+    assert report.left_float == {"layers in float": "2: head, stem"}
     assert report.simulation == "4-bit weights, 8-bit activations inside INT8"
     written = onnx.load(str(tmp_path / "o.onnx"))
     assert {p.key: p.value for p in written.metadata_props}[

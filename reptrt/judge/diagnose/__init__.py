@@ -78,7 +78,7 @@ def diagnose(
     net, device = source.to_net(), torch_device(options.device)
     with torch.inference_mode():
         graphs = [TorchGraph(made.to_net(), device) for made in (plain, int8)]
-        placement = place(net, options.exclude)
+        placement = place(net, options.exclude, options.float_nodes)
         halves = _halves(net, placement, plain.report, options)
         corners = _corners(halves, graphs, dataset, options)
         layers = [weight.node for weight in placement.weights]
@@ -112,7 +112,10 @@ def _report_and_model(calibrated: Calibrated | CalibrateReport) -> tuple[Calibra
 
 def _plain(options: CalibrateOptions) -> CalibrateOptions:
     """Return the options of a quantizer that knows nothing of branches, same bits and rule."""
-    kept = ("images", "threshold", "weight_bits", "activation_bits", "exclude", "device", "seed")
+    kept = (
+        *("images", "threshold", "weight_bits", "activation_bits", "exclude", "float_nodes"),
+        *("device", "seed"),
+    )
     return replace(PLAIN_INT8, **{name: getattr(options, name) for name in kept})
 
 

@@ -109,6 +109,8 @@ def decisions(run: RunContent) -> Section:
         text += f"Splits were not chosen: --split {mode} was given. "
     full = [choice["tensor"] for choice in found["ranges"] if choice["full"]]
     text += f"{len(full)} of {len(found['tensors'])} activations take all codes (full range)."
+    if in_float := sorted({*found.get("excluded", ()), *found.get("float_nodes", ())}):
+        text += f" On request these nodes stay in float: {', '.join(in_float)}."
     blocks: list[Block] = [Text(text)]
     if found["decisions"]:
         blocks.append(_decisions(found["decisions"]))
