@@ -1,9 +1,9 @@
-"""Files that cross a stage: written whole or not at all, each with a sidecar of origin.
+"""Files that stages exchange: written whole or not at all, each with a sidecar for its origin.
 
 The sidecar of ``M.onnx`` is ``M.onnx.json``:
 
     {"artifact": "int8-onnx", "sha256": "...", "parents": {"M.onnx": "sha256"}, "options": {...},
-     "versions": {...}}
+     "versions": {...}, "details": {...}}
 
 A derived file names the sha256 of every file it was made from, so a chain can be checked.
 """
@@ -19,7 +19,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from reptrt.core.errors import ArtifactError
+from reptrt.core.errors import ArtifactError, option
 
 _RECORDED_PACKAGES = (
     "reptrt",
@@ -41,9 +41,9 @@ class Sidecar:
     artifact: str  # what the file is: "float-onnx", "int8-onnx", "engine", ...
     sha256: str  # of the file itself, hex
     parents: Mapping[str, str] = field(default_factory=dict)  # file name -> sha256, hex
-    options: Mapping[str, Any] = field(default_factory=dict)  # what the stage was asked for
+    options: Mapping[str, Any] = field(default_factory=dict)  # options of the stage
     versions: Mapping[str, str] = field(default_factory=dict)  # package -> version
-    details: Mapping[str, Any] = field(default_factory=dict)  # what the stage found
+    details: Mapping[str, Any] = field(default_factory=dict)  # what the stage made
 
 
 def sha256_of(path: Path) -> str:
@@ -65,7 +65,7 @@ def package_versions() -> dict[str, str]:
 
 
 def require_folder(path: Path) -> None:
-    """Refuse a target that cannot be written for lack of a folder, before any work is done.
+    """Refuse a path whose folder does not exist, before any work is done.
 
     Raises:
         ArtifactError: the folder of ``path`` does not exist, or ``path`` is a folder.
@@ -77,19 +77,21 @@ def require_folder(path: Path) -> None:
 
 
 def refuse_overwriting(path: Path, sources: Iterable[Path]) -> None:
-    """Refuse a target that is one of the files it would be made from.
+    """Refuse a path that is one of the files from which it would be made.
 
     Raises:
-        ArtifactError: it is.
+        ArtifactError: it is one of them.
     """
     for source in sources:
         if path.exists() and source.exists() and path.samefile(source):
-            raise ArtifactError(f"{path}: is the file it would be made from; give another -o")
+            raise ArtifactError(
+                f"{path}: is the file it would be made from; give another {option('output')}"
+            )
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``path``; on success it becomes ``path``, else it is gone.
+    """Yield a temporary path, which becomes ``path`` on success and is removed otherwise.
 
     The bytes are flushed to disk before the rename, so a reader sees the old file or the new one,
     never a part.
@@ -117,7 +119,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def remove_parts(folder: Path) -> None:
-    """Remove what `replacing` leaves in a folder if its process is killed (by SIGKILL, say)."""
+    """Remove the files that `replacing` leaves in a folder when its process is killed."""
     for part in folder.glob(".*.part"):
         part.unlink(missing_ok=True)
 
@@ -134,7 +136,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def sidecar_path(path: Path) -> Path:
-    """Return where the sidecar of ``path`` lives: ``M.onnx`` -> ``M.onnx.json``."""
+    """Return the path of the sidecar of ``path``: ``M.onnx`` -> ``M.onnx.json``."""
     return path.with_name(path.name + ".json")
 
 
@@ -149,9 +151,9 @@ def write_artifact(
 ) -> Sidecar:
     """Write a file and its sidecar, both or neither; return the sidecar.
 
-    Both are on disk under temporary names before either gets its own. The old sidecar goes first,
-    so a crash in between leaves a file of unknown origin (which every stage accepts), never a file
-    with a wrong origin (which every stage refuses).
+    Both are on disk under temporary names before either is renamed. The old sidecar is removed
+    first, so a crash in between leaves a file of unknown origin (which every stage accepts), never
+    a file with a wrong origin (which every stage refuses).
 
     Raises:
         ArtifactError: the folder does not exist, or the disk refused the bytes; what was there
@@ -191,19 +193,19 @@ def read_sidecar(path: Path) -> Sidecar | None:
             f"{sidecar_path(path)}: not a sidecar written by reptrt ({err}); delete it to go on"
         ) from err
     try:
-        found = sha256_of(path)
+        actual = sha256_of(path)
     except OSError as err:
         raise ArtifactError(f"{path}: cannot be read ({err.strerror or err})") from err
-    if found != sidecar.sha256:
+    if actual != sidecar.sha256:
         raise ArtifactError(
-            f"{path}: sha256 is {found[:12]}..., its sidecar says {sidecar.sha256[:12]}...: the "
+            f"{path}: sha256 is {actual[:12]}..., its sidecar says {sidecar.sha256[:12]}...: the "
             f"file was changed after it was written; make it again, or delete the sidecar"
         )
     return sidecar
 
 
 def _check_kinds(sidecar: Sidecar) -> None:
-    """Raise TypeError if a field is of another kind than declared."""
+    """Raise TypeError if a field has another type than declared."""
     for item in fields(sidecar):
         kind = str if item.name in ("artifact", "sha256") else dict
         value = getattr(sidecar, item.name)

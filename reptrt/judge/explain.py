@@ -1,8 +1,9 @@
-"""Why INT8 is no faster: what a file is made of, beside what was timed.
+"""Explain why a file is not faster than the baseline, from its timing and its layers.
 
-Three questions, in this order: is there a difference at all (an interval that includes 1 says no)?
-Does what was planned INT8 run in INT8, and what stands between? And would faster arithmetic help:
-layers with few multiply-accumulates per byte wait for memory, small ones for being called.
+Three questions are asked in this order. Is there a difference at all? There is none if the
+interval of the ratio includes 1. Do the layers that were planned INT8 run in INT8, and which float
+layers and copies lie between them? Would faster arithmetic help? It does not help layers with few
+multiply-accumulates per byte, which wait for memory, nor small layers, which wait for their launch.
 """
 
 import re
@@ -27,37 +28,38 @@ from reptrt.trt.details import read_engine_record
 from reptrt.trt.input import is_half
 from reptrt.trt.inspect import inspect_engine
 
-_HELPS = 0.9  # ratio below which INT8 is worth no explanation
+_HELPS = 0.9  # a file with a smaller ratio is clearly faster and is not explained
 _NAMED = 3
 _FLOAT_OPS = re.compile(r"(Fused)?(Conv|ConvTranspose|Gemm|MatMul)")
-_ISLAND_RULES = ("QDQ201", "QDQ202", "QDQ203")  # float between INT8 layers
+_ISLAND_RULES = ("QDQ201", "QDQ202", "QDQ203")  # float layers between INT8 layers
 
-# Orders of magnitude, not measured here. INT8 multiply-accumulates in the time to move a byte:
-# data sheets of GPUs with tensor cores give 200 to 350 (A100, H100, RTX 4090), a CPU core with VNNI
-# has a few from its cache and 20 or so from memory. A call: a kernel launch; an operator.
+# Orders of magnitude, not measured here. INT8 multiply-accumulates in the time that moves one byte:
+# data sheets of GPUs with tensor cores give 200 to 350 (A100, H100, RTX 4090); a CPU core with VNNI
+# does a few if the byte is in its cache, about 20 if it is in memory. A call is a kernel launch on
+# a GPU and an operator on a CPU.
 _MACS_PER_BYTE = {"gpu": 200.0, "cpu": 10.0}
 _CALL_US = {"gpu": 10.0, "cpu": 5.0}
-_WAITING = 0.2  # share of time above which waiting for memory is worth a line
+_WAITING = 0.2  # waiting for memory is reported above this share of the time
 
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """What can be said of a file that was timed."""
+    """The facts about a timed file that can explain its speed."""
 
     planned: int = 0  # layers planned INT8
-    misses: tuple[str, ...] = ()  # of these, those that run in float: name, and why if known
-    split_layers: int = 0  # layers that were split in two summands
-    islands: tuple[str, ...] = ()  # what is in float between INT8 layers
+    misses: tuple[str, ...] = ()  # planned layers that run in float: name, and why if known
+    split_layers: int = 0  # layers that were split into two summands
+    islands: tuple[str, ...] = ()  # float layers between INT8 layers
     passes: tuple[str, ...] = ()  # launches of an engine that only move or convert: "12 reformats"
-    fp32_rest: bool = False
-    calls: int = 0  # operators or launches of one run; 0: not known
+    fp32_rest: bool = False  # what is not INT8 is FP32
+    calls: int = 0  # operators or launches per run; 0: unknown
     costs: tuple[LayerCost, ...] = ()
-    unknown: tuple[str, ...] = ()  # what could not be looked at, and why
+    unknown: tuple[str, ...] = ()  # what could not be examined, and why
 
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """What is said of one file at one batch size."""
+    """Why a file is not clearly faster than the baseline at a batch size."""
 
     file: str
     batch: int
@@ -74,7 +76,7 @@ class Explanation:
 
 
 def explain_all(report: BenchReport) -> tuple[Explanation, ...]:
-    """Explain every file of a report that INT8, or whatever it is, does not make faster."""
+    """Explain each file that is not clearly faster than the baseline."""
     explanations = []
     for base in (row for row in report.results if row.file == report.baseline):
         for row in report.results:
@@ -86,40 +88,40 @@ def explain_all(report: BenchReport) -> tuple[Explanation, ...]:
     return tuple(explanations)
 
 
-def explain(baseline: Timing, result: Timing, found: Evidence) -> tuple[str, ...]:
+def explain(baseline: Timing, result: Timing, facts: Evidence) -> tuple[str, ...]:
     """Return why a file is not clearly faster than the baseline, the verdict first; () if it is.
 
     Args:
         baseline: the timing that ratios refer to.
         result: the timing of the file, with its ratio.
-        found: what the file is made of.
+        facts: of the file, from `evidence`.
     """
     if result.file == baseline.file or _helps(result):
         return ()
     verdict = _verdict(baseline, result)
-    if not found.planned:
+    if not facts.planned:
         return (verdict,) if _no_difference(result) else ()
-    reasons = [*_float_reasons(found, result), *_waiting_reasons(found, result)]
+    reasons = [*_float_reasons(facts, result), *_waiting_reasons(facts, result)]
     reasons = reasons or ["the file shows no reason: the INT8 kernels are no faster here"]
-    return (verdict, *reasons, *found.unknown)
+    return (verdict, *reasons, *facts.unknown)
 
 
 def evidence(path: Path, batch: int, *, on_gpu: bool) -> Evidence:
-    """Look into a file; what cannot be looked at is said in ``unknown``."""
+    """Examine a file; ``unknown`` lists what cannot be examined."""
     if path.suffix.lower() == ".engine":
         return _engine_evidence(path, batch)
     model = read_model(path)
-    found = _graph_evidence(model, batch)
-    if not found.planned or on_gpu:
-        return found
+    facts = _graph_evidence(model, batch)
+    if not facts.planned or on_gpu:
+        return facts
     try:
         nodes = optimized_nodes(path)
     except ReptrtError as err:
-        return replace(found, unknown=(f"what onnxruntime makes of it is not known: {err}",))
+        return replace(facts, unknown=(f"how onnxruntime runs the file is unknown: {err}",))
     planned = planned_int8(model)
     floats = [name for name, op in nodes if _FLOAT_OPS.fullmatch(op)]
     misses = tuple(name for name in floats if name in planned)
-    return replace(found, misses=misses, fp32_rest=False, calls=len(nodes))
+    return replace(facts, misses=misses, fp32_rest=False, calls=len(nodes))
 
 
 def _graph_evidence(model: onnx.ModelProto, batch: int) -> Evidence:
@@ -138,28 +140,28 @@ def _graph_evidence(model: onnx.ModelProto, batch: int) -> Evidence:
 
 
 def _engine_evidence(path: Path, batch: int) -> Evidence:
-    """Return what the audit says, and what the ONNX file says if it lies beside the engine."""
+    """Return facts from the audit, and from the ONNX file if it lies beside the engine."""
     record = read_engine_record(path)
     if record is None:
         return Evidence(unknown=("the engine has no sidecar that says what was planned INT8",))
-    found = Evidence(planned=len(record.details.int8_layers))
-    if not found.planned:
-        return found
+    facts = Evidence(planned=len(record.details.int8_layers))
+    if not facts.planned:
+        return facts
     unknown = []
     files = ((path.parent / name, sha256) for name, sha256 in record.parents.items())
     sources = [file for file, sha256 in files if file.is_file() and sha256_of(file) == sha256]
     if sources:
-        found = replace(_graph_evidence(read_model(sources[0]), batch), planned=found.planned)
+        facts = replace(_graph_evidence(read_model(sources[0]), batch), planned=facts.planned)
     else:
         unknown.append("the ONNX file that the engine was built from is not beside it")
-    found = replace(found, fp32_rest=record.details.rest.state == "fp32")
+    facts = replace(facts, fp32_rest=record.details.rest.state == "fp32")
     try:
         checked, layers = audit(path), inspect_engine(path).layers
     except ReptrtError as err:
         unknown.append(f"no audit: {err}")
-        return replace(found, unknown=tuple(unknown))
+        return replace(facts, unknown=tuple(unknown))
     return replace(
-        found,
+        facts,
         misses=tuple(f"{miss.layer}: {miss.precision}, {miss.reason}" for miss in checked.misses),
         passes=_passes(checked),
         calls=len(layers),
@@ -198,50 +200,50 @@ def _verdict(baseline: Timing, result: Timing) -> str:
     return f"{'slower' if slower else 'hardly faster'} ({numbers})"
 
 
-def _float_reasons(found: Evidence, result: Timing) -> list[str]:
-    """What does not run in INT8, or stands between what does."""
+def _float_reasons(facts: Evidence, result: Timing) -> list[str]:
+    """Return what does not run in INT8, or lies between INT8 layers."""
     lines = []
-    if found.misses:
+    if facts.misses:
         lines.append(
-            f"{len(found.misses)} of {found.planned} layers planned INT8 run in float: "
-            f"{_some(found.misses)}"
+            f"{len(facts.misses)} of {facts.planned} layers planned INT8 run in float: "
+            f"{_some(facts.misses)}"
         )
-    if found.split_layers and (found.misses or found.passes):
+    if facts.split_layers and (facts.misses or facts.passes):
         where = "onnxruntime" if result.runner == "onnxruntime" else "the engine"
         lines.append(
-            f"{found.split_layers} layers are split in two summands, which {where} adds in float: "
-            "compare with calibrate --split none"
+            f"{facts.split_layers} layers are split into two summands, which {where} adds in "
+            "float: compare with a file that is calibrated with split none"
         )
-    if found.islands:
-        lines.append(f"in float between INT8 layers: {_some(found.islands)}")
-    if found.passes:
-        lines.append(f"only moving or converting data: {', '.join(found.passes)}")
-    if found.fp32_rest and _on_gpu(result):
-        lines.append("what is not INT8 runs in FP32: make it FP16 (--high-precision fp16)")
+    if facts.islands:
+        lines.append(f"float layers between INT8 layers: {_some(facts.islands)}")
+    if facts.passes:
+        lines.append(f"launches that only move or convert data: {', '.join(facts.passes)}")
+    if facts.fp32_rest and _on_gpu(result):
+        lines.append("what is not INT8 runs in FP32: build the engine with high precision fp16")
     return lines
 
 
-def _waiting_reasons(found: Evidence, result: Timing) -> list[str]:
-    """Why faster arithmetic would not help."""
+def _waiting_reasons(facts: Evidence, result: Timing) -> list[str]:
+    """Return why faster arithmetic would not help."""
     kind = "gpu" if _on_gpu(result) else "cpu"
     lines = []
     rate = _MACS_PER_BYTE[kind]
-    total = sum(cost.time(rate) for cost in found.costs)
-    waiting = [cost for cost in found.costs if cost.intensity < rate]
+    total = sum(cost.time(rate) for cost in facts.costs)
+    waiting = [cost for cost in facts.costs if cost.intensity < rate]
     share = sum(cost.time(rate) for cost in waiting) / total if total else 0.0
     if share >= _WAITING:
         waiting.sort(key=lambda cost: cost.bytes_moved, reverse=True)
         lines.append(
-            f"{len(waiting)} of {len(found.costs)} layers wait for memory (fewer than {rate:.0f} "
+            f"{len(waiting)} of {len(facts.costs)} layers wait for memory (fewer than {rate:.0f} "
             f"multiply-accumulates per byte; {100 * share:.0f} % of the time by this estimate): "
             f"{_some([f'{cost.layer} {cost.intensity:.1f}' for cost in waiting])}; faster "
             "arithmetic does not help them, moving fewer bytes does"
         )
-    each = 1e3 * result.median_ms / found.calls if found.calls else float("inf")
+    each = 1e3 * result.median_ms / facts.calls if facts.calls else float("inf")
     if each < _CALL_US[kind]:
         what = "launches" if kind == "gpu" else "operators"
         lines.append(
-            f"{found.calls} {what} take {each:.1f} us each, not much more than calling them costs: "
+            f"{facts.calls} {what} take {each:.1f} us each, little more than the cost of a call: "
             "larger batches help, INT8 does not"
         )
     return lines

@@ -1,4 +1,4 @@
-"""Intent against engine: which layers planned INT8 run in INT8, and why the others do not."""
+"""Audit an engine: which layers planned INT8 run in INT8, and why the others do not."""
 
 import re
 from collections.abc import Sequence
@@ -17,23 +17,23 @@ _NARROW = 16  # channels below which INT8 kernels are padded
 
 @dataclass(frozen=True, slots=True)
 class Miss:
-    """A layer that was planned INT8 and is not."""
+    """A layer that was planned INT8 and does not run in INT8."""
 
     layer: str  # node of the ONNX file
-    precision: str  # what it computes in; "?" if it is not in the engine
+    precision: str  # the type it computes in; "?" if the engine does not have it
     reason: str
 
 
 @dataclass(frozen=True, slots=True)
 class Audit:
-    """Intent against engine."""
+    """The layers that were planned INT8, compared with those of the engine."""
 
     path: Path
     planned: tuple[str, ...]
     misses: tuple[Miss, ...]
     reformats: tuple[str, ...]  # "name: FP16 -> INT8"
-    quantization_passes: tuple[str, ...]  # Q or DQ that run as layers of their own
-    float_outputs: tuple[str, ...]  # INT8 layers that write floats for another launch to quantize
+    quantization_passes: tuple[str, ...]  # Q or DQ nodes that run as layers of their own
+    float_outputs: tuple[str, ...]  # INT8 layers whose float output another launch quantizes
 
     @property
     def built(self) -> int:
@@ -61,15 +61,15 @@ class Audit:
 
 
 def audit(path: Path, onnx_path: Path | None = None) -> Audit:
-    """Compare what was planned INT8 with what the engine does.
+    """Compare the layers that were planned INT8 with those of the engine.
 
     Args:
         path: the engine.
-        onnx_path: the Q/DQ graph; None: the plan in the engine's sidecar.
+        onnx_path: the Q/DQ graph with the plan; None: the plan is in the engine's sidecar.
 
     Raises:
-        ConfigError: the plan is not known, or the file is no engine.
-        EngineError: the engine cannot be used here, or holds no details of its layers.
+        ConfigError: there is no plan, or the file is not an engine.
+        EngineError: the engine cannot be loaded here, or has no details of its layers.
     """
     if path.suffix.lower() == ".onnx":
         raise ConfigError(f"{path}: an audit is of an engine; give the .engine file")
@@ -82,10 +82,10 @@ def audit(path: Path, onnx_path: Path | None = None) -> Audit:
 
 
 def compare(inspection: Inspection, planned: Sequence[str]) -> Audit:
-    """Find each planned layer in an engine, and say why if it does not run in INT8.
+    """Find each planned layer in an engine, and why it does not run in INT8 if so.
 
     Raises:
-        EngineError: the engine holds no details of its layers.
+        EngineError: the engine has no details of its layers.
     """
     layers = [layer for layer in inspection.layers if not layer.is_reformat]
     if layers and not any(layer.inputs or layer.outputs for layer in layers):
@@ -108,12 +108,12 @@ def compare(inspection: Inspection, planned: Sequence[str]) -> Audit:
 
 def _made_from(name: str, layers: Sequence[Layer]) -> Layer | None:
     """Return the layer that does the multiplications of a node."""
-    found = [layer for layer in layers if name in layer.origin and not layer.is_quantization]
-    return max(found, key=_computes, default=None)
+    made = [layer for layer in layers if name in layer.origin and not layer.is_quantization]
+    return max(made, key=_computes, default=None)
 
 
 def _float_output(name: str, layer: Layer | None, layers: Sequence[Layer]) -> str | None:
-    """Return who quantizes what an INT8 layer writes as floats; None if nobody has to."""
+    """Return the launch that quantizes the float output of an INT8 layer; None if there is none."""
     if layer is None or layer.precision != "INT8":
         return None
     for tensor in layer.outputs:
@@ -147,7 +147,7 @@ def _miss(name: str, layer: Layer | None, layers: Sequence[Layer]) -> Miss | Non
 
 
 def _computes(layer: Layer) -> bool:
-    """Return whether a layer looks like the one with the multiplications."""
+    """Return whether kind or kernel of a layer names a multiplication."""
     return bool(re.search(r"conv|gemm|matmul|matrix|fc", f"{layer.kind} {layer.kernel}", re.I))
 
 

@@ -1,6 +1,6 @@
-"""The one door to TensorRT: nothing of ``tensorrt`` or ``tensorrt_rtx`` is imported before `load`.
+"""The only module that imports ``tensorrt`` or ``tensorrt_rtx``, and not before `load` is called.
 
-What differs between their versions is in `reptrt.trt.versions`.
+The differences between their versions are in `reptrt.trt.versions`.
 """
 
 import importlib
@@ -22,7 +22,7 @@ def load(backend: BackendName = "auto") -> Backend:
     """Import TensorRT and return it with its features.
 
     ``auto`` is ``tensorrt`` where there is a GPU, else ``tensorrt_rtx``, which builds without one.
-    If the one of these is not installed, ``auto`` is the other.
+    If that one is not installed, ``auto`` is the other.
 
     Raises:
         ConfigError: there is no backend of that name.
@@ -105,7 +105,7 @@ def _candidates(backend: BackendName) -> tuple[str, ...]:
 
 
 def _load_one(name: str) -> Backend | str:
-    """Return the backend, or in a few words why it cannot be used."""
+    """Return the backend, or a few words that say why it cannot be used."""
     module = _MODULES[name]
     try:
         trt = importlib.import_module(module)

@@ -1,7 +1,7 @@
-"""ONNX to engine: strongly typed, one optimisation profile, a sidecar that says what was built.
+"""Build an engine from ONNX: strongly typed, with one optimisation profile and a sidecar.
 
-Strongly typed means that TensorRT takes every tensor's type from the graph: INT8 is where the graph
-has Q/DQ, FP16 where it has FP16, and no builder option changes that. `reptrt.trt.input` gives
+Strongly typed means that TensorRT takes the type of every tensor from the graph: INT8 is where the
+graph has Q/DQ, FP16 where it has FP16, and no builder option changes that. `reptrt.trt.input` gives
 the graph those types.
 """
 
@@ -79,7 +79,7 @@ class _Built:
 
 @dataclass(frozen=True, slots=True)
 class _Session:
-    """The TensorRT objects of one build; each lives as long as the others need it."""
+    """The TensorRT objects of a build, kept alive together because they refer to each other."""
 
     backend: Backend
     messages: Messages
@@ -93,14 +93,14 @@ class _Session:
 def build_engine(onnx_path: Path, output: Path, options: BuildOptions) -> EngineSummary:
     """Build an engine from an ONNX file and write it with its sidecar, whole or not at all.
 
-    Ctrl-C ends the build at TensorRT's next step and leaves no file.
+    Ctrl-C cancels the build at TensorRT's next step and leaves no file.
 
     Raises:
         MissingDependencyError: no TensorRT is installed.
-        ConfigError: an option that this TensorRT, this GPU or this graph cannot follow.
+        ConfigError: this TensorRT, this GPU or this graph cannot follow an option.
         ArtifactError: the ONNX file cannot be read, or the engine cannot be written.
         EngineError: TensorRT refused the graph; the message quotes its reason.
-        RewriteError: the rest of the graph cannot be FP16.
+        RewriteError: the part of the graph that is not INT8 cannot be FP16.
     """
     backend = binding.load(options.backend)
     without_effect = check_options(backend, options)
@@ -135,7 +135,7 @@ def build_engine(onnx_path: Path, output: Path, options: BuildOptions) -> Engine
 
 
 def _targets(backend: Backend, options: BuildOptions) -> tuple[str, ...]:
-    """Return the compute capabilities that an engine was built for, () for the default of rtx."""
+    """Return the compute capabilities of an engine, () for the default of tensorrt-rtx."""
     if backend.features.builds_without_gpu and options.targets != (CURRENT,):
         return options.targets
     gpu = driver.find_gpu()
@@ -143,7 +143,7 @@ def _targets(backend: Backend, options: BuildOptions) -> tuple[str, ...]:
 
 
 def _check_paths(onnx_path: Path, output: Path, options: BuildOptions) -> None:
-    """Find out before the build what would fail after it."""
+    """Check before the build what would make it fail at its end."""
     for path in (output, options.timing_cache):
         if path is not None:
             require_folder(path)
@@ -154,19 +154,20 @@ def _check_paths(onnx_path: Path, output: Path, options: BuildOptions) -> None:
 def _run_cancellable(work: Callable[[threading.Event], _T]) -> _T:
     """Run work in a thread, so that Ctrl-C reaches Python and not a callback inside TensorRT.
 
-    The thread waits until it is known to the pool: from then on Ctrl-C stops it and waits for it.
+    The work starts only after the pool has returned its future: from then on Ctrl-C stops it and
+    waits for it.
     """
-    known, stop = threading.Event(), threading.Event()
+    submitted, stop = threading.Event(), threading.Event()
 
     def begin() -> _T:
-        known.wait()
+        submitted.wait()
         return work(stop)
 
     future: Future[_T] | None = None
     with ThreadPoolExecutor(1, thread_name_prefix="build-engine") as pool:
         try:
             future = pool.submit(begin)
-            known.set()
+            submitted.set()
             while not future.done():  # a signal just before a wait is only seen after it
                 wait([future], timeout=_SIGNAL_SECONDS)
             return future.result()
@@ -174,7 +175,7 @@ def _run_cancellable(work: Callable[[threading.Event], _T]) -> _T:
             stop.set()
             raise
         finally:
-            known.set()
+            submitted.set()
             future = None  # its exception would keep this frame, and TensorRT's objects, alive
 
 
@@ -221,7 +222,7 @@ def _open(
 
 
 def _serialize(session: _Session, path: Path, options: BuildOptions) -> bytes:
-    """Build; read the timing cache before and extend it after, where there is one."""
+    """Build the engine; read the timing cache before, and extend it afterwards."""
     backend, messages, config = session.backend, session.messages, session.config
     cache = options.timing_cache if backend.features.timing_cache else None
     if cache is not None:
@@ -253,12 +254,12 @@ def _add_profile(session: _Session, shapes: ShapeRange | None) -> dict[str, Shap
     network = session.network
     inputs = [network.get_input(index) for index in range(network.num_inputs)]
     ranges = {tensor.name: profile_shapes(tensor.name, tensor.shape, shapes) for tensor in inputs}
-    profile = {name: wanted for name, wanted in ranges.items() if wanted is not None}
+    profile = {name: shapes for name, shapes in ranges.items() if shapes is not None}
     if not profile:
         return {}
     optimisation = session.builder.create_optimization_profile()
-    for name, wanted in profile.items():
-        optimisation.set_shape(name, wanted.minimum, wanted.optimum, wanted.maximum)
+    for name, full in profile.items():
+        optimisation.set_shape(name, full.minimum, full.optimum, full.maximum)
     if session.config.add_optimization_profile(optimisation) < 0:
         raise ConfigError(f"{option('shapes')}: refused by TensorRT ({session.messages.reason()})")
     return profile
@@ -273,18 +274,18 @@ def _configure(session: _Session, options: BuildOptions) -> None:
     if features.targets:
         versions.set_targets(session.backend, config, options.targets)
     versions.set_hardware_compatibility(session.backend, config, options.hardware_compatible)
-    wanted = {
+    flags = {
         "VERSION_COMPATIBLE": options.version_compatible,
         "REFIT": options.refit,
         "STRIP_PLAN": options.strip_plan,
         "EDITABLE_TIMING_CACHE": features.timing_cache and options.timing_cache is not None,
         "ERROR_ON_TIMING_CACHE_MISS": options.pinned_tactics,
     }
-    versions.set_flags(session.backend, config, [name for name, on in wanted.items() if on])
+    versions.set_flags(session.backend, config, [name for name, on in flags.items() if on])
 
 
 def _hint(options: BuildOptions) -> str:
-    """Return what the user may have caused a failed build with."""
+    """Return the option that may have made a build fail."""
     if options.pinned_tactics:
         return (
             f"; {option('pinned_tactics')}: build once without it, so that the timing cache is "
@@ -301,7 +302,7 @@ def _tensor_infos(get: Callable[[int], Any], count: int) -> tuple[TensorInfo, ..
 
 
 def _device_memory(session: _Session, plan: bytes) -> int | None:
-    """Load the engine where that is possible for sure; return what a context of it takes."""
+    """Return the device memory of one context; None with a backend that may not load its engine."""
     if session.backend.features.builds_without_gpu:
         return None
     runtime = session.backend.trt.Runtime(session.messages.logger)

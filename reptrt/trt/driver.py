@@ -1,4 +1,4 @@
-"""The NVIDIA driver: which GPU there is, asked without TensorRT or CUDA."""
+"""The first GPU of this machine, as the NVIDIA driver describes it."""
 
 import ctypes
 import sys
@@ -20,9 +20,9 @@ class Gpu:
 
 
 def find_gpu() -> Gpu | str:
-    """Return the first GPU, or in one line why there is none.
+    """Return the first GPU, or a line that says why there is none.
 
-    It asks the driver library itself: TensorRT and CUDA answer the same question by an abort.
+    This calls the driver library itself, because TensorRT and CUDA end the process without a GPU.
     """
     library = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
     try:

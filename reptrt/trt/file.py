@@ -1,10 +1,10 @@
-"""Engine files: what can be said of one before TensorRT reads it, and opening one.
+"""Engine files: the header, which is readable without TensorRT, and deserializing.
 
-A plan starts alike in every release since 8.6; trtexec --getPlanVersionOnly reads the same bytes:
+The first bytes are alike in every release since 8.6; trtexec --getPlanVersionOnly reads them too:
 
     0..3    "ftrt" (tensorrt) or "vtrt" (tensorrt_rtx)
     16..23  number of bytes of the file, little endian
-    24..27  version of the TensorRT that wrote it, one byte a part
+    24..27  version of the TensorRT that wrote it, one byte per part
 """
 
 import contextlib
@@ -46,7 +46,7 @@ class PlanHeader:
 
 @dataclass(frozen=True, slots=True)
 class OpenEngine:
-    """A deserialized engine and what it needs to stay alive."""
+    """A deserialized engine, and the objects that have to live as long as it does."""
 
     path: Path
     header: PlanHeader
@@ -63,12 +63,12 @@ def read_header(path: Path) -> PlanHeader:
 
     Raises:
         ArtifactError: the file cannot be read.
-        EngineError: it is no engine, or a part of one.
+        EngineError: it is not an engine, or a truncated one.
     """
     try:
         with open(path, "rb") as stream:
             start = stream.read(_HEADER_BYTES)
-        found = path.stat().st_size
+        actual = path.stat().st_size
     except FileNotFoundError as err:
         raise ArtifactError(f"{path}: does not exist; check the path") from err
     except OSError as err:
@@ -81,16 +81,16 @@ def read_header(path: Path) -> PlanHeader:
     size = int.from_bytes(start[16:24], "little")
     first, second, third, fourth = start[24:28]
     header = PlanHeader(start[:4].decode(), (first, second, third, fourth), size)
-    if header.backend == "tensorrt-rtx" and found != size:  # unchecked for tensorrt: no sample
+    if header.backend == "tensorrt-rtx" and actual != size:  # unchecked for tensorrt: no sample
         raise EngineError(
-            f"{path}: {found} bytes, its header says {size}: truncated or damaged; build it again"
+            f"{path}: {actual} bytes, its header says {size}: truncated or damaged; build it again"
         )
     return header
 
 
 @contextlib.contextmanager
 def open_engine(path: Path) -> Iterator[OpenEngine]:
-    """Deserialize an engine, after checking all that can be checked before.
+    """Deserialize an engine, after every check that is possible before.
 
     Raises:
         ArtifactError: the file cannot be read, is not the one its sidecar was written for, or the
@@ -133,7 +133,7 @@ def _check_version(
     """Refuse an engine that this TensorRT cannot read.
 
     A version-compatible engine runs on its own and later versions of the same major version. If
-    no sidecar says whether it is one, TensorRT decides between versions of the same major version.
+    there is no sidecar, which would tell, TensorRT itself decides within one major version.
     """
     later = header.version[0] == backend.version[0] and header.version < backend.version
     compatible = record is None or record.options.version_compatible

@@ -1,8 +1,8 @@
-"""The graph that an engine is built from: what is refused, and the type of what is not INT8.
+"""Prepare the graph that an engine is built from: refuse what TensorRT cannot run, convert to FP16.
 
-A strongly typed network takes every type from the graph, and graphs on disk have an FP32 rest,
-because a CPU runs that. So the rest becomes FP16 here, in memory, unless FP32 is asked for; inputs
-and outputs of the graph keep their types.
+A strongly typed network takes every type from the graph. ONNX files keep in FP32 what is not INT8,
+here called the rest, because a CPU can run that. So the rest is converted to FP16 here, in memory,
+unless FP32 is asked for. Inputs and outputs of the graph keep their types.
 """
 
 import logging
@@ -21,17 +21,17 @@ from reptrt.trt.details import Rest
 
 _LOG = logging.getLogger(__name__)
 _HALF = (onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
-_MAX_VALUES = 2**31 - 1  # of one tensor
+_MAX_VALUES = 2**31 - 1  # per tensor
 _TYPED = (*WEIGHTED_OPS, "QuantizeLinear", "DequantizeLinear")
 
 
 def read_buildable(path: Path) -> onnx.ModelProto:
-    """Read an ONNX file; refuse what TensorRT would take but run differently.
+    """Read an ONNX file; refuse a graph that TensorRT would accept but compute differently.
 
     Raises:
         ArtifactError: the file cannot be read, or is not the one its sidecar was written for.
-        EngineError: a simulation of fewer bits, UINT8 codes, a scale computed at run time, an input
-            that is too large.
+        EngineError: the file simulates fewer bits, has UINT8 codes, a scale that is computed at run
+            time, or an input that is too large.
     """
     model = read_model(path)
     read_sidecar(path)  # checks that the file is the one that its sidecar was written for
@@ -67,20 +67,22 @@ def _refuse_huge(path: Path, model: onnx.ModelProto) -> None:
             )
 
 
-def with_rest(model: onnx.ModelProto, wanted: HighPrecision) -> tuple[onnx.ModelProto, Rest]:
-    """Return the graph with its rest in the type wanted, and what was done.
+def with_rest(
+    model: onnx.ModelProto, high_precision: HighPrecision
+) -> tuple[onnx.ModelProto, Rest]:
+    """Return the graph with its rest in the given type, and what was changed.
 
-    A graph with layers or scales in FP16 or BF16 is left as it is: its author chose the types.
+    A graph that has layers or scales in FP16 or BF16 is left as it is: its author chose the types.
 
     Raises:
-        RewriteError: ``fp16``, and the graph has control flow, a tensor of unknown type, or an
-            opset that cannot be raised to 19.
+        RewriteError: ``fp16`` was given, and the graph has control flow, a tensor of unknown type,
+            or an opset that cannot be converted to 19.
     """
     if is_half(model):
-        if wanted == "fp32":
+        if high_precision == "fp32":
             _LOG.warning("high precision fp32: the graph is FP16 already and is left as it is")
         return model, Rest("was fp16")
-    if wanted == "fp32":
+    if high_precision == "fp32":
         return model, Rest("fp32")
     net = net_from_model(model)
     report = to_fp16(net)
@@ -89,7 +91,7 @@ def with_rest(model: onnx.ModelProto, wanted: HighPrecision) -> tuple[onnx.Model
 
 
 def is_half(model: onnx.ModelProto) -> bool:
-    """Whether a layer or a scale of the graph is FP16 or BF16."""
+    """Return whether a layer or a scale of the graph is FP16 or BF16."""
     types = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
     for node in model.graph.node:
         for attribute in node.attribute:

@@ -1,4 +1,4 @@
-"""What is in a network or an engine, layer by layer."""
+"""List the layers of a network or an engine."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -84,9 +84,9 @@ def inspect_onnx(network: Path | Model) -> Inspection:
     """
     model = onnx.shape_inference.infer_shapes(proto_of(network))
     graph = model.graph
-    known = {info.name: _onnx_tensor(info) for info in (*graph.value_info, *graph.input)}
-    known |= {info.name: _onnx_tensor(info) for info in graph.output}
-    known |= {
+    tensors = {info.name: _onnx_tensor(info) for info in (*graph.value_info, *graph.input)}
+    tensors |= {info.name: _onnx_tensor(info) for info in graph.output}
+    tensors |= {
         constant.name: Tensor(constant.name, tuple(constant.dims), _onnx_type(constant.data_type))
         for constant in graph.initializer
     }
@@ -96,15 +96,15 @@ def inspect_onnx(network: Path | Model) -> Inspection:
         path=Path(label_of(network)),
         kind="onnx",
         made_by=f"{model.producer_name or 'ONNX'} {model.producer_version}".strip(),
-        inputs=tuple(known[info.name] for info in graph.input if info.name not in constants),
-        outputs=tuple(known[info.name] for info in graph.output),
-        layers=tuple(_onnx_layer(node, known, planned) for node in graph.node),
+        inputs=tuple(tensors[info.name] for info in graph.input if info.name not in constants),
+        outputs=tuple(tensors[info.name] for info in graph.output),
+        layers=tuple(_onnx_layer(node, tensors, planned) for node in graph.node),
         planned=planned,
     )
 
 
 def inspect_engine(path: Path) -> Inspection:
-    """Return the layers of an engine, as TensorRT's inspector tells them.
+    """Return the layers of an engine, as TensorRT's engine inspector describes them.
 
     Dynamic inputs are set to the shape that the engine is optimised for, so that formats are known.
     On a machine without a GPU an engine of tensorrt_rtx is read by `reptrt.trt.rtx_plan`.
@@ -156,10 +156,12 @@ def _inspector_text(opened: OpenEngine) -> str:
     return str(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
 
 
-def _onnx_layer(node: onnx.NodeProto, known: Mapping[str, Tensor], planned: Sequence[str]) -> Layer:
+def _onnx_layer(
+    node: onnx.NodeProto, tensors: Mapping[str, Tensor], planned: Sequence[str]
+) -> Layer:
     name = node_name(node)
-    inputs = tuple(known.get(t, Tensor(t, (), UNKNOWN)) for t in node.input if t)
-    outputs = tuple(known.get(t, Tensor(t, (), UNKNOWN)) for t in node.output if t)
+    inputs = tuple(tensors.get(t, Tensor(t, (), UNKNOWN)) for t in node.input if t)
+    outputs = tuple(tensors.get(t, Tensor(t, (), UNKNOWN)) for t in node.output if t)
     precision = "INT8" if name in planned else (outputs[0].dtype if outputs else UNKNOWN)
     return Layer(name, node.op_type, precision, inputs, outputs, origin=(name,))
 

@@ -1,4 +1,4 @@
-"""The engine inspector's JSON, in both of its forms.
+"""Parse the engine inspector's JSON, in both of its forms.
 
     |                   | 10.x                                 | 11.x, tensorrt_rtx              |
     | inputs, outputs   | "Bindings": [name]                   | "I/O Tensors": [{"Name", ...}]  |
@@ -6,8 +6,8 @@
     | ... dynamic shape | "N/A due to dynamic shapes"          | the type is known               |
     | layers            | objects; names only if it was built without detailed verbosity         |
 
-Where a form hides a tensor's type, the type a layer computes in is taken from its weights, then
-from its first input, then from the name of its kernel.
+The type that a layer computes in is that of its weights. If the JSON does not give it, it is that
+of the first input, and else the type that the name of the kernel mentions.
 """
 
 import json
@@ -32,7 +32,7 @@ TYPES = {
     "FP32": r"fp32|float|float32",
     "BOOL": r"bool",
 }
-_KERNEL_TYPES = {  # what the names of kernels say of the type they multiply in
+_KERNEL_TYPES = {  # parts of kernel names that mention the type of the factors
     "INT8": r"i8i8|i8f32|i8i32|s8s8|int8|i8816|i16832|imma",
     "FP16": r"f16f16|h884|h1688|h16816|hmma|hgemm|fp16|half",
     "BF16": r"bf16",
@@ -52,7 +52,7 @@ class Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """A node of a network, or what TensorRT made of one or several."""
+    """A node of a network, or a layer that TensorRT made of one or more nodes."""
 
     name: str
     kind: str  # operator, or the inspector's LayerType
@@ -64,12 +64,12 @@ class Layer:
 
     @property
     def is_reformat(self) -> bool:
-        """Whether it only copies a tensor into another layout or type."""
+        """Whether the layer only copies a tensor into another layout or type."""
         return self.kind == "Reformat" or self.name.startswith("Reformatting CopyNode")
 
     @property
     def is_quantization(self) -> bool:
-        """Whether it only quantizes or dequantizes: a pass over memory that fusion would save."""
+        """Whether the layer only quantizes or dequantizes: fusion would save this pass."""
         return bool(self.origin) and all(
             re.search("quantize", name, re.IGNORECASE) for name in self.origin
         )
@@ -81,7 +81,7 @@ def parse_inspector(
     """Return inputs, outputs and layers from the engine inspector's JSON, 10.x or 11.x.
 
     Raises:
-        EngineError: the text is neither.
+        EngineError: the text has neither form.
     """
     try:
         content = json.loads(text, strict=False)  # 10.x separates names by a bare control character
@@ -128,12 +128,12 @@ def _layer(layer: str | Mapping[str, Any]) -> Layer:
 
 
 def _precision(layer: Mapping[str, Any], inputs: Sequence[Tensor], kernel: str) -> str:
-    """Return the type a layer computes in: of its weights, first input, or in its kernel's name."""
+    """Return the type that a layer computes in: see the module's docstring."""
     weights = layer.get("Weights")
     if isinstance(weights, Mapping) and weights.get("Count", 1):
-        found = type_in(str(weights.get("Type", "")))
-        if found != UNKNOWN:
-            return found
+        dtype = type_in(str(weights.get("Type", "")))
+        if dtype != UNKNOWN:
+            return dtype
     if inputs and inputs[0].dtype != UNKNOWN:
         return inputs[0].dtype
     return type_in(kernel, _KERNEL_TYPES, whole_words=False)
@@ -153,7 +153,7 @@ def _tensor(tensor: Mapping[str, Any]) -> Tensor:
 def _bound_tensors(
     names: Iterable[str], layers: Sequence[Layer]
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """Return inputs and outputs from the names that 10.x gives: outputs are what layers make."""
+    """Return inputs and outputs for the names that 10.x lists: outputs are what layers produce."""
     made = {tensor.name: tensor for layer in layers for tensor in layer.outputs}
     read = {tensor.name: tensor for layer in layers for tensor in layer.inputs}
     names = [re.sub(r" \[profile \d+\]$", "", name) for name in names]
@@ -166,7 +166,7 @@ def _parts(name: str) -> tuple[str, ...]:
 
 
 def type_in(text: str, types: Mapping[str, str] = TYPES, whole_words: bool = True) -> str:
-    """Return the type that a text names, or "?"."""
+    """Return the type that a text mentions, or "?"."""
     edge = r"\b" if whole_words else ""
     for dtype, pattern in types.items():
         if re.search(f"{edge}(?:{pattern}){edge}", text, re.IGNORECASE):

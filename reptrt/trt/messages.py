@@ -1,4 +1,4 @@
-"""What TensorRT says: its one logger, relayed to Python's log, and the errors of one call kept."""
+"""TensorRT's messages: relayed to Python's log, and its errors kept for exceptions to quote."""
 
 import functools
 import logging
@@ -9,17 +9,17 @@ from typing import Any
 
 from reptrt.trt.versions import Backend
 
-_INTERNAL = "(foreignNode) Converting conv"  # tensorrt_rtx of FP16 scales, two lines a layer
-_ECHO = "checkMacros.cpp"  # said once more for every error that follows one of CUDA
+_INTERNAL = "(foreignNode) Converting conv"  # tensorrt_rtx logs it twice per layer with FP16 scales
+_ECHO = "checkMacros.cpp"  # in errors that only repeat an error of CUDA
 _TRT_LOGGER = logging.getLogger("reptrt.tensorrt")
 
 
 class Messages:
-    """What TensorRT says while the block runs: to the log ``reptrt.tensorrt``, errors kept.
+    """The messages of TensorRT while the block runs: all are logged, errors are kept.
 
-    Errors are logged at DEBUG only, because the one that matters is quoted in an EngineError.
-    TensorRT takes one logger per process and ignores every later one, so all Messages share it:
-    a build in another thread is heard here too.
+    They go to the log ``reptrt.tensorrt``, errors at level DEBUG only, because an EngineError
+    quotes the one that matters. TensorRT accepts one logger per process and ignores later ones. So
+    all instances share it, and each also receives the messages of builds in other threads.
     """
 
     def __init__(self, backend: Backend) -> None:
@@ -35,19 +35,19 @@ class Messages:
         self._relay.listeners[:] = [e for e in self._relay.listeners if e is not self.errors]
 
     def reason(self) -> str:
-        """Return the last error in one line, echoes of a CUDA error left out."""
-        said = [error for error in self.errors if _ECHO not in error] or list(self.errors)
-        return one_line(said[-1]) if said else "it gave no reason"
+        """Return the last error in one line; errors that repeat one of CUDA count last."""
+        errors = [error for error in self.errors if _ECHO not in error] or list(self.errors)
+        return one_line(errors[-1]) if errors else "it gave no reason"
 
 
 def one_line(text: str) -> str:
-    """Return a text of TensorRT without its line breaks."""
+    """Return a text without its line breaks."""
     return re.sub(r"\s+", " ", text).strip()
 
 
 @dataclass(frozen=True, slots=True)
 class _Relay:
-    """The process's logger for one TensorRT module, and who keeps its errors."""
+    """The process's logger of a TensorRT module, and the queues that receive its errors."""
 
     logger: Any
     listeners: list[deque[str]]

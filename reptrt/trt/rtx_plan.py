@@ -1,13 +1,13 @@
-"""The program inside a tensorrt_rtx engine, read without a GPU and without TensorRT.
+"""Read the program inside a tensorrt_rtx engine, without a GPU and without TensorRT.
 
-tensorrt_rtx compiles most of a network ahead of time and keeps the result in the engine as text:
-memory, tensors with their types, then one statement a launch, with the ONNX nodes it came from:
+tensorrt_rtx compiles most of a network ahead of time and stores the result in the engine as text:
+memory, tensors with their types, then one statement per launch, with the ONNX nodes of its origin:
 
     tensor={ ... name="c0" ... type=int8 }
     corrltn={ name="conv0" output={"c0" } input={"x" "w" } ... layers="[ONNX Layer: conv0]..." }
 
-Undocumented, and seen in 1.7 only: where the text is not found, that is said. Which kernel runs a
-convolution is decided on the GPU; the types of what it reads and writes are fixed here.
+The text is undocumented and was seen in 1.7 only; an engine without it is an error. Which kernel
+runs a convolution is decided on the GPU, but the types of its inputs and outputs are fixed here.
 """
 
 import re
@@ -30,7 +30,7 @@ def layers_of_plan(plan: bytes, where: str) -> tuple[Layer, ...]:
         where: its name, for messages.
 
     Raises:
-        EngineError: the program is not in the engine, or not in the form known here.
+        EngineError: the engine has no such program, or one in another form.
     """
     layers = tuple(layer for program in _programs(plan) for layer in _launches(program))
     if not layers:
@@ -41,7 +41,7 @@ def layers_of_plan(plan: bytes, where: str) -> tuple[Layer, ...]:
 
 
 def _programs(plan: bytes) -> Iterator[str]:
-    """Yield the texts; each ends at a byte that no text has."""
+    """Yield the programs of an engine; a zero byte ends each."""
     start = plan.find(_START)
     while start >= 0:
         end = plan.find(b"\0", start)
@@ -63,27 +63,27 @@ def _launches(program: str) -> Iterator[Layer]:
 
 
 def _tensor(text: str) -> Tensor | None:
-    found = _TENSOR.search(text)
-    if found is None:
+    match = _TENSOR.search(text)
+    if match is None:
         return None
-    dims, name, dtype = found.groups()
+    dims, name, dtype = match.groups()
     sizes = re.findall(r'"[^"]*"|\d+', dims)
     shape = tuple(-1 if size.startswith('"') else int(size) for size in sizes)
     return Tensor(name, shape, type_in(dtype))
 
 
 def _launch(kind: str, text: str, tensors: Mapping[str, Tensor]) -> Layer:
-    found = re.match(r'name="?([^" ]*)"?', text)
-    name = found.group(1) if found else ""
+    match = re.match(r'name="?([^" ]*)"?', text)
+    name = match.group(1) if match else ""
     inputs = _arguments(text, "input", tensors)
     outputs = _arguments(text, "output", tensors)
     nodes = re.search(r'layers="(.*?)"', text, re.DOTALL)
     is_kernel = kind == "function"
-    decides = outputs if is_kernel else inputs  # the type of a product is that of its factors
+    typed = outputs if is_kernel else inputs  # a product has the type of its factors
     return Layer(
         name=name,
         kind=_KINDS[kind],
-        precision=decides[0].dtype if decides else UNKNOWN,
+        precision=typed[0].dtype if typed else UNKNOWN,
         inputs=inputs,
         outputs=outputs,
         origin=onnx_names(nodes.group(1)) if nodes else (),
@@ -92,8 +92,8 @@ def _launch(kind: str, text: str, tensors: Mapping[str, Tensor]) -> Layer:
 
 
 def _arguments(text: str, role: str, tensors: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
-    """Return the tensors in ``input={...}``, ``input_args={...}``...; sizes (int64) left out."""
-    found = re.search(rf" {role}(?:_args)?=\{{(.*?)\}}", text)
-    names = re.findall(r'"(.*?)"', found.group(1)) if found else []
-    known = (tensors.get(name) for name in names)
-    return tuple(tensor for tensor in known if tensor is not None and tensor.dtype != "INT64")
+    """Return the tensors in ``input={...}``, ``input_args={...}``... without the sizes (INT64)."""
+    match = re.search(rf" {role}(?:_args)?=\{{(.*?)\}}", text)
+    names = re.findall(r'"(.*?)"', match.group(1)) if match else []
+    arguments = [tensors[name] for name in names if name in tensors]
+    return tuple(tensor for tensor in arguments if tensor.dtype != "INT64")

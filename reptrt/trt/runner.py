@@ -1,4 +1,4 @@
-"""Run an engine: pycuda for memory, streams and events, TensorRT for the rest."""
+"""Run an engine, with pycuda for memory, streams and events."""
 
 import contextlib
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ AnyArray = npt.NDArray[Any]
 class TrtRunner:
     """An engine on the first GPU, with the contract of `reptrt.execute.runner.Runner`.
 
-    Host buffers are pinned and, like the device's, kept for as long as the batch has one shape.
+    Host buffers are pinned. They and the device buffers are kept until a batch has another shape.
 
     Args:
         path: the engine.
@@ -116,7 +116,7 @@ class TrtRunner:
 
     @contextlib.contextmanager
     def _primary_context(self) -> Iterator[None]:
-        """Make the primary CUDA context current: the one that TensorRT, torch and others use."""
+        """Make the primary CUDA context current, which TensorRT and torch use too."""
         self._cuda.init()
         context = self._cuda.Device(0).retain_primary_context()
         context.push()
@@ -127,7 +127,7 @@ class TrtRunner:
             context.detach()
 
     def _release(self) -> None:
-        """Free buffers and execution context while the CUDA context is still there."""
+        """Free buffers and execution context while the CUDA context still exists."""
         self._stream.synchronize()
         for memory in self._device.values():
             memory.free()
@@ -135,7 +135,7 @@ class TrtRunner:
         del self._context, self._opened
 
     def _prepare(self, batch: AnyArray) -> None:
-        """Set the input's shape, have buffers for it, and put the batch into the pinned one."""
+        """Set the input's shape, allocate buffers if it changed, and copy the batch into one."""
         if batch.shape != self._shape:
             self._check_shape(batch.shape)
             self._allocate(batch.shape)
@@ -188,7 +188,7 @@ class TrtRunner:
 
     @contextlib.contextmanager
     def _cuda_errors(self) -> Iterator[None]:
-        """Turn CUDA's errors, out of memory among them, into one line."""
+        """Turn errors of CUDA, such as out of memory, into an EngineError of one line."""
         try:
             yield
         except self._cuda.Error as err:

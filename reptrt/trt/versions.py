@@ -1,6 +1,6 @@
-"""Where one TensorRT differs from another: ``tensorrt`` 10.12+ and 11.x, and ``tensorrt_rtx``.
+"""Every difference between TensorRT versions: ``tensorrt`` 10.12+ and 11.x, and ``tensorrt_rtx``.
 
-What differs between the three, by the names in their bindings:
+The differences, by the names in the Python bindings:
 
     |                              | 10.12 - 10.16 | 11.x  | rtx 1.4 - 1.7               |
     | needs a GPU to build         | yes           | yes   | no                          |
@@ -13,11 +13,11 @@ What differs between the three, by the names in their bindings:
     | BuilderFlag.INT8, FP16       | unused here   | gone  | gone since 1.5              |
     | IRuntimeConfig cuda graphs   | -             | -     | WHOLE_GRAPH_CAPTURE         |
     | Runtime.get_engine_validity  | -             | -     | works                       |
-    | GPUs that it runs on         | this one      | this  | those it has a target for   |
+    | runs on SM90 (Hopper)        | yes           | yes   | no: on its targets only     |
 
-The other modules ask `Backend.features`, or call the functions below, and name no version. Two
-formats that differ are handled where they are parsed: the first bytes of an engine in
-`reptrt.trt.file`, the inspector's JSON in `reptrt.trt.inspector`.
+Other modules read `Backend.features` or call the functions below, and check no version themselves.
+Two formats that differ are handled by their parsers: the first bytes of an engine in
+`reptrt.trt.file`, the engine inspector's JSON in `reptrt.trt.inspector`.
 """
 
 from collections.abc import Iterable
@@ -27,7 +27,7 @@ from typing import Any, Literal
 from reptrt.core.errors import EngineError, option
 
 BackendName = Literal["auto", "tensorrt", "tensorrt-rtx"]
-CURRENT = "current"  # a target: whatever GPU this machine has
+CURRENT = "current"  # a target: the GPU of this machine
 OLDEST = {"tensorrt": (10, 12), "tensorrt-rtx": (1, 4)}
 
 _INVALID = {  # trt.EngineInvalidityDiagnostics of tensorrt_rtx, bits
@@ -44,9 +44,9 @@ _COMPATIBILITY = {"AMPERE_PLUS": "ampere+", "SAME_COMPUTE_CAPABILITY": "same-com
 
 @dataclass(frozen=True, slots=True)
 class Features:
-    """What one TensorRT can do."""
+    """What an installed TensorRT can do."""
 
-    targets: tuple[str, ...]  # compute capabilities to build for, () if only the local GPU's
+    targets: tuple[str, ...]  # compute capabilities to build for; (): the local GPU only
     builds_without_gpu: bool
     hardware_compatibility: tuple[str, ...]  # levels with an effect
     version_compatible: bool
@@ -100,7 +100,7 @@ def create_network(backend: Backend, builder: Any) -> Any:
 
 
 def set_targets(backend: Backend, config: Any, targets: tuple[str, ...]) -> None:
-    """Ask for engines for these compute capabilities, all in one file; none: the default.
+    """Let an engine file contain code for these compute capabilities; (): the default.
 
     Raises:
         EngineError: TensorRT refused one of them.
@@ -115,7 +115,7 @@ def set_targets(backend: Backend, config: Any, targets: tuple[str, ...]) -> None
 
 
 def set_hardware_compatibility(backend: Backend, config: Any, level: str) -> None:
-    """Ask for an engine that runs on other GPUs too: ``ampere+``, ``same-compute-capability``."""
+    """Let an engine run on other GPUs too: ``ampere+`` or ``same-compute-capability``."""
     names = {value: key for key, value in _COMPATIBILITY.items()}
     if level in names:
         levels = backend.trt.HardwareCompatibilityLevel

@@ -500,8 +500,8 @@ def test_json_does_not_take_the_place_of_a_sidecar(tmp_path: Path, model: Path) 
 
 
 def test_the_input_is_not_overwritten(tmp_path: Path, model: Path, data: Path) -> None:
-    assert "give another -o" in refused(tmp_path, "export", model, "-o", model)
-    assert "give another -o" in refused(
+    assert "give another --output" in refused(tmp_path, "export", model, "-o", model)
+    assert "give another --output" in refused(
         tmp_path, "calibrate", model, "--data", data, "-n", 20, "-o", model
     )
 

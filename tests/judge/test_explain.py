@@ -112,11 +112,11 @@ def test_layers_that_run_in_float_are_named() -> None:
 def test_split_layers_count_where_they_cost() -> None:
     found = Evidence(planned=10, split_layers=3, misses=("a",))
     assert reasons(found)[1] == (
-        "3 layers are split in two summands, which onnxruntime adds in float: compare with "
-        "calibrate --split none"
+        "3 layers are split into two summands, which onnxruntime adds in float: compare with "
+        "a file that is calibrated with split none"
     )
     passes = Evidence(planned=10, split_layers=3, passes=("3 Q/DQ passes",))
-    assert reasons(passes, device="A10")[0].startswith("3 layers are split in two summands, which ")
+    assert reasons(passes, device="A10")[0].startswith("3 layers are split into two summands")
     fused = Evidence(planned=10, split_layers=3)
     assert not any("split" in line for line in reasons(fused, device="A10"))
 
@@ -126,14 +126,14 @@ def test_islands_and_passes() -> None:
         planned=10, islands=("softmax (QDQ203 float-island)",), passes=("12 reformats",)
     )
     assert reasons(found, device="A10") == (
-        "in float between INT8 layers: softmax (QDQ203 float-island)",
-        "only moving or converting data: 12 reformats",
+        "float layers between INT8 layers: softmax (QDQ203 float-island)",
+        "launches that only move or convert data: 12 reformats",
     )
 
 
 def test_an_fp32_rest_matters_on_a_gpu_only() -> None:
     found = Evidence(planned=10, fp32_rest=True, costs=(DENSE,))
-    assert "--high-precision fp16" in reasons(found, device="A10")[0]
+    assert "high precision fp16" in reasons(found, device="A10")[0]
     assert "FP32" not in reasons(found)[0]
 
 
@@ -155,7 +155,7 @@ def test_layers_that_wait_for_memory() -> None:
 def test_calls_that_cost_more_than_what_they_compute() -> None:
     found = Evidence(planned=10, calls=50, costs=(DENSE,))
     assert reasons(found, median_ms=0.2) == (
-        "50 operators take 4.0 us each, not much more than calling them costs: larger batches "
+        "50 operators take 4.0 us each, little more than the cost of a call: larger batches "
         "help, INT8 does not",
     )
     assert reasons(found, median_ms=0.25, device="A10")[0].startswith(
