@@ -21,7 +21,6 @@ from reptrt.execute.torchgraph import TorchGraph
 from reptrt.graph.net import Net
 from reptrt.graph.plan import QuantPlan
 from reptrt.graph.splits import read_splits
-from reptrt.quantize.calib.collect import COMPUTE_BATCH
 from reptrt.quantize.reconstruct.cache import (
     Activations,
     Hooks,
@@ -30,7 +29,7 @@ from reptrt.quantize.reconstruct.cache import (
     read,
     working_bytes,
 )
-from reptrt.quantize.reconstruct.learn import Task, learn, relative_error
+from reptrt.quantize.reconstruct.learn import Task, held_out_error, learn, relative_error
 from reptrt.quantize.reconstruct.options import LearnOptions, ReconstructReport, UnitReport
 from reptrt.quantize.reconstruct.resume import Finished
 from reptrt.quantize.reconstruct.state import (
@@ -224,7 +223,7 @@ class _Run:
     def _better(self, index: int, task: Task) -> tuple[State, UnitReport]:
         """Return what was learned, an empty state if it is not better than nearest rounding."""
         started = time.perf_counter()
-        nearest = self._error(task, self.state)
+        nearest = held_out_error(task, self.state, self._held_out, self._options.loss)
         state = self._try(index, task)
         if state is None:  # outside `_try`, where nothing refers to the tensors of the failed try
             self._make_room()
@@ -234,7 +233,9 @@ class _Run:
                 f"unit {task.name}: a learning step does not fit the memory of the device; use a "
                 f"smaller batch or {option('device', 'cpu')}"
             )
-        learned = self._error(task, self.state.updated(state))
+        learned = held_out_error(
+            task, self.state.updated(state), self._held_out, self._options.loss
+        )
         is_better = learned < nearest
         changed = sum(
             int((codes != self.state.codes[node]).sum()) for node, codes in state.codes.items()
@@ -265,23 +266,6 @@ class _Run:
         _LOG.warning("the device is out of memory: activations between units move to CPU memory")
         self._activations.to_host()
         torch.cuda.empty_cache()
-
-    def _error(self, task: Task, state: State) -> float:
-        """Return the relative error of a task's outputs on the held-out images."""
-        weights = dequantized_weights(self.sites, state, task.nodes)
-        constants, hooks = simulation(self.sites, weights, state)
-        kind, total = self._options.loss, 0.0
-        with torch.no_grad():
-            for part in torch.split(self._held_out, COMPUTE_BATCH):
-                inputs = {**task.inputs(part), **constants}
-                outputs = task.graph.run(inputs, task.outputs, replace=hooks)
-                targets = task.targets(part)
-                errors = [
-                    float(relative_error(outputs[name], targets[name], kind))
-                    for name in task.outputs
-                ]
-                total += sum(errors) / len(errors) * len(part)
-        return total / len(self._held_out)
 
     def _stage_term(self, index: int) -> Callable[[Mapping[str, Tensor], Tensor], Tensor] | None:
         """Return the error of the stage's output as a function of the unit's output, or None."""

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from reptrt.core.errors import CalibrationError, option
 from reptrt.execute.torchgraph import TorchGraph, exact_math
+from reptrt.quantize.calib.collect import COMPUTE_BATCH
 from reptrt.quantize.reconstruct.options import LearnOptions
 from reptrt.quantize.reconstruct.rounding import SoftCodes, beta_at
 from reptrt.quantize.reconstruct.state import Sites, State, dequantized_weights, simulation
@@ -47,6 +48,30 @@ def relative_error(value: Tensor, target: Tensor, loss: str) -> Tensor:
     if loss == "mae":
         return (value - target).abs().mean() / target.abs().mean().clamp_min(1e-30)
     return (value - target).square().mean() / target.square().mean().clamp_min(1e-30)
+
+
+def held_out_error(task: Task, state: State, images: Tensor, loss: str) -> float:
+    """Return the relative error of a task's outputs, computed as deployed.
+
+    Args:
+        task: the unit.
+        state: codes, gains, shifts and steps.
+        images: indices of the held-out images, (n,).
+        loss: "mae" or "mse".
+    """
+    weights = dequantized_weights(task.sites, state, task.nodes)
+    constants, hooks = simulation(task.sites, weights, state)
+    total = 0.0
+    with torch.no_grad():
+        for part in torch.split(images, COMPUTE_BATCH):
+            inputs = {**task.inputs(part), **constants}
+            outputs = task.graph.run(inputs, task.outputs, replace=hooks)
+            targets = task.targets(part)
+            errors = [
+                float(relative_error(outputs[name], targets[name], loss)) for name in task.outputs
+            ]
+            total += sum(errors) / len(errors) * len(part)
+    return total / len(images)
 
 
 def learn(
