@@ -83,7 +83,7 @@ def dataset(folder: Path, x: np.ndarray = X) -> Dataset:
 
 
 def layer64(node: onnx.NodeProto, x: np.ndarray, w: np.ndarray) -> np.ndarray:
-    """What a layer computes without its bias, in float64, by definition."""
+    """Return the output of a layer without its bias, in float64, computed by definition."""
     attrs = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
     x, w = x.astype(np.float64), w.astype(np.float64)
     if node.op_type in ("Gemm", "MatMul"):
@@ -130,7 +130,7 @@ def channel_means(values: np.ndarray, node: onnx.NodeProto) -> np.ndarray:
 
 
 def float_values(model: onnx.ModelProto, x: np.ndarray) -> dict[str, np.ndarray]:
-    """Every tensor of a float net on all images, by onnxruntime."""
+    """Return every tensor of a float net on all images, computed by onnxruntime."""
     names = [name for node in model.graph.node for name in node.output]
     return ort_run(with_outputs(model, names), {"x": x}, optimize=False) | {"x": x}
 
@@ -195,7 +195,7 @@ def test_the_size_of_a_batch_does_not_matter(
 
 
 def test_a_net_exported_for_one_image(tmp_path: Path) -> None:
-    """Its head is Reshape to [1, -1], which folds a batch into one row."""
+    """A net whose head is a Reshape to [1, -1], which folds a batch into one row."""
     b = Builder()
     y = b.node("GlobalAveragePool", [b.relu(b.conv("x", 4, "c1"))], "pool")
     b.node("Reshape", [y, b.constant("shape", np.int64([1, -1]))], "flat")
@@ -260,7 +260,7 @@ def mean_errors(model: onnx.ModelProto, written: onnx.ModelProto) -> dict[str, n
 
 
 def half_step(path: Path) -> float:
-    """Half the largest step of an INT32 sum, to which biases are rounded in the end."""
+    """Return half the largest step of an INT32 sum; biases are rounded to such steps."""
     constants = {
         t.name: onnx.numpy_helper.to_array(t) for t in onnx.load(str(path)).graph.initializer
     }
@@ -299,7 +299,7 @@ def test_after_correction_no_channel_has_a_mean_error(tmp_path: Path, split: str
 
 @pytest.mark.parametrize("computed", [False, True], ids=["MatMul", "computed bias"])
 def test_what_has_no_constant_bias_stays_as_it_is(tmp_path: Path, computed: bool) -> None:
-    """A MatMul has no bias to correct; one that is computed cannot be added to."""
+    """A MatMul has no bias, and nothing can be added to a bias that is computed."""
     model = matmul_net(computed)
     written = calibrated(tmp_path, model, replace(PLAIN, weight_bits=8))
     nodes = {node.name: node for node in written.graph.node}
@@ -322,7 +322,7 @@ def with_weights(
     weights: dict[str, QuantizedWeight],
     errors: dict[str, np.ndarray] | None = None,
 ) -> onnx.ModelProto:
-    """The float model with the weights that codes stand for, and errors taken out of biases."""
+    """Return the float model with dequantized weights and with errors subtracted from biases."""
     changed = onnx.ModelProto()
     changed.CopyFrom(model)
     values = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
@@ -340,7 +340,7 @@ def with_weights(
 
 
 def squared_error(model: onnx.ModelProto, other: onnx.ModelProto, x: np.ndarray) -> float:
-    """Of all outputs of two models together, by onnxruntime."""
+    """Return the squared error over all outputs of two models, computed by onnxruntime."""
     wanted, got = (ort_run(one, {"x": x}, optimize=False) for one in (model, other))
     return sum(float(np.square(got[name] - wanted[name].astype(float)).sum()) for name in wanted)
 
@@ -395,7 +395,7 @@ def biases_of(path: Path) -> dict[str, np.ndarray]:
 def test_biases_are_corrected_where_that_brings_the_outputs_nearer(
     seed: int, helps: bool, rep_images: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """With seed 4 every layer is right on average and the whole net is further off than before."""
+    """With seed 4 every layer is right on average, yet the error of the whole net grows."""
     model = rep_net(6, seed)
     write_net(tmp_path / "m.onnx", model)
     options = replace(PLAIN, images=80)
@@ -420,7 +420,7 @@ def test_biases_are_corrected_where_that_brings_the_outputs_nearer(
 
 
 def nonsense(*arguments: object) -> dict[str, np.ndarray]:
-    """Errors of the right shapes and the wrong values."""
+    """Return errors with the right shapes and wrong values."""
     rng = np.random.default_rng(0)
     return {
         name: 10 * rng.standard_normal(error.shape)

@@ -1,4 +1,4 @@
-"""The choice of splits: what needs one gets it, what does not stays, the budget holds."""
+"""The choice of splits: layers that need one get it, others stay whole, the budget is kept."""
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -15,21 +15,23 @@ RNG = np.random.default_rng(0)
 
 
 def stats_of(channels: int) -> ChannelStats:
-    """Inputs as after a ReLU: largest value 4, mean square 0.5."""
+    """Return statistics with the largest value 4 and the mean square 0.5 in every channel."""
     return ChannelStats(np.full(channels, 4.0), np.full(channels, 0.5), np.zeros(channels))
 
 
 def decide(
     weight: np.ndarray, *, groups: int = 1, stride: int = 1, budget: float = 10.0
 ) -> Decision:
-    net = known(conv_net(weight, groups=groups, stride=stride, pad=weight.shape[2] // 2, height=8))
+    net = with_shapes(
+        conv_net(weight, groups=groups, stride=stride, pad=weight.shape[2] // 2, height=8)
+    )
     stats = {"conv": stats_of(weight.shape[1] * groups)}
     return next(
         d for d in choose(net, stats, ChooseOptions(*GRIDS, budget)).splits if d.layer == "conv"
     )
 
 
-def known(net: Net) -> Net:
+def with_shapes(net: Net) -> Net:
     """Return the net with shapes."""
     return net_from_model(model_from_net(net))
 
@@ -69,7 +71,7 @@ def test_one_ill_layer_among_many_healthy_ones_is_left_whole() -> None:
         nodes.append(gs.Node("Conv", f"n{index}", {}, [tensor, gs.Constant(f"w{index}", weight)]))
         nodes[-1].outputs = [after]
         tensor = after
-    net = known(Net(gs.Graph(nodes, [x], [tensor], opset=19, ir_version=9)))
+    net = with_shapes(Net(gs.Graph(nodes, [x], [tensor], opset=19, ir_version=9)))
     decisions = choose(
         net, {f"n{i}": stats_of(16) for i in range(30)}, ChooseOptions(*GRIDS, 1.0)
     ).splits
@@ -98,7 +100,7 @@ def test_no_budget_no_node_and_a_small_one_goes_where_it_gains_most() -> None:
         gs.Node("Conv", "ill", attrs, [x, gs.Constant("w0", weights[0])], [mid]),
         gs.Node("Conv", "fair", attrs, [mid, gs.Constant("w1", weights[1])], [y]),
     ]
-    net = known(Net(gs.Graph(nodes, [x], [y], opset=19, ir_version=9)))
+    net = with_shapes(Net(gs.Graph(nodes, [x], [y], opset=19, ir_version=9)))
     stats = {"ill": stats_of(16), "fair": stats_of(16)}
     assert all(d.form == "none" for d in choose(net, stats, ChooseOptions(*GRIDS, 0.0)).splits)
     free = choose(net, stats, ChooseOptions(*GRIDS, 10.0)).splits

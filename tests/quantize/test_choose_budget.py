@@ -1,4 +1,4 @@
-"""What the budget of `quantize.choose` is spent on, against all combinations and real noise."""
+"""The spending of the budget in `quantize.choose`, against all combinations and measured noise."""
 
 import itertools
 import json
@@ -36,7 +36,7 @@ def set_weight(b: Builder, name: str, weight: np.ndarray) -> None:
 
 
 def rep_chain(seed: int = 0) -> onnx.ModelProto:
-    """Rep layers that are ill to different degrees, padded and not, and a head.
+    """Rep layers with more and less weight noise, padded and not, and a head.
 
     Full range of the last two activations costs less or nothing: a pointwise layer, an average.
     """
@@ -52,8 +52,8 @@ def rep_chain(seed: int = 0) -> onnx.ModelProto:
     return b.model(b.head(y))
 
 
-class Known:
-    """A net, what its activations are on some images, and which of them can have full range."""
+class Measured:
+    """A net, its activations on some images, and those of them that can have full range."""
 
     def __init__(self, model: onnx.ModelProto, x: np.ndarray) -> None:
         self.net: Net = net_from_model(model)
@@ -82,15 +82,15 @@ def stats64(values: np.ndarray) -> ChannelStats:
 
 
 @pytest.fixture(scope="module")
-def chain() -> Known:
-    return Known(rep_chain(), images(16, size=SIZE))
+def chain() -> Measured:
+    return Measured(rep_chain(), images(16, size=SIZE))
 
 
 # All combinations --------------------------------------------------------------------------------
 
 
 def allowed(wanted: Decision) -> list[Option]:
-    """The whole layer, the form that it wants, and what costs less than that."""
+    """Return the options of a layer: whole, the desired form, and every form that costs less."""
     target = wanted.option(wanted.form)
     cheaper = [o for o in wanted.options if o.extra_macs < target.extra_macs]
     return [*cheaper, target]
@@ -101,7 +101,7 @@ def noise_of(options: Sequence[tuple[Decision, Option]], left: float) -> float:
 
 
 def combinations(wanted: Choice, left: float) -> list[tuple[int, float]]:
-    """Cost and noise of every way to spend: any form of any layer, full range of any activation."""
+    """Return cost and noise of every combination of forms of layers and full ranges."""
     found = []
     ways = [[(decision, option) for option in allowed(decision)] for decision in wanted.splits]
     switches = [(False, True)] * len(wanted.ranges)
@@ -114,7 +114,7 @@ def combinations(wanted: Choice, left: float) -> list[tuple[int, float]]:
 
 
 def corners(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
-    """Corners of the lower left border: nothing within their cost has less noise."""
+    """Return the corners of the lower convex hull of cost and noise."""
     best: list[tuple[int, float]] = []
     for cost, noise in sorted(points):
         if best and noise >= best[-1][1] - 1e-12:
@@ -131,14 +131,16 @@ def corners(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
 
 
 def spent(choice: Choice) -> int:
-    """What the decisions say that they cost."""
+    """Return the cost of a choice as its decisions state it."""
     splits = sum(d.option(d.form).extra_macs for d in choice.splits)
     return splits + sum(d.extra_macs for d in choice.ranges if d.full)
 
 
 @pytest.mark.parametrize("learned", [False, True])
-def test_no_combination_within_the_same_cost_leaves_less_noise(learned: bool, chain: Known) -> None:
-    """At the corners, where what fits is not cut off: there the best rate first is the best."""
+def test_no_combination_within_the_same_cost_leaves_less_noise(
+    learned: bool, chain: Measured
+) -> None:
+    """With the cost of a corner as the budget, taking the best rate first is optimal."""
     left = 0.1 if learned else 1.0
     wanted = chain.choice(1e9, learned=learned)
     assert len({decision.form for decision in wanted.splits}) > 1
@@ -156,7 +158,7 @@ def test_no_combination_within_the_same_cost_leaves_less_noise(learned: bool, ch
 
 
 @pytest.mark.parametrize("learned", [False, True])
-def test_the_budget_is_never_exceeded(learned: bool, chain: Known) -> None:
+def test_the_budget_is_never_exceeded(learned: bool, chain: Measured) -> None:
     wanted = chain.choice(1e9, learned=learned)
     total, costs = spent(wanted), set()
     for budget in np.linspace(0, 1.1 * total, 60):
@@ -174,8 +176,8 @@ def forms(choice: Choice) -> list[tuple[str, str]]:
     return [(decision.layer, decision.form) for decision in choice.splits]
 
 
-def test_a_layer_is_upgraded_step_by_step(chain: Known) -> None:
-    """From whole to the wanted form, less noise for more cost, each step at a lower rate."""
+def test_a_layer_is_upgraded_step_by_step(chain: Measured) -> None:
+    """From whole to the desired form: less noise for more cost, each step at a lower rate."""
     wanted = chain.choice(1e9)
     taken: dict[str, Option] = {}
     for budget in np.linspace(0, spent(wanted) + 0.5, 80):
@@ -194,7 +196,7 @@ def test_a_layer_is_upgraded_step_by_step(chain: Known) -> None:
 # Full range --------------------------------------------------------------------------------------
 
 
-def test_full_range_that_costs_nothing_is_taken_without_a_budget(chain: Known) -> None:
+def test_full_range_that_costs_nothing_is_taken_without_a_budget(chain: Measured) -> None:
     choice = chain.choice(0.0)
     free = {decision.tensor for decision in choice.ranges if decision.extra_macs == 0}
     assert free == {"c.relu"}  # read by a pointwise layer
@@ -204,8 +206,8 @@ def test_full_range_that_costs_nothing_is_taken_without_a_budget(chain: Known) -
     assert not chain.choice(0.0, ranges=False).ranges
 
 
-def test_what_full_range_costs(chain: Known) -> None:
-    """A map of the border for each padded reader, a constant behind an average."""
+def test_what_full_range_costs(chain: Measured) -> None:
+    """Full range costs a border map for each padded reader, and a constant after an average."""
     costs = {decision.tensor: decision.extra_macs for decision in chain.choice(0.0).ranges}
     half = (SIZE + 1) // 2
     assert costs == {
@@ -217,50 +219,50 @@ def test_what_full_range_costs(chain: Known) -> None:
     }
 
 
-def one_rep_layer(noise: float) -> Known:
-    """A stem and one padded rep layer with so much weight noise for its activation noise."""
+def one_rep_layer(noise: float) -> Measured:
+    """A stem and a padded rep layer with the given weight noise relative to activation noise."""
     b = Builder(size=SIZE)
     y = b.relu(b.conv(b.relu(b.conv("x", CHANNELS, "stem", size=1, pads=[0] * 4)), CHANNELS, "rep"))
     set_weight(b, "rep", rep_weight(np.random.default_rng(0), CHANNELS, CHANNELS, 3, 1))
-    known = Known(b.model(b.conv(y, 4, "last", size=1, pads=[0] * 4)), images(16, size=SIZE))
-    known.ranges = ["stem.relu"]
-    stats = known.stats["rep"]
-    known.stats = {"rep": replace(stats, mean=np.zeros(CHANNELS))}
-    (decision,) = known.choice(0.0).splits
+    measured = Measured(b.model(b.conv(y, 4, "last", size=1, pads=[0] * 4)), images(16, size=SIZE))
+    measured.ranges = ["stem.relu"]
+    stats = measured.stats["rep"]
+    measured.stats = {"rep": replace(stats, mean=np.zeros(CHANNELS))}
+    (decision,) = measured.choice(0.0).splits
     factor = noise * decision.activation_noise / decision.option("none").weight_noise
-    known.stats = {"rep": replace(known.stats["rep"], mean_square=factor * stats.mean_square)}
-    (decision,) = known.choice(0.0).splits
+    measured.stats = {"rep": replace(measured.stats["rep"], mean_square=factor * stats.mean_square)}
+    (decision,) = measured.choice(0.0).splits
     ratio = decision.option("none").weight_noise / decision.activation_noise
     assert ratio == pytest.approx(noise)
-    return known
+    return measured
 
 
 def test_full_range_goes_before_splits_where_rounding_is_learned() -> None:
-    known = one_rep_layer(20.0)  # times the activation noise; a tenth is left of it
-    (wanted,) = known.choice(1e9).splits
+    measured = one_rep_layer(20.0)  # times the activation noise; a tenth is left of it
+    (wanted,) = measured.choice(1e9).splits
     budget = min(option.extra_macs for option in wanted.options if option.extra_macs)
     found = {
         learned: (choice.splits[0].form != "none", choice.ranges[0].full)
         for learned in (False, True)
-        for choice in [known.choice(budget, learned=learned)]
+        for choice in [measured.choice(budget, learned=learned)]
     }
     assert found == {False: (True, False), True: (False, True)}
     for learned in (False, True):
-        rich = known.choice(1e9, learned=learned)
+        rich = measured.choice(1e9, learned=learned)
         assert (rich.splits[0].form, rich.ranges[0].full) == (wanted.form, True)
 
 
 def test_learning_spares_a_net_the_splits_that_it_hardly_needs() -> None:
-    known = one_rep_layer(5.0)
-    (plain,), (learned,) = (known.choice(1e9, learned=on).splits for on in (False, True))
+    measured = one_rep_layer(5.0)
+    (plain,), (learned,) = (measured.choice(1e9, learned=on).splits for on in (False, True))
     assert plain.form != "none"
     assert learned.form == "none"
     assert "as a whole" in learned.reason
-    assert known.choice(1e9, learned=True).ranges[0].full
+    assert measured.choice(1e9, learned=True).ranges[0].full
 
 
 def two_readers() -> onnx.ModelProto:
-    """One activation, never 0, that two convolutions without padding read."""
+    """A net with one activation, never 0, that two convolutions without padding read."""
     b = Builder(size=SIZE)
     y = b.relu(b.conv("x", 6, "stem", size=1, pads=[0] * 4))
     for tensor in b.constants:
@@ -272,7 +274,7 @@ def two_readers() -> onnx.ModelProto:
 
 
 def conv64(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    """A convolution in float64 at all positions where its window fits."""
+    """Return a convolution without padding, in float64."""
     size = weight.shape[2]
     windows = np.lib.stride_tricks.sliding_window_view(x, (size, size), (2, 3))
     return np.einsum("nihwuv,oiuv->nohw", windows, weight.astype(np.float64))
@@ -289,9 +291,9 @@ def test_the_gain_of_full_range_is_the_noise_that_it_removes() -> None:
     The decision takes rounding errors to be uniform and independent; here they nearly are.
     """
     model = two_readers()
-    known = Known(model, images(64, size=SIZE, seed=3))
-    (decision,) = (d for d in known.choice(0.0).ranges if d.tensor == "stem.relu")
-    x = known.values["stem.relu"].astype(np.float64)
+    measured = Measured(model, images(64, size=SIZE, seed=3))
+    (decision,) = (d for d in measured.choice(0.0).ranges if d.tensor == "stem.relu")
+    x = measured.values["stem.relu"].astype(np.float64)
     assert x.min() > 0
     weights = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
     measured = by_formula = 0.0
@@ -315,7 +317,7 @@ def test_the_gain_of_full_range_is_the_noise_that_it_removes() -> None:
 
 
 def added_macs(before: onnx.ModelProto, after: onnx.ModelProto) -> int:
-    """What nodes cost that the float file does not have, by the shapes of the written file."""
+    """Return the cost of the nodes that only the written file has, from its shapes."""
     inferred = onnx.shape_inference.infer_shapes(after, strict_mode=True).graph
     shapes = {
         value.name: [dim.dim_value or 1 for dim in value.type.tensor_type.shape.dim]
@@ -333,9 +335,11 @@ def added_macs(before: onnx.ModelProto, after: onnx.ModelProto) -> int:
             return elements * int(np.prod(weight[1:]))
         return 0
 
-    known = {node.name for node in before.graph.node}
-    known |= {f"{name}{part}" for name in known for part in (".rest", ".fine")}  # the layer's cost
-    return sum(cost(node) for node in after.graph.node if node.name not in known)
+    original = {node.name for node in before.graph.node}
+    original |= {
+        f"{name}{part}" for name in original for part in (".rest", ".fine")
+    }  # the layer's cost
+    return sum(cost(node) for node in after.graph.node if node.name not in original)
 
 
 @pytest.mark.parametrize("learn", [False, True])

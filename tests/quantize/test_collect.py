@@ -1,4 +1,4 @@
-"""Collecting: every value counted once, the same bits in any order, in bounded memory."""
+"""Collecting: every value is counted once, with the same bits in any order, in bounded memory."""
 
 import subprocess
 import sys
@@ -84,7 +84,7 @@ def test_the_order_of_the_images_changes_no_bit(seed: int) -> None:
 
 @pytest.mark.parametrize("count", [1, COMPUTE_BATCH - 1, COMPUTE_BATCH, COMPUTE_BATCH + 1])
 def test_parts_add_up_to_the_whole(count: int) -> None:
-    """What fills the last batch up is not counted, and does not touch what is."""
+    """The images that fill up the last batch are not counted and do not change the others."""
     model = basic_block()
     first, second = collected(PIXELS[:count], model), collected(PIXELS[count:], model)
     merged = {name: first[name].merged(second[name]) for name in first}

@@ -1,4 +1,4 @@
-"""Streaming histograms against counting anew, whatever the order and the parts."""
+"""Streaming histograms against counting all values at once, in any order and any parts."""
 
 import math
 from itertools import pairwise
@@ -126,7 +126,7 @@ def test_any_memory_layout() -> None:
 
 
 def test_more_values_than_a_float32_counter_can_hold(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch.histc counts in float32, so it is asked in parts."""
+    """torch.histc counts in float32, so large tensors are counted in parts."""
     assert module._EXACT_FLOAT32 == 2**24
     values = torch.full((2**24 + 3,), 1.5)
     assert histogram_of(values).counts.max() == 2**24 + 3

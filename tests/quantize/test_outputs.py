@@ -1,4 +1,4 @@
-"""What the outputs choose: --threshold auto, against every choice tried by hand in onnxruntime."""
+"""Choices by the outputs: threshold auto, against every choice computed in onnxruntime."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -36,7 +36,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def parted(path: Path, data: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Return the images but every eighth, and those, which judge."""
+    """Return the images without every eighth, and every eighth, the held-out images."""
     preprocess = read_preprocess(net_from_model(onnx.load(str(path))))
     (x,) = open_dataset(data, preprocess).batches(COUNT)
     judges = np.arange(COUNT) % 8 == 7
@@ -44,7 +44,7 @@ def parted(path: Path, data: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def shares_of(path: Path, parts: Sequence[np.ndarray], names: Sequence[str]) -> dict[str, float]:
-    """Return what is left of each tensor's range without the images that judge."""
+    """Return by how much each tensor's range shrinks without the held-out images: new over old."""
     model = with_outputs(onnx.load(str(path)), list(names))
     found = [ort_run(model, {"x": x}, optimize=False) | {"x": x} for x in parts]
     others, judges = ({name: np.abs(one[name]).max() for name in names} for one in found)
@@ -54,7 +54,7 @@ def shares_of(path: Path, parts: Sequence[np.ndarray], names: Sequence[str]) -> 
 def error_of(
     path: Path, x: np.ndarray, report: CalibrateReport, margin: float, shares: Mapping[str, float]
 ) -> float:
-    """Of the outputs with quantized activations, clipped as without ``x``, weights in float."""
+    """Return the output error with quantized activations, clipped to the ranges without ``x``."""
     model = onnx.load(str(path))
     net = net_from_model(model)
     (exact,) = ort_run(model, {"x": x}, optimize=False).values()

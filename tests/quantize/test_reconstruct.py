@@ -1,4 +1,4 @@
-"""Learned calibration on tiny nets: better than nearest, never worse, every part of it alone."""
+"""Learned calibration on tiny nets: better than nearest, never worse; each part on its own."""
 
 import json
 import logging
@@ -164,7 +164,7 @@ def test_the_report_is_what_onnxruntime_finds(
 
 
 class Seen:
-    """Which images were learned from, and which judged."""
+    """The images that units were learned from, and those that judged them."""
 
     def __init__(self) -> None:
         self.learned: set[int] = set()
@@ -231,7 +231,7 @@ def test_a_unit_that_got_worse_keeps_nearest(
 
 
 def worse(task: Task, found: State) -> State:
-    """Everything that was learned, spoiled."""
+    """Return values that are far worse than what was learned."""
     return State(
         {node: -codes for node, codes in found.codes.items()},
         {layer: 3.0 * gain for layer, gain in found.gain.items()},
@@ -241,7 +241,7 @@ def worse(task: Task, found: State) -> State:
 
 
 def nothing(task: Task, found: State) -> State:
-    """As good as nearest, and not better."""
+    """Return nothing learned: as good as nearest rounding, not better."""
     return State()
 
 
@@ -257,7 +257,7 @@ def test_what_is_not_better_on_held_out_images_leaves_no_trace(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Codes, scales, biases and steps of such a unit are those of nearest, the others' are not."""
+    """Codes, scales, biases and steps of such a unit are those of nearest rounding."""
     groups: dict[str, set[int]] = {}
 
     def some(task: Task, found: State) -> State:
@@ -286,7 +286,7 @@ def test_what_is_not_better_on_held_out_images_leaves_no_trace(
 
 
 def file_weights(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Node -> codes and scales in a written file, read by onnx alone."""
+    """Return node -> codes and scales of a written file, read with onnx only."""
     model = onnx.load(str(path))
     values = {t.name: onnx.numpy_helper.to_array(t) for t in model.graph.initializer}
     makers = {name: node for node in model.graph.node for name in node.output}
@@ -303,7 +303,7 @@ def file_weights(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
 def test_written_codes_are_floors_or_ceilings(
     bits: int, qprep: bool, data: Path, tmp_path: Path
 ) -> None:
-    """Of W / s, with W of the float file and s its largest weight over the largest code."""
+    """Codes are floor or ceiling of W / s: W of the float file, s = max |W| / largest code."""
     write_net(tmp_path / "m.onnx", rep_net(seed=bits))
     options = CalibrateOptions(
         images=COUNT,
@@ -374,7 +374,7 @@ def test_each_part_alone(case: Case, tmp_path: Path, parts: str) -> None:
 
 
 def test_steps_of_one_group_stay_together(data: Path, tmp_path: Path) -> None:
-    """A Concat has one scale; 6 bits have bounds before it that follow the step."""
+    """A Concat has one scale, and the Clips that simulate 6 bits follow its step."""
     model = residual_net()
     case = nearest(model, write_images(tmp_path / "d.npz", 32, size=8), bits=6)
     net, _ = case.learn(tmp_path, replace(QUICK, step_rate=3e-2, affine=False, rounding=False))
@@ -479,7 +479,7 @@ def test_the_relative_error(kind: str) -> None:
 def test_the_stage_term_is_the_error_of_the_float_rest(
     case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of the output of the stage, when the float net goes on from what a unit made."""
+    """It is the error of the stage's output if the float net continues from a unit's output."""
     tasks: dict[str, Task] = {}
 
     def note(task: Task, *_: object) -> State:
@@ -516,7 +516,7 @@ def signature(net: Net) -> bytes:
 def test_options_reach_the_learning(
     case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every one of them changes what is learned; the same again does not."""
+    """Each option changes what is learned; the same options give the same result."""
     found: list[bytes] = []
 
     def note(task: Task, state: State) -> State:
@@ -630,7 +630,7 @@ FULL = "CUDA out of memory. Tried to allocate 2.00 GiB"
 
 
 class Crowded:
-    """Stands in for `learn` and for the stores of a device whose memory a unit uses up."""
+    """Replaces `learn` and `Store` by those of a device that runs out of memory at one unit."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, unit: str, times: int) -> None:
         self.unit, self.times = unit, times

@@ -1,4 +1,4 @@
-"""Calibrations that were stopped: finished units are taken up, all else is learned again."""
+"""Stopped calibrations: finished units are loaded, all others are learned again."""
 
 import json
 from collections.abc import Callable
@@ -105,7 +105,7 @@ def unit_file(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes, Fi
 def test_a_damaged_file_is_as_good_as_none(
     unit_file: tuple[Path, bytes, Finished], data: st.DataObject
 ) -> None:
-    """Nothing raises; what is loaded all the same has passed the checksums of its arrays."""
+    """Nothing raises; a file that is loaded nevertheless has passed the checksums of its arrays."""
     path, content, finished = unit_file
     damaged = bytearray(content)
     if data.draw(st.booleans()):
@@ -153,11 +153,11 @@ UNITS = 5  # three blocks between a stem and a head
 
 
 class KilledError(Exception):
-    """Stands in for a signal."""
+    """Raised in place of a signal that kills the process."""
 
 
 class Counting:
-    """Counts what is learned, and stops at one of the calls."""
+    """Replaces `learn`: records the units that are learned, and stops at one of the calls."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, stop: int | None = None) -> None:
         self.names: list[str] = []

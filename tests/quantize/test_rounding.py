@@ -1,4 +1,4 @@
-"""What is differentiated: fake quantization and learned rounding, against their formulas."""
+"""Fake quantization and learned rounding with their gradients, against their formulas."""
 
 import numpy as np
 import onnx
@@ -25,7 +25,7 @@ GRIDS = {
 
 
 def samples(step: float, grid: Grid) -> torch.Tensor:
-    """Values on both sides of every border, ties among them."""
+    """Return values on both sides of every border between codes, and ties."""
     rng = np.random.default_rng(0)
     codes = np.concatenate(
         [
@@ -98,7 +98,7 @@ def test_gradients_are_the_formula(name: str, step: float, seed: int) -> None:
 
 
 def test_where_x_is_clipped_the_gradient_of_the_step_is_exact() -> None:
-    """There the value is qmin or qmax times the step: a difference quotient sees it too."""
+    """There the value is qmin or qmax times the step, so a difference quotient agrees."""
     for grid in GRIDS.values():
         x = torch.tensor([grid.qmax + 9.0, grid.qmin - 9.0, grid.qmax + 2.0], dtype=torch.float64)
         s = torch.ones((), dtype=torch.float64, requires_grad=True)
@@ -130,7 +130,7 @@ def site(weight: np.ndarray, grid: Grid) -> WeightSite:
 
 
 def kernel(seed: int = 0) -> np.ndarray:
-    """Small taps, a large one, a dead channel, zeros, and weights that are codes already."""
+    """Return small taps, a large one, a dead channel, zeros, and weights that equal codes."""
     weight = np.random.default_rng(seed).standard_normal((5, 3, 3, 3)).astype(np.float32)
     weight[1, 0, 1, 1] = 20.0
     weight[2] = 0.0
@@ -141,7 +141,7 @@ def kernel(seed: int = 0) -> np.ndarray:
 
 @pytest.mark.parametrize("bits", [8, 6, 4, 2])
 def test_at_first_the_codes_are_the_float_weight(bits: int) -> None:
-    """To the rounding of float32 in a sigmoid and its inverse: a few millionths of a step."""
+    """Equal up to float32 rounding in a sigmoid and its inverse: a few millionths of a step."""
     grid = Grid.weight(bits)
     found = site(kernel(), grid)
     soft = SoftCodes(found, grid)

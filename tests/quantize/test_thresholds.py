@@ -56,7 +56,7 @@ def amax(values: np.ndarray, rule: Rule, grid: Grid = INT8, percentile: float = 
 
 
 def raw_loss(values: np.ndarray, threshold: float, grid: Grid, power: int) -> float:
-    """Sum |x - x_dq|^power by quantizing every value."""
+    """Return sum |x - x_dq|^power, by quantizing every value."""
     scale = np.float32(threshold / grid.qmax)
     error = dequantize(quantize(values, scale, grid), scale).astype(np.float64) - values
     return float((np.abs(error) ** power).sum())
@@ -105,7 +105,7 @@ def test_percentile_is_that_of_numpy(name: str, percentile: float) -> None:
 
 
 def literal_entropy(values: np.ndarray, levels: int) -> float:
-    """TensorRT's calibrator as it was described, in loops over about 2048 bins of |x| > 0."""
+    """TensorRT's calibrator as it was described, with loops over about 2048 bins of |x| > 0."""
     magnitude = np.abs(values[values != 0]).astype(np.float64)
     width = histogram(values).width
     used = int(magnitude.max() // width) + 1

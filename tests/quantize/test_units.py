@@ -56,7 +56,7 @@ def two_branches() -> onnx.ModelProto:
 
 
 def tail_without_layer() -> onnx.ModelProto:
-    """What follows the last boundary is pooling alone."""
+    """A net with only a pool after the last boundary."""
     b = Builder()
     y = b.relu(b.conv(b.relu(b.conv("x", 4, "c1")), 4, "c2"))
     y = b.node("GlobalAveragePool", [y], "pool")
@@ -64,7 +64,7 @@ def tail_without_layer() -> onnx.ModelProto:
 
 
 def image_read_late() -> onnx.ModelProto:
-    """The image itself is read again in the middle."""
+    """A net that reads the image again in the middle."""
     b = Builder()
     y = b.relu(b.conv("x", 3, "c1"))
     y = b.relu(b.node("Add", [b.conv(y, 3, "c2"), "x"], "sum"))
@@ -72,7 +72,7 @@ def image_read_late() -> onnx.ModelProto:
 
 
 def wide() -> onnx.ModelProto:
-    """More layers than a unit may have, between two tensors that stay alive to the end."""
+    """More layers than a unit may have, while a second tensor stays alive to the end."""
     b = Builder()
     skip = y = b.relu(b.conv("x", 4, "c0"))
     for i in range(1, 2 * MAX_LAYERS):
@@ -93,7 +93,7 @@ NETS: dict[str, Callable[[], onnx.ModelProto]] = {
 }
 
 
-def found(name: str) -> tuple[Net, TorchGraph, Layout, torch.Tensor]:
+def cut(name: str) -> tuple[Net, TorchGraph, Layout, torch.Tensor]:
     net = net_from_model(NETS[name]())
     graph = TorchGraph(net)
     size = int(net.graph.inputs[0].shape[2])
@@ -119,7 +119,7 @@ UNITS = {
 
 @pytest.mark.parametrize("name", UNITS)
 def test_units_lie_between_single_tensors(name: str) -> None:
-    _, _, layout, _ = found(name)
+    _, _, layout, _ = cut(name)
     assert [sorted(text.split("+")) for text in described(layout)] == [
         sorted(text.split("+")) for text in UNITS[name]
     ]
@@ -128,14 +128,14 @@ def test_units_lie_between_single_tensors(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["neck", "wide"])
 def test_where_no_single_tensor_passes_units_stay_small(name: str) -> None:
-    _, _, layout, _ = found(name)
+    _, _, layout, _ = cut(name)
     assert max(len(unit.layers) for unit in layout.units) <= MAX_LAYERS
     assert any(len(alive) > 1 for alive in layout.alive[:-1])
 
 
 @pytest.mark.parametrize("name", NETS)
 def test_every_layer_is_in_one_unit_and_is_named(name: str) -> None:
-    net, _, layout, _ = found(name)
+    net, _, layout, _ = cut(name)
     layers = [layer for unit in layout.units for layer in unit.layers]
     assert sorted(layers) == sorted(weight.node for weight in place(net).weights)
     nodes = [node for unit in layout.units for node in unit.nodes]
@@ -148,7 +148,7 @@ def test_every_layer_is_in_one_unit_and_is_named(name: str) -> None:
 
 @pytest.mark.parametrize("name", NETS)
 def test_boundaries_are_where_quantized_tensors_are(name: str) -> None:
-    net, _, layout, _ = found(name)
+    net, _, layout, _ = cut(name)
     quantized = {activation.tensor for activation in place(net).activations}
     for unit in layout.units[:-1]:
         assert quantized & set(unit.outputs), unit.name
@@ -156,7 +156,7 @@ def test_boundaries_are_where_quantized_tensors_are(name: str) -> None:
 
 @pytest.mark.parametrize("name", NETS)
 def test_unit_after_unit_gives_the_bits_of_the_whole(name: str) -> None:
-    _, graph, layout, x = found(name)
+    _, graph, layout, x = cut(name)
     wanted = graph.run({graph.input_names[0]: x}, graph.output_names)
     values = {graph.input_names[0]: x}
     for unit, alive in zip(layout.units, layout.alive, strict=True):
@@ -178,7 +178,7 @@ def test_a_stage_ends_where_the_resolution_changes() -> None:
     y = b.relu(b.conv(y, 4, "c1", strides=[2, 2]))
     y = b.relu(b.conv(y, 4, "c2"))
     NETS["stages"] = functools.partial(b.model, b.head(y))
-    _, _, layout, _ = found("stages")
+    _, _, layout, _ = cut("stages")
     del NETS["stages"]
     assert {unit.name: unit.stage for unit in layout.units} == {
         "a1": 0,
@@ -201,7 +201,7 @@ ENDS = {
 
 @pytest.mark.parametrize("name", ENDS)
 def test_what_supervises_a_unit(name: str) -> None:
-    """The end of its stage; the last of a stage has the end of the next one."""
+    """The end of its stage supervises a unit; the last unit has the end of the next stage."""
     stages, ends = ENDS[name]
     empty: frozenset[str] = frozenset()
     units = [Unit(str(i), (), (), empty, (), stage) for i, stage in enumerate(stages)]
@@ -266,11 +266,11 @@ def test_storage_by_budget() -> None:
 
 def test_peak_of_a_chain_and_of_a_neck() -> None:
     """Both nets' tensors at the two boundaries of a unit; the images once."""
-    _, graph, layout, _ = found("chain")
+    _, graph, layout, _ = cut("chain")
     image, first, second, head = 3 * 64, 8 * 64, 8 * 64, 5
     bytes_each = 4 * 7
     peak = max(image + 2 * first, 2 * (first + second), 2 * (second + head))
     assert peak_bytes(layout, graph.input_names, 7) == bytes_each * peak
-    _, graph, layout, _ = found("neck")
+    _, graph, layout, _ = cut("neck")
     sizes = [sum(int(np.prod(layout.shapes[name])) for name in alive) for alive in layout.alive]
     assert peak_bytes(layout, graph.input_names, 7) >= bytes_each * 2 * max(sizes)
