@@ -29,6 +29,7 @@ import onnx_graphsurgeon as gs
 
 from reptrt.core.errors import ConfigError, option
 from reptrt.graph.flow import Flow, tail_of
+from reptrt.graph.layers import output_axis
 from reptrt.graph.net import QUANTIZED_OPS, Net, constant_value, weighted_nodes
 from reptrt.graph.queries import SUMS, before_epilogue, is_private, value_inputs
 from reptrt.graph.splits import Split, read_splits
@@ -103,13 +104,6 @@ def exactly(names: Iterable[str]) -> tuple[str, ...]:
     Rewrites name the parts of a layer after it, so a pattern may match more after them than before.
     """
     return tuple(rf"\A{re.escape(name)}\Z" for name in names)
-
-
-def output_axis(node: gs.Node) -> int:
-    """Return the axis of the output channels in the weight of a weighted node."""
-    if node.op == "Conv" or (node.op == "Gemm" and node.attrs.get("transB", 0)):
-        return 0
-    return 1
 
 
 class _Readers:

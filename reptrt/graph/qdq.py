@@ -58,7 +58,7 @@ def insert_qdq(net: Net, plan: QuantPlan) -> None:
     A grid smaller than INT8 is simulated: a Clip before the Q keeps the codes inside it.
 
     Args:
-        net: the float graph that the plan was made for.
+        net: the float graph that the plan was made for; every node leads to an output.
         plan: the pairs.
     """
     nodes = {node.name: node for node in net.graph.nodes}

@@ -163,7 +163,8 @@ def _readers(pair: Pair) -> Iterator[tuple[str, int]]:
         if own is not None and (own != scale).any():
             yield dequantize.name, 0
         else:
-            yield from ((node.name, index) for node, index in readers(dequantize.outputs[0]))
+            found = readers(dequantize.outputs[0], through=("Cast",))
+            yield from ((node.name, index) for node, index in found)
 
 
 def _quantized_weight(node: gs.Node) -> QuantizedWeight | None:

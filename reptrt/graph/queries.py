@@ -4,7 +4,7 @@
 nodes. A node *moves* values if it changes no value, only places, so that Q/DQ commute with it.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -146,15 +146,17 @@ def maker(tensor: gs.Tensor) -> gs.Node | None:
     return producer(base(tensor))
 
 
-def readers(tensor: gs.Tensor) -> Iterator[tuple[gs.Node, int]]:
+def readers(
+    tensor: gs.Tensor, through: Collection[str] = LOOKED_THROUGH
+) -> Iterator[tuple[gs.Node, int]]:
     """Yield who reads a tensor and as which input, casts looked through."""
     seen: set[int] = set()
     for node in tensor.outputs:
         if id(node) in seen:
             continue
         seen.add(id(node))
-        if node.op in LOOKED_THROUGH:
-            yield from readers(node.outputs[0])
+        if node.op in through:
+            yield from readers(node.outputs[0], through)
         else:
             yield from ((node, i) for i, read in enumerate(node.inputs) if read is tensor)
 

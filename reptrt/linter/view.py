@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_graphsurgeon as gs
 
+from reptrt.graph.layers import output_axis
 from reptrt.graph.net import WEIGHTED_OPS, Net, producer
 from reptrt.graph.queries import (
     POOLS,
@@ -49,10 +50,7 @@ class Layer:
     @property
     def output_axis(self) -> int:
         """Axis of the output channels in the weight."""
-        op = self.node.op
-        if op == "Conv" or (op == "Gemm" and self.node.attrs.get("transB", 0)):
-            return 0
-        return len(self.weight_shape) - 1 if op == "MatMul" and self.weight_shape else 1
+        return output_axis(self.node, self.rank or 2)
 
     @property
     def channels(self) -> tuple[int, int] | None:

@@ -57,6 +57,7 @@ def prepare(net: Net, dataset: Dataset, options: CalibrateOptions) -> Prepared:
         dataset: calibration images.
         options: of calibration.
     """
+    net.graph.cleanup(remove_unused_graph_inputs=False)  # nodes that lead to no output
     placement = place(net, options.exclude, options.float_nodes)
     in_float = (exactly(placement.excluded), exactly(placement.float_nodes))
     layers = {
@@ -167,7 +168,7 @@ def _split_as_asked(
 
 
 def split_layers(
-    net: Net, forms: Mapping[str, str], options: CalibrateOptions
+    net: Net, forms: Mapping[str, SplitForm], options: CalibrateOptions
 ) -> tuple[Skipped, ...]:
     """Split layers of a float net in place; return those that cannot be split, with the reason.
 
@@ -181,9 +182,10 @@ def split_layers(
     def of(form: SplitForm) -> list[str]:
         return [layer for layer, chosen in forms.items() if chosen == form]
 
+    scalar: SplitForm = "identity-scalar"
     reports = (
         split_identity(net, of("identity"), grid=grid, precision=precision),
-        split_identity(net, of("identity-scalar"), grid=grid, form="scalar", precision=precision),
+        split_identity(net, of(scalar), grid=grid, form=scalar, precision=precision),
         split_coarse_fine(net, of("coarse-fine"), grid=grid, precision=precision),
     )
     return tuple(skip for report in reports for skip in report.skipped)

@@ -15,7 +15,6 @@ position. Ensures: the output tensor keeps its name and, to float rounding, its 
 """
 
 from collections.abc import Collection
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -28,7 +27,6 @@ from reptrt.graph.splits import Split, record_splits
 from reptrt.rewrite.contract import RewriteReport, Skipped
 from reptrt.rewrite.split_coarse_fine import centre_of, centre_pads
 
-Form = Literal["per-channel", "scalar"]
 FloatArray = npt.NDArray[np.floating]
 
 NO_FACTOR = "no positive factor leaves smaller steps"
@@ -39,7 +37,7 @@ def split_identity(
     layers: Collection[str],
     *,
     grid: Grid,
-    form: Form = "per-channel",
+    form: SplitForm = "identity",
     precision: SplitPrecision = "float",
 ) -> RewriteReport:
     """Split the diagonal out of the named convolutions.
@@ -81,12 +79,12 @@ def without_diagonal(weight: FloatArray, diagonal: FloatArray | float) -> FloatA
     return rest
 
 
-def factor_of(weight: FloatArray, grid: Grid, form: Form) -> FloatArray | None:
+def factor_of(weight: FloatArray, grid: Grid, form: SplitForm) -> FloatArray | None:
     """Return what x is multiplied with in the skip: (O,), or () of the scalar form.
 
     None: no positive scalar is better than none. It is to be the scale of a pair.
     """
-    if form == "per-channel":
+    if form == "identity":
         return diagonal_of(weight)
     factor = best_scalar(weight, grid)
     return np.array(factor, weight.dtype) if factor > 0 else None

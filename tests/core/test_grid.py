@@ -125,6 +125,22 @@ def test_a_tiny_amax_never_gives_a_zero_scale(amax: float) -> None:
     assert np.isfinite(quantize(np.float32([0, amax]), scale, INT8)).all()
 
 
+@pytest.mark.parametrize("bits", [8, 6])
+def test_full_range_codes_are_unsigned(bits: int) -> None:
+    grid = Grid.activation(bits).full_range
+    x = np.float32([-3, 0, 0.6, 31, 200, 1e6])
+    codes = quantize(x, 1.0, grid)
+    assert codes.dtype == np.uint8
+    np.testing.assert_array_equal(codes, np.rint(x).clip(0, 2**bits - 1))
+    np.testing.assert_array_equal(dequantize(codes, 1.0), codes.astype(np.float32))
+
+
+@pytest.mark.parametrize("grid", [Grid(0, 256), Grid(-129, 127), Grid(-1, 128)])
+def test_a_grid_that_8_bits_do_not_hold(grid: Grid) -> None:
+    with pytest.raises(ValueError, match=r"Grid\(.*8 bits cannot hold"):
+        quantize(np.float32([1]), 1.0, grid)
+
+
 def test_along_axis_broadcasts_along_the_axis_only() -> None:
     values = np.float32([1, 2, 3])
     assert along_axis(values, 4, 1).shape == (1, 3, 1, 1)

@@ -22,6 +22,7 @@ def layer(
     bias: np.ndarray,
     *,
     zero_point: np.ndarray,
+    weight_zero_point: int = 0,
     step: float | None = None,
     in_channels: int,
     **attrs: object,
@@ -38,7 +39,11 @@ def layer(
             "DequantizeLinear",
             "dqw",
             {"axis": 0},
-            [b("w", weight), scales, b("zw", np.zeros(len(weight), np.int8))],
+            [
+                b("w", weight),
+                scales,
+                b("zw", np.full(len(weight), weight_zero_point, weight.dtype)),
+            ],
             [dw],
         ),
         gs.Node("Conv", "conv", attrs, [dx, dw, b("b", bias)], [y]),
@@ -149,4 +154,20 @@ def test_layers_in_float_stay() -> None:
     net = dense(4, 1)
     conv = net.graph.nodes[-1]
     conv.inputs[1] = gs.Constant("float", np.ones((2, 4, 1, 1), F32))
+    assert not sum_codes(net.graph, conv)
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8])
+def test_weights_with_a_zero_point_are_left_alone(dtype: type) -> None:
+    """UINT8 codes less 128 are INT8 numbers, but the codes themselves are not."""
+    zero_point = 128 if dtype == np.uint8 else 3
+    weight = (np.arange(4 * 3 * 9).reshape(4, 3, 3, 3) % 100 + 10).astype(dtype)
+    net = layer(
+        weight,
+        np.zeros(4, F32),
+        zero_point=np.array(0, np.uint8),
+        weight_zero_point=zero_point,
+        in_channels=3,
+    )
+    conv = next(node for node in net.graph.nodes if node.op == "Conv")
     assert not sum_codes(net.graph, conv)

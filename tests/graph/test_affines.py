@@ -23,14 +23,13 @@ from tests.support.helpers import ort_run
 from tests.support.onnx_nets import Builder, basic_block, plain_chain
 from tests.support.qdq_nets import images, quantized, residual_net
 
-SPLITS = ("none", "identity", "scalar", "coarse-fine")
+SPLITS = ("none", "identity", "identity-scalar", "coarse-fine")
 
 
 def split(net: Net, layers: Sequence[str], how: str, precision: str = "float") -> None:
     grid = Grid.weight(8)
-    if how in ("identity", "scalar"):
-        form = "scalar" if how == "scalar" else "per-channel"
-        split_identity(net, layers, grid=grid, form=form, precision=precision)  # type: ignore
+    if how in ("identity", "identity-scalar"):
+        split_identity(net, layers, grid=grid, form=how, precision=precision)
     elif how != "none":
         split_coarse_fine(net, layers, grid=grid, precision=precision)  # type: ignore
 

@@ -10,7 +10,7 @@ from onnx import helper, numpy_helper
 from reptrt.core.errors import ConfigError
 from reptrt.core.grid import Grid
 from reptrt.graph.net import Net, model_from_net, net_from_model
-from reptrt.graph.placement import Placement, output_axis, place
+from reptrt.graph.placement import Placement, place
 from reptrt.graph.splits import read_splits
 from reptrt.rewrite.split_coarse_fine import split_coarse_fine
 from reptrt.rewrite.split_identity import split_identity
@@ -121,7 +121,7 @@ def test_a_constant_added_is_no_residual() -> None:
 
 # A residual Add of a split layer's sum ------------------------------------------------------------
 
-FORMS = ["per-channel", "scalar", "coarse-fine"]
+FORMS = ["identity", "identity-scalar", "coarse-fine"]
 
 
 def split_block(form: str, layer: str, *, precision: str = "float", turned: bool = False) -> Net:
@@ -189,7 +189,7 @@ def test_of_two_convolutions_the_larger_absorbs_the_add_split_or_not(
     }
 
 
-@pytest.mark.parametrize("form", ["per-channel", "coarse-fine"])
+@pytest.mark.parametrize("form", ["identity", "coarse-fine"])
 def test_int8_summands_before_a_residual_add(form: str) -> None:
     """Each summand has a pair; between their sum and the Add there is none."""
     net = split_block(form, "large", precision="int8")
@@ -348,22 +348,6 @@ def test_a_product_of_activations_is_left_alone() -> None:
     flat = b.node("Flatten", [b.relu(b.conv("x", 6, "a"))], "flat")
     gram = b.node("MatMul", [flat, b.node("Transpose", [flat], "t")], "gram")
     assert pairs(plan(b.model(gram))) == {"x": {("a", 0)}}
-
-
-@pytest.mark.parametrize(
-    ("op", "attrs", "axis"),
-    [
-        ("Conv", {}, 0),
-        ("ConvTranspose", {}, 1),
-        ("Gemm", {"transB": 1}, 0),
-        ("Gemm", {}, 1),
-        ("MatMul", {}, 1),
-    ],
-)
-def test_axis_of_the_output_channels(op: str, attrs: dict[str, int], axis: int) -> None:
-    import onnx_graphsurgeon as gs
-
-    assert output_axis(gs.Node(op, "n", attrs)) == axis
 
 
 def test_excluded_layers_stay_in_float() -> None:

@@ -112,7 +112,7 @@ REWRITES = {
     "coarse-fine": lambda net: split_coarse_fine(net, LAYERS, grid=Grid.weight(8)),
     "identity": lambda net: split_identity(net, LAYERS, grid=Grid.weight(8)),
     "identity-scalar": lambda net: split_identity(
-        give_identity(net, LAYERS), LAYERS, grid=Grid.weight(8), form="scalar"
+        give_identity(net, LAYERS), LAYERS, grid=Grid.weight(8), form="identity-scalar"
     ),
 }
 

@@ -198,3 +198,15 @@ def test_thresholds_of_a_given_rule_are_of_all_images(tmp_path: Path) -> None:
     report = made(tmp_path, model, threshold=ThresholdOptions("max"))
     assert report.tensors[0].maximum == np.abs(X).max()
     assert net_from_model(model).graph.inputs[0].name == report.tensors[0].tensor
+
+
+def test_layers_that_lead_to_no_output_are_not_quantized(tmp_path: Path) -> None:
+    b = Builder()
+    y = b.relu(b.conv("x", 8, "c1"))
+    b.relu(b.conv(y, 8, "dead"))
+    report = made(tmp_path, b.model(b.head(b.relu(b.conv(y, 8, "c2")))), max_overhead=1.0)
+    assert report.layers == 3
+    assert "c1.relu" in report.full_range
+    written, lowered, by_torch = ways(tmp_path / "q.onnx")
+    assert sqnr_db(written, lowered) > 45
+    np.testing.assert_array_equal(lowered, by_torch)

@@ -39,7 +39,9 @@ torch = pytest.importorskip("torch")
 def quantized_scalar(*, full: bool = False, factor: float | None = None) -> Net:
     """A rep net with all layers split that can be, in the float form, quantized."""
     net = net_from_model(rep_net(blocks=2))
-    split_identity(net, [n.name for n in net.graph.nodes], grid=Grid.weight(8), form="scalar")
+    split_identity(
+        net, [n.name for n in net.graph.nodes], grid=Grid.weight(8), form="identity-scalar"
+    )
     for node in net.graph.nodes:
         if node.op == "Mul" and factor is not None:
             node.inputs[1].values = np.array(factor, np.float32)
@@ -110,7 +112,7 @@ def split_sum(factor: float) -> Net:
     """relu(conv(x) + factor x) of a scalar split with INT8 summands, x behind a ReLU."""
     net = net_from_model(rep_net(blocks=1))
     layers = [n.name for n in net.graph.nodes]
-    split_identity(net, layers, grid=Grid.weight(8), form="scalar", precision="int8")
+    split_identity(net, layers, grid=Grid.weight(8), form="identity-scalar", precision="int8")
     (mul,) = muls(net)
     mul.inputs[1].values = np.array(factor, np.float32)
     return net

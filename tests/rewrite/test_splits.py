@@ -72,15 +72,14 @@ def convolutions(draw: st.DrawFn) -> tuple[Net, np.ndarray]:
 
 
 @settings(max_examples=40, deadline=None)
-@given(case=convolutions(), how=st.sampled_from(["coarse-fine", "identity", "scalar"]))
+@given(case=convolutions(), how=st.sampled_from(["coarse-fine", "identity", "identity-scalar"]))
 def test_a_split_keeps_the_output(case: tuple[Net, np.ndarray], how: str) -> None:
     net, x = case
     expected = outputs_of(net, x)
     if how == "coarse-fine":
         report = split_coarse_fine(net, ["conv"], grid=INT8)
     else:
-        form = "scalar" if how == "scalar" else "per-channel"
-        report = split_identity(net, ["conv"], grid=INT8, form=form)
+        report = split_identity(net, ["conv"], grid=INT8, form=how)
     assert len(report.changed) + len(report.skipped) == 1
     got = outputs_of(net, x)
     # float32 sums of at most 100 products in another order

@@ -52,7 +52,7 @@ def on_grid(model: onnx.ModelProto) -> onnx.ModelProto:
 def split_net(case: Case, precision: str = "float") -> Net:
     """The float net with its splits."""
     net = net_from_model(case.model)
-    for form, layers in (("per-channel", case.identity), ("scalar", case.scalar)):
+    for form, layers in (("identity", case.identity), ("identity-scalar", case.scalar)):
         give_identity(net, layers)
         report = split_identity(net, layers, grid=WEIGHTS, form=form, precision=precision)
         assert not report.skipped

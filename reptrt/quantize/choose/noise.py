@@ -7,7 +7,7 @@ import numpy.typing as npt
 import onnx_graphsurgeon as gs
 
 from reptrt.core.choices import SplitForm
-from reptrt.core.grid import Grid, channel_amax, dequantize
+from reptrt.core.grid import Grid, channel_amax
 from reptrt.graph.net import constant_value
 from reptrt.graph.qdq import quantize_weight
 from reptrt.quantize.calib.channels import ChannelStats
@@ -55,15 +55,15 @@ def _options(node: gs.Node, weight: FloatArray, variance: FloatArray, grid: Grid
     options = [Option("none", _weight_noise(weight, variance, grid), 0)]
     if identity.reason_against(node) is None:
         addition = channels * ELEMENTWISE_MACS * positions
-        forms: tuple[tuple[SplitForm, identity.Form, int], ...] = (
-            ("identity-scalar", "scalar", addition),
-            ("identity", "per-channel", 2 * addition),
+        forms: tuple[tuple[SplitForm, int], ...] = (
+            ("identity-scalar", addition),
+            ("identity", 2 * addition),
         )
-        for name, form, extra in forms:
+        for form, extra in forms:
             factor = identity.factor_of(weight, grid, form)
             if factor is not None:
                 rest = identity.without_diagonal(weight, factor)
-                options.append(Option(name, _weight_noise(rest, variance, grid), extra))
+                options.append(Option(form, _weight_noise(rest, variance, grid), extra))
     if coarse_fine.reason_against(node) is None:
         _, fine = coarse_fine.coarse_and_fine(weight, grid)
         extra = (channels * weight.shape[1] + channels * ELEMENTWISE_MACS) * positions
@@ -74,7 +74,7 @@ def _options(node: gs.Node, weight: FloatArray, variance: FloatArray, grid: Grid
 def _weight_noise(weight: FloatArray, variance: FloatArray, grid: Grid) -> float:
     """Return sum (W - Q(W))^2 Var[x]; ``variance`` broadcasts over the weight."""
     quantized = quantize_weight(weight.astype(np.float32), 0, grid)
-    error = weight - dequantize(quantized.codes, quantized.scale, 0)
+    error = weight - quantized.dequantized()
     return float((np.square(error) * variance).sum())
 
 
@@ -95,7 +95,7 @@ def int8_obstacle(node: gs.Node, form: SplitForm, grid: Grid) -> str | None:
         reason = identity.reason_against(node)
         if reason is not None or weight is None:
             return reason
-        factor = identity.factor_of(weight, grid, "scalar")
+        factor = identity.factor_of(weight, grid, "identity-scalar")
         if factor is None:
             return identity.NO_FACTOR
         rest, limit = identity.without_diagonal(weight, factor), 1 / 2
