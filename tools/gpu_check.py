@@ -1,26 +1,32 @@
-r"""What only a machine with a GPU can show, in one go.
+r"""Check in one run what only a machine with a GPU can show.
 
     PYTHONPATH=. python tools/gpu_check.py run M.onnx --data IMAGES -o OUT
 
 M.onnx is a float net as `reptrt export` writes it, IMAGES a few hundred images of its kind. The
-check calibrates the net on the CPU and with CUDA, each recipe (seconds, largest difference of a
-scale); compares torch's simulation on both with onnxruntime, to the bit; builds engines with every
-TensorRT that can be imported: FP32, FP16, INT8 with an FP32 and an FP16 rest, INT8 without splits;
-compares each with onnxruntime output by output; audits it; and times all engines of one TensorRT
-side by side, ratios to its FP16 one, host copies in and out.
+check does this:
 
-Every step is a process of its own: what fails, or crashes, says why, and the rest goes on.
-OUT/gpu_check.json holds everything; a table goes to stdout. Exit 1 with --strict if a step failed.
+- It calibrates the net with each recipe on the CPU and with CUDA, and reports seconds and the
+  largest difference of a scale.
+- It compares the simulation in torch, on both devices, with onnxruntime, to the bit.
+- It builds engines with every TensorRT that can be imported: FP32, FP16, INT8 with an FP32 and with
+  an FP16 rest, INT8 without splits.
+- It compares the outputs of each engine with onnxruntime, and audits the engine.
+- It times all engines of a TensorRT side by side, as ratios to the FP16 engine, with and without
+  host copies.
 
-It needs what `pip install 'reptrt[gpu,rtx]'` brings; without some of it, the steps that need it say
-so. Where there is no package index, take packages along, fetched for that machine's Python:
+Every step runs in a process of its own: a step that fails or crashes says why, and the others go
+on. OUT/gpu_check.json holds everything, and a table goes to stdout. With --strict, a failed step
+makes the exit status 1.
+
+The check uses the packages of `pip install 'reptrt[gpu,rtx]'`; steps whose packages are missing are
+skipped. For a machine without a package index, download the packages for its Python first:
 
     pip download -d wheels --no-deps --only-binary=:all: --python-version 3.12 \
         --platform manylinux_2_28_x86_64 --platform manylinux2014_x86_64 onnx-graphsurgeon \
         tensorrt-rtx-cu13-libs tensorrt-rtx-cu13-bindings pytools mako platformdirs siphash24
     pip download -d wheels --no-deps pycuda tensorrt-rtx tensorrt-rtx-cu13
 
-and there, where CUDA's compiler builds pycuda in a few minutes:
+Then install them there; CUDA's compiler builds pycuda in a few minutes:
 
     pip install --no-index --no-deps --no-build-isolation wheels/*
 """
@@ -43,14 +49,14 @@ _NEEDED = ("click", "google.protobuf", "numpy", "onnx", "onnx_graphsurgeon", "PI
 
 def lacking(names: Sequence[str]) -> list[str]:
     """Return the packages that cannot be found."""
-    found = []
+    missing = []
     for name in names:
         try:
-            there = importlib.util.find_spec(name) is not None
-        except ModuleNotFoundError:  # of the package around it
-            there = False
-        found += [] if there else [name]
-    return found
+            installed = importlib.util.find_spec(name) is not None
+        except ModuleNotFoundError:  # its parent package is missing
+            installed = False
+        missing += [] if installed else [name]
+    return missing
 
 
 if lacking(_NEEDED):  # before anything imports them
@@ -79,7 +85,7 @@ from reptrt.trt.driver import Gpu  # noqa: E402
 from reptrt.trt.input import with_rest  # noqa: E402
 from reptrt.trt.versions import Backend  # noqa: E402
 
-# Each net with what its FP16 rest is made from, None: its rest is FP32.
+# Each net with the net that it is converted from to get an FP16 rest; None: its rest is FP32.
 NETS = {
     "fp32": None,
     "fp16": "fp32",
@@ -92,13 +98,13 @@ DEFAULT_RECIPE = next(p.default for p in reptrt.commands["calibrate"].params if 
 BACKENDS: tuple[Literal["tensorrt", "tensorrt-rtx"], ...] = ("tensorrt", "tensorrt-rtx")
 _TIMEOUT_S = 1800.0
 
-# Runs a command line; returns exit status (negative: signal) and what it said on stderr.
+# Runs a command line; returns the exit status (negative: signal) and the text on stderr.
 Execute = Callable[[Sequence[str]], tuple[int, str]]
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One thing that was tried."""
+    """A step of the check and its result."""
 
     name: str
     state: Literal["done", "failed", "skipped"]
@@ -111,12 +117,12 @@ class StepError(Exception):
     """A step that failed, and why."""
 
 
-class SkipStep(Exception):  # noqa: N818  # no error: there is nothing to do
+class SkipStep(Exception):  # noqa: N818  # not an error: there is nothing to do
     """A step that cannot run here, and why."""
 
 
 class Check:
-    """The steps in order; each is kept whatever becomes of it."""
+    """The steps in their order, with results or reasons."""
 
     def __init__(self, model: Path, data: Path, out: Path, execute: Execute) -> None:
         self.model, self.data, self.out = model, data, out
@@ -124,7 +130,7 @@ class Check:
         self._execute = execute
 
     def step(self, name: str, work: Callable[[], Mapping[str, Any]]) -> None:
-        """Run one step and keep what it found, or why it found nothing."""
+        """Run a step and keep its result, or why it has none."""
         started = time.perf_counter()
         try:
             result, state, why = work(), "done", ""
@@ -149,9 +155,9 @@ class Check:
         """Run a command that takes --json; return what it wrote."""
         answer = self.out / "answer.json"
         answer.unlink(missing_ok=True)
-        status, said = self._execute([*command, "--json", str(answer)])
+        status, stderr = self._execute([*command, "--json", str(answer)])
         if status != 0:
-            raise StepError(reason(status, said))
+            raise StepError(reason(status, stderr))
         content: dict[str, Any] = json.loads(answer.read_text())
         answer.unlink()
         return content
@@ -161,7 +167,7 @@ class Check:
         return self.model if name == "fp32" else self.out / f"{name}.onnx"
 
     def engine(self, backend: str, net: str) -> Path:
-        """Return where an engine is."""
+        """Return the path of an engine."""
         return self.out / f"{net}.{backend}.engine"
 
     def made(self) -> list[Path]:
@@ -179,20 +185,20 @@ class Check:
         return [*files, *(sidecar_path(file) for file in files)]
 
 
-def reason(status: int, said: str) -> str:
-    """Return in one line why a process failed."""
+def reason(status: int, stderr: str) -> str:
+    """Return a line that says why a process failed."""
     if status < 0:
         try:
             return f"crashed: {signal.Signals(-status).name}"
         except ValueError:
             return f"crashed: signal {-status}"
-    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    lines = [line.strip() for line in stderr.splitlines() if line.strip()]
     stated = [line for line in lines if line.startswith("error: ")]
     return (stated or lines or [f"exit status {status}"])[-1].removeprefix("error: ")
 
 
 def needed(path: Path) -> Path:
-    """Return a file that an earlier step was to make; skip if it did not."""
+    """Return a file of an earlier step; skip this step if that one did not make it."""
     if not path.exists():
         raise SkipStep(f"{path.name} was not made")
     return path
@@ -214,8 +220,8 @@ def environment() -> dict[str, Any]:
 
 
 def _version(name: Literal["tensorrt", "tensorrt-rtx"]) -> str:
-    found = _load(name)
-    return found if isinstance(found, str) else ".".join(map(str, found.version))
+    backend = _load(name)
+    return backend if isinstance(backend, str) else ".".join(map(str, backend.version))
 
 
 def _load(name: Literal["tensorrt", "tensorrt-rtx"]) -> Backend | str:
@@ -235,7 +241,7 @@ def write_half(source: Path, output: Path) -> dict[str, Any]:
 
 
 def compare_calibrations(cpu: Mapping[str, Any], cuda: Mapping[str, Any]) -> dict[str, Any]:
-    """Return seconds of both, and by how much of itself a scale differs at most."""
+    """Return the seconds of both, and the largest relative difference of a scale."""
     scales = [{t["tensor"]: t["scale"] for t in report["tensors"]} for report in (cpu, cuda)]
     if scales[0].keys() != scales[1].keys():
         raise StepError("CPU and CUDA calibrated different tensors")
@@ -264,9 +270,9 @@ def calibrations(check: Check, recipes: Sequence[str], images: int) -> None:
     def on(recipe: str, device: str) -> dict[str, Any]:
         name = "int8" if recipe == chosen else f"int8-{recipe}"
         name += "-cuda" if device == "cuda" else ""
-        found = calibrate(name, "--recipe", recipe, "--device", device)
-        reports[recipe, device] = found
-        return {"seconds": found["seconds"], "images": found["images"]}
+        report = calibrate(name, "--recipe", recipe, "--device", device)
+        reports[recipe, device] = report
+        return {"seconds": report["seconds"], "images": report["images"]}
 
     def both(recipe: str) -> dict[str, Any]:
         pair = [reports.get((recipe, device)) for device in ("cpu", "cuda")]
@@ -307,9 +313,9 @@ def engines(
     check: Check, backend: str, nets: Sequence[str], batches: Sequence[int], images: int
 ) -> None:
     """Build, compare, audit and time the engines of one TensorRT."""
-    found = _load(backend)  # type: ignore[arg-type]
-    if isinstance(found, str):
-        why = found
+    loaded = _load(backend)  # type: ignore[arg-type]
+    if isinstance(loaded, str):
+        why = loaded
 
         def absent() -> Mapping[str, Any]:
             raise SkipStep(why)
@@ -337,8 +343,8 @@ def engines(
         return check.compare("parity", engine, model, images=images)
 
     def audit(net: str) -> dict[str, Any]:
-        found = check.reptrt("inspect", needed(check.engine(backend, net)), "--audit")
-        return {"precisions": found["precisions"], **found["audit"]}
+        answer = check.reptrt("inspect", needed(check.engine(backend, net)), "--audit")
+        return {"precisions": answer["precisions"], **answer["audit"]}
 
     def bench(*copies: str) -> dict[str, Any]:
         ran = {step.name for step in check.steps if step.state == "done"}
@@ -363,7 +369,7 @@ def engines(
 
 
 def table(steps: Sequence[Step]) -> list[str]:
-    """Return the results in short: a row an engine and batch size, what it means, what failed."""
+    """Return a row for each engine and batch size, then remarks, then the steps that failed."""
     done = {step.name: step.result for step in steps if step.state == "done"}
     lines = [
         "| engine | batch | median ms | on the GPU | images/s | of FP16 | SQNR dB | INT8 layers |"
@@ -397,11 +403,11 @@ def table(steps: Sequence[Step]) -> list[str]:
 
 
 def _remarks(name: str, result: Mapping[str, Any]) -> list[str]:
-    """Return what is worth a line of a step that was done."""
+    """Return the remarks on a step that was done."""
     lines = [f"{name}: {remark}" for remark in result.get("remarks", ())]
-    for found in result.get("explanations", ()):
-        where = f"{Path(found['file']).name}, batch {found['batch']}"
-        lines += [f"{where}: {line}" for line in found["lines"]]
+    for explanation in result.get("explanations", ()):
+        where = f"{Path(explanation['file']).name}, batch {explanation['batch']}"
+        lines += [f"{where}: {line}" for line in explanation["lines"]]
     if "max_relative_difference" in result:
         lines.append(
             f"{name}: CPU {result['cpu_seconds']:.1f} s, CUDA {result['cuda_seconds']:.1f} s, "
@@ -409,10 +415,10 @@ def _remarks(name: str, result: Mapping[str, Any]) -> list[str]:
         )
     if name.startswith("simulation"):
         lines += [
-            f"{name}: {output}: differs from onnxruntime by {found['max_difference']:.1e} at most"
-            if found["max_difference"]
+            f"{name}: {output}: differs from onnxruntime by {errors['max_difference']:.1e} at most"
+            if errors["max_difference"]
             else f"{name}: {output}: the same bits as onnxruntime"
-            for output, found in result["outputs"].items()
+            for output, errors in result["outputs"].items()
         ]
     if "not_for_the_current_gpu" in result:
         lines.append(f"{name}: portable engine: {result['not_for_the_current_gpu']}")
@@ -436,19 +442,19 @@ def run_process(command: Sequence[str]) -> tuple[int, str]:
 
 
 def compare_outputs(
-    reference: Mapping[str, Sequence[Any]], found: Mapping[str, Sequence[Any]]
+    reference: Mapping[str, Sequence[Any]], engine: Mapping[str, Sequence[Any]]
 ) -> dict[str, Any]:
     """Return how close each output is: lists of batches by output name.
 
     Raises:
         StepError: an output is missing.
     """
-    missing = set(reference) - set(found)
+    missing = set(reference) - set(engine)
     if missing:
         raise StepError(f"the engine lacks the outputs {', '.join(sorted(missing))}")
     outputs = {}
     for name, batches in reference.items():
-        expected, got = (np.concatenate(list(part)) for part in (batches, found[name]))
+        expected, got = (np.concatenate(list(part)) for part in (batches, engine[name]))
         expected, got = (part.astype(np.float64) for part in (expected, got))
         difference = float(np.abs(expected - got).max())
         outputs[name] = {
@@ -469,7 +475,7 @@ def check_all(
 ) -> Sequence[Step]:
     """Run every step and write the report."""
     for old in check.made():
-        old.unlink(missing_ok=True)  # a file of an earlier check must not pass for one of this
+        old.unlink(missing_ok=True)  # a file of an earlier check must not look like one of this
     check.step("environment", environment)
     calibrations(check, recipes, images)
     simulations(check, images)
@@ -506,9 +512,9 @@ def run(
 ) -> None:
     """Run every step on the float net MODEL."""
     batches = [int(size) for size in batch.split(",")]
-    for name, text, known in (("nets", nets, NETS), ("recipes", recipes, RECIPES)):
-        if not set(text.split(",")) <= set(known):
-            raise click.UsageError(f"--{name}: any of {','.join(known)}")
+    for name, text, choice in (("nets", nets, NETS), ("recipes", recipes, RECIPES)):
+        if not set(text.split(",")) <= set(choice):
+            raise click.UsageError(f"--{name}: any of {','.join(choice)}")
     if min(batches) < 1:
         raise click.UsageError("--batch: positive sizes")
     output.mkdir(parents=True, exist_ok=True)
@@ -534,8 +540,8 @@ def parity(engine: Path, model: Path, data: Path, images: int, answer: Path) -> 
     """Compare an engine with its ONNX file in onnxruntime, output by output."""
     with _one_line():
         dataset = _images_of(model, data, images)
-        expected, found = (_outputs(open_runner(path), dataset) for path in (model, engine))
-        write_json(answer, compare_outputs(expected, found))
+        expected, outputs = (_outputs(open_runner(path), dataset) for path in (model, engine))
+        write_json(answer, compare_outputs(expected, outputs))
 
 
 @main.command()
@@ -551,18 +557,19 @@ def simulation(model: Path, device: str, data: Path, images: int, answer: Path) 
 
     with _one_line():
         dataset = _images_of(model, data, images)
-        (found,) = _outputs(int8_runner(read_model(model), torch_device(device)), dataset).values()
+        (int8,) = _outputs(int8_runner(read_model(model), torch_device(device)), dataset).values()
         name, expected = next(iter(_outputs(open_runner(model), dataset).items()))
-        write_json(answer, compare_outputs({name: expected}, {name: found}))
+        write_json(answer, compare_outputs({name: expected}, {name: int8}))
 
 
 @contextlib.contextmanager
 def _one_line() -> Iterator[None]:
-    """End with one line where something fails."""
+    """Turn a stated failure into a line on stderr and exit status 1."""
     try:
         yield
     except (ReptrtError, StepError) as err:
-        click.echo(f"error: {' '.join(str(err).split())}", err=True)
+        text = err.on_cli() if isinstance(err, ReptrtError) else str(err)
+        click.echo(f"error: {' '.join(text.split())}", err=True)
         click.get_current_context().exit(1)
 
 
