@@ -49,9 +49,6 @@ class Store:
         else:
             self._values = torch.empty((count, *shape), dtype=dtype, device=device)
 
-    def __len__(self) -> int:
-        return len(self._values)
-
     def to_host(self) -> None:
         """Move the values to CPU memory; `read` still returns tensors on the computing device."""
         self._values = self._values.cpu()
