@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from reptrt.cli.command import Command, emit, text_of
+from reptrt.cli.command import Command, emit
 from reptrt.cli.fields import PATH, FieldOptions
 
 CALIBRATE = FieldOptions("reptrt.pipeline.options:CalibrateOptions")
@@ -38,6 +38,8 @@ def calibrate(
     report = pipeline.calibrate(model, data, output, options, measure if diagnose else None)
     text, content = _summary(report, options.recipe), report.to_dict()
     for diagnosis in diagnoses:
+        from reptrt.core.result import text_of
+
         tables = [text_of(table) + "\n" for table in diagnosis.to_tables()]
         text = "\n".join([text, "", *tables, *diagnosis.to_lines()])
         content |= {"diagnosis": diagnosis.to_dict()}
@@ -79,7 +81,6 @@ def lint(model: Path, json_path: str | None) -> None:
     from reptrt.linter import lint as check
 
     report = check(model)
-    tables = [text_of(report.to_table())] if report.findings else []
-    emit("\n".join([*tables, *report.to_lines()]), report.to_dict(), json_path)
+    emit(str(report), report.to_dict(), json_path)
     if report.has_errors:
         click.get_current_context().exit(1)

@@ -1,7 +1,6 @@
 """What every command of the command line has: options from dataclasses, and ``--json``."""
 
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -54,16 +53,6 @@ def emit(text: str, content: Any, json_path: str | None) -> None:
 
         write_json(Path(json_path), content)
     click.echo(text)
-
-
-def text_of(table: Any) -> str:
-    """Render a rich table: as wide as the terminal, or 160 columns into a file."""
-    from rich.console import Console
-
-    console = Console(width=None if sys.stdout.isatty() else 160)
-    with console.capture() as capture:
-        console.print(table)
-    return capture.get().rstrip("\n")
 
 
 def _json_option() -> click.Option:

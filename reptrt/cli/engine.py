@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from reptrt.cli.command import Command, emit, text_of
+from reptrt.cli.command import Command, emit
 from reptrt.cli.fields import PATH, FieldOptions
 
 _BUILD = FieldOptions("reptrt.trt.options:BuildOptions")
@@ -46,6 +46,7 @@ def inspect(
 
     An engine of tensorrt-rtx is read without a GPU, one of tensorrt on the GPU it was built for.
     """
+    from reptrt.core.result import text_of
     from reptrt.trt.audit import audit as check
     from reptrt.trt.inspect import inspect as look
 

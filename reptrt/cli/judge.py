@@ -1,12 +1,13 @@
 """``reptrt eval`` and ``reptrt bench``."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
 
-from reptrt.cli.command import Command, emit, text_of
+from reptrt.cli.command import Command, emit
 from reptrt.cli.fields import PATH, FieldOptions
 
 _EVALUATE = FieldOptions("reptrt.judge.options:EvaluateOptions")
@@ -23,7 +24,7 @@ def evaluate(files: Sequence[Path], data: Path, json_path: str | None, **values:
     from reptrt.judge.evaluate import evaluate as judge
 
     report = judge(list(files), data, _EVALUATE.value(values))
-    emit(text_of(report.to_table()), report.to_dict(), json_path)
+    emit(str(report), report.to_dict(), json_path)
 
 
 @click.command(cls=Command, options=[_BENCH])
@@ -37,7 +38,5 @@ def bench(files: Sequence[Path], json_path: str | None, **values: Any) -> None:
     from reptrt.judge.explain import explain_all
 
     report = measure(list(files), _BENCH.value(values))
-    explanations = explain_all(report)
-    lines = [line for explanation in explanations for line in explanation.to_lines()]
-    content = report.to_dict() | {"explanations": [entry.to_dict() for entry in explanations]}
-    emit("\n".join([text_of(report.to_table()), *lines]), content, json_path)
+    report = replace(report, explanations=explain_all(report))
+    emit(str(report), report.to_dict(), json_path)

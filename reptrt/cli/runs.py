@@ -9,7 +9,7 @@ import click
 from click.core import ParameterSource
 
 from reptrt.cli.calibrate import CALIBRATE
-from reptrt.cli.command import Command, emit, text_of
+from reptrt.cli.command import Command, emit
 from reptrt.cli.export import ARCHITECTURE, EXPORT, source_of, weights_option
 from reptrt.cli.fields import PATH, FieldOptions
 
@@ -41,14 +41,7 @@ def run(
 
     options = _with_stages(_RUN.value(values), values)
     report = run_all(source_of(source, values), data, output, options, eval_data)
-    lines = [f"{stage.name:12s}  {stage.file:14s}  {stage.state}" for stage in report.stages]
-    for result in report.results["eval"]["results"]:
-        top1, sqnr = result["top1"], result["sqnr_db"]
-        accuracy = "no labels" if top1 is None else f"top-1 {100 * top1:.2f} %"
-        fidelity = "the reference" if sqnr is None else f"SQNR {sqnr:.2f} dB"
-        lines.append(f"{Path(result['file']).name:12s}  {accuracy}  {fidelity}")
-    lines.append(f"run  {output / 'report.json'}  {output / 'report.html'}")
-    emit("\n".join(lines), report.to_dict(), json_path)
+    emit(str(report), report.to_dict(), json_path)
 
 
 def _with_stages(options: Any, values: dict[str, Any]) -> Any:
@@ -108,8 +101,7 @@ def ladder(
     else:
         options = _with_stages(_LADDER.value(values), values)
         climbed = rungs.ladder(source_of(source, values), data, calib_data, options)
-    lines = [text_of(climbed.to_table()), *climbed.to_lines()]
-    emit("\n".join(lines), climbed.to_dict(), json_path)
+    emit(str(climbed), climbed.to_dict(), json_path)
 
 
 def _refuse_given(allowed: Sequence[str], why: str) -> None:
@@ -141,8 +133,7 @@ def replay(folder: Path, output: Path | None, json_path: str | None, **values: A
     from reptrt.runs.replay import replay as repeat
 
     report = repeat(folder, output, Moved(**values))
-    lines = [text_of(report.to_table()), *report.to_lines()]
-    emit("\n".join(lines), report.to_dict(), json_path)
+    emit(str(report), report.to_dict(), json_path)
     if not report.reproduced:
         click.get_current_context().exit(1)
 
@@ -159,5 +150,4 @@ def diff(a: Path, b: Path, json_path: str | None) -> None:
     from reptrt.runs.diff import diff as compare
 
     report = compare(a, b)
-    lines = [*(text_of(table) for table in report.to_tables()), *report.to_lines()]
-    emit("\n".join(lines), report.to_dict(), json_path)
+    emit(str(report), report.to_dict(), json_path)

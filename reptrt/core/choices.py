@@ -7,6 +7,7 @@ HighPrecision = Literal["fp32", "fp16"]  # reptrt.rewrite.to_fp16
 Recipe = Literal["fast", "balanced", "accurate"]
 Rounding = Literal["nearest", "learned"]  # reptrt.quantize.reconstruct
 Rule = Literal["max", "percentile", "mse", "mae", "entropy", "kl"]  # quantize.calib.thresholds
+Task = Literal["classify", "any"]  # reptrt.judge.evaluate
 Threshold = Literal["auto", Rule]
 Resize = Literal["none", "stretch", "crop"]  # reptrt.graph.preprocess
 RunnerKind = Literal["auto", "ort", "tensorrt"]  # reptrt.execute.runner

@@ -1,7 +1,7 @@
 """An ONNX model as a value: read from a file, or made in memory and in no file yet."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +9,7 @@ import onnx
 
 from reptrt.core.artifacts import read_sidecar, sha256_of
 from reptrt.core.errors import ArtifactError
-from reptrt.graph.net import Net, net_from_model, read_model
+from reptrt.graph.net import Net, first_free, net_from_model, read_model
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -38,14 +38,30 @@ class Model:
         return net_from_model(self.proto)
 
 
-def label_of(model: Path | Model) -> str:
+Network = Path | Model  # a file of any kind, or a model in memory
+
+
+def label_of(model: Network) -> str:
     """Return what tables and messages call a model or a file: its path if it has one."""
     if isinstance(model, Path):
         return str(model)
     return model.name if model.path is None else str(model.path)
 
 
-def proto_of(model: Path | Model) -> onnx.ModelProto:
+def unique_labels(networks: Sequence[Network]) -> list[str]:
+    """Return the labels of networks; models in memory of one name are told apart by a number."""
+    labels: list[str] = []
+    for network in networks:
+        labels.append(first_free(label_of(network), labels))
+    return labels
+
+
+def is_engine(network: Network) -> bool:
+    """Return whether a network is the file of an engine."""
+    return isinstance(network, Path) and network.suffix.lower() == ".engine"
+
+
+def proto_of(model: Network) -> onnx.ModelProto:
     """Return the ONNX model of a file or of a value, not to be changed.
 
     Raises:
@@ -55,7 +71,7 @@ def proto_of(model: Path | Model) -> onnx.ModelProto:
 
 
 @contextlib.contextmanager
-def blaming(model: Path | Model) -> Iterator[None]:
+def blaming(model: Network) -> Iterator[None]:
     """Say what is wrong with a model where work on it fails in a way that nobody foresaw.
 
     Rewrites take for granted that the nodes of a graph fit each other. Onnx's strict inference of

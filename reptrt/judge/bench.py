@@ -11,7 +11,6 @@ import contextlib
 import gc
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -26,6 +25,7 @@ from reptrt.execute.runner import (
     ort_version,
     usable_cores,
 )
+from reptrt.graph.model import Network, unique_labels
 from reptrt.judge.bench_report import BenchReport, Timing
 from reptrt.judge.options import BenchOptions
 from reptrt.trt.machine import Conditions, cpu_name, read_conditions, remarks
@@ -36,7 +36,7 @@ MIN_ROUNDS = 10
 
 
 class _Net(NamedTuple):
-    path: Path
+    name: str
     runner: Runner
     events: EventTimer | None  # the runner, if its runs are timed by events on the GPU
 
@@ -45,31 +45,41 @@ class _Net(NamedTuple):
         return self.runner.device != "cpu"
 
 
-def bench(files: Sequence[Path], options: BenchOptions = BenchOptions()) -> BenchReport:
-    """Time every file at every batch size.
+def bench(
+    networks: Sequence[Network],
+    options: BenchOptions = BenchOptions(),
+    *,
+    baseline: Network | None = None,
+) -> BenchReport:
+    """Time every network at every batch size.
 
     Args:
-        files: .onnx and .engine files, in the order of the report; the baseline comes first if it
-            is not one of them.
-        options: how files are run, at which batch sizes, and for how long; at least `MIN_ROUNDS`
+        networks: .onnx and .engine files and models in memory, in the order of the report; the
+            baseline comes first if it is not one of them.
+        options: how networks are run, at which batch sizes, and for how long; at least `MIN_ROUNDS`
             rounds are measured.
+        baseline: what the ratios of latencies refer to, in place of the baseline of the options.
 
     Raises:
         ReptrtError: a file cannot be opened or fails, or cannot take a batch size.
     """
-    paths, baseline = list(dict.fromkeys(files)), options.baseline
-    if baseline is not None and baseline not in paths:
-        paths.insert(0, baseline)
+    different, baseline = list(dict.fromkeys(networks)), baseline or options.baseline
+    if baseline is not None and baseline not in different:
+        different.insert(0, baseline)
+    base = None if baseline is None else different.index(baseline)
+    names = unique_labels(different)
     with contextlib.ExitStack() as stack:
-        nets = [_open(path, options, stack) for path in paths]
+        nets = [
+            _open(name, network, options, stack)
+            for name, network in zip(names, different, strict=True)
+        ]
         for net in nets:
             _check_shape(net, options.batches)
-        base = None if baseline is None else paths.index(baseline)
         results, before, after = _time_all(nets, base, options)
     uses_ort = any(net.runner.name == "onnxruntime" for net in nets)
     return BenchReport(
         results=tuple(results),
-        baseline=None if baseline is None else str(baseline),
+        baseline=None if base is None else names[base],
         cpu=cpu_name(),
         onnxruntime=ort_version() if uses_ort else None,
         seed=options.seed,
@@ -81,13 +91,13 @@ def bench(files: Sequence[Path], options: BenchOptions = BenchOptions()) -> Benc
     )
 
 
-def _open(path: Path, options: BenchOptions, stack: contextlib.ExitStack) -> _Net:
-    """Open a file until the stack is closed."""
+def _open(name: str, network: Network, options: BenchOptions, stack: contextlib.ExitStack) -> _Net:
+    """Open a network until the stack is closed."""
     runner = stack.enter_context(
-        open_runner(path, runner=options.runner, threads=options.threads, device=options.device)
+        open_runner(network, runner=options.runner, threads=options.threads, device=options.device)
     )
     events = runner if not options.host_copies and isinstance(runner, EventTimer) else None
-    return _Net(path, runner, events)
+    return _Net(name, runner, events)
 
 
 def _time_all(
@@ -117,16 +127,16 @@ def _time_all(
 
 
 def _check_shape(net: _Net, batches: Sequence[int]) -> None:
-    path, runner, _ = net
+    name, runner, _ = net
     fixed, *image = runner.input_shape
     if not all(image):
         raise ConfigError(
-            f"{path}: input {runner.input_name} is {list(runner.input_shape)}, expected a fixed "
+            f"{name}: input {runner.input_name} is {list(runner.input_shape)}, expected a fixed "
             f"image size; export it with {option('input_size')}"
         )
     if fixed is not None and any(batch != fixed for batch in batches):
         raise ConfigError(
-            f"{path}: takes batch {fixed} only, asked for {', '.join(map(str, batches))}; "
+            f"{name}: takes batch {fixed} only, asked for {', '.join(map(str, batches))}; "
             f"give {option('batches', (fixed,))}, or export it with a free batch size"
         )
 
@@ -191,7 +201,7 @@ def _timing(
     median, p90, p95, p99 = (percentile_interval(samples, p, rng) for p in (50, 90, 95, 99))
     ratio = None if base is None else percentile_interval(samples / base, 50, rng)
     return Timing(
-        file=str(net.path),
+        file=net.name,
         runner=net.runner.name,
         device=net.runner.device,
         threads=net.runner.threads,

@@ -56,6 +56,24 @@ class Timing:
     ratio_high: float | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """What is said of one file at one batch size."""
+
+    file: str
+    batch: int
+    lines: tuple[str, ...]  # the verdict first
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the explanation as JSON values."""
+        return asdict(self)
+
+    def to_lines(self) -> list[str]:
+        """Return the explanation for people."""
+        first, *others = self.lines
+        return [f"{self.file}, batch {self.batch}: {first}", *(f"  {line}" for line in others)]
+
+
 @dataclass(frozen=True, slots=True, repr=False)
 class BenchReport(Result):
     """Timings by batch size, then by file in the order they were given; and the conditions."""
@@ -70,10 +88,14 @@ class BenchReport(Result):
     before: Conditions
     after: Conditions
     remarks: tuple[str, ...]  # what may have disturbed the measurement
+    explanations: tuple[Explanation, ...] | None = None  # None: not asked for
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON values."""
-        return asdict(self)
+        content = asdict(self)
+        if self.explanations is None:
+            del content["explanations"]
+        return content
 
     def to_table(self) -> Table:
         """Return the report as a table for people."""
@@ -96,3 +118,8 @@ class BenchReport(Result):
                 cells += [f"{row.ratio:.3f}", f"{row.ratio_low:.3f}-{row.ratio_high:.3f}"]
             table.add_row(row.file, *cells)
         return table
+
+    def to_lines(self) -> list[str]:
+        """Return why networks are not clearly faster than the baseline."""
+        explanations = self.explanations or ()
+        return [line for explanation in explanations for line in explanation.to_lines()]

@@ -13,7 +13,7 @@ JSON has no infinity: where every output equals the reference's (the reference i
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,9 +26,10 @@ from reptrt.core.errors import ArtifactError, ConfigError, DataError, option
 from reptrt.core.metrics import agreement, sqnr_db, top_k_accuracy
 from reptrt.core.progress import track
 from reptrt.core.result import Result
-from reptrt.data.dataset import Dataset, open_dataset
-from reptrt.execute.runner import Runner, open_runner
-from reptrt.graph.net import net_from_model, read_model
+from reptrt.data.dataset import Dataset, Images, open_dataset
+from reptrt.execute.runner import Runner, open_runner, outputs_in_parts
+from reptrt.graph.model import Network, is_engine, proto_of, unique_labels
+from reptrt.graph.net import net_from_model
 from reptrt.graph.preprocess import Preprocess, read_preprocess
 from reptrt.judge.options import EvaluateOptions
 from reptrt.trt.details import read_engine_record
@@ -90,34 +91,46 @@ class EvalReport(Result):
 
 
 def evaluate(
-    files: Sequence[Path], data: Path, options: EvaluateOptions = EvaluateOptions()
+    networks: Sequence[Network],
+    images: Images,
+    options: EvaluateOptions = EvaluateOptions(),
+    *,
+    reference: Network | None = None,
 ) -> EvalReport:
-    """Run every file on the same images and compare.
+    """Run every network on the same images and compare.
 
-    The images of each file are prepared as its own metadata says. Files that need the same
+    The images of each network are prepared as its own metadata says. Networks that need the same
     preparation run side by side, so that images are decoded once.
 
     Args:
-        files: .onnx and .engine files, in the order of the report.
-        data: a folder of images or an array file, see `reptrt.data.dataset`.
-        options: how files are run, how many images are taken, and what to compare with.
+        networks: .onnx and .engine files and models in memory, in the order of the report.
+        images: to judge on, with labels where top-1 is wanted.
+        options: how networks are run, how many images are taken, and what to compare with.
+        reference: what to compare the outputs with, in place of the reference of the options.
 
     Raises:
         ReptrtError: a file or image cannot be used, or outputs cannot be compared.
     """
-    reference = options.reference
-    paths = list(dict.fromkeys([*files, *([reference] if reference is not None else [])]))
-    outputs: dict[Path, Float32Array] = {}
-    labels: npt.NDArray[np.int64] | None = None
-    for preprocess, group in _by_preprocess(paths, reference).items():
-        dataset = open_dataset(data, preprocess, limit=options.limit, seed=options.seed)
-        labels = dataset.labels
+    reference = reference or options.reference
+    different = list(dict.fromkeys([*networks, *([] if reference is None else [reference])]))
+    labels_of = dict(zip(different, unique_labels(different), strict=True))
+    outputs: dict[Network, Float32Array] = {}
+    classes: npt.NDArray[np.int64] | None = None
+    for preprocess, group in _by_preprocess(different, reference).items():
+        dataset = open_dataset(images, preprocess, limit=options.limit, seed=options.seed)
+        classes = dataset.labels
         with contextlib.ExitStack() as stack:
-            runners = [stack.enter_context(_open(path, options)) for path in group]
+            runners = [stack.enter_context(_open(network, options)) for network in group]
             group_outputs = run_dataset(runners, dataset, options.batch_size)
         outputs.update(zip(group, group_outputs, strict=True))
     expected = outputs[reference] if reference is not None else None
-    return EvalReport(tuple(_judge(path, outputs[path], labels, expected) for path in files))
+    is_any = options.task == "any"
+    return EvalReport(
+        tuple(
+            _judge(labels_of[network], outputs[network], classes, expected, is_any)
+            for network in networks
+        )
+    )
 
 
 def run_dataset(runners: Sequence[Runner], dataset: Dataset, batch_size: int) -> list[Float32Array]:
@@ -133,7 +146,8 @@ def run_dataset(runners: Sequence[Runner], dataset: Dataset, batch_size: int) ->
     num_batches = -(-dataset.length // batch_size)
     for batch in track(dataset.batches(batch_size), num_batches, "eval"):
         for runner, part in zip(runners, parts, strict=True):
-            part += _first_outputs(runner, batch)
+            first = runner.output_names[0]
+            part += [outputs[first] for outputs in outputs_in_parts(runner, batch)]
     outputs = [np.concatenate(part) for part in parts]
     for runner, output in zip(runners, outputs, strict=True):
         if len(output) != dataset.length:
@@ -144,79 +158,80 @@ def run_dataset(runners: Sequence[Runner], dataset: Dataset, batch_size: int) ->
     return outputs
 
 
-def preprocess_of(path: Path, reference: Path | None = None) -> Preprocess:
-    """Return how a file wants its images prepared.
+def preprocess_of(network: Network, reference: Network | None = None) -> Preprocess:
+    """Return how a network wants its images prepared.
 
-    An .onnx file says so in its metadata. An engine cannot: its sidecar does, or else the
+    An ONNX model says so in its metadata. An engine cannot: its sidecar does, or else the
     reference stands in.
 
     Raises:
         ConfigError: an engine without a word about it.
     """
-    if path.suffix.lower() != ".engine":
-        return read_preprocess(net_from_model(read_model(path)))
-    record = read_engine_record(path)
+    if not (isinstance(network, Path) and is_engine(network)):
+        return read_preprocess(net_from_model(proto_of(network)))
+    record = read_engine_record(network)
     if record is not None and record.details.preprocess is not None:
         return record.details.preprocess
-    if reference is not None and reference.suffix.lower() != ".engine":
+    if reference is not None and not is_engine(reference):
         return preprocess_of(reference)
     raise ConfigError(
-        f"{path}: nothing says how its images are prepared; expected {path.name}.json beside it, "
-        f"or give {option('reference')}: the .onnx file that it was built from"
+        f"{network}: nothing says how its images are prepared; expected {network.name}.json beside "
+        f"it, or give {option('reference')}: the .onnx file that it was built from"
     )
 
 
-def _open(path: Path, options: EvaluateOptions) -> Runner:
-    return open_runner(path, runner=options.runner, threads=options.threads, device=options.device)
+def _open(network: Network, options: EvaluateOptions) -> Runner:
+    return open_runner(
+        network, runner=options.runner, threads=options.threads, device=options.device
+    )
 
 
-def _by_preprocess(paths: Sequence[Path], reference: Path | None) -> dict[Preprocess, list[Path]]:
-    groups: dict[Preprocess, list[Path]] = {}
-    for path in paths:
-        groups.setdefault(preprocess_of(path, reference), []).append(path)
+def _by_preprocess(
+    networks: Sequence[Network], reference: Network | None
+) -> dict[Preprocess, list[Network]]:
+    groups: dict[Preprocess, list[Network]] = {}
+    for network in networks:
+        groups.setdefault(preprocess_of(network, reference), []).append(network)
     return groups
 
 
-def _first_outputs(runner: Runner, batch: Float32Array) -> Iterator[Float32Array]:
-    """Yield the first output for a batch, in parts where the network's own batch size is fixed."""
-    fixed = runner.input_shape[0]
-    size = fixed or len(batch)
-    for start in range(0, len(batch), size):
-        images = batch[start : start + size]
-        missing = size - len(images)
-        if missing:
-            images = np.concatenate([images, np.repeat(images[-1:], missing, axis=0)])
-        yield runner.run(images)[runner.output_names[0]][: size - missing]
-
-
 def _judge(
-    path: Path,
+    name: str,
     outputs: Float32Array,
     labels: npt.NDArray[np.int64] | None,
     reference: Float32Array | None,
+    is_any: bool,
 ) -> FileResult:
-    """Compare the outputs (N, ...) of one file with labels (N,) and reference outputs (N, ...)."""
+    """Compare outputs (N, ...) with labels (N,) and reference outputs (N, ...).
+
+    Args:
+        name: of the network.
+        outputs: its outputs.
+        labels: class indices; None: not known.
+        reference: outputs of the reference; None: there is none.
+        is_any: outputs do not mean classes, whatever their shape.
+    """
     bad = int((~np.isfinite(outputs).reshape(len(outputs), -1).all(axis=1)).sum())
     if bad:
         raise ArtifactError(
-            f"{path}: NaN or infinite outputs on {bad} of {len(outputs)} images; the net is broken "
+            f"{name}: NaN or infinite outputs on {bad} of {len(outputs)} images; the net is broken "
             "or its inputs are on another scale than it expects"
         )
     if reference is not None and reference.shape != outputs.shape:
         raise ConfigError(
-            f"{path}: outputs have shape {outputs.shape}, the reference's {reference.shape}; "
+            f"{name}: outputs have shape {outputs.shape}, the reference's {reference.shape}; "
             "they cannot be compared"
         )
     logits = outputs.reshape(len(outputs), -1)
-    is_classifier = outputs.ndim > 1 and logits.shape[1] == outputs.shape[1]
+    is_classifier = not is_any and outputs.ndim > 1 and logits.shape[1] == outputs.shape[1]
     top1 = top5 = same_class = None
     if labels is not None and is_classifier:
-        _check_labels(path, labels, logits.shape[1])
+        _check_labels(name, labels, logits.shape[1])
         top1, top5 = (top_k_accuracy(logits, labels, k) for k in (1, 5))
     if reference is not None and is_classifier:
         same_class = agreement(reference.reshape(logits.shape), logits)
     return FileResult(
-        file=str(path),
+        file=name,
         images=len(outputs),
         top1=top1,
         top5=top5,
@@ -226,9 +241,9 @@ def _judge(
     )
 
 
-def _check_labels(path: Path, labels: npt.NDArray[np.int64], num_classes: int) -> None:
+def _check_labels(name: str, labels: npt.NDArray[np.int64], num_classes: int) -> None:
     if labels.max() >= num_classes:
         raise DataError(
-            f"{path}: label {labels.max()} in the data, but the net has {num_classes} classes; "
+            f"{name}: label {labels.max()} in the data, but the net has {num_classes} classes; "
             "check the number of class folders"
         )

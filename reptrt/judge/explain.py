@@ -8,9 +8,8 @@ multiply-accumulates per byte, which wait for memory, nor small layers, which wa
 
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import onnx
 
@@ -18,9 +17,10 @@ from reptrt.core.artifacts import sha256_of
 from reptrt.core.errors import ReptrtError
 from reptrt.execute.runner import optimized_nodes
 from reptrt.graph.intent import planned_int8
+from reptrt.graph.model import Network, is_engine, proto_of, unique_labels
 from reptrt.graph.net import net_from_model, read_model
 from reptrt.graph.splits import read_splits
-from reptrt.judge.bench_report import BenchReport, Timing
+from reptrt.judge.bench_report import BenchReport, Explanation, Timing
 from reptrt.judge.cost import LayerCost, layer_costs
 from reptrt.linter import lint_net
 from reptrt.trt.audit import Audit, audit
@@ -57,32 +57,21 @@ class Evidence:
     unknown: tuple[str, ...] = ()  # what could not be examined, and why
 
 
-@dataclass(frozen=True, slots=True)
-class Explanation:
-    """Why a file is not clearly faster than the baseline at a batch size."""
+def explain_all(report: BenchReport, networks: Sequence[Network] = ()) -> tuple[Explanation, ...]:
+    """Explain each file that is not clearly faster than the baseline.
 
-    file: str
-    batch: int
-    lines: tuple[str, ...]  # the verdict first
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the explanation as JSON values."""
-        return asdict(self)
-
-    def to_lines(self) -> list[str]:
-        """Return the explanation for people."""
-        first, *others = self.lines
-        return [f"{self.file}, batch {self.batch}: {first}", *(f"  {line}" for line in others)]
-
-
-def explain_all(report: BenchReport) -> tuple[Explanation, ...]:
-    """Explain each file that is not clearly faster than the baseline."""
+    Args:
+        report: of `bench`.
+        networks: the networks that were timed; those that are left out are files.
+    """
     explanations = []
+    named = dict(zip(unique_labels(networks), networks, strict=True))
     for base in (row for row in report.results if row.file == report.baseline):
         for row in report.results:
             if row.batch != base.batch or row.file == base.file or _helps(row):
                 continue
-            lines = explain(base, row, evidence(Path(row.file), row.batch, on_gpu=_on_gpu(row)))
+            network = named.get(row.file, Path(row.file))
+            lines = explain(base, row, evidence(network, row.batch, on_gpu=_on_gpu(row)))
             if lines:
                 explanations.append(Explanation(row.file, row.batch, lines))
     return tuple(explanations)
@@ -106,16 +95,16 @@ def explain(baseline: Timing, result: Timing, facts: Evidence) -> tuple[str, ...
     return (verdict, *reasons, *facts.unknown)
 
 
-def evidence(path: Path, batch: int, *, on_gpu: bool) -> Evidence:
-    """Examine a file; ``unknown`` lists what cannot be examined."""
-    if path.suffix.lower() == ".engine":
-        return _engine_evidence(path, batch)
-    model = read_model(path)
+def evidence(network: Network, batch: int, *, on_gpu: bool) -> Evidence:
+    """Examine a network; ``unknown`` lists what cannot be examined."""
+    if isinstance(network, Path) and is_engine(network):
+        return _engine_evidence(network, batch)
+    model = proto_of(network)
     facts = _graph_evidence(model, batch)
     if not facts.planned or on_gpu:
         return facts
     try:
-        nodes = optimized_nodes(path)
+        nodes = optimized_nodes(network)
     except ReptrtError as err:
         return replace(facts, unknown=(f"how onnxruntime runs the file is unknown: {err}",))
     planned = planned_int8(model)

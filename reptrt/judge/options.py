@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from reptrt.core.choices import Device, RunnerKind
+from reptrt.core.choices import Device, RunnerKind, Task
 from reptrt.core.errors import ConfigError, option
 from reptrt.core.option_fields import described, require_at_least
 
@@ -23,6 +23,10 @@ class EvaluateOptions(RunnerOptions):
 
     reference: Path | None = described(
         None, "Float file to compare the outputs with; it need not be one of FILES."
+    )
+    task: Task = described(
+        "classify",
+        "What outputs mean: classify compares classes, any compares only how close outputs are.",
     )
     limit: int | None = described(None, "Number of images, sampled from the data; default: all.")
     batch_size: int = described(64, "Images that are run at a time.")
