@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import onnx
+from rich.table import Table
 
-from reptrt.core.artifacts import require_folder, sha256_of
+from reptrt.core.artifacts import require_folder
 from reptrt.core.errors import ConfigError, EngineError, option
 from reptrt.core.options_json import json_from_options
 from reptrt.core.result import Result
 from reptrt.graph.intent import planned_int8
+from reptrt.graph.model import Network, label_of
 from reptrt.graph.net import bytes_from_model, net_from_model
 from reptrt.graph.preprocess import stored_preprocess
 from reptrt.trt import binding, driver, timing_cache, versions
@@ -57,6 +59,24 @@ class EngineSummary(Result):
         details: dict[str, Any] = own.pop("details")
         return own | details
 
+    def to_table(self) -> Table:
+        """Return what was built, one row each."""
+        details = self.details
+        table = Table(box=None, pad_edge=False, show_header=False)
+        rows = {
+            "file": str(self.path),
+            "made by": f"{details.backend} {details.backend_version}",
+            "for": ", ".join(details.targets) or "compute capability 8.0 and later",
+            "layers": f"{details.num_layers}, {len(details.int8_layers)} of them planned INT8",
+            "rest": str(details.rest).removeprefix("rest "),
+            "shapes": "; ".join(f"{k}: {v}" for k, v in details.profile.items()) or "fixed",
+            "size": f"{details.size_bytes / _MIB:.1f} MiB",
+            "seconds": f"{self.seconds:.1f}",
+        }
+        for what, value in rows.items():
+            table.add_row(what, value)
+        return table
+
     def __str__(self) -> str:
         details = self.details
         return (
@@ -90,10 +110,15 @@ class _Session:
     monitor: Any
 
 
-def build_engine(onnx_path: Path, output: Path, options: BuildOptions) -> EngineSummary:
-    """Build an engine from an ONNX file and write it with its sidecar, whole or not at all.
+def build_engine(source: Network, output: Path, options: BuildOptions) -> EngineSummary:
+    """Build an engine from an ONNX model and write it with its sidecar, whole or not at all.
 
     Ctrl-C cancels the build at TensorRT's next step and leaves no file.
+
+    Args:
+        source: an ONNX file, or a model in memory.
+        output: the engine to write.
+        options: of the build.
 
     Raises:
         MissingDependencyError: no TensorRT is installed.
@@ -106,12 +131,13 @@ def build_engine(onnx_path: Path, output: Path, options: BuildOptions) -> Engine
     without_effect = check_options(backend, options)
     for name in without_effect:
         _LOG.warning("option %s has no effect: %s ignores it", name, backend.label)
-    _check_paths(onnx_path, output, options)
-    model, rest = with_rest(read_buildable(onnx_path), options.high_precision)
+    _check_paths(source, output, options)
+    buildable = read_buildable(source)
+    model, rest = with_rest(buildable.proto, options.high_precision)
     preprocess = stored_preprocess(net_from_model(model))
-    parents = {onnx_path.name: sha256_of(onnx_path)}
+    where, parents = label_of(source), {buildable.name: buildable.sha256}
     started = time.perf_counter()
-    built = _run_cancellable(lambda stop: _build(backend, onnx_path, model, options, stop))
+    built = _run_cancellable(lambda stop: _build(backend, where, model, options, stop))
     seconds = time.perf_counter() - started
     details = EngineDetails(
         backend=backend.name,
@@ -142,12 +168,12 @@ def _targets(backend: Backend, options: BuildOptions) -> tuple[str, ...]:
     return (gpu.target,) if isinstance(gpu, Gpu) else options.targets
 
 
-def _check_paths(onnx_path: Path, output: Path, options: BuildOptions) -> None:
+def _check_paths(source: Network, output: Path, options: BuildOptions) -> None:
     """Check before the build what would make it fail at its end."""
     for path in (output, options.timing_cache):
         if path is not None:
             require_folder(path)
-    if output.resolve() == onnx_path.resolve():
+    if isinstance(source, Path) and output.resolve() == source.resolve():
         raise ConfigError(f"output {output}: is the ONNX file itself; name another file")
 
 
@@ -181,16 +207,16 @@ def _run_cancellable(work: Callable[[threading.Event], _T]) -> _T:
 
 def _build(
     backend: Backend,
-    path: Path,
+    where: str,
     model: onnx.ModelProto,
     options: BuildOptions,
     stop: threading.Event,
 ) -> _Built:
     with Messages(backend) as messages:
-        session = _open(backend, messages, path, model, stop)
+        session = _open(backend, messages, where, model, stop)
         profile = _add_profile(session, options.shapes)
         _configure(session, options)
-        plan = _serialize(session, path, options)
+        plan = _serialize(session, where, options)
         network = session.network
         return _Built(
             plan=plan,
@@ -205,7 +231,7 @@ def _build(
 def _open(
     backend: Backend,
     messages: Messages,
-    path: Path,
+    where: str,
     model: onnx.ModelProto,
     stop: threading.Event,
 ) -> _Session:
@@ -214,14 +240,14 @@ def _open(
     network = versions.create_network(backend, builder)
     parser = backend.trt.OnnxParser(network, messages.logger)
     if not parser.parse(bytes_from_model(model)) or parser.num_errors:
-        raise EngineError(f"{path}: {backend.label} cannot take {_parser_error(parser, messages)}")
+        raise EngineError(f"{where}: {backend.label} cannot take {_parser_error(parser, messages)}")
     config = builder.create_builder_config()
     monitor = binding.make_monitor(backend, stop)
     config.progress_monitor = monitor
     return _Session(backend, messages, builder, network, parser, config, monitor)
 
 
-def _serialize(session: _Session, path: Path, options: BuildOptions) -> bytes:
+def _serialize(session: _Session, where: str, options: BuildOptions) -> bytes:
     """Build the engine; read the timing cache before, and extend it afterwards."""
     backend, messages, config = session.backend, session.messages, session.config
     cache = options.timing_cache if backend.features.timing_cache else None
@@ -231,7 +257,7 @@ def _serialize(session: _Session, path: Path, options: BuildOptions) -> bytes:
     memory = session.builder.build_serialized_network(session.network, config)
     if memory is None:
         reason = messages.reason()
-        raise EngineError(f"{path}: {backend.label} built no engine: {reason}{_hint(options)}")
+        raise EngineError(f"{where}: {backend.label} built no engine: {reason}{_hint(options)}")
     if cache is not None and not options.pinned_tactics:
         timing_cache.merge(config, cache)
     return bytes(memory)

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import onnx
 
-from reptrt.core.artifacts import read_sidecar
 from reptrt.core.choices import HighPrecision
 from reptrt.core.errors import EngineError
 from reptrt.graph.intent import runtime_scale_node, uint8_node
-from reptrt.graph.net import WEIGHTED_OPS, model_from_net, net_from_model, read_model
+from reptrt.graph.model import Model, Network, label_of
+from reptrt.graph.net import WEIGHTED_OPS, model_from_net, net_from_model
 from reptrt.rewrite.to_fp16 import log_left_fp32, to_fp16
 from reptrt.trt.details import Rest
 
@@ -25,44 +25,47 @@ _MAX_VALUES = 2**31 - 1  # per tensor
 _TYPED = (*WEIGHTED_OPS, "QuantizeLinear", "DequantizeLinear")
 
 
-def read_buildable(path: Path) -> onnx.ModelProto:
-    """Read an ONNX file; refuse a graph that TensorRT would accept but compute differently.
+def read_buildable(source: Network) -> Model:
+    """Return an ONNX model; refuse one that TensorRT would accept but compute differently.
+
+    Args:
+        source: an ONNX file, or a model in memory.
 
     Raises:
         ArtifactError: the file cannot be read, or is not the one its sidecar was written for.
         EngineError: the file simulates fewer bits, has UINT8 codes, a scale that is computed at run
             time, or an input that is too large.
     """
-    model = read_model(path)
-    read_sidecar(path)  # checks that the file is the one that its sidecar was written for
+    buildable = Model.read(source) if isinstance(source, Path) else source
+    model, where = buildable.proto, label_of(source)
     simulation = metadata_of(model).get("reptrt.simulation")
     if simulation:
         raise EngineError(
-            f"{path}: a simulation, no engine can run it ({simulation}); quantize to 8 bits"
+            f"{where}: a simulation, no engine can run it ({simulation}); quantize to 8 bits"
         )
     refused = uint8_node(model)
     if refused is not None:
         raise EngineError(
-            f"{path}: node {refused}: its codes are UINT8, expected INT8 with zero point 0: "
+            f"{where}: node {refused}: its codes are UINT8, expected INT8 with zero point 0: "
             "TensorRT would clip 128..255 away; quantize with reptrt calibrate"
         )
     computed = runtime_scale_node(model)
     if computed is not None:  # tensorrt_rtx 1.7 ends the process on one
         raise EngineError(
-            f"{path}: node {computed}: its scale is computed at run time, expected a constant; "
+            f"{where}: node {computed}: its scale is computed at run time, expected a constant; "
             "quantize statically with reptrt calibrate"
         )
-    _refuse_huge(path, model)
-    return model
+    _refuse_huge(where, model)
+    return buildable
 
 
-def _refuse_huge(path: Path, model: onnx.ModelProto) -> None:
+def _refuse_huge(where: str, model: onnx.ModelProto) -> None:
     """Refuse inputs beyond TensorRT's limit; tensorrt_rtx 1.7 ends the process on one."""
     for value in model.graph.input:
         sizes = [max(1, dim.dim_value) for dim in value.type.tensor_type.shape.dim]
         if math.prod(sizes) > _MAX_VALUES:
             raise EngineError(
-                f"{path}: input {value.name} is {sizes}, expected at most 2^31 - 1 values; "
+                f"{where}: input {value.name} is {sizes}, expected at most 2^31 - 1 values; "
                 "export it with a dynamic batch"
             )
 

@@ -123,7 +123,7 @@ def test_every_engine_builds_and_every_graph_is_clean(
     name: str, way: str, files: Callable[[str, str], Path], tmp_path: Path
 ) -> None:
     path = files(name, way)
-    file = read_buildable(path)
+    file = read_buildable(path).proto
     splits = read_splits(net_from_model(file))
     if WAYS[way].split != "auto":
         assert bool(splits) == (WAYS[way].split != "none")
