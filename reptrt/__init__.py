@@ -1,6 +1,52 @@
 """reptrt: re-parameterized CNNs from a PyTorch checkpoint to an accurate INT8 TensorRT engine.
 
-The Python API is `reptrt.pipeline`: one function per command of the command line.
+    import reptrt
+
+    net = reptrt.export(model, input_size=(3, 224, 224))
+    int8 = reptrt.calibrate(net, images)
+    reptrt.evaluate([net, int8], (held_out, labels))
+    int8.save("a0.int8.onnx")
+    reptrt.build_engine(int8, "a0.engine")
+
+A function is imported when it is used; importing the package loads nothing heavy.
 """
 
+from typing import TYPE_CHECKING
+
+from reptrt.core.lazy import lazily
+
+if TYPE_CHECKING:
+    from reptrt.api.folders import ladder, report, run
+    from reptrt.api.judging import bench, diagnose, evaluate, inspect
+    from reptrt.api.stages import build_engine, calibrate, export, lint, package
+else:
+    __getattr__ = lazily(
+        __name__,
+        {
+            "reptrt.api.folders": ("ladder", "report", "run"),
+            "reptrt.api.judging": ("bench", "diagnose", "evaluate", "inspect"),
+            "reptrt.api.stages": ("build_engine", "calibrate", "export", "lint", "package"),
+        },
+    )
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "__version__",
+    "bench",
+    "build_engine",
+    "calibrate",
+    "diagnose",
+    "evaluate",
+    "export",
+    "inspect",
+    "ladder",
+    "lint",
+    "package",
+    "report",
+    "run",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__

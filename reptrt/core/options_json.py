@@ -72,11 +72,13 @@ def options_from_json(kind: type[Options], content: Any, where: str) -> Options:
         raise ArtifactError(
             f"{where}: {what}; it was written by another version of reptrt: use that version"
         )
-    values = {name: _value(hints[name], content[name], f"{where}.{name}") for name in known}
+    values = {
+        name: value_from_json(hints[name], content[name], f"{where}.{name}") for name in known
+    }
     return kind(**values)
 
 
-def _value(kind: Any, content: Any, where: str) -> Any:
+def value_from_json(kind: Any, content: Any, where: str) -> Any:
     """Return JSON content as a value of an annotated type."""
     origin, arguments = get_origin(kind), get_args(kind)
     if kind is Any:
@@ -102,8 +104,8 @@ def _either(kinds: tuple[Any, ...], content: Any, where: str) -> Any:
     *earlier, last = (kind for kind in kinds if kind is not types.NoneType)
     for kind in earlier:
         with contextlib.suppress(ArtifactError):
-            return _value(kind, content, where)
-    return _value(last, content, where)
+            return value_from_json(kind, content, where)
+    return value_from_json(last, content, where)
 
 
 def _one_of(choices: tuple[Any, ...], content: Any, where: str) -> Any:
@@ -120,13 +122,17 @@ def _tuple(kinds: tuple[Any, ...], content: Any, where: str) -> tuple[Any, ...]:
     if len(kinds) != len(content):
         raise _unexpected(where, content, f"{len(kinds)} entries")
     pairs = enumerate(zip(kinds, content, strict=True))
-    return tuple(_value(kind, entry, f"{where}[{index}]") for index, (kind, entry) in pairs)
+    return tuple(
+        value_from_json(kind, entry, f"{where}[{index}]") for index, (kind, entry) in pairs
+    )
 
 
 def _mapping(kinds: tuple[Any, ...], content: Any, where: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise _unexpected(where, content, "an object")
-    return {name: _value(kinds[1], entry, f"{where}.{name}") for name, entry in content.items()}
+    return {
+        name: value_from_json(kinds[1], entry, f"{where}.{name}") for name, entry in content.items()
+    }
 
 
 def _plain(kind: Any, content: Any, where: str) -> Any:

@@ -14,7 +14,7 @@ from reptrt.judge.bench import bench
 from reptrt.judge.evaluate import evaluate
 from reptrt.judge.options import BenchOptions, EvaluateOptions
 from reptrt.judge.rungs import Ladder
-from reptrt.runs.ladder import Files, climb
+from reptrt.runs.ladder import Forms, climb
 from reptrt.runs.options import RunOptions
 from reptrt.trt.build import EngineSummary, build_engine
 from reptrt.trt.options import BuildOptions
@@ -139,7 +139,7 @@ def compare(folder: Path) -> Comparison:
     engine, no_engine = try_engine(files[OURS], folder / "digits.engine")
     ladder = climb(
         SOURCE,
-        Files(reference, files[OURS], None if engine is None else engine.path),
+        Forms(reference, files[OURS], None if engine is None else engine.path),
         data["held_out"],
         data["train"],
         RunOptions(export=EXPORT, calibrate=CALIBRATIONS[OURS]),

@@ -28,18 +28,28 @@ from torch import nn
 from reptrt.core.artifacts import write_json
 from reptrt.core.errors import ArtifactError, ConfigError, EngineError
 from reptrt.core.options_json import options_from_json
-from reptrt.data.dataset import open_dataset
+from reptrt.data.dataset import Dataset, Images, open_dataset
 from reptrt.execute.runner import OrtRunner, Runner, open_runner
 from reptrt.execute.torch_runner import float_activations, graph_runner, int8_runner, module_runner
 from reptrt.exporter.export import model_from_file
-from reptrt.graph.net import Net, bytes_from_model, model_from_net, net_from_model, read_model
+from reptrt.graph.model import Model, Network
+from reptrt.graph.net import Net, bytes_from_model, model_from_net
 from reptrt.graph.preprocess import Preprocess, read_preprocess
 from reptrt.judge.rungs import Ladder, Step, measure
-from reptrt.pipeline import CalibrateOptions, calibrate, export, prepare, split_layers, torch_device
+from reptrt.pipeline import (
+    CalibrateOptions,
+    calibrate_net,
+    calibration_images,
+    export_net,
+    prepare,
+    split_layers,
+    torch_device,
+)
 from reptrt.runs.inputs import check_data, check_source, source_files
 from reptrt.runs.manifest import FILE, LADDER_FILE, Manifest, check_made, read_finished
 from reptrt.runs.options import RunOptions
 from reptrt.runs.run import ENGINE_FILE, FLOAT_FILE, INT8_FILE
+from reptrt.sources.module import deployable_copy
 from reptrt.sources.source import Source, module_from_source
 from reptrt.trt import driver
 from reptrt.trt.build import build_engine
@@ -55,15 +65,17 @@ _NEAREST: Mapping[str, Any] = {  # options of calibrate that learn nothing
 }
 
 
-class Files(NamedTuple):
-    """What the stages made of a source."""
+class Forms(NamedTuple):
+    """What the stages made of a source: files, or models in memory."""
 
-    float_onnx: Path
-    int8_onnx: Path
+    fused: Network
+    int8: Network
     engine: Path | None = None  # None: built for the last rung where it can run
 
 
-def ladder(source: Source, data: Path, calib_data: Path, options: RunOptions) -> Ladder:
+def ladder(
+    source: Source | nn.Module, data: Images, calib_data: Images, options: RunOptions
+) -> Ladder:
     """Export and calibrate a source, and judge every rung on the same images.
 
     Args:
@@ -75,11 +87,10 @@ def ladder(source: Source, data: Path, calib_data: Path, options: RunOptions) ->
     Raises:
         ReptrtError: a stage failed, or a rung other than the engine cannot be run.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        files = Files(Path(folder) / FLOAT_FILE, Path(folder) / INT8_FILE)
-        export(source, files.float_onnx, options.export)
-        calibrate(files.float_onnx, calib_data, files.int8_onnx, options.calibrate)
-        return climb(source, files, data, calib_data, options)
+    fused = export_net(source, options.export)
+    dataset = calibration_images(fused, calib_data, options.calibrate)
+    int8 = calibrate_net(fused, dataset, options.calibrate)
+    return climb(source, Forms(fused, int8), data, calib_data, options)
 
 
 def ladder_of_run(folder: Path, data: Path | None = None, limit: int | None = None) -> Ladder:
@@ -107,10 +118,10 @@ def ladder_of_run(folder: Path, data: Path | None = None, limit: int | None = No
         data = found.eval_data.path
         check_data("--data", found.eval_data, data)
     engine = folder / ENGINE_FILE if "build-engine" in found.stages else None
-    files = Files(folder / FLOAT_FILE, folder / INT8_FILE, engine)
+    forms = Forms(folder / FLOAT_FILE, folder / INT8_FILE, engine)
     if limit is not None:
         options = replace(options, eval_limit=limit)
-    measured = climb(source, files, data, found.data.path, options)
+    measured = climb(source, forms, data, found.data.path, options)
     if data == found.eval_data.path:
         _keep(folder, found, measured)
     return measured
@@ -127,59 +138,82 @@ def _keep(folder: Path, found: Manifest, measured: Ladder) -> None:
 
 
 def climb(
-    source: Source, files: Files, data: Path, calib_data: Path, options: RunOptions
+    source: Source | nn.Module,
+    forms: Forms,
+    data: Images,
+    calib_data: Images,
+    options: RunOptions,
 ) -> Ladder:
-    """Judge every rung between a source and the files that were made of it."""
-    preprocess = read_preprocess(net_from_model(read_model(files.float_onnx)))
-    dataset = open_dataset(data, preprocess, limit=options.eval_limit)
-    with tempfile.TemporaryDirectory() as folder:
-        steps = _steps(source, files, calib_data, options, Path(folder))
-        return measure(steps, dataset)
+    """Judge every rung between a source and what was made of it.
+
+    Args:
+        source: the net, as it came.
+        forms: what was made of it.
+        data: images to judge on.
+        calib_data: calibration images.
+        options: that it was made with.
+
+    Raises:
+        ReptrtError: a rung other than the engine cannot be run.
+    """
+    fused = _read(forms.fused)
+    dataset = open_dataset(data, read_preprocess(fused.to_net()), limit=options.eval_limit)
+    return measure(_steps(source, fused, forms, calib_data, options), dataset)
+
+
+def _read(network: Network) -> Model:
+    return Model.read(network) if isinstance(network, Path) else network
 
 
 def _steps(
-    source: Source, files: Files, calib_data: Path, options: RunOptions, folder: Path
+    source: Source | nn.Module,
+    fused: Model,
+    forms: Forms,
+    calib_data: Images,
+    options: RunOptions,
 ) -> Iterator[Step]:
     """Yield the rungs in order; each net is made when its turn comes."""
     device = torch_device(options.calibrate.device)
-    fp = net_from_model(read_model(files.float_onnx))
-    yield _first(source, read_preprocess(fp), options, device)
-    yield Step("fused", "torch graph", lambda: graph_runner(fp, device))
-    yield Step("fused", "onnxruntime", lambda: _open(files.float_onnx, options))
-    for name, net in _rewritten(fp, calib_data, options.calibrate):
-        yield _in_onnxruntime(name, model_from_net(net), options)
-    yield from _quantized(files, calib_data, options, folder)
-    yield Step("engine", "tensorrt", lambda: _open_engine(files, options, folder), may_fail=True)
+    net = fused.to_net()
+    yield _first(source, read_preprocess(net), options, device)
+    yield Step("fused", "torch graph", lambda: graph_runner(net, device))
+    yield Step("fused", "onnxruntime", lambda: _open(fused, options))
+    dataset = calibration_images(fused, calib_data, options.calibrate)
+    for name, rewritten in _rewritten(net, dataset, options.calibrate):
+        yield _in_onnxruntime(name, model_from_net(rewritten), options)
+    yield from _quantized(fused, _read(forms.int8), dataset, options)
+    yield Step("engine", "tensorrt", lambda: _open_engine(forms, options), may_fail=True)
 
 
-def _quantized(files: Files, calib_data: Path, options: RunOptions, folder: Path) -> Iterator[Step]:
-    """Yield the INT8 file; where it was learned, its nearest codes and scales before that."""
+def _quantized(fused: Model, int8: Model, dataset: Dataset, options: RunOptions) -> Iterator[Step]:
+    """Yield the INT8 model; where it was learned, its nearest codes and scales before that."""
     device, calibrating = torch_device(options.calibrate.device), options.calibrate
     bits = calibrating.weight_bits, calibrating.activation_bits
     label = "INT8" if bits == (8, 8) else f"W{bits[0]}A{bits[1]}"
-    nearest, end = files.int8_onnx, ""
+    nearest, end = int8, ""
     learns = calibrating.learning is not None
     if learns:
-        nearest, end = folder / "nearest.onnx", ", nearest"
-        calibrate(files.float_onnx, calib_data, nearest, replace(calibrating, **_NEAREST))
-    model = read_model(nearest)
-    net = net_from_model(model)
+        nearest, end = calibrate_net(fused, dataset, replace(calibrating, **_NEAREST)), ", nearest"
+    net = nearest.to_net()
     skipped = float_activations(net)
     yield Step(f"{label} weights{end}", "torch graph", lambda: graph_runner(net, device, skipped))
-    yield Step(f"{label}{end}", "torch graph", lambda: int8_runner(model, device))
+    yield Step(f"{label}{end}", "torch graph", lambda: int8_runner(nearest.proto, device))
     if learns:
-        learned, end = read_model(files.int8_onnx), ", learned"
-        yield Step(f"{label}{end}", "torch graph", lambda: int8_runner(learned, device))
-    yield Step(f"{label}{end}", "onnxruntime", lambda: _open(files.int8_onnx, options))
+        end = ", learned"
+        yield Step(f"{label}{end}", "torch graph", lambda: int8_runner(int8.proto, device))
+    yield Step(f"{label}{end}", "onnxruntime", lambda: _open(int8, options))
 
 
 def _first(
-    source: Source, preprocess: Preprocess, options: RunOptions, device: torch.device
+    source: Source | nn.Module, preprocess: Preprocess, options: RunOptions, device: torch.device
 ) -> Step:
     """Return the rung that everything is compared with: the source as it is."""
+    if isinstance(source, nn.Module):
+        copied = deployable_copy(source)
+        return Step("train-form", "torch", lambda: module_runner(copied, device))
     if source.is_onnx:
-        wanted = options.export
-        model = model_from_file(Path(source.name), wanted.opset, wanted.input_size)
+        exporting = options.export
+        model = model_from_file(Path(source.name), exporting.opset, exporting.input_size)
         return _in_onnxruntime("source", model, options)
     if not source.is_factory and source.architecture.in_channels is None:
         architecture = replace(source.architecture, in_channels=preprocess.channels)
@@ -203,14 +237,11 @@ def _check_repeatable(source: Source, module: nn.Module) -> None:
 
 
 def _rewritten(
-    fused: Net, calib_data: Path, options: CalibrateOptions
+    fused: Net, dataset: Dataset, options: CalibrateOptions
 ) -> Iterator[tuple[str, Net]]:
     """Yield the float net after each rewrite that the options ask for, with a name for it."""
     if not options.equalize and options.split == "none":
         return
-    dataset = open_dataset(
-        calib_data, read_preprocess(fused), limit=options.images, seed=options.seed
-    )
     whole, net = fused.copy(), fused.copy()
     prepared = prepare(whole, dataset, options)
     if options.equalize:
@@ -237,11 +268,11 @@ def _in_onnxruntime(name: str, model: onnx.ModelProto, options: RunOptions) -> S
     return Step(name, "onnxruntime", lambda: OrtRunner(content, threads=options.threads))
 
 
-def _open(path: Path, options: RunOptions) -> Runner:
-    return open_runner(path, threads=options.threads)
+def _open(model: Model, options: RunOptions) -> Runner:
+    return open_runner(model, threads=options.threads)
 
 
-def _open_engine(files: Files, options: RunOptions, folder: Path) -> Runner:
+def _open_engine(forms: Forms, options: RunOptions) -> Runner:
     """Open the engine, built first if there is none.
 
     Raises:
@@ -251,8 +282,9 @@ def _open_engine(files: Files, options: RunOptions, folder: Path) -> Runner:
     gpu = driver.find_gpu()
     if isinstance(gpu, str):
         raise EngineError(gpu)
-    engine = files.engine
-    if engine is None:
-        engine = folder / ENGINE_FILE
-        build_engine(files.int8_onnx, engine, options.build)
-    return open_runner(engine)
+    if forms.engine is not None:
+        return open_runner(forms.engine)
+    with tempfile.TemporaryDirectory() as folder:  # an engine is read into memory when it is opened
+        engine = Path(folder) / ENGINE_FILE
+        build_engine(forms.int8, engine, options.build)
+        return open_runner(engine)

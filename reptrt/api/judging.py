@@ -1,0 +1,146 @@
+"""evaluate, bench, diagnose and inspect, as a program calls them."""
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+from reptrt.api.networks import NetworkLike, model_from, network_from, networks_from
+from reptrt.api.stages import at_most_all
+from reptrt.core.errors import ConfigError, option
+from reptrt.core.keywords import changed, takes
+from reptrt.data.from_user import images_from
+from reptrt.graph.model import Network
+from reptrt.judge import bench as benches
+from reptrt.judge import evaluate as evaluation
+from reptrt.judge.bench_report import BenchReport
+from reptrt.judge.diagnose import diagnose as diagnose_network
+from reptrt.judge.diagnose.report import Diagnosis
+from reptrt.judge.evaluate import EvalReport
+from reptrt.judge.explain import explain_all
+from reptrt.judge.options import BenchOptions, EvaluateOptions
+from reptrt.pipeline import Calibrated, CalibrateOptions
+from reptrt.trt.inspect import Inspection
+from reptrt.trt.inspect import inspect as inspect_network
+
+
+@takes(EvaluateOptions)
+def evaluate(
+    nets: NetworkLike | Iterable[NetworkLike],
+    data: Any,
+    *,
+    reference: NetworkLike | None = None,
+    options: EvaluateOptions | None = None,
+    **changes: Any,
+) -> EvalReport:
+    """Judge networks on the same images: top-1 and top-5, agreement and SQNR with a reference.
+
+    >>> reptrt.evaluate([net, int8], (images, labels))
+
+    Args:
+        nets: a network, or several: .onnx and .engine files, results of export and calibrate.
+        data: held-out images, in the forms that `calibrate` takes. Labels come with them: a pair
+            (images, labels), a loader that yields such pairs, an .npz with an array y, a folder
+            with one sub-folder for each class. Without labels there is no top-1.
+        reference: what the outputs are compared with; None: the first of several networks.
+        options: the options as one value, in place of their defaults.
+        **changes: single options.
+
+    Raises:
+        ReptrtError: a network or an image cannot be used, or outputs cannot be compared.
+    """
+    others = ("nets", "data", "reference", "options")
+    judging = changed(options or EvaluateOptions(), changes, others)
+    networks = networks_from(nets, "nets")
+    first = _first(networks, reference, judging.reference, "reference")
+    images = images_from(
+        data, limit=judging.limit, labels=judging.task == "classify", parameter="data"
+    )
+    return evaluation.evaluate(networks, images, judging, reference=first)
+
+
+@takes(BenchOptions)
+def bench(
+    nets: NetworkLike | Iterable[NetworkLike],
+    *,
+    baseline: NetworkLike | None = None,
+    options: BenchOptions | None = None,
+    **changes: Any,
+) -> BenchReport:
+    """Time networks side by side, and explain each that is not clearly faster than the baseline.
+
+    >>> reptrt.bench([net, int8], batches=(1, 8))
+
+    Args:
+        nets: a network, or several: .onnx and .engine files, results of export and calibrate.
+        baseline: what ratios refer to; None: the first of several networks.
+        options: the options as one value, in place of their defaults.
+        **changes: single options.
+
+    Raises:
+        ReptrtError: a network cannot be opened or fails, or cannot take a batch size.
+    """
+    timing = changed(options or BenchOptions(), changes, ("nets", "baseline", "options"))
+    networks = networks_from(nets, "nets")
+    first = _first(networks, baseline, timing.baseline, "baseline")
+    if first is not None and first not in networks:
+        networks.insert(0, first)
+    report = benches.bench(networks, timing, baseline=first)
+    return replace(report, explanations=explain_all(report, networks))
+
+
+def _first(
+    networks: list[Network], asked: Any, in_options: Network | None, parameter: str
+) -> Network | None:
+    """Return what the others are compared with; None for a network alone."""
+    if asked is not None:
+        return network_from(asked, option(parameter))
+    return in_options or (networks[0] if len(networks) > 1 else None)
+
+
+@takes(CalibrateOptions)
+def diagnose(
+    net: NetworkLike,
+    data: Any,
+    *,
+    calibrated: Calibrated | None = None,
+    layer_images: int = 128,
+    options: CalibrateOptions | None = None,
+    **changes: Any,
+) -> Diagnosis:
+    """Measure where a float network loses accuracy in INT8, and what helps.
+
+    Args:
+        net: a fused float network.
+        data: the calibration images, in the forms that `calibrate` takes.
+        calibrated: what `calibrate` made of these arguments; None: it is done here.
+        layer_images: on how many of the images the layers are measured.
+        options: options of calibration as one value, in place of their defaults.
+        **changes: single options of calibration.
+
+    Raises:
+        ReptrtError: the network, the images or an option cannot be used.
+    """
+    others = ("net", "data", "calibrated", "layer_images", "options")
+    calibrating = changed(options or CalibrateOptions(), changes, others)
+    if calibrated is not None and not isinstance(calibrated, Calibrated):
+        raise ConfigError(
+            f"{option('calibrated')}: got {type(calibrated).__name__}, expected what "
+            "reptrt.calibrate returns"
+        )
+    images = images_from(data, limit=calibrating.images, labels=False, parameter="data")
+    if options is None and "images" not in changes:
+        calibrating = at_most_all(calibrating, images)
+    return diagnose_network(
+        model_from(net, "net"), images, calibrating, calibrated, layer_images=layer_images
+    )
+
+
+def inspect(net: NetworkLike) -> Inspection:
+    """Return the layers of a network or an engine, and the precision of each.
+
+    An engine of tensorrt-rtx is read without a GPU, one of tensorrt on the GPU it was built for.
+
+    Raises:
+        ReptrtError: the file cannot be read, or the engine cannot be used on this machine.
+    """
+    return inspect_network(network_from(net, option("net")))
