@@ -1,1 +1,1 @@
-"""The main job on a net small enough to carry: handwritten digits, from checkpoint to engine."""
+"""A demonstration on handwritten digits, from checkpoint to engine, with a net that is included."""

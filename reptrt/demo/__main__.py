@@ -1,4 +1,4 @@
-"""python -m reptrt.demo: the whole way on the digits, and the tables that come out."""
+"""python -m reptrt.demo: all stages on the digits, and the tables of their results."""
 
 import sys
 from pathlib import Path
@@ -15,16 +15,16 @@ from reptrt.core.errors import ArtifactError, ReptrtError
     "--output",
     type=click.Path(path_type=Path, file_okay=False),
     required=True,
-    help="Folder for all files; made if it does not exist.",
+    help="Folder for all files; created if it does not exist.",
 )
 @click.option(
     "--json", "json_path", type=click.Path(path_type=Path), help="Write the tables as JSON."
 )
 def main(output: Path, json_path: Path | None) -> None:
-    """Take a small trained RepVGG from its checkpoint to INT8 and an engine; print what it costs.
+    """Take a small trained RepVGG from its checkpoint to INT8 and an engine; print the accuracy.
 
-    The net reads scikit-learn's handwritten digits. Calibration sees training images only, the
-    table is about images held out from both.
+    The net classifies scikit-learn's handwritten digits. Calibration uses training images only; the
+    tables are measured on images that were held out from training and calibration.
     """
     from reptrt.core.artifacts import write_json
     from reptrt.demo.comparison import compare
@@ -40,7 +40,7 @@ def main(output: Path, json_path: Path | None) -> None:
     console = Console(width=None if sys.stdout.isatty() else 160)
     console.print(comparison.to_table())
     console.print(comparison.engine_line(), soft_wrap=True, highlight=False)
-    console.print("\nWhere accuracy goes on the way to the last file:")
+    console.print("\nWhat each step to the last file changes:")
     console.print(comparison.ladder.to_table())
     for line in comparison.ladder.to_lines():
         console.print(line, soft_wrap=True, highlight=False)
@@ -50,7 +50,9 @@ def _make_folder(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as err:
-        raise ArtifactError(f"{path}: cannot be made a folder ({err.strerror or err})") from err
+        raise ArtifactError(
+            f"{path}: cannot be created as a folder ({err.strerror or err})"
+        ) from err
 
 
 if __name__ == "__main__":

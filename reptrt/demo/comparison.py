@@ -1,4 +1,4 @@
-"""Three ways to INT8 side by side, an engine, and where accuracy goes on the way to it."""
+"""Compare three ways to INT8, build an engine, and measure what each step changes."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -24,7 +24,7 @@ SOURCE = pipeline.Source("repvgg", digits.WEIGHTS, digits.ARCHITECTURE)
 EXPORT = pipeline.ExportOptions(digits.INPUT_SIZE, digits.MEAN, digits.STD)
 CALIBRATIONS = {
     "plain INT8": pipeline.PLAIN_INT8,
-    "reptrt INT8, no split": pipeline.CalibrateOptions(split="none"),  # no node more than plain
+    "reptrt INT8, no split": pipeline.CalibrateOptions(split="none"),  # no more nodes than plain
     OURS: pipeline.CalibrateOptions(),
 }
 _FILES = {
@@ -39,21 +39,21 @@ _KIB = 1 << 10
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One file, judged."""
+    """The measurements of one file."""
 
     name: str
     file: Path
     top1: float  # fraction 0..1 of the held-out images
-    agreement: float  # fraction with the float net's arg max
-    sqnr_db: float | None  # of the logits against the float net's; None: it is the float net
-    median_ms: float  # one image in onnxruntime on one thread of the CPU
-    ratio: float  # of that time to the float net's
+    agreement: float  # fraction of images with the float net's arg max
+    sqnr_db: float | None  # of the logits against the float net; None for the float net
+    median_ms: float  # batch 1 in onnxruntime on one CPU thread
+    ratio: float  # to the float net's time
     size_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """All files, the engine or the reason why there is none, and the ladder of the last file."""
+    """All files, the engine or why there is none, and the ladder of the last file."""
 
     rows: tuple[Row, ...]
     images: int
@@ -76,7 +76,7 @@ class Comparison:
         }
 
     def to_table(self) -> Table:
-        """Return the files as a table for people."""
+        """Return the measurements as a table."""
         table = Table(box=None, pad_edge=False, caption=self._caption(), caption_justify="left")
         table.add_column("")
         for title in ("top-1", "agreement", "SQNR dB", "median ms", "ratio", "KiB"):
@@ -108,10 +108,10 @@ class Comparison:
 
 
 def compare(folder: Path) -> Comparison:
-    """Export, calibrate thrice, judge, time, build an engine; every file goes into ``folder``.
+    """Export, calibrate in three ways, evaluate, time, build an engine; all files in ``folder``.
 
     Raises:
-        ReptrtError: a stage failed; what it was to write is not there.
+        ReptrtError: a stage failed; its file was not written.
     """
     data = digits.write_arrays(folder)
     files = write_files(folder, data["train"])
@@ -148,7 +148,7 @@ def compare(folder: Path) -> Comparison:
 
 
 def write_files(folder: Path, images: Path) -> Mapping[str, Path]:
-    """Export the net and quantize it in each way; return the files by the name of their row."""
+    """Export the net and quantize it in three ways; return the files by the name of their row."""
     files = {name: folder / file for name, file in _FILES.items()}
     pipeline.export(SOURCE, files[FLOAT], EXPORT)
     for name, calibration in CALIBRATIONS.items():
@@ -157,7 +157,7 @@ def write_files(folder: Path, images: Path) -> Mapping[str, Path]:
 
 
 def try_engine(model: Path, output: Path) -> tuple[EngineSummary | None, str | None]:
-    """Build an engine without a GPU; or return None and what is missing."""
+    """Return an engine built without a GPU, or None and what is missing."""
     try:
         return build_engine(model, output, BuildOptions(backend="tensorrt-rtx")), None
     except MissingDependencyError as err:

@@ -1,8 +1,7 @@
-"""scikit-learn's bundled handwritten digits, and the small RepVGG that comes with reptrt.
+"""The handwritten digits of scikit-learn, and the small RepVGG that is part of reptrt.
 
-1797 images of 8 x 8 pixels with 16 grey levels. Every second one, from the second on, is held out:
-the net was not trained on it, and calibration does not see it. `tools/train_digits.py` trained the
-net.
+There are 1797 images of 8 x 8 pixels with 16 grey levels. Every second image, starting with the
+second, is held out from training and calibration. `tools/train_digits.py` trained the net.
 """
 
 from collections.abc import Mapping
@@ -24,8 +23,8 @@ ARCHITECTURE = ArchitectureOptions(
     num_classes=10,
 )
 INPUT_SIZE = (1, 8, 8)
-MEAN, STD = (0.306,), (0.376,)  # of the training part, pixels / 255
-_LEVELS = 16  # a pixel is 0..16
+MEAN, STD = (0.306,), (0.376,)  # of pixels / 255 over the training images
+_LEVELS = 16  # pixels are 0..16
 
 
 class Digits(NamedTuple):
@@ -37,14 +36,14 @@ class Digits(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """What the net was trained on, and what it is judged by."""
+    """The images for training and calibration, and those for evaluation."""
 
     train: Digits
     held_out: Digits
 
 
 def load_digits() -> Split:
-    """Return all digits, split.
+    """Return the digits as training and held-out images.
 
     Raises:
         MissingDependencyError: scikit-learn is not installed.
@@ -53,7 +52,8 @@ def load_digits() -> Split:
         from sklearn import datasets
     except ImportError as err:
         raise MissingDependencyError(
-            "the digits come with scikit-learn, which is not installed: pip install 'reptrt[demo]'"
+            "the digits are part of scikit-learn, which is not installed: "
+            "pip install 'reptrt[demo]'"
         ) from err
     bunch = datasets.load_digits()
     x = np.rint(bunch.images * (255 / _LEVELS)).astype(np.uint8)[:, None]

@@ -192,7 +192,7 @@ def test_without_a_ladder_accuracy_is_what_was_judged(copied: Path) -> None:
         assert row[1:3] == [str(result["images"]), f"{100 * result['top1']:.2f} %"]
         sqnr = result["sqnr_db"]
         assert row[5] == ("-" if sqnr is None else f"{sqnr:.2f}")
-    assert "it was not computed; reptrt ladder RUN_DIR does" in page.text
+    assert "it was not computed; run reptrt ladder RUN_DIR" in page.text
 
 
 def test_a_ladder_of_other_files_is_not_shown(copied: Path) -> None:
@@ -386,7 +386,7 @@ def test_names_are_escaped(copied: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "sections", "reason"),
     [
-        ("calibrate.json", ("activations", "decisions", "learned"), "calibrate.json is not there"),
+        ("calibrate.json", ("activations", "decisions", "learned"), "calibrate.json is missing"),
         ("diagnosis.json", ("noise",), "diagnosis.json is gone; make it again"),
         ("bench.json", ("latency",), "bench.json is gone"),
         ("int8.onnx", ("weights", "activations", "decisions"), "int8.onnx is gone"),
@@ -445,7 +445,7 @@ def test_a_run_without_diagnosis_and_what_an_earlier_one_left(tmp_path: Path) ->
     run = make_run(source, data, tmp_path / "run")
     assert "noise" not in absent(run)
     make_run(source, data, run, "--no-diagnose")
-    assert absent(run)["noise"] == "the run did not do the stage diagnose"
+    assert absent(run)["noise"] == "the run did not include the stage diagnose"
 
 
 def test_why_a_stage_was_skipped(copied: Path) -> None:

@@ -1,10 +1,10 @@
-"""One HTML file about a run: readable anywhere, printed, sent by mail; it loads nothing.
+"""Write a run as one HTML file that needs no network: to read, to print, to send by mail.
 
-    run folder --content--> parts, or why they are not there --results, layers, environment-->
+    run folder --content--> parts, or why one is missing --results, layers, environment-->
     page --report.html.j2--> report.html
 
-Only files of the folder are read, and nothing heavy is computed. The same folder gives the same
-bytes.
+Only files in the run's folder are read, and nothing heavy is computed. The same folder always gives
+the same bytes.
 """
 
 import hashlib
@@ -27,8 +27,8 @@ Made = TypeVar("Made")
 REPORT_FILE = "report.html"
 
 _STOPPED = (
-    "The run was stopped. What is in the folder is shown; results may be those of an earlier run "
-    "with other options."
+    "The run was stopped. The report shows what is in the folder; some results may come from an "
+    "earlier run with other options."
 )
 
 _SECTIONS: tuple[tuple[str, str, Callable[[RunContent], Section]], ...] = (
@@ -49,7 +49,7 @@ class SectionState:
 
     id: str
     title: str
-    absent: str | None  # why it is not there
+    absent: str | None  # why the section is empty
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -66,7 +66,7 @@ class ReportFile(Result):
         return asdict(self) | {"path": str(self.path)}
 
     def to_table(self) -> Table:
-        """Return the sections of the report: which are there, and why the others are not."""
+        """Return the sections of the report, and why some are empty."""
         table = Table(box=None, pad_edge=False)
         for title in ("section", "state"):
             table.add_column(title, overflow="fold")
@@ -83,8 +83,8 @@ def write_report(folder: Path, output: Path | None = None) -> ReportFile:
     """Write the report of a run, finished or stopped.
 
     Args:
-        folder: of the run.
-        output: the file; None: ``report.html`` in the folder.
+        folder: the run's folder.
+        output: the file to write; None: ``report.html`` in the folder.
 
     Raises:
         ArtifactError: there is no record of a run, or the file cannot be written.
@@ -100,7 +100,7 @@ def write_report(folder: Path, output: Path | None = None) -> ReportFile:
 
 
 def page_of(run: RunContent) -> Page:
-    """Return everything that the report of a run says."""
+    """Return the content of the page about a run."""
     notes = [] if run.manifest.finished else [_STOPPED]
     notes += [f"{f.path.name}: {f.state}." for f in run.files if f.state != AS_RECORDED]
     tiles = _guarded(lambda: results.tiles(run))
@@ -114,7 +114,7 @@ def page_of(run: RunContent) -> Page:
 
 
 def render(page: Page) -> str:
-    """Return a page as HTML; every text in it is escaped."""
+    """Return a page as HTML; all text is escaped."""
     loader = jinja2.PackageLoader("reptrt.runs.report", "")
     templates = jinja2.Environment(
         loader=loader,
@@ -129,12 +129,12 @@ def render(page: Page) -> str:
 def _section(
     run: RunContent, id: str, title: str, make: Callable[[RunContent], Section]
 ) -> Section:
-    found = _guarded(lambda: make(run))
-    return Section(id, title, absent=found) if isinstance(found, str) else found
+    section = _guarded(lambda: make(run))
+    return Section(id, title, absent=section) if isinstance(section, str) else section
 
 
 def _guarded(make: Callable[[], Made]) -> Made | str:
-    """Return what was made, or why a file that reptrt did not write cannot be shown."""
+    """Return the result of ``make``, or the reason if a file lacks what reptrt writes into it."""
     try:
         return make()
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as err:
@@ -142,7 +142,7 @@ def _guarded(make: Callable[[], Made]) -> Made | str:
 
 
 def _subtitle(run: RunContent) -> str:
-    """Return what was done, in a line."""
+    """Return one line with bits, recipe, number of images, versions and machine."""
     options, machine = run.manifest.options["calibrate"], run.manifest.machine
     bits = f"W{options['weight_bits']}A{options['activation_bits']}"
     version = run.manifest.versions.get("reptrt", "?")

@@ -1,7 +1,7 @@
 """Small charts as inline SVG.
 
-Marks lie at percentages of the width, so a chart takes the width that it is given, and its text and
-lines keep their size, on a phone as on paper. Colours are those of the style sheet, by class.
+Marks are placed at percentages of the width: a chart fills the width of its cell, while text and
+lines keep their size on a phone and on paper. The style sheet sets the colours by class.
 """
 
 import math
@@ -11,21 +11,21 @@ from dataclasses import dataclass
 from markupsafe import Markup, escape
 
 _HEIGHT = 18
-_STRIP = 7  # of a mark among several
+_STRIP = 7  # height of one bar among several
 _DOT = 4.5
-_WITH_GAP = 2.5  # percent; a gap would hide a bar that is narrower
+_WITH_GAP = 2.5  # percent of the width; a gap would hide a narrower bar
 
 
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """Where a value lies between the ends of a chart."""
+    """The ends of a chart's axis, linear or logarithmic."""
 
     low: float
     high: float
     is_log: bool = False
 
     def percent(self, value: float) -> float:
-        """Return the place of a value, 0 to 100; what is beyond an end lies at it."""
+        """Return the position of a value, 0 to 100; values beyond an end are placed at it."""
         low, high, at = self.low, self.high, min(max(value, self.low), self.high)
         if self.is_log:
             low, high, at = math.log(low), math.log(high), math.log(at)
@@ -33,18 +33,18 @@ class Scale:
 
 
 def scale_of(values: Iterable[float | None], *, is_log: bool = False) -> Scale:
-    """Return a scale that holds all values: from 0, or from a power of ten."""
-    known = [v for v in values if v is not None and math.isfinite(v) and (v > 0 or not is_log)]
-    if not known:
+    """Return a scale that contains all values: from 0, or logarithmic between powers of ten."""
+    shown = [v for v in values if v is not None and math.isfinite(v) and (v > 0 or not is_log)]
+    if not shown:
         return Scale(1.0 if is_log else 0.0, 10.0, is_log)
     if not is_log:
-        return Scale(min(0.0, *known), max(*known, 0.0) * 1.05 or 1.0)
-    ends = math.floor(math.log10(min(known))), math.ceil(math.log10(max(known)))
+        return Scale(min(0.0, *shown), max(*shown, 0.0) * 1.05 or 1.0)
+    ends = math.floor(math.log10(min(shown))), math.ceil(math.log10(max(shown)))
     return Scale(10.0 ** ends[0], 10.0 ** max(ends[1], ends[0] + 1), is_log=True)
 
 
 def axis(scale: Scale, ticks: Sequence[float]) -> Markup:
-    """Return the ticks of a scale, for the head of a column."""
+    """Return the ticks of a scale, for the heading of a column."""
     marks = []
     for tick in ticks:
         at = scale.percent(tick)
@@ -61,7 +61,7 @@ def bar(scale: Scale, value: float, kind: str, label: str) -> Markup:
 
 
 def change(scale: Scale, before: float | None, after: float | None, label: str) -> Markup:
-    """Return a ring where a value was, a dot where it is, and a line between them."""
+    """Return a ring at the value before, a dot at the value after, and a line between them."""
     marks, middle = [], _HEIGHT / 2
     if before is not None and after is not None:
         first, last = sorted((scale.percent(before), scale.percent(after)))
@@ -73,7 +73,7 @@ def change(scale: Scale, before: float | None, after: float | None, label: str) 
 
 
 def interval(scale: Scale, low: float, value: float, high: float, kind: str, label: str) -> Markup:
-    """Return a dot and how sure it is."""
+    """Return a dot at a value, with its confidence interval as a whisker."""
     middle = _HEIGHT / 2
     ends = scale.percent(low), scale.percent(high)
     whisker = _line(*ends, middle, middle, f"whisker {kind}-line")
@@ -84,7 +84,7 @@ def interval(scale: Scale, low: float, value: float, high: float, kind: str, lab
 def strips(
     scale: Scale, rows: Sequence[tuple[str, tuple[float, float, float] | None]], label: str
 ) -> Markup:
-    """Return one thin bar a row, from its low to its high end, with a gap at its middle."""
+    """Return one thin bar for each row, from its low to its high end, with a gap at the median."""
     marks = []
     for index, (kind, values) in enumerate(rows):
         if values is None:
@@ -101,16 +101,16 @@ def strips(
 
 @dataclass(frozen=True, slots=True)
 class HistogramView:
-    """What a histogram shows: counts of |x| and the largest |x| kept."""
+    """The data of a histogram: counts of |x| and the threshold."""
 
     bins: Sequence[int]
     bin_width: float
     amax: float
-    end: float  # of the x axis
+    end: float  # right end of the x axis
 
 
 def histogram(view: HistogramView, label: str) -> Markup:
-    """Return a histogram with the logarithm of counts upwards and a line at amax."""
+    """Return a histogram with log(1 + count) as height and a line at amax."""
     top = math.log1p(max(view.bins, default=0)) or 1.0
     steps = []
     for index, count in enumerate(view.bins):
@@ -142,7 +142,7 @@ def _dot(at: float, middle: float, kind: str) -> str:
 
 
 def _svg(marks: Iterable[str], height: int, label: str) -> Markup:
-    """Return a chart; a mark at an end of the scale may reach into the cell's padding."""
+    """Return the SVG element; a mark at an end of the scale may overlap the cell's padding."""
     return Markup(
         f'<svg class="chart" width="100%" height="{height}" role="img" '
         f'aria-label="{escape(label)}">{"".join(marks)}</svg>'

@@ -1,7 +1,8 @@
-"""What lies in the folder of a run, and why a part is not there.
+"""Read the folder of a run; a part that cannot be shown comes with the reason.
 
-Nothing is computed but hashes. A part counts only if it belongs to the files that the run recorded:
-``calibrate.json`` and ``ladder.json`` name them by sha256, everything else is recorded itself.
+Nothing is computed but hashes. A part is used only if it belongs to the files that the run
+recorded: ``calibrate.json`` and ``ladder.json`` name the files they describe by sha256, all other
+files have a sha256 in the record of the run.
 """
 
 import json
@@ -30,7 +31,7 @@ AS_RECORDED = "as recorded"
 
 @dataclass(frozen=True, slots=True)
 class Part(Generic[T]):
-    """One part of a run, or the reason why it is not there."""
+    """One part of a run, or the reason why it is missing."""
 
     value: T | None
     reason: str | None = None
@@ -42,7 +43,7 @@ class FileState:
 
     stage: str
     path: Path
-    sha256: str  # as recorded
+    sha256: str  # in the record of the run
     size_bytes: int | None  # None: it is gone
     state: str  # "as recorded", "changed after the run", or "gone"
 
@@ -61,7 +62,7 @@ class RunContent:
     ladder: Part[JsonObject]
     float_onnx: Part[Path]
     int8_onnx: Part[Path]
-    skipped: Mapping[str, str]  # stage -> why the run did not do it
+    skipped: Mapping[str, str]  # stage -> why the run skipped it
 
 
 def read_run(folder: Path) -> RunContent:
@@ -108,25 +109,25 @@ def _skipped(folder: Path) -> dict[str, str]:
     """Return why stages were skipped; ``report.json`` may be missing."""
     try:
         stages = json.loads((folder / "report.json").read_text(encoding="utf-8"))["stages"]
-        found = {stage["name"]: str(stage["state"]).partition(": ") for stage in stages}
+        states = {stage["name"]: str(stage["state"]).partition(": ") for stage in stages}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
-    return {name: why for name, (state, _, why) in found.items() if state == "skipped"}
+    return {name: why for name, (state, _, why) in states.items() if state == "skipped"}
 
 
 def _file(
-    found: FileState | None, stage: str, manifest: Manifest, skipped: Mapping[str, str]
+    file: FileState | None, stage: str, manifest: Manifest, skipped: Mapping[str, str]
 ) -> Part[Path]:
-    if found is None and stage in skipped:
+    if file is None and stage in skipped:
         return Part(None, f"the run skipped it: {skipped[stage]}")
-    if found is None and manifest.finished:
-        return Part(None, f"the run did not do the stage {stage}")
-    if found is None:
+    if file is None and manifest.finished:
+        return Part(None, f"the run did not include the stage {stage}")
+    if file is None:
         return Part(None, f"the run was stopped before the stage {stage}")
-    if found.state != AS_RECORDED:
-        verb = "is gone" if found.size_bytes is None else "was changed after the run"
-        return Part(None, f"{found.path.name} {verb}; make it again with reptrt run")
-    return Part(found.path)
+    if file.state != AS_RECORDED:
+        verb = "is gone" if file.size_bytes is None else "was changed after the run"
+        return Part(None, f"{file.path.name} {verb}; make it again with reptrt run")
+    return Part(file.path)
 
 
 def _json(file: Part[Path]) -> Part[JsonObject]:
@@ -148,23 +149,25 @@ def _calibrated(
         return Part(None, int8.reason)
     path = folder / CALIBRATE_FILE
     if not path.is_file():
-        return Part(None, f"{path.name} is not there; reptrt run writes it when it calibrates")
-    found = _json(Part(path))
-    if found.value is not None and found.value.get("sha256") != records["calibrate"].sha256:
+        return Part(None, f"{path.name} is missing; reptrt run writes it when it calibrates")
+    content = _json(Part(path))
+    if content.value is not None and content.value.get("sha256") != records["calibrate"].sha256:
         return Part(None, f"{path.name} belongs to another {int8.value.name}")
-    return found
+    return content
 
 
 def _ladder(folder: Path, manifest: Manifest) -> Part[JsonObject]:
     path = folder / LADDER_FILE
     if not path.is_file():
-        return Part(None, "it was not computed; reptrt ladder RUN_DIR does, then make the report")
-    found = _json(Part(path))
-    if found.value is None:
-        return found
+        return Part(
+            None, "it was not computed; run reptrt ladder RUN_DIR, then reptrt report RUN_DIR"
+        )
+    content = _json(Part(path))
+    if content.value is None:
+        return content
     files = {record.file: record.sha256 for record in manifest.stages.values()}
-    judged = found.value.get("files")
+    judged = content.value.get("files")
     same = isinstance(judged, dict) and all(files.get(name) == judged[name] for name in judged)
-    if not same or found.value.get("data") != manifest.eval_data.sha256:
-        return Part(None, f"{path.name} is about other files or images; compute it anew")
-    return found
+    if not same or content.value.get("data") != manifest.eval_data.sha256:
+        return Part(None, f"{path.name} is about other files or images; compute it again")
+    return content

@@ -1,4 +1,4 @@
-"""Sections about single tensors and about where everything came from."""
+"""Sections about activations, and about inputs, files, options, versions and the machine."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import PurePath
@@ -23,23 +23,25 @@ from reptrt.runs.report.page import (
 
 
 def activations(run: RunContent) -> Section:
-    """Return a histogram of every quantized activation with the threshold that was chosen."""
+    """Return a histogram of every quantized activation, with its threshold."""
     title = "Activations and their thresholds"
-    found = run.calibrate.value
-    if found is None:
+    calibration = run.calibrate.value
+    if calibration is None:
         return Section("activations", title, absent=run.calibrate.reason)
-    if not all("bins" in tensor for tensor in found["tensors"]):
+    if not all("bins" in tensor for tensor in calibration["tensors"]):
         return Section("activations", title, absent="calibrate.json has no histograms")
-    rule = found["threshold"]
-    margin = f", {found['margin']:.2f} times as wide" if found["margin"] > 1 else ""
+    rule, margin = calibration["threshold"], calibration["margin"]
+    widened = f", widened by a factor of {margin:.2f}" if margin > 1 else ""
     text = (
-        "Histograms of |x| over calibration images, without exact zeros; upwards the logarithm of "
-        f"counts. The line is the largest |x| kept (rule {rule}{margin}); values more than half "
-        "a step beyond it are clipped. Tensors that share a scale share the threshold."
+        "Each histogram counts |x| over the calibration images, without exact zeros; its vertical "
+        f"axis is logarithmic. The line marks the threshold (rule {rule}{widened}): values more "
+        "than half a step above it are clipped. Tensors that share a scale share the threshold."
     )
-    full = {choice["tensor"] for choice in found["ranges"] if choice["full"]}
-    figures = tuple(_figure(tensor, tensor["tensor"] in full) for tensor in found["tensors"])
-    legend = Legend((("after", "kept"), ("clipped", "clipped"), ("threshold", "threshold")))
+    full = {choice["tensor"] for choice in calibration["ranges"] if choice["full"]}
+    figures = tuple(_figure(tensor, tensor["tensor"] in full) for tensor in calibration["tensors"])
+    legend = Legend(
+        (("after", "within the threshold"), ("clipped", "clipped"), ("threshold", "threshold"))
+    )
     return Section("activations", title, (Text(text), legend, Figures(figures)))
 
 
@@ -49,7 +51,7 @@ def environment(run: RunContent) -> Section:
     blocks: tuple[Block, ...] = (
         _inputs(run),
         _files(run),
-        *(Text(f"{stage}: skipped: {why}") for stage, why in run.skipped.items()),
+        *(Text(f"The stage {stage} was skipped: {why}") for stage, why in run.skipped.items()),
         _pairs("Packages", "package", "version", record.versions),
         _pairs("Machine", "", "", record.machine),
         _pairs("Options", "option", "value", dict(_flat(record.options))),
@@ -62,7 +64,7 @@ def _figure(tensor: JsonObject, full_range: bool) -> Figure:
     view = HistogramView(tensor["bins"], tensor["bin_width"], tensor["amax"], end)
     share = clipped(tensor)
     kept = tensor["amax"] / tensor["maximum"]
-    label = f"{tensor['tensor']}: up to {number(tensor['maximum'])}, kept {number(tensor['amax'])}"
+    label = f"{tensor['tensor']}: max {number(tensor['maximum'])}, kept {number(tensor['amax'])}"
     lines = (
         f"up to {number(tensor['maximum'])}, kept {number(tensor['amax'])} ({100 * kept:.0f} %)",
         f"step {number(tensor['scale'])}{', full range' if full_range else ''}",
@@ -73,13 +75,13 @@ def _figure(tensor: JsonObject, full_range: bool) -> Figure:
 
 
 def clipped(tensor: JsonObject) -> float:
-    """Return the share of values further than half a step beyond amax, interpolated in a bin."""
+    """Return the fraction of values above amax + scale / 2, interpolated within a bin."""
     width, bins = tensor["bin_width"], tensor["bins"]
-    amax = tensor["amax"] + tensor["scale"] / 2  # what is nearer is rounded, not clipped
+    amax = tensor["amax"] + tensor["scale"] / 2  # smaller values are rounded, not clipped
     beyond = 0.0
     for index, count in enumerate(bins):
         inside = min(max(amax / width - index, 0.0), 1.0)
-        end = min((index + 1) * width, tensor["maximum"]) / width - index  # nothing lies above
+        end = min((index + 1) * width, tensor["maximum"]) / width - index  # no value is above
         outside = 1.0 - inside / end if inside < end else 0.0
         beyond += count * outside
     total = sum(bins) / (1.0 - tensor["zeros"]) if tensor["zeros"] < 1.0 else 0.0
@@ -90,9 +92,9 @@ def _inputs(run: RunContent) -> Table:
     record = run.manifest
     source = record.source["name"]
     rows: list[tuple[Cell, ...]] = [("source", name_of(source), "")]
-    rows += [("read by export", name_of(f.path), f.sha256) for f in record.source_files]
+    rows += [("file of the source", name_of(f.path), f.sha256) for f in record.source_files]
     rows.append(("calibration images", name_of(record.data.path), record.data.sha256))
-    rows.append(("images judged on", name_of(record.eval_data.path), record.eval_data.sha256))
+    rows.append(("evaluation images", name_of(record.eval_data.path), record.eval_data.sha256))
     columns = (Column("input", "name"), Column("name", "text"), Column("sha256", "code"))
     return Table("Inputs", columns, tuple(rows))
 
@@ -134,5 +136,5 @@ def _plain(value: Any) -> str:
 
 
 def name_of(path: object) -> str:
-    """Return the last part of a path: where it lies says nothing to whom the report is sent."""
+    """Return the last part of a path; the folders mean nothing to a reader elsewhere."""
     return PurePath(str(path)).name

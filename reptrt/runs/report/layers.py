@@ -1,4 +1,4 @@
-"""Sections layer by layer: weight ranges, noise, decisions, learned units."""
+"""Sections with one row for each layer: weight ranges, noise, decisions, learned units."""
 
 import math
 from collections.abc import Mapping
@@ -28,22 +28,23 @@ _CODE_TICKS = (0.5, 2, 8, 32, 128)
 
 
 def ranges(run: RunContent) -> Section:
-    """Return the weight range of every convolution, by the parts that its branches set."""
+    """Return the weight ranges of every convolution, one for each part of its kernel."""
     title = "Weight ranges before and after the splits"
     if run.float_onnx.value is None or run.int8_onnx.value is None:
         return Section("weights", title, absent=run.float_onnx.reason or run.int8_onnx.reason)
     bits = run.manifest.options["calibrate"]["weight_bits"]
     try:
-        found = weight_ranges(run.float_onnx.value, run.int8_onnx.value, bits)
+        layers = weight_ranges(run.float_onnx.value, run.int8_onnx.value, bits)
     except ArtifactError as err:
         return Section("weights", title, absent=str(err))
-    if not found:
+    if not layers:
         return Section("weights", title, absent="the net has no convolution with a centre tap")
     text = (
-        "A bar reaches from the 5th to the 95th percentile over output channels of the largest "
-        "INT8 code in that part of the kernel, the gap in it is the median. A code below 0.5 is "
-        "rounded to 0: what lies at the left end is lost. Branches: the median over channels of "
-        "the largest weight that each brings into the fused kernel, in float."
+        "For each output channel, the largest INT8 code in a part of the kernel is taken. A bar "
+        "reaches from the 5th to the 95th percentile of these over the channels; the gap in it is "
+        "the median. Weights whose code is below 0.5 are rounded to 0, so a part at the left end "
+        "is lost. The last column has, for each branch, the median over channels of the largest "
+        "float weight that the branch adds to the fused kernel."
     )
     legend = Legend(
         (
@@ -60,34 +61,35 @@ def ranges(run: RunContent) -> Section:
         Column("codes in the INT8 file", "chart", ticks),
         Column("largest weight of each branch", "words"),
     )
-    rows = tuple(_range_row(layer) for layer in found)
+    rows = tuple(_range_row(layer) for layer in layers)
     return Section("weights", title, (Text(text), legend, Table("Convolutions", columns, rows)))
 
 
 def noise(run: RunContent) -> Section:
-    """Return what quantized weights and a quantized input cost at each layer's output."""
-    found = run.diagnosis.value
-    title = "Signal to noise of each layer"
-    if found is None:
+    """Return the noise that quantized weights and a quantized input add to each layer's output."""
+    diagnosis, title = run.diagnosis.value, "Signal to noise of each layer"
+    if diagnosis is None:
         return Section("noise", title, absent=run.diagnosis.reason)
     keys = ("bits_left", "weight_sqnr_db", "activation_sqnr_db")
     scales = [
-        scale_of(layer[side][key] for layer in found["layers"] for side in ("before", "after"))
+        scale_of(layer[side][key] for layer in diagnosis["layers"] for side in ("before", "after"))
         for key in keys
     ]
-    titles = (f"bits left of {found['weight_bits']}", "weights dB", "activations dB")
+    titles = (f"bits left of {diagnosis['weight_bits']}", "weights dB", "activations dB")
     columns = [Column("layer", "name"), Column("range set by", "text"), Column("split", "text")]
     for name in titles:
         columns += [Column(name, "chart"), Column("before"), Column("after")]
-    rows = tuple(_noise_row(layer, keys, scales) for layer in found["layers"])
+    rows = tuple(_noise_row(layer, keys, scales) for layer in diagnosis["layers"])
     text = (
-        f"Measured on {found['layer_images']} calibration images, before and after equalization, "
-        "splits and code ranges, rounding to nearest. Weights, activations: SQNR of the layer's "
-        "output with that alone quantized. Bits left: for the values beside what sets the range."
+        f"Measured on {diagnosis['layer_images']} calibration images with rounding to nearest: "
+        "before means without equalization, splits and full ranges, after means with them. The "
+        "columns weights and activations give the SQNR of the layer's output when only its weights "
+        "or only its input is quantized. Bits left are those that remain for the other weights "
+        "once the largest ones have set the scale."
     )
     blocks: tuple[Block, ...] = (
-        *(Text(sentence) for sentence in found["reading"]),
-        _corners(found),
+        *(Text(sentence) for sentence in diagnosis["reading"]),
+        _corners(diagnosis),
         Text(text),
         BEFORE_AFTER,
         Table("Layers", tuple(columns), rows),
@@ -96,47 +98,49 @@ def noise(run: RunContent) -> Section:
 
 
 def decisions(run: RunContent) -> Section:
-    """Return what auto decided for each layer, and what it costs."""
-    found, title = run.calibrate.value, "Decisions and their costs"
-    if found is None:
+    """Return the form chosen for each layer, with its cost and noise."""
+    calibration, title = run.calibrate.value, "Decisions and their costs"
+    if calibration is None:
         return Section("decisions", title, absent=run.calibrate.reason)
     text = (
-        f"Chosen in all: {percent(found['overhead'])} more multiply-accumulates than the net's "
-        f"own. {found['equalized']} tensors were given equal channel ranges, which costs nothing. "
+        f"All splits together cost {percent(calibration['overhead'])} more multiply-accumulates "
+        f"than the net without splits. The channel ranges of {calibration['equalized']} tensors "
+        "were equalized, which costs nothing at run time. "
     )
     mode = run.manifest.options["calibrate"]["split"]
-    if not found["decisions"]:
-        text += f"Splits were not chosen: --split {mode} was given. "
-    full = [choice["tensor"] for choice in found["ranges"] if choice["full"]]
-    text += f"{len(full)} of {len(found['tensors'])} activations take all codes (full range)."
-    if in_float := sorted({*found.get("excluded", ()), *found.get("float_nodes", ())}):
+    decisions = calibration["decisions"]
+    if not decisions:
+        text += f"No layer was decided on its own, because split is {mode} for all. "
+    full = [choice["tensor"] for choice in calibration["ranges"] if choice["full"]]
+    text += f"{len(full)} of {len(calibration['tensors'])} activations use all 256 codes."
+    if in_float := sorted({*calibration.get("excluded", ()), *calibration.get("float_nodes", ())}):
         text += f" On request these nodes stay in float: {', '.join(in_float)}."
     blocks: list[Block] = [Text(text)]
-    if found["decisions"]:
-        blocks.append(_decisions(found["decisions"]))
-    elif found["splits"]:
-        rows = tuple((split["layer"], split["form"]) for split in found["splits"])
+    if decisions:
+        blocks.append(_decisions(decisions))
+    elif calibration["splits"]:
+        rows = tuple((split["layer"], split["form"]) for split in calibration["splits"])
         columns = (Column("layer", "name"), Column("split", "text"))
         blocks.append(Table("Layers that were split", columns, rows))
-    if left_whole := () if found["decisions"] else found.get("left_whole", ()):
+    if left_whole := () if decisions else calibration.get("left_whole", ()):
         rows = tuple((skip["node"], skip["reason"]) for skip in left_whole)
         columns = (Column("layer", "name"), Column("why", "words"))
         blocks.append(Table("Layers that were left whole", columns, rows))
     if full:
-        blocks.append(Text(f"Full range: {', '.join(full)}."))
+        blocks.append(Text(f"Activations that use all 256 codes: {', '.join(full)}."))
     return Section("decisions", title, tuple(blocks))
 
 
 def learned(run: RunContent) -> Section:
-    """Return what learning did, unit by unit."""
+    """Return the error of each learned unit before and after learning."""
     title = "Learned units"
     if run.calibrate.value is None:
         return Section("learned", title, absent=run.calibrate.reason)
-    found = run.calibrate.value["learned"]
-    if found is None:
+    learning = run.calibrate.value["learned"]
+    if learning is None:
         recipe = run.manifest.options["calibrate"]["recipe"]
         return Section("learned", title, absent=f"nothing was learned (recipe {recipe})")
-    units = found["units"]
+    units = learning["units"]
     scale = scale_of((u[key] for u in units for key in ("nearest", "learned")), is_log=True)
     columns = (
         Column("unit", "name"),
@@ -150,8 +154,8 @@ def learned(run: RunContent) -> Section:
     )
     rows = tuple(_unit_row(unit, scale) for unit in units)
     text = (
-        f"Error of the unit's output relative to the float net's, on {found['held_out']} "
-        "calibration images that nothing was learned from. The better of the two is kept."
+        f"The relative error of the unit's output against the float net, on {learning['held_out']} "
+        "calibration images that were held out from learning. The better of the two is kept."
     )
     legend = Legend((("before", "nearest"), ("after", "learned")))
     return Section("learned", title, (Text(text), legend, Table("Units", columns, rows)))
@@ -168,16 +172,16 @@ def _range_row(layer: LayerRanges) -> tuple[Cell, ...]:
     )
 
 
-def _strips(known: Mapping[str, Range], label: str) -> Markup:
+def _strips(ranges: Mapping[str, Range], label: str) -> Markup:
     kinds = {"identity": "identity", "1x1": "centre", "around": "around"}
-    rows = [(kinds[part], _triple(known.get(part))) for part in reversed(PARTS)]
-    words = [f"{part} {known[part].median:.3g}" for part in reversed(PARTS) if part in known]
+    rows = [(kinds[part], _triple(ranges.get(part))) for part in reversed(PARTS)]
+    words = [f"{part} {ranges[part].median:.3g}" for part in reversed(PARTS) if part in ranges]
     return strips(_CODES, rows, f"{label}: median codes {', '.join(words)}")
 
 
-def _triple(found: Range | None) -> tuple[float, float, float] | None:
-    """Return the ends of a bar; None where nothing is there at all."""
-    return None if found is None or found.high == 0 else (found.low, found.median, found.high)
+def _triple(codes: Range | None) -> tuple[float, float, float] | None:
+    """Return the low end, middle and high end of a bar; None if the part is empty."""
+    return None if codes is None or codes.high == 0 else (codes.low, codes.median, codes.high)
 
 
 def _noise_row(layer: JsonObject, keys: tuple[str, ...], scales: list[Scale]) -> tuple[Cell, ...]:
@@ -185,7 +189,7 @@ def _noise_row(layer: JsonObject, keys: tuple[str, ...], scales: list[Scale]) ->
     source = "-"
     if parts:
         source = f"{parts[0]['kind']} {100 * parts[0]['share']:.0f} %"
-        source += " (read off the kernel)" if layer["source"] == "kernel" else ""
+        source += " (estimated from the kernel)" if layer["source"] == "kernel" else ""
     form = "-" if layer["form"] == "none" else layer["form"]
     cells: list[Cell] = [layer["layer"], source, form]
     for key, scale in zip(keys, scales, strict=True):
@@ -196,30 +200,30 @@ def _noise_row(layer: JsonObject, keys: tuple[str, ...], scales: list[Scale]) ->
     return tuple(cells)
 
 
-def _corners(found: JsonObject) -> Table:
+def _corners(diagnosis: JsonObject) -> Table:
     rows = tuple(
         (
-            f"{corner['name']}, {'as the run was asked' if corner['prepared'] else 'plain'}",
+            f"{corner['name']}, {'with splits and ranges' if corner['prepared'] else 'plain'}",
             decibels(corner["sqnr_db"]),
             percent(corner["agreement"]),
         )
-        for corner in found["corners"]
+        for corner in diagnosis["corners"]
     )
     columns = (Column("net", "name"), Column("SQNR dB"), Column("agreement"))
-    return Table(f"On the {found['images']} calibration images", columns, rows)
+    return Table(f"On {diagnosis['images']} calibration images", columns, rows)
 
 
-def _decisions(found: list[JsonObject]) -> Table:
+def _decisions(decisions: list[JsonObject]) -> Table:
     forms = ("none", "identity", "coarse-fine")
     columns = (
         Column("layer", "name"),
         Column("chosen", "text"),
-        Column("costs, MACs"),
+        Column("extra MACs"),
         *(Column(f"noise, {'whole' if form == 'none' else form}") for form in forms),
         Column("why", "words"),
     )
     rows = []
-    for decision in found:
+    for decision in decisions:
         options = {option["form"]: option for option in decision["options"]}
         noises = (_relative(decision, options.get(form)) for form in forms)
         chosen = decision["form"]
@@ -237,12 +241,12 @@ def _relative(decision: JsonObject, option: JsonObject | None) -> str:
 
 def _unit_row(unit: JsonObject, scale: Scale) -> tuple[Cell, ...]:
     before, after = unit["nearest"], unit["learned"]
-    known = [value if value > 0 and math.isfinite(value) else None for value in (before, after)]
+    shown = [value if value > 0 and math.isfinite(value) else None for value in (before, after)]
     label = f"{unit['unit']}: {number(before)} to {number(after)}"
     return (
         unit["unit"],
         str(len(unit["layers"])),
-        change(scale, known[0], known[1], label),
+        change(scale, shown[0], shown[1], label),
         percent(before),
         percent(after),
         unit["kept"],

@@ -1,4 +1,4 @@
-"""What a page is made of; the template turns it into HTML and escapes every plain text."""
+"""The elements of a page; the template turns them into HTML and escapes all plain text."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal, TypeAlias
@@ -31,7 +31,7 @@ class Table:
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """One chart of many."""
+    """One chart with a title above and lines of text below."""
 
     title: str
     chart: Markup
@@ -40,7 +40,7 @@ class Figure:
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """Charts side by side, as many in a row as fit."""
+    """Charts side by side, as many in a row as the page is wide."""
 
     block: ClassVar[str] = "figures"  # for the template
 
@@ -49,7 +49,7 @@ class Figures:
 
 @dataclass(frozen=True, slots=True)
 class Legend:
-    """What the marks mean: class in the style sheet, text."""
+    """The meaning of marks, as pairs of a style sheet class and a text."""
 
     block: ClassVar[str] = "legend"  # for the template
 
@@ -70,7 +70,7 @@ Block: TypeAlias = Table | Figures | Legend | Text
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """One section of the page, or the reason why it is not there."""
+    """One section of the page, or the reason why it is empty."""
 
     id: str
     title: str
@@ -93,7 +93,7 @@ class Page:
 
     title: str
     subtitle: str
-    notes: tuple[str, ...]  # what is not as it should be
+    notes: tuple[str, ...]  # what the reader has to know about the state of the run
     tiles: tuple[Tile, ...]
     sections: tuple[Section, ...]
 
@@ -118,7 +118,7 @@ def percent(value: float | None) -> str:
 
 
 def size(num_bytes: int | None) -> str:
-    """Return a number of bytes for people.
+    """Return a number of bytes with a fitting unit.
 
     >>> size(120_000), size(423), size(None)
     ('117 KiB', '423 B', '-')

@@ -1,13 +1,14 @@
-"""Weight ranges of each convolution, in INT8 codes, before and after the splits; by its parts.
+"""Weight ranges of each convolution in INT8 codes, before and after the splits, part by part.
 
-The parts of a kernel are those that the branches of a rep block set: the diagonal of the centre tap
-(identity), the rest of the centre tap (1x1), the taps around it (k x k). Where no identity fits, or
-every channel has a kernel of its own, the centre tap is one part. For each output channel
+The parts of a kernel are where the branches of a rep block put their weights: the diagonal of the
+centre tap (identity branch), the rest of the centre tap (1x1), and the taps around it (k x k). If
+the layer cannot have an identity branch, or is depthwise, the centre tap is one part. For each
+output channel
 
     codes[o] = max |W[o, part]| / scale[o]
 
-with scale = amax / qmax of the fused float kernel before, and the INT8 file's own codes after: of a
-split layer those of the kernel that holds the rest. What equalization did to the channels is in it.
+Before: scale = amax / qmax of the fused float kernel. After: the codes in the INT8 file; for a
+split layer, those of the kernel that holds the remainder. They include equalization.
 """
 
 from collections.abc import Mapping
@@ -26,13 +27,13 @@ from reptrt.graph.splits import read_splits
 FloatArray = npt.NDArray[np.floating]
 Mask = npt.NDArray[np.bool_]
 
-PARTS = ("identity", "1x1", "around")  # of a kernel, each where that branch lies
+PARTS = ("identity", "1x1", "around")  # parts of a kernel, named after the branches
 _PERCENTILES = (5, 50, 95)
 
 
 @dataclass(frozen=True, slots=True)
 class Range:
-    """Of one value for each output channel: 5th percentile, median, 95th percentile."""
+    """The 5th percentile, median and 95th percentile of one value over the output channels."""
 
     low: float
     median: float
@@ -41,17 +42,17 @@ class Range:
 
 @dataclass(frozen=True, slots=True)
 class LayerRanges:
-    """One convolution."""
+    """The ranges of one convolution."""
 
     layer: str
     form: str  # "none", "identity", "identity-scalar" or "coarse-fine"
     before: Mapping[str, Range]  # part -> codes of the fused kernel
-    after: Mapping[str, Range]  # part -> codes of the kernel in the INT8 file; {}: left in float
+    after: Mapping[str, Range]  # part -> codes in the INT8 file; {}: the layer stays in float
     branches: Mapping[str, Range]  # kind of branch -> its largest weights; {}: not recorded
 
 
 def weight_ranges(float_onnx: Path, int8_onnx: Path, weight_bits: int) -> tuple[LayerRanges, ...]:
-    """Return the ranges of every convolution with a kernel that has a centre.
+    """Return the ranges of every convolution whose kernel has an odd size.
 
     Raises:
         ArtifactError: a file cannot be read.
@@ -60,7 +61,7 @@ def weight_ranges(float_onnx: Path, int8_onnx: Path, weight_bits: int) -> tuple[
     splits = {split.layer: split for split in read_splits(quantized)}
     after, branches = layer_weights(quantized), read_provenance(fused)
     grid, groups = Grid.weight(weight_bits), _groups(fused)
-    found = []
+    layers = []
     for name, weight in layer_weights(fused).items():
         shape = weight.values.shape
         if name in groups and len(shape) == 4 and shape[2] % 2 == 1 and shape[3] % 2 == 1:
@@ -68,7 +69,7 @@ def weight_ranges(float_onnx: Path, int8_onnx: Path, weight_bits: int) -> tuple[
             kernel = after.get(name if split is None else split.main)
             has_codes = kernel is not None and kernel.form == f"int8 {'x'.join(map(str, shape))}"
             scale = np.asarray(scale_from_amax(channel_amax(weight.values, 0), grid))
-            found.append(
+            layers.append(
                 LayerRanges(
                     layer=name,
                     form="none" if split is None else split.form,
@@ -77,7 +78,7 @@ def weight_ranges(float_onnx: Path, int8_onnx: Path, weight_bits: int) -> tuple[
                     branches=_branches(branches.get(name, ())),
                 )
             )
-    return tuple(found)
+    return tuple(layers)
 
 
 def _groups(net: Net) -> dict[str, int]:
@@ -87,19 +88,19 @@ def _groups(net: Net) -> dict[str, int]:
 
 
 def _parts(codes: FloatArray, masks: Mapping[str, Mask]) -> dict[str, Range]:
-    """Return the range of each part, over the output channels that hold anything at all."""
+    """Return the range of each part over the output channels that have a nonzero weight."""
     magnitude = np.abs(codes.astype(np.float64))
     alive = magnitude.reshape(len(magnitude), -1).any(axis=1)
-    found = {}
+    ranges = {}
     for part, mask in masks.items():
         if mask.any() and alive.any():
             largest = (magnitude * mask).reshape(len(magnitude), -1).max(axis=1)
-            found[part] = _range(largest[alive])
-    return found
+            ranges[part] = _range(largest[alive])
+    return ranges
 
 
 def _masks(shape: tuple[int, ...], groups: int) -> dict[str, Mask]:
-    """Return where the parts of a kernel (O, I / groups, kH, kW) lie."""
+    """Return a mask for each part of a kernel (O, I / groups, kH, kW)."""
     centre = np.zeros(shape, dtype=bool)
     row, column = shape[2] // 2, shape[3] // 2
     centre[:, :, row, column] = True
@@ -112,7 +113,7 @@ def _masks(shape: tuple[int, ...], groups: int) -> dict[str, Mask]:
 
 
 def _branches(branches: tuple[Branch, ...]) -> dict[str, Range]:
-    """Return the largest weights of each kind; branches of one kind add up."""
+    """Return the range of the largest weights of each kind of branch; same kinds are summed."""
     sums: dict[str, FloatArray] = {}
     for branch in branches:
         values = branch.amax if branch.diagonal is None else branch.diagonal

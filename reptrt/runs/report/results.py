@@ -22,61 +22,63 @@ from reptrt.runs.report.page import (
 
 
 def tiles(run: RunContent) -> tuple[Tile, ...]:
-    """Return the numbers that come first: accuracy, closeness, latency, size."""
-    found: list[Tile] = []
+    """Return the numbers at the top of the page: accuracy, SQNR, agreement, latency, size."""
+    summary: list[Tile] = []
     if run.eval.value is not None:
         results = run.eval.value["results"]
-        found += _accuracy_tiles(results[0], results[-1])
+        summary += _accuracy_tiles(results[0], results[-1])
     if run.bench.value is not None:
-        found += [_latency_tile(row) for row in run.bench.value["results"] if _is_int8(row)]
+        summary += [_latency_tile(row) for row in run.bench.value["results"] if _is_int8(row)]
     sizes = {file.stage: file.size_bytes for file in run.files}
     before, after = sizes.get("export"), sizes.get("calibrate")
     if before and after:
         detail = f"{size(before)} float, {size(after)} INT8"
-        found.append(Tile("Size of the ONNX file", f"{after / before:.2f} x", detail))
-    return tuple(found)
+        summary.append(Tile("Size of the ONNX file", f"{after / before:.2f} x", detail))
+    return tuple(summary)
 
 
 def accuracy(run: RunContent) -> Section:
-    """Return the ladder, or what was judged at the end if there is none."""
+    """Return the ladder if it was computed, else the evaluation of the final files."""
     if run.ladder.value is not None:
         return Section("accuracy", "Accuracy, step by step", _ladder(run.ladder.value))
     if run.eval.value is None:
         return Section("accuracy", "Accuracy", absent=run.eval.reason)
-    why = Text(f"The ladder, which shows what each step loses, is not here: {run.ladder.reason}.")
+    why = Text(f"The ladder, which shows what each step loses, is missing: {run.ladder.reason}.")
     return Section("accuracy", "Accuracy", (_judged(run.eval.value), why))
 
 
 def latency(run: RunContent) -> Section:
-    """Return the timings, a table for each batch size."""
+    """Return the timings, one table for each batch size."""
     bench = run.bench.value
     if bench is None:
         return Section("latency", "Latency", absent=run.bench.reason)
     blocks: list[Block] = [
         Text(
-            f"{bench['cpu']}. Runs of all files are interleaved. The dot is the median, the line "
-            "its 95 % interval; the ratio is to the first file's time in the same round."
+            f"{bench['cpu']}. The runs of all files are interleaved. A dot is the median, its line "
+            "the 95 % confidence interval; the ratio divides a file's time by the first file's "
+            "time in the same round."
         )
     ]
     for batch in sorted({row["batch"] for row in bench["results"]}):
         rows = [row for row in bench["results"] if row["batch"] == batch]
         blocks.append(_timings(batch, rows))
-    blocks += [Text(f"Disturbed: {remark}.") for remark in bench["remarks"]]
+    blocks += [Text(f"The measurement was disturbed: {remark}.") for remark in bench["remarks"]]
     return Section("latency", "Latency", tuple(blocks))
 
 
 def _accuracy_tiles(reference: JsonObject, judged: JsonObject) -> list[Tile]:
-    found = []
+    summary = []
     if judged["top1"] is not None:
         points = 100 * (judged["top1"] - reference["top1"])
         detail = f"float {percent(reference['top1'])}, {points:+.2f} points"
-        found.append(Tile("Top-1", percent(judged["top1"]), detail))
+        summary.append(Tile("Top-1", percent(judged["top1"]), detail))
     if judged["sqnr_db"] is not None:
         detail = f"of the outputs, on {judged['images']} images"
-        found.append(Tile("SQNR", f"{judged['sqnr_db']:.2f} dB", detail))
+        summary.append(Tile("SQNR", f"{judged['sqnr_db']:.2f} dB", detail))
     if judged["agreement"] is not None:
-        found.append(Tile("Agreement", percent(judged["agreement"]), "same class as the float net"))
-    return found
+        agreement = percent(judged["agreement"])
+        summary.append(Tile("Agreement", agreement, "same class as the float net"))
+    return summary
 
 
 def _is_int8(row: JsonObject) -> bool:
@@ -84,8 +86,8 @@ def _is_int8(row: JsonObject) -> bool:
 
 
 def _latency_tile(row: JsonObject) -> Tile:
-    sure = f"{row['ratio_low']:.3f} to {row['ratio_high']:.3f}, of float in {row['runner']}"
-    return Tile(f"Latency, batch {row['batch']}", f"{row['ratio']:.3f} x", sure)
+    interval = f"{row['ratio_low']:.3f} to {row['ratio_high']:.3f}, of float in {row['runner']}"
+    return Tile(f"Latency, batch {row['batch']}", f"{row['ratio']:.3f} x", interval)
 
 
 def _ladder(ladder: JsonObject) -> tuple[Block, ...]:
@@ -107,10 +109,11 @@ def _ladder(ladder: JsonObject) -> tuple[Block, ...]:
     )
     rows = tuple(_rung(rung, scale) for rung in rungs)
     text = (
-        f"{ladder['images']} images; outputs up to {number(ladder['largest_output'], 3)}. The "
-        "first columns compare a form with the first one, those of this step with the one above."
+        f"Measured on {ladder['images']} images; the largest |output| is "
+        f"{number(ladder['largest_output'], 3)}. The last four columns compare each form with the "
+        "form in the row above, the columns before them with the first form."
     )
-    reasons = [Text(f"{r['name']}: not run: {r['not_run']}") for r in rungs if r["not_run"]]
+    reasons = [Text(f"{r['name']} was not run: {r['not_run']}") for r in rungs if r["not_run"]]
     return (Text(text), Table("What each step loses", columns, rows), *reasons)
 
 
@@ -131,7 +134,7 @@ def _rung(rung: JsonObject, scale: Scale) -> tuple[Cell, ...]:
 
 
 def _distance(distance: Mapping[str, Any] | None) -> tuple[str, str, str]:
-    """Return SQNR, agreement and largest difference for people."""
+    """Return SQNR, agreement and largest difference as text."""
     if distance is None:
         return "-", "-", "-"
     equal = distance["max_difference"] == 0
@@ -160,7 +163,7 @@ def _judged(content: JsonObject) -> Table:
         for row in content["results"]
     )
     columns = (Column("file", "name"), *(Column(title) for title in titles))
-    return Table("Judged on the same images", columns, rows)
+    return Table("Evaluated on the same images", columns, rows)
 
 
 def _timings(batch: int, rows: list[JsonObject]) -> Table:
@@ -199,4 +202,4 @@ def _timing(row: JsonObject, scale: Scale) -> tuple[Cell, ...]:
     )
 
 
-BEFORE_AFTER = Legend((("before", "as it is"), ("after", "as calibrated")))
+BEFORE_AFTER = Legend((("before", "plain"), ("after", "as calibrated")))
