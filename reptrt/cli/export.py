@@ -21,7 +21,7 @@ def weights_option(command: F) -> F:
         "--weights",
         type=PATH,
         metavar="CKPT",
-        help="State dict (.pt, .pth or .safetensors), read as data: no code in it is run.",
+        help="Checkpoint (.pt, .pth or .safetensors), read as data: no code in it is run.",
     )(command)
 
 
@@ -39,8 +39,9 @@ def source_of(name: str, values: dict[str, Any]) -> Any:
 def export(source: str, output: Path, json_path: str | None, **values: Any) -> None:
     """Write SOURCE as one fused float ONNX file, proved equal to the original.
 
-    SOURCE is a zoo name (repvgg, mobileone, repvgg_a0, ...), FILE.py:FACTORY, MODULE:FACTORY or
-    an .onnx file, in train form or fused. Rep blocks are recognised by algebra, not by name.
+    SOURCE is a zoo name (repvgg, mobileone, repvgg_a0, ...), timm:NAME, FILE.py:FACTORY,
+    MODULE:FACTORY or an .onnx file, in train form or fused. Rep blocks are recognised by algebra,
+    not by name.
     """
     from reptrt import pipeline
 

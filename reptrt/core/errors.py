@@ -1,24 +1,24 @@
-"""The failures reptrt states itself; anything else that escapes is a bug and keeps its traceback.
+"""The exceptions that reptrt raises on purpose; any other exception is a bug.
 
     ReptrtError
     ├── ConfigError             an option that cannot work
     ├── ArtifactError           a file that cannot be read, written or trusted
-    │   └── CheckpointError     ... a checkpoint
+    │   └── CheckpointError     a checkpoint that cannot be read or does not fit
     ├── DataError               images or arrays that cannot be used
-    ├── RewriteError            a graph that cannot be rewritten as asked
-    ├── CalibrationError        numbers from which no scale follows
-    ├── EngineError             TensorRT refused, or an engine does not fit
+    ├── RewriteError            a graph that cannot be rewritten as requested
+    ├── CalibrationError        values that yield no scale
+    ├── EngineError             TensorRT refused a graph, or an engine does not fit this machine
     └── MissingDependencyError  an optional package is not installed
 
-A message is one line: where (file, layer or tensor), what was got, what was expected, what to do.
-A message that names an option writes it with `option`, so that a program reads the name of the
-parameter and the command line prints its flag.
+A message is one line: where (file, layer or tensor), what it got, what it expected, what to do. A
+message names options with `option`: a program then reads the name of the parameter, and the command
+line prints the flag.
 """
 
 import re
 from collections.abc import Callable
 
-_OPEN, _CLOSE = "\ue000", "\ue001"  # private code points: no message holds them otherwise
+_OPEN, _CLOSE = "\ue000", "\ue001"  # private code points, which no message contains otherwise
 _OPTION = re.compile(f"{_OPEN}(\\w+)(?:=([^{_CLOSE}]*))?{_CLOSE}")
 
 
@@ -49,7 +49,7 @@ def flag_of(name: str) -> str:
 
 
 class ReptrtError(Exception):
-    """A stated failure: the command line prints its one line and exits with 1."""
+    """A failure with a message of one line: the command line prints it and exits with 1."""
 
     def __str__(self) -> str:
         """Return the message as a program reads it: options by the names of their parameters."""
@@ -97,11 +97,11 @@ class DataError(ReptrtError):
 
 
 class RewriteError(ReptrtError):
-    """A graph that cannot be rewritten as asked, or a rewrite that changed its output."""
+    """A graph that cannot be rewritten as requested, or a rewrite that changed its output."""
 
 
 class CalibrationError(ReptrtError):
-    """Numbers from which no scale follows."""
+    """Values that yield no scale."""
 
 
 class EngineError(ReptrtError):

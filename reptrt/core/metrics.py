@@ -1,4 +1,4 @@
-"""How close two outputs are."""
+"""Measures of accuracy, and of how close two outputs are."""
 
 import numpy as np
 import numpy.typing as npt
@@ -11,9 +11,9 @@ def sqnr_db(reference: FloatArray, output: FloatArray) -> float:
 
         SQNR = 10 log10( sum reference^2 / sum (reference - output)^2 )
 
-    Arrays of one shape, any shape; sums run in float64 over all elements. 20 dB is an error of a
-    tenth of the signal, 6 dB more is half of that. Equal arrays give +inf, a reference of zeros
-    gives -inf.
+    Both arrays have the same shape; sums are over all elements, in float64. At 20 dB the error is a
+    tenth of the signal, and each further 6 dB halves it. Equal arrays give +inf; a reference of
+    zeros gives -inf.
     """
     signal = np.asarray(reference, dtype=np.float64)
     noise = np.sum(np.square(signal - np.asarray(output, dtype=np.float64)))
@@ -21,7 +21,7 @@ def sqnr_db(reference: FloatArray, output: FloatArray) -> float:
 
 
 def db_from_powers(signal: float, noise: float) -> float:
-    """Return 10 log10(signal / noise): +inf without noise, -inf with noise alone."""
+    """Return 10 log10(signal / noise): +inf if noise is 0, -inf if only the signal is 0."""
     if noise == 0.0:
         return float("inf")
     return float(10.0 * np.log10(signal / noise)) if signal > 0 else float("-inf")
@@ -35,5 +35,5 @@ def top_k_accuracy(logits: FloatArray, labels: npt.NDArray[np.integer], k: int) 
 
 
 def agreement(reference: FloatArray, output: FloatArray) -> float:
-    """Return the fraction of rows with the same arg max in both, shapes (N, C)."""
+    """Return the fraction of rows with the same arg max in both arrays, of shape (N, C)."""
     return float((reference.argmax(axis=1) == output.argmax(axis=1)).mean())
