@@ -53,7 +53,7 @@ class EngineDetails:
 
     backend: str  # "tensorrt" or "tensorrt-rtx"
     backend_version: str
-    targets: tuple[str, ...]  # compute capabilities; (): tensorrt-rtx's default, sm80 and later
+    targets: tuple[str, ...]  # compute capabilities; (): those of tensorrt-rtx from sm80 on
     inputs: tuple[TensorInfo, ...]
     outputs: tuple[TensorInfo, ...]
     profile: Mapping[str, ShapeRange]  # of every input that has a dimension of -1

@@ -264,7 +264,7 @@ def _check_portable(backend: Backend, options: BuildOptions, gpu: Gpu | str) -> 
     if options.hardware_compatible != "none":
         raise ConfigError(
             f"{option('hardware_compatible')}: {backend.label} takes {option('targets')} instead "
-            f"(any of {supported}); its default already runs on sm80 and later"
+            f"(any of {supported}); its default runs on those from sm80 on"
         )
     if options.version_compatible:
         raise ConfigError(

@@ -240,7 +240,7 @@ def _readme(model: _Model) -> str:
         for tensor in tensors
     ]
     batch = f"Batches of 1 to {model.max_batch_size}; the shapes below are those of one image."
-    targets = ", ".join(details.targets) or "sm80 and later"
+    targets = ", ".join(details.targets) or "every GPU from sm80 on that tensorrt-rtx runs on"
     warning = _warning(model.header)
     parts = [
         f"# {model.name}",
