@@ -1,4 +1,4 @@
-"""The named choices that options take; importing this loads nothing."""
+"""The values of options that are a choice; importing this loads nothing heavy."""
 
 from typing import Literal
 

@@ -1,4 +1,4 @@
-"""Percentiles of samples, and how sure they are: bootstrap intervals."""
+"""Percentiles of samples, with bootstrap intervals."""
 
 import math
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ class Interval:
 def percentile_interval(
     samples: Float64Array, percent: float, rng: np.random.Generator
 ) -> Interval:
-    """Return a percentile of samples (n,), 0..100, and its 95 % bootstrap interval."""
+    """Return the ``percent``-th percentile (0..100) of samples (n,) and its 95 % interval."""
     low, high = np.percentile(resampled_percentiles(samples, percent, rng), (2.5, 97.5))
     return Interval(float(np.percentile(samples, percent)), float(low), float(high))
 
@@ -31,11 +31,12 @@ def percentile_interval(
 def resampled_percentiles(
     samples: Float64Array, percent: float, rng: np.random.Generator
 ) -> Float64Array:
-    """Return a percentile of `RESAMPLES` resamples of samples (n,), without making the resamples.
+    """Return the percentile of `RESAMPLES` resamples of samples (n,), shape (RESAMPLES,).
 
-    A percentile lies between the k-th smallest value and the next. Drawing n of n sorted samples
-    with replacement takes the indices floor(n U) of n uniform numbers U. The k-th smallest U is
-    Beta(k, n + 1 - k) distributed, and the smallest of the n - k above it is
+    The resamples are not drawn; the distribution of their percentile is sampled directly. A
+    percentile lies between the k-th smallest value and the next one. Drawing n of n sorted samples
+    with replacement means to take the indices floor(n U) for n uniform numbers U. The k-th smallest
+    U has the distribution Beta(k, n + 1 - k), and the smallest of the n - k numbers above it is
     U_k + (1 - U_k) (1 - R^(1 / (n - k))) with R uniform.
     """
     ordered = np.sort(samples)

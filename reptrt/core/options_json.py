@@ -1,8 +1,8 @@
-"""Options as JSON values and back, for any dataclass, by its fields and their types.
+"""Convert options, and any other dataclass, to JSON values and back.
 
-Understood are dataclasses, tuples, mappings, paths, literals, optional values, plain numbers, texts
-and truth values; a dataclass with a text form (`HasTextForm`) is written as that text. Nothing is
-guessed: a field that is unknown, missing or of another type is an error, because a default that
+Fields may be dataclasses, tuples, mappings, paths, literals, optional values, numbers, strings and
+booleans; a dataclass with a text form (`HasTextForm`) is written as that text. Reading is strict: a
+field that is unknown, missing or of another type is an error, because otherwise a default that
 changed between two versions would go unnoticed.
 """
 
@@ -38,7 +38,7 @@ class HasTextForm(Protocol):
 
 
 def json_from_options(value: Any) -> Any:
-    """Return a dataclass, and everything in it, as JSON values."""
+    """Return a dataclass, with everything in it, as JSON values."""
     if is_dataclass(value) and not isinstance(value, type):
         if isinstance(value, HasTextForm):
             return str(value)
@@ -56,24 +56,24 @@ def options_from_json(kind: type[Options], content: Any, where: str) -> Options:
     Args:
         kind: the dataclass.
         content: its JSON values.
-        where: what is read, for messages.
+        where: name of the content, for messages.
 
     Raises:
         ArtifactError: a field is unknown, missing, or of another type; names it.
-        ConfigError: the values are refused by the dataclass itself.
+        ConfigError: the dataclass refuses the values.
     """
     if not isinstance(content, dict):
         raise _unexpected(where, content, "an object")
     hints = get_type_hints(kind)
-    known = {item.name for item in fields(kind)}  # type: ignore[arg-type]  # a dataclass
-    unknown, missing = sorted(content.keys() - known), sorted(known - content.keys())
+    names = {item.name for item in fields(kind)}  # type: ignore[arg-type]  # a dataclass
+    unknown, missing = sorted(content.keys() - names), sorted(names - content.keys())
     if unknown or missing:
-        what = f"unknown field {unknown[0]}" if unknown else f"no field {missing[0]}"
+        defect = f"unknown field {unknown[0]}" if unknown else f"no field {missing[0]}"
         raise ArtifactError(
-            f"{where}: {what}; it was written by another version of reptrt: use that version"
+            f"{where}: {defect}; it was written by another version of reptrt: use that version"
         )
     values = {
-        name: value_from_json(hints[name], content[name], f"{where}.{name}") for name in known
+        name: value_from_json(hints[name], content[name], f"{where}.{name}") for name in names
     }
     return kind(**values)
 
@@ -136,7 +136,7 @@ def _mapping(kinds: tuple[Any, ...], content: Any, where: str) -> dict[str, Any]
 
 
 def _plain(kind: Any, content: Any, where: str) -> Any:
-    """Return a number, text, truth value or path; a whole number will do for a float."""
+    """Return a number, string, boolean or path; an integer is accepted for a float."""
     accepted = {float: (int, float), Path: (str,)}.get(kind, (kind,))
     if not isinstance(content, accepted) or (isinstance(content, bool) and kind is not bool):
         raise _unexpected(where, content, f"a value of type {kind.__name__}")

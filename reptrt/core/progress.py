@@ -1,4 +1,4 @@
-"""A progress bar on stderr: only on a terminal, and only for work that takes a second or more."""
+"""A progress bar on stderr, shown on a terminal only, for work that takes a second or more."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -18,13 +18,13 @@ def track(
     label: str | Callable[[], str],
     console: Console | None = None,
 ) -> Iterator[Item]:
-    """Yield the items unchanged and show how many of ``total`` are done; the bar goes at the end.
+    """Yield the items unchanged and show how many of ``total`` are done; the bar is then removed.
 
     Args:
-        iterable: the work; the bar moves when the next item is asked for.
+        iterable: the work; the bar advances when the next item is requested.
         total: the number of items.
-        label: what is done, in a word or two; a function is asked again after every item.
-        console: where to draw; None is stderr.
+        label: name of the work, in a word or two; a function is called again after each item.
+        console: where to draw the bar; None: stderr.
     """
     console = console or Console(stderr=True)
     if not console.is_terminal:

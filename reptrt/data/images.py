@@ -20,7 +20,7 @@ import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
 from reptrt.core.choices import Resize
-from reptrt.core.errors import DataError
+from reptrt.core.errors import DataError, option
 from reptrt.graph.preprocess import Preprocess, crop_cover
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff"})
@@ -197,7 +197,8 @@ def _resize_for(
         more = ", ..." if len(found) > NAMED else ""
         raise DataError(
             f"{folder}: images of {len(found)} sizes: {named}{more}; the net takes {_text(wanted)} "
-            "and does not resize: export it with --resize crop or --resize stretch"
+            f"and does not resize: export it with {option('resize', 'crop')} or "
+            f"{option('resize', 'stretch')}"
         )
     height, width = next(iter(found))
     fit: Resize = "stretch" if height * wanted[1] == width * wanted[0] else "crop"

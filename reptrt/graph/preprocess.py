@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, get_args
 
 from reptrt.core.choices import Resize
-from reptrt.core.errors import ConfigError, ReptrtError
+from reptrt.core.errors import ConfigError, ReptrtError, option
 from reptrt.core.options_json import options_from_json
 from reptrt.graph.net import Net, get_json, set_json
 
@@ -40,14 +40,17 @@ class Preprocess:
         for name, values in (("mean", self.mean), ("std", self.std)):
             if len(values) != self.channels:
                 raise ConfigError(
-                    f"--{name}: got {len(values)} values, expected {self.channels}, one per channel"
+                    f"{option(name)}: got {len(values)} values, expected {self.channels}, one per "
+                    "channel"
                 )
         if not all(math.isfinite(value) for value in self.mean):
-            raise ConfigError(f"--mean: got {self.mean}, expected numbers")
+            raise ConfigError(f"{option('mean')}: got {self.mean}, expected numbers")
         if not all(math.isfinite(value) and value > 0 for value in self.std):
-            raise ConfigError(f"--std: got {self.std}, expected positive numbers")
+            raise ConfigError(f"{option('std')}: got {self.std}, expected positive numbers")
         if self.resize not in get_args(Resize):
-            raise ConfigError(f"--resize: got {self.resize!r}, expected one of {get_args(Resize)}")
+            raise ConfigError(
+                f"{option('resize')}: got {self.resize!r}, expected one of {get_args(Resize)}"
+            )
 
     @staticmethod
     def plain(channels: int, height: int, width: int) -> "Preprocess":
@@ -95,7 +98,7 @@ def read_preprocess(net: Net) -> Preprocess:
     if len(shape) != 4 or not all(isinstance(size, int) and size > 0 for size in shape[1:]):
         raise ConfigError(
             f"input {tensor.name}: shape is {list(shape)}, expected (N, C, H, W) with C, H, W "
-            "fixed; export the ONNX file with --input-size"
+            f"fixed; export the ONNX file with {option('input_size')}"
         )
     return Preprocess.plain(*shape[1:])
 

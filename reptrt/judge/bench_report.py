@@ -1,4 +1,4 @@
-"""What timing files side by side gives.
+"""The report of timing files side by side.
 
 The JSON form of a report:
 
@@ -13,9 +13,9 @@ The JSON form of a report:
 
 ``low`` and ``high`` bound a 95 % bootstrap interval. ``ratio`` is the median over rounds of (time
 of this file / time of the baseline in the same round); below 1 is faster than the baseline; null
-without one. ``before`` is when everything was warm, ``after`` right after the last run; what cannot
-be read is null (`reptrt.trt.machine`). ``explanations`` say why a file is not clearly faster than
-the baseline (`reptrt.judge.explain`).
+without one. ``before`` was read when all files were warm, ``after`` right after the last run; what
+could not be read is null (`reptrt.trt.machine`). ``explanations`` say why a file is not clearly
+faster than the baseline (`reptrt.judge.explain`).
 """
 
 from dataclasses import asdict, dataclass
@@ -35,9 +35,9 @@ class Timing:
     runner: str
     device: str
     threads: int | None
-    host_copies: bool | None  # whether a sample has the copies from and to the host; None on a CPU
+    host_copies: bool | None  # whether samples include copies between host and GPU; None on a CPU
     batch: int
-    rounds: int  # samples
+    rounds: int  # number of samples
     median_ms: float
     median_low_ms: float
     median_high_ms: float
@@ -50,7 +50,7 @@ class Timing:
     p99_ms: float
     p99_low_ms: float
     p99_high_ms: float
-    throughput_ips: float  # images a second at the median
+    throughput_ips: float  # images per second at the median
     ratio: float | None = None  # time / time of the baseline
     ratio_low: float | None = None
     ratio_high: float | None = None
@@ -76,12 +76,12 @@ class Explanation:
 
 @dataclass(frozen=True, slots=True, repr=False)
 class BenchReport(Result):
-    """Timings by batch size, then by file in the order they were given; and the conditions."""
+    """Timings, by batch size and then in the order of the files, and the conditions."""
 
     results: tuple[Timing, ...]
     baseline: str | None
     cpu: str
-    onnxruntime: str | None  # version; None if only engines ran
+    onnxruntime: str | None  # version; None: only engines ran
     seed: int
     warmup_seconds: float
     min_seconds: float

@@ -1,4 +1,4 @@
-"""Judge files on the same images: accuracy against labels, and closeness to a reference.
+"""Judge files on the same images: accuracy against labels, and distance from a reference.
 
 The JSON form of a report:
 
@@ -39,14 +39,14 @@ Float32Array = npt.NDArray[np.float32]
 
 @dataclass(frozen=True, slots=True)
 class FileResult:
-    """What one file achieves; None where it cannot be known, see the module."""
+    """The result of one file; None where it cannot be known, see the module."""
 
     file: str
     images: int
     top1: float | None  # fraction 0..1
     top5: float | None  # fraction 0..1
     agreement: float | None  # fraction of images with the reference's arg max
-    sqnr_db: float | None  # of the outputs against the reference's; may be +inf
+    sqnr_db: float | None  # outputs against the reference's; may be +inf
     identical: bool | None  # whether every output equals the reference's
 
     def to_dict(self) -> dict[str, Any]:
@@ -65,7 +65,7 @@ class FileResult:
 
 @dataclass(frozen=True, slots=True, repr=False)
 class EvalReport(Result):
-    """One result for each file, in the order they were given."""
+    """One result for each file, in the order of the files."""
 
     results: tuple[FileResult, ...]
 
@@ -159,13 +159,13 @@ def run_dataset(runners: Sequence[Runner], dataset: Dataset, batch_size: int) ->
 
 
 def preprocess_of(network: Network, reference: Network | None = None) -> Preprocess:
-    """Return how a network wants its images prepared.
+    """Return how the images of a network are to be prepared.
 
-    An ONNX model says so in its metadata. An engine cannot: its sidecar does, or else the
-    reference stands in.
+    For an ONNX model the metadata say so. An engine has none: its sidecar is read, or else the
+    reference's metadata.
 
     Raises:
-        ConfigError: an engine without a word about it.
+        ConfigError: nothing says how the images of an engine are prepared.
     """
     if not (isinstance(network, Path) and is_engine(network)):
         return read_preprocess(net_from_model(proto_of(network)))
@@ -215,7 +215,7 @@ def _judge(
     if bad:
         raise ArtifactError(
             f"{name}: NaN or infinite outputs on {bad} of {len(outputs)} images; the net is broken "
-            "or its inputs are on another scale than it expects"
+            "or expects inputs on another scale"
         )
     if reference is not None and reference.shape != outputs.shape:
         raise ConfigError(

@@ -1,6 +1,6 @@
-"""Forms of one net on the same images, each compared with the first and with the one before it.
+"""Run the forms of one net on the same images; compare each with the first and with the previous.
 
-Outputs of three forms are kept at a time.
+Outputs of three forms are kept in memory at a time.
 """
 
 import math
@@ -27,12 +27,12 @@ _NOT_COMPARED = ("-",) * 4
 
 @dataclass(frozen=True, slots=True)
 class Distance:
-    """How far the outputs of a rung are from those of another."""
+    """The distance between the outputs of two rungs."""
 
     max_difference: float  # in units of the output
     sqnr_db: float | None  # None: all outputs are equal
-    agreement: float | None  # fraction of images with the same arg max; None: no classifier
-    top1_change: float | None  # of the fraction; None: no labels, or no classifier
+    agreement: float | None  # fraction of images with the same arg max; None: not a classifier
+    top1_change: float | None  # change of the fraction; None: no labels, or not a classifier
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,10 +41,10 @@ class Rung:
 
     name: str
     runs_in: str
-    top1: float | None = None  # fraction; None: no labels, no classifier, or not run
-    from_first: Distance | None = None  # None: it is the first, or not run
+    top1: float | None = None  # fraction; None: no labels, not a classifier, or not run
+    from_first: Distance | None = None  # None: this is the first rung, or it was not run
     from_before: Distance | None = None
-    not_run: str | None = None  # the reason
+    not_run: str | None = None  # why it was not run; None: it was run
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -53,7 +53,7 @@ class Ladder(Result):
 
     rungs: tuple[Rung, ...]
     images: int
-    largest_output: float  # of the first rung: the measure of differences
+    largest_output: float  # largest output of the first rung, as a measure for differences
 
     def to_dict(self) -> dict[str, Any]:
         """Return the ladder as JSON values."""
@@ -85,16 +85,16 @@ class Step(NamedTuple):
     name: str
     runs_in: str
     open: Callable[[], Runner]
-    may_fail: bool = False  # for want of a TensorRT or a GPU
+    may_fail: bool = False  # without TensorRT or a GPU, the rung is reported as not run
 
 
 def measure(steps: Iterable[Step], dataset: Dataset) -> Ladder:
     """Run every form on all images, one after the other.
 
     Raises:
-        ArtifactError: a form gives NaN or infinity, or outputs of another shape than the first.
-        DataError: a label is beyond the net's classes.
-        ReptrtError: a form that may not fail cannot be run.
+        ArtifactError: outputs are NaN or infinite, or have another shape than the first form's.
+        DataError: a label is larger than the net's number of classes allows.
+        ReptrtError: a form cannot be run, and is not one that may fail.
     """
     rungs: list[Rung] = []
     first: Float32Array | None = None
@@ -151,13 +151,13 @@ def _rung(
 
 def _distance(reference: Float32Array, outputs: Float32Array, dataset: Dataset) -> Distance:
     ratio = sqnr_db(reference, outputs)
-    one, other = _top1(reference, dataset), _top1(outputs, dataset)
+    top1_before, top1 = _top1(reference, dataset), _top1(outputs, dataset)
     rows, expected = _rows(outputs), _rows(reference)
     return Distance(
         max_difference=float(np.abs(outputs.astype(np.float64) - reference).max(initial=0.0)),
         sqnr_db=ratio if math.isfinite(ratio) else None,
         agreement=None if rows is None or expected is None else agreement(expected, rows),
-        top1_change=None if one is None or other is None else other - one,
+        top1_change=None if top1_before is None or top1 is None else top1 - top1_before,
     )
 
 
@@ -174,13 +174,13 @@ def _top1(outputs: Float32Array, dataset: Dataset) -> float | None:
 
 
 def _rows(outputs: Float32Array) -> Float32Array | None:
-    """Return the outputs (N, classes, 1, ...) as (N, classes); None: they are something else."""
+    """Return the outputs (N, classes, 1, ...) as (N, classes); None: they have another shape."""
     rows = outputs.reshape(len(outputs), -1)
     return rows if outputs.ndim > 1 and rows.shape[1] == outputs.shape[1] else None
 
 
 def _cells(distance: Distance | None) -> tuple[str, ...]:
-    """Return top-1 change, agreement, SQNR and largest difference for people."""
+    """Return top-1 change, agreement, SQNR and largest difference as texts."""
     if distance is None:
         return _NOT_COMPARED
     top1, same, ratio = distance.top1_change, distance.agreement, distance.sqnr_db

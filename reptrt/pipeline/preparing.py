@@ -40,7 +40,7 @@ class Prepared:
 
     equalized: int  # tensors whose channels were given equal ranges
     splits: tuple[Split, ...]
-    decisions: tuple[Decision, ...]  # of --split auto
+    decisions: tuple[Decision, ...]  # made where splits are chosen automatically
     left_whole: tuple[Skipped, ...]  # layers that are not split although a form was asked for
     ranges: tuple[RangeDecision, ...]  # of all activations that can take all codes
     overhead: float  # extra multiply-accumulates that were chosen, of the net's own

@@ -25,7 +25,7 @@ import numpy.typing as npt
 import onnx
 import onnx_graphsurgeon as gs
 
-from reptrt.core.errors import RewriteError
+from reptrt.core.errors import RewriteError, option
 from reptrt.graph.net import (
     WEIGHTED_OPS,
     Net,
@@ -93,7 +93,8 @@ def _typed_graph(net: Net) -> gs.Graph:
         except RuntimeError as err:
             raise RewriteError(
                 f"graph {net.graph.name}: opset {opset} cannot be converted to {_OPSET}, which "
-                f"FP16 scales need ({' '.join(str(err).split())}); export with --opset {_OPSET}"
+                f"FP16 scales need ({' '.join(str(err).split())}); export with "
+                f"{option('opset', _OPSET)}"
             ) from err
         model = onnx.shape_inference.infer_shapes(model)
     graph = net_from_model(model).graph
@@ -101,13 +102,13 @@ def _typed_graph(net: Net) -> gs.Graph:
         if any(isinstance(value, gs.Graph) for value in node.attrs.values()):
             raise RewriteError(
                 f"{node.name}: {node.op} is control flow, which stays in FP32; use "
-                "--high-precision fp32"
+                f"{option('high_precision', 'fp32')}"
             )
         for tensor in node.outputs:
             if tensor.dtype is None and not tensor.is_empty():
                 raise RewriteError(
                     f"{node.name}: the type of its output {tensor.name} is not known; run onnx "
-                    "shape inference on the file, or use --high-precision fp32"
+                    f"shape inference on the file, or give {option('high_precision', 'fp32')}"
                 )
     return graph
 

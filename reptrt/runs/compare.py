@@ -1,4 +1,4 @@
-"""What differs between two records, and between two networks layer by layer."""
+"""The differences between two records, and between two networks layer by layer."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -12,14 +12,14 @@ from reptrt.graph.net import Net
 from reptrt.graph.quantized import LayerWeight, activation_scales, layer_weights
 from reptrt.graph.splits import read_splits
 
-_NAMED = 5  # names in a line
-_NEAR = 1.0005  # below, four digits do not show a ratio's distance from 1
+_NAMED = 5  # names that a line lists
+_NEAR = 1.0005  # four digits do not tell smaller ratios from 1
 Float64Array = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """One recorded value of A and of B; None: not there."""
+    """A recorded value that differs between A and B; None: it is not recorded."""
 
     name: str
     a: Any
@@ -31,38 +31,38 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class ScaleChange:
-    """The scale of one activation; of several channels the one whose scales are furthest apart."""
+    """The scale of an activation that differs; of several channels, the largest ratio."""
 
     tensor: str
     a: float
     b: float
-    ratio: float | None  # the larger by the smaller; None: other shapes, or no positive numbers
+    ratio: float | None  # larger / smaller; None: the shapes differ, or a scale is not positive
 
 
 @dataclass(frozen=True, slots=True)
 class WeightChange:
-    """The weight of one layer; numbers are None where the shapes or types are not the same."""
+    """The weight of a layer that differs; numbers are None where shapes or types differ."""
 
     layer: str
     form_a: str  # "int8 24x24x3x3"
     form_b: str
-    differing: int | None  # codes, or floats, that are not equal
-    total: int  # of A
-    max_difference: float | None  # of what the layer computes with: codes times scale
-    scale_ratio: float | None  # of the channel whose scales are furthest apart, the larger on top
-    bias_difference: float | None  # largest; None: not in both
+    differing: int | None  # number of codes, or floats, that differ
+    total: int  # number of codes in A
+    max_difference: float | None  # of real values: code times scale
+    scale_ratio: float | None  # larger / smaller, of the channel where it is largest
+    bias_difference: float | None  # largest difference; None: A or B has no bias
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """What differs between two networks; layers and tensors go by their names."""
+    """The differences between two networks; layers and tensors are matched by name."""
 
     file: str
-    num_tensors: int  # quantized activations in both
-    scales: tuple[ScaleChange, ...]  # those that differ, the furthest apart first
+    num_tensors: int  # quantized activations that are in both
+    scales: tuple[ScaleChange, ...]  # those that differ, the largest ratio first
     tensors_only_a: tuple[str, ...]
     tensors_only_b: tuple[str, ...]
-    num_layers: int  # with a constant weight, in both
+    num_layers: int  # layers with a constant weight that are in both
     weights: tuple[WeightChange, ...]  # those that differ, in the order of A
     layers_only_a: tuple[str, ...]
     layers_only_b: tuple[str, ...]
@@ -93,15 +93,15 @@ class Comparison:
 
 
 def changes(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[Change, ...]:
-    """Return what differs between two nested mappings, by dotted name.
+    """Return the differences between two nested mappings, by dotted name.
 
     >>> changes({"x": {"y": 1, "z": 2}}, {"x": {"y": 1, "z": 3}})
     (Change(name='x.z', a=2, b=3),)
     """
     flat_a, flat_b = dict(_flat(a)), dict(_flat(b))
     names = [*flat_a, *(name for name in flat_b if name not in flat_a)]
-    found = (Change(name, flat_a.get(name), flat_b.get(name)) for name in names)
-    return tuple(change for change in found if change.a != change.b)
+    pairs = (Change(name, flat_a.get(name), flat_b.get(name)) for name in names)
+    return tuple(change for change in pairs if change.a != change.b)
 
 
 def ratio_text(ratio: float | None) -> str:
@@ -126,7 +126,7 @@ def compare_nets(a: Net, b: Net, file: str) -> Comparison:
         for name in tensors
         if not np.array_equal(scales_a[name], scales_b[name])
     ]
-    found = (_weight_change(name, weights_a[name], weights_b[name]) for name in layers)
+    weights = (_weight_change(name, weights_a[name], weights_b[name]) for name in layers)
     forms_a, forms_b = ({s.layer: s.form for s in read_splits(net)} for net in (a, b))
     return Comparison(
         file=file,
@@ -135,7 +135,7 @@ def compare_nets(a: Net, b: Net, file: str) -> Comparison:
         tensors_only_a=tuple(name for name in scales_a if name not in scales_b),
         tensors_only_b=tuple(name for name in scales_b if name not in scales_a),
         num_layers=len(layers),
-        weights=tuple(change for change in found if change is not None),
+        weights=tuple(change for change in weights if change is not None),
         layers_only_a=tuple(name for name in weights_a if name not in weights_b),
         layers_only_b=tuple(name for name in weights_b if name not in weights_a),
         splits=changes(forms_a, forms_b),

@@ -1,4 +1,4 @@
-"""Two runs, or two ONNX files, side by side: what was asked for, what was made, how good it is."""
+"""Compare two runs, or two ONNX files: options, inputs, files, scales and codes, results."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -22,7 +22,7 @@ _WEIGHT_TITLES = ("differ", "max difference", "of the bias", "ratio of scales")
 
 @dataclass(frozen=True, slots=True)
 class ResultPair:
-    """One measured number of A and of B."""
+    """One measured number in A and in B."""
 
     file: str
     metric: str
@@ -48,7 +48,7 @@ class DiffReport(Result):
         return asdict(self)
 
     def to_tables(self) -> list[Table]:
-        """Return what differs as tables for people."""
+        """Return the differences as tables for people."""
         tables = [
             _table("options", ("A", "B"), [(c.name, _text(c.a), _text(c.b)) for c in self.options]),
             _table("inputs (sha256)", ("A", "B"), [_short(change) for change in self.inputs]),
@@ -64,7 +64,7 @@ class DiffReport(Result):
         return [table for table in tables if table.row_count]
 
     def to_lines(self) -> list[str]:
-        """Return a line for each pair of models, and the verdict."""
+        """Return the lines of each pair of models, and the verdict."""
         lines = [line for model in self.models for line in model.to_lines()]
         same = not (self.options or self.inputs or self.versions or self.hashes)
         return [*lines, f"diff  {self.a}  {self.b}  {'the same' if same else 'different'}"]
@@ -74,7 +74,7 @@ def diff(a: Path, b: Path) -> DiffReport:
     """Compare two folders of finished runs, or two ONNX files.
 
     Raises:
-        ConfigError: one is a folder, the other a file.
+        ConfigError: one is a folder and the other a file.
         ArtifactError: a record or a file cannot be read, or was changed after it was written.
     """
     for path in (a, b):
@@ -89,16 +89,16 @@ def diff(a: Path, b: Path) -> DiffReport:
 
 
 def _diff_runs(a: Path, b: Path) -> DiffReport:
-    one, other = read_finished(a), read_finished(b)
-    check_made(a, one)
-    check_made(b, other)
+    run_a, run_b = read_finished(a), read_finished(b)
+    check_made(a, run_a)
+    check_made(b, run_b)
     return DiffReport(
         a=str(a),
         b=str(b),
-        options=changes(_asked(one), _asked(other)),
-        inputs=changes(_inputs(one), _inputs(other)),
-        versions=changes({**one.versions, **one.machine}, {**other.versions, **other.machine}),
-        hashes=changes(_made(one), _made(other)),
+        options=changes(_asked(run_a), _asked(run_b)),
+        inputs=changes(_inputs(run_a), _inputs(run_b)),
+        versions=changes({**run_a.versions, **run_a.machine}, {**run_b.versions, **run_b.machine}),
+        hashes=changes(_made(run_a), _made(run_b)),
         models=tuple(
             compare_nets(_net(a / name), _net(b / name), name) for name in (FLOAT_FILE, INT8_FILE)
         ),
@@ -107,15 +107,15 @@ def _diff_runs(a: Path, b: Path) -> DiffReport:
 
 
 def _diff_files(a: Path, b: Path) -> DiffReport:
-    one, other = read_sidecar(a), read_sidecar(b)
-    if one is None or other is None:
-        one = other = Sidecar("", "")
+    origin_a, origin_b = read_sidecar(a), read_sidecar(b)
+    if origin_a is None or origin_b is None:
+        origin_a = origin_b = Sidecar("", "")
     return DiffReport(
         a=str(a),
         b=str(b),
-        options=changes(one.options, other.options),
-        inputs=changes(one.parents, other.parents),
-        versions=changes(one.versions, other.versions),
+        options=changes(origin_a.options, origin_b.options),
+        inputs=changes(origin_a.parents, origin_b.parents),
+        versions=changes(origin_a.versions, origin_b.versions),
         hashes=changes({"sha256": sha256_of(a)}, {"sha256": sha256_of(b)}),
         models=(compare_nets(_net(a), _net(b), "net"),),
         results=(),
@@ -144,16 +144,16 @@ def _eval_results(a: Path, b: Path) -> Iterator[ResultPair]:
     rows = [_by_file(folder / "eval.json", ("file",)) for folder in (a, b)]
     for key in dict.fromkeys([*rows[0], *rows[1]]):
         for metric in _METRICS:
-            one, other = (found.get(key, {}).get(metric) for found in rows)
-            if one is not None or other is not None:
-                yield ResultPair(key[0], metric, one, other)
+            value_a, value_b = (by_file.get(key, {}).get(metric) for by_file in rows)
+            if value_a is not None or value_b is not None:
+                yield ResultPair(key[0], metric, value_a, value_b)
 
 
 def _bench_results(a: Path, b: Path) -> Iterator[ResultPair]:
     rows = [_by_file(folder / "bench.json", ("file", "batch")) for folder in (a, b)]
     for key in dict.fromkeys([*rows[0], *rows[1]]):
-        one, other = (found.get(key, {}).get("median_ms") for found in rows)
-        yield ResultPair(key[0], f"median ms, batch {key[1]}", one, other)
+        value_a, value_b = (by_file.get(key, {}).get("median_ms") for by_file in rows)
+        yield ResultPair(key[0], f"median ms, batch {key[1]}", value_a, value_b)
 
 
 def _by_file(path: Path, keys: tuple[str, ...]) -> dict[tuple[Any, ...], dict[str, Any]]:
@@ -200,12 +200,12 @@ def _table(
     for row in rows[:shown]:
         table.add_row(*row)
     if len(rows) > shown:
-        table.add_row(f"{len(rows) - shown} more, see --json")
+        table.add_row(f"{len(rows) - shown} more, in the JSON")
     return table
 
 
 def _short(change: Change) -> tuple[str, str, str]:
-    """Return a change of a sha256 with the first twelve digits of each."""
+    """Return the name of a change of sha256 and the first twelve digits of both."""
     return change.name, _text(change.a)[:12], _text(change.b)[:12]
 
 

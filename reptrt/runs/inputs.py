@@ -1,4 +1,4 @@
-"""What a run reads, by sha256: the files of its source, and images."""
+"""The inputs of a run, recorded by sha256: the files of its source, and images."""
 
 import hashlib
 import importlib.machinery
@@ -11,7 +11,7 @@ import onnx
 from onnx.external_data_helper import ExternalDataInfo, uses_external_data
 
 from reptrt.core.artifacts import sha256_of
-from reptrt.core.errors import ArtifactError, DataError
+from reptrt.core.errors import ArtifactError, DataError, option
 from reptrt.core.progress import track
 from reptrt.data.images import list_images
 from reptrt.sources.source import Source
@@ -19,7 +19,7 @@ from reptrt.sources.source import Source
 
 @dataclass(frozen=True, slots=True)
 class FileRecord:
-    """One file that a run read."""
+    """A file that a run read."""
 
     path: Path
     sha256: str
@@ -27,7 +27,7 @@ class FileRecord:
 
 @dataclass(frozen=True, slots=True)
 class DataRecord:
-    """Images that a run read."""
+    """The images that a run read."""
 
     path: Path  # a folder, or a file of arrays
     sha256: str  # of the content, see `record_data`
@@ -35,23 +35,23 @@ class DataRecord:
 
 
 def record_files(paths: Iterable[Path]) -> tuple[FileRecord, ...]:
-    """Return the record of files, with absolute paths.
+    """Return the records of files, with absolute paths.
 
     Raises:
-        ArtifactError: one cannot be read.
+        ArtifactError: a file cannot be read.
     """
     return tuple(FileRecord(path.resolve(), _sha256(path)) for path in paths)
 
 
 def record_data(path: Path) -> DataRecord:
-    """Return the record of images: an array file, or every image below a folder.
+    """Return the record of the images in an array file or a folder.
 
-    The sha256 of a folder is that of a line ``sha256 label name`` for each image: names count,
-    because samples depend on them; other files in the folder do not.
+    The sha256 of a folder is computed over one line ``sha256 label name`` for each image. Names
+    are included because the sample of images depends on them; other files are ignored.
 
     Raises:
         DataError: there are no images.
-        ArtifactError: one cannot be read.
+        ArtifactError: an image cannot be read.
     """
     if not path.exists():
         raise DataError(f"{path}: does not exist; expected a folder of images, an .npz or an .npy")
@@ -67,69 +67,69 @@ def record_data(path: Path) -> DataRecord:
 
 
 def source_files(source: Source) -> tuple[Path, ...]:
-    """Return the files that a source consists of: net or factory, external data, checkpoint.
+    """Return the files of a source: net or factory, external data, checkpoint.
 
-    Of a factory that is the file that holds it, without the modules that it imports.
+    For a factory, that is the Python file that defines it, without the modules that it imports.
     """
     path = source.name.rpartition(":")[0] if source.is_factory else ""
     code = Path(path) if path.endswith(".py") else _module_file(path) if path else None
-    found = [code] if code is not None else []
+    files = [code] if code is not None else []
     for file in source.files:
-        found += [file, *(_external_data(file) if file == Path(source.name) else [])]
-    return tuple(found)
+        files += [file, *(_external_data(file) if file == Path(source.name) else [])]
+    return tuple(files)
 
 
-def check_source(expected: tuple[FileRecord, ...], found: tuple[Path, ...]) -> None:
+def check_source(expected: tuple[FileRecord, ...], files: tuple[Path, ...]) -> None:
     """Compare the files of a source with the record of them, in the order of `source_files`.
 
     Raises:
-        ArtifactError: a file is gone or has changed; names it, with both hashes.
+        ArtifactError: a file does not exist or has changed; names it and both hashes.
     """
-    if len(found) < len(expected):
-        gone = expected[len(found)]
+    if len(files) < len(expected):
+        missing = expected[len(files)]
         raise ArtifactError(
-            f"{gone.path}: the run read it (sha256 {gone.sha256}), now it is not found from this "
-            "folder; put it back"
+            f"{missing.path}: the run read it (sha256 {missing.sha256}), and it is not found from "
+            "this folder now; put it back"
         )
-    for record, path in zip(expected, found, strict=False):
+    for record, path in zip(expected, files, strict=False):
         if not path.is_file():
             raise ArtifactError(
-                f"{path}: is gone; the run read it with sha256 {record.sha256}: put it back, or "
-                "say where it is (--source, --weights)"
+                f"{path}: does not exist; the run read it with sha256 {record.sha256}: put it "
+                f"back, or give {option('source')} or {option('weights')}"
             )
         _same_sha256(path, _sha256(path), record.sha256)
 
 
-def check_data(option: str, expected: DataRecord, path: Path) -> None:
+def check_data(name: str, expected: DataRecord, path: Path) -> None:
     """Compare images with the record of them.
 
     Args:
-        option: of the command line, that names another place.
+        name: the option that says where the images are.
         expected: the record.
         path: where the images are now.
 
     Raises:
-        ArtifactError: they are gone or have changed; with both hashes.
+        ArtifactError: the images do not exist or have changed; names both hashes.
     """
     if not path.exists():
         raise ArtifactError(
-            f"{path}: is gone; the run read {expected.files} files of images there with sha256 "
-            f"{expected.sha256}: put them back, or say where they are ({option})"
+            f"{path}: does not exist; the run read {expected.files} files of images there with "
+            f"sha256 {expected.sha256}: put them back, or give {option(name)}"
         )
-    found = record_data(path)
-    if found.files != expected.files:
+    current = record_data(path)
+    if current.files != expected.files:
         raise ArtifactError(
-            f"{path}: got {found.files} files of images, the run read {expected.files} (sha256 "
-            f"{found.sha256}, expected {expected.sha256}); restore them, or run anew"
+            f"{path}: got {current.files} files of images, the run read {expected.files} (sha256 "
+            f"{current.sha256}, expected {expected.sha256}); restore them, or start a new run"
         )
-    _same_sha256(path, found.sha256, expected.sha256)
+    _same_sha256(path, current.sha256, expected.sha256)
 
 
 def _same_sha256(path: Path, got: str, expected: str) -> None:
     if got != expected:
         raise ArtifactError(
             f"{path}: has changed since the run: sha256 is {got}, expected {expected}; restore it, "
-            "or run anew"
+            "or start a new run"
         )
 
 

@@ -112,11 +112,11 @@ def ladder_of_run(folder: Path, data: Path | None = None, limit: int | None = No
     options = options_from_json(RunOptions, found.options, f"{where}: options")
     source = options_from_json(Source, found.source, f"{where}: source")
     check_source(found.source_files, source_files(source))
-    check_data("--calib-data", found.data, found.data.path)
+    check_data("calib_data", found.data, found.data.path)
     check_made(folder, found)
     if data is None:
         data = found.eval_data.path
-        check_data("--data", found.eval_data, data)
+        check_data("data", found.eval_data, data)
     engine = folder / ENGINE_FILE if "build-engine" in found.stages else None
     forms = Forms(folder / FLOAT_FILE, folder / INT8_FILE, engine)
     if limit is not None:

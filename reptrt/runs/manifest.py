@@ -1,14 +1,15 @@
-"""The record of a run, ``run.json``: everything that is needed to do it again, and what came out.
+"""The record of a run, ``run.json``: what is needed to repeat the run, and what it wrote.
 
     {"format": 1, "finished": true,
      "source": {"name", "weights", "architecture", "seed"},   reptrt.sources.source.Source
-     "source_files": [{"path", "sha256"}],                    what the source consists of
-     "data": {"path", "sha256", "files"}, "eval_data": ...,   calibration images; those judged on
+     "source_files": [{"path", "sha256"}],                    the files of the source
+     "data": {"path", "sha256", "files"}, "eval_data": ...,   images for calibration, for judging
      "options": {"export": {...}, "calibrate": {...}, ...},   runs.options.RunOptions, every field
-     "stages": {"export": {"key", "file", "sha256"}, ...},    what each stage wrote
+     "stages": {"export": {"key", "file", "sha256"}, ...},    the file that each stage wrote
      "versions": {package: version}, "machine": {"python", "system", "cpu", "cores"}}
 
-Paths are absolute. It is written before the first stage and after each, whole or not at all.
+Paths are absolute. The record is written before the first stage and after each stage, whole or not
+at all.
 """
 
 import json
@@ -27,7 +28,7 @@ from reptrt.runs.inputs import DataRecord, FileRecord
 from reptrt.trt.machine import cpu_name
 
 FILE = "run.json"
-CALIBRATE_FILE = "calibrate.json"  # what calibration found, for the report
+CALIBRATE_FILE = "calibrate.json"  # the result of calibration, for the report
 LADDER_FILE = "ladder.json"  # written by `reptrt ladder`
 FORMAT = 1
 STAGES = (
@@ -42,10 +43,10 @@ STAGES = (
 
 @dataclass(frozen=True, slots=True)
 class StageRecord:
-    """What one stage wrote."""
+    """The file that one stage wrote."""
 
-    key: str  # what it depends on, as one hash
-    file: str  # its name in the run's folder
+    key: str  # hash over everything that the file depends on
+    file: str  # name in the run's folder
     sha256: str
 
 
@@ -74,24 +75,24 @@ def read_manifest(folder: Path) -> Manifest:
     """Return the record of a run, finished or not.
 
     Raises:
-        ArtifactError: there is none, or it is not one that this version can read.
+        ArtifactError: there is no record, or this version cannot read it.
     """
     path = folder / FILE
     content = read_json(path, "the record of a run")
-    found = content.get("format") if isinstance(content, dict) else None
-    if found != FORMAT:
+    written = content.get("format") if isinstance(content, dict) else None
+    if written != FORMAT:
         raise ArtifactError(
-            f"{path}: not the record of a run in format {FORMAT} (its format is {found}); run it "
-            "anew, or use the version of reptrt that wrote it"
+            f"{path}: not the record of a run in format {FORMAT} (its format is {written}); start "
+            "a new run, or use the version of reptrt that wrote it"
         )
     return options_from_json(Manifest, content, str(path))
 
 
 def read_finished(folder: Path) -> Manifest:
-    """Return the record of a run that was finished.
+    """Return the record of a finished run.
 
     Raises:
-        ArtifactError: there is none, it cannot be read, or the run was stopped half way.
+        ArtifactError: there is no record, it cannot be read, or the run was stopped before its end.
     """
     if not (folder / FILE).is_file():
         raise ArtifactError(f"{folder}: not the folder of a run, it has no {FILE}")
@@ -106,19 +107,19 @@ def read_finished(folder: Path) -> Manifest:
 
 
 def check_made(folder: Path, manifest: Manifest) -> None:
-    """Refuse the folder of a run whose files are not those that the run wrote.
+    """Refuse the folder of a run if a file is not the one that the run wrote.
 
     Raises:
-        ArtifactError: a file is gone, or has another sha256; names it.
+        ArtifactError: a file does not exist, or has another sha256; names it.
     """
     for record in manifest.stages.values():
         path = folder / record.file
         if not path.is_file():
-            raise ArtifactError(f"{path}: is gone; make it again with reptrt run")
-        found = sha256_of(path)
-        if found != record.sha256:
+            raise ArtifactError(f"{path}: does not exist any more; make it again with reptrt run")
+        sha256 = sha256_of(path)
+        if sha256 != record.sha256:
             raise ArtifactError(
-                f"{path}: was changed after the run: sha256 is {found}, expected {record.sha256}; "
+                f"{path}: was changed after the run: sha256 is {sha256}, expected {record.sha256}; "
                 "make it again with reptrt run"
             )
 
@@ -127,24 +128,24 @@ def read_json(path: Path, what: str) -> Any:
     """Return the content of a JSON file.
 
     Raises:
-        ArtifactError: it cannot be read; ``what`` says what was expected.
+        ArtifactError: the file cannot be read; ``what`` says what was expected.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as err:
         reason = err.strerror if isinstance(err, OSError) else err
         raise ArtifactError(
-            f"{path}: cannot be read ({reason}), expected {what}; delete it and run anew"
+            f"{path}: cannot be read ({reason}), expected {what}; delete it and start a new run"
         ) from err
 
 
 def versions() -> dict[str, str]:
-    """Return the packages that can change a result; Pillow decodes and resizes the images."""
+    """Return the versions of packages that can change a result; Pillow decodes the images."""
     return {**package_versions(), "pillow": metadata.version("pillow")}
 
 
 def describe_machine() -> dict[str, str]:
-    """Return what may change the last bits of a result beside the packages."""
+    """Return what else can change the last bits of a result: Python, system and CPU."""
     return {
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",

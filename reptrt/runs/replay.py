@@ -1,11 +1,11 @@
-"""Do a run again from its record, and say file by file whether the same bytes came out.
+"""Repeat a run from its record, and compare each file with the one that the run wrote.
 
     float.onnx, int8.onnx, eval.json, diagnosis.json    must be equal
-    model.engine    TensorRT may choose other kernels in every build
-    bench.json      latencies
+    model.engine    may differ: TensorRT can choose other kernels in every build
+    bench.json      may differ: it holds latencies
 
-The inputs must be what they were, by sha256; packages and machine may differ, and are then named as
-the reasons why a file may.
+The inputs must have the sha256 that the run recorded. Packages and machine may differ; they are
+then named as possible reasons for a file that differs.
 """
 
 import tempfile
@@ -16,7 +16,7 @@ from typing import Any, Literal
 from rich.table import Table
 
 from reptrt.core.artifacts import sha256_of
-from reptrt.core.errors import ConfigError
+from reptrt.core.errors import ConfigError, option
 from reptrt.core.options_json import options_from_json
 from reptrt.core.result import Result
 from reptrt.runs.compare import Change, changes
@@ -37,7 +37,7 @@ _MADE_FROM = {
     "eval": ("export", "calibrate"),
     "diagnose": ("export", "calibrate"),
 }
-_FACTORY = "nothing that is recorded differs: does the factory draw its weights anew at each call?"
+_FACTORY = "nothing that is recorded differs: does the factory draw new weights at each call?"
 _UNEXPLAINED = "nothing that is recorded differs"
 
 
@@ -52,12 +52,12 @@ class ReplayedFile:
     state: State
     must_be_equal: bool
     reasons: tuple[str, ...]  # why it may differ
-    kept: str | None  # what happened to the run's own file since; None: nothing
+    kept: str | None  # what happened to the run's own file afterwards; None: nothing
 
 
 @dataclass(frozen=True, slots=True, repr=False)
 class ReplayReport(Result):
-    """What a replay found."""
+    """The result of a replay."""
 
     folder: Path
     output: Path | None  # None: the replay was not kept
@@ -91,7 +91,7 @@ class ReplayReport(Result):
         return table
 
     def to_lines(self) -> list[str]:
-        """Return what changed around the run, and the verdict."""
+        """Return the changes of packages and machine, and the verdict."""
         verdict = "reproduced" if self.reproduced else "not reproduced"
         where = "" if self.output is None else f"  {self.output}"
         return [*(f"changed: {change}" for change in self.changes), f"replay  {verdict}{where}"]
@@ -99,7 +99,7 @@ class ReplayReport(Result):
 
 @dataclass(frozen=True, slots=True)
 class Moved:
-    """Where inputs of a run are now, if not where they were; None: still there."""
+    """Where the inputs of a run are now; None: where the run read them."""
 
     source: str | None = None
     weights: Path | None = None
@@ -108,16 +108,16 @@ class Moved:
 
 
 def replay(folder: Path, output: Path | None = None, moved: Moved | None = None) -> ReplayReport:
-    """Do a run again from its record and compare.
+    """Repeat a run from its record and compare the files.
 
     Args:
-        folder: of the run.
-        output: folder of the replay, new or empty; None: a temporary one.
+        folder: the folder of the run.
+        output: a new or empty folder for the replay; None: a temporary one.
         moved: inputs that have moved; their content must be the same.
 
     Raises:
-        ArtifactError: there is no record of a finished run, or an input is gone or has changed;
-            names it, with both hashes.
+        ArtifactError: there is no record of a finished run, or an input does not exist or has
+            changed; names the input and both hashes.
         ReptrtError: a stage failed.
     """
     before = read_finished(folder)
@@ -128,9 +128,9 @@ def replay(folder: Path, output: Path | None = None, moved: Moved | None = None)
     if moved.data is not None and before.eval_data == before.data:
         eval_data = moved.eval_data or moved.data
     check_source(before.source_files, source_files(source))
-    check_data("--data", before.data, data)
+    check_data("data", before.data, data)
     if eval_data != data:
-        check_data("--eval-data", before.eval_data, eval_data)
+        check_data("eval_data", before.eval_data, eval_data)
     _check_output(output)
     with tempfile.TemporaryDirectory() as temporary:
         where = output or Path(temporary) / "replay"
@@ -153,23 +153,25 @@ def _moved_source(before: Manifest, moved: Moved, where: str) -> Source:
 
 
 def _check_output(output: Path | None) -> None:
-    """Refuse a folder from which a stage could be kept: nothing would be done again."""
+    """Refuse a folder that holds files: stages could be kept from there instead of repeated."""
     if output is not None and output.is_dir() and any(output.iterdir()):
-        raise ConfigError(f"-o {output}: is not empty; name a new folder for the replay")
+        raise ConfigError(
+            f"{option('output')} {output}: is not empty; give a new folder for the replay"
+        )
 
 
 def _compare(
     folder: Path, before: Manifest, after: Manifest, changed: tuple[Change, ...]
 ) -> tuple[ReplayedFile, ...]:
-    found: dict[str, ReplayedFile] = {}
+    files: dict[str, ReplayedFile] = {}
     for stage in (stage for stage in STAGES if stage in before.stages):
         record, now = before.stages[stage], after.stages.get(stage)
         state: State = "not made"
         if now is not None:
             state = "equal" if now.sha256 == record.sha256 else "differs"
-        origins = [found[origin] for origin in _MADE_FROM.get(stage, ()) if origin in found]
+        origins = [files[origin] for origin in _MADE_FROM.get(stage, ()) if origin in files]
         reasons = () if state == "equal" else _reasons(stage, state, origins, before, changed)
-        found[stage] = ReplayedFile(
+        files[stage] = ReplayedFile(
             stage=stage,
             file=record.file,
             expected_sha256=record.sha256,
@@ -179,7 +181,7 @@ def _compare(
             reasons=reasons,
             kept=_since(folder / record.file, record.sha256),
         )
-    return tuple(found.values())
+    return tuple(files.values())
 
 
 def _reasons(
@@ -189,12 +191,12 @@ def _reasons(
     before: Manifest,
     changed: tuple[Change, ...],
 ) -> tuple[str, ...]:
-    """Return why a file may differ, the nearest cause first."""
+    """Return why a file may differ, the most direct reason first."""
     if state == "not made":
         return ("no TensorRT is installed here",)
     if stage in _MAY_DIFFER:
         return (_MAY_DIFFER[stage],)
-    reasons = [f"{file.file} differs, it is made from it" for file in origins if file.reasons]
+    reasons = [f"it is made from {file.file}, which differs" for file in origins if file.reasons]
     if not reasons:
         reasons = [str(change) for change in changed]
     if not reasons:
@@ -205,5 +207,5 @@ def _reasons(
 
 def _since(path: Path, expected: str) -> str | None:
     if not path.is_file():
-        return "the run's own file is gone"
-    return None if sha256_of(path) == expected else "the run's own file was changed since"
+        return "the run's own file does not exist any more"
+    return None if sha256_of(path) == expected else "the run's own file was changed afterwards"

@@ -1,12 +1,12 @@
-"""The whole way into one folder, resumable.
+"""All stages into one folder; a run that was stopped continues.
 
     float.onnx -> int8.onnx -> model.engine
     then eval.json, diagnosis.json, bench.json, report.json, report.html
 
-``run.json`` (`reptrt.runs.manifest`) records what was asked for, from which inputs, and for every
-finished stage a key (sha256 of its options, the content of its inputs and the package versions) and
-the sha256 of its file. A stage whose key and file still agree is kept; any other is done again.
-Files are written whole or not at all, so a killed run continues.
+``run.json`` (`reptrt.runs.manifest`) records the options and the inputs, and for each finished
+stage a key (sha256 over its options, the content of its inputs and the package versions) and the
+sha256 of its file. A stage is kept if its key and its file are unchanged, and repeated otherwise.
+Files are written whole or not at all, so that a run can continue even after it was killed.
 """
 
 import hashlib
@@ -49,7 +49,7 @@ DIAGNOSIS_FILE = "diagnosis.json"
 
 @dataclass(frozen=True, slots=True)
 class StageResult:
-    """What became of one stage."""
+    """The outcome of one stage."""
 
     name: str
     file: str  # in the run's folder
@@ -58,7 +58,7 @@ class StageResult:
 
 @dataclass(frozen=True, slots=True, repr=False)
 class RunReport(Result):
-    """What is in the run's folder."""
+    """The content of the run's folder."""
 
     folder: Path
     stages: tuple[StageResult, ...]
@@ -91,17 +91,17 @@ class RunReport(Result):
 def run(
     source: Source, data: Path, folder: Path, options: RunOptions, eval_data: Path | None = None
 ) -> RunReport:
-    """Take a net the whole way; continue where an earlier run into the same folder stopped.
+    """Take a net through all stages; continue an earlier run into the same folder.
 
-    Without a TensorRT the engine is skipped, with the reason in the report; every other failure
-    ends the run, and what was finished stays.
+    If TensorRT is not installed the engine is skipped, and the report says why. Every other failure
+    ends the run; the files of finished stages stay.
 
     Args:
-        source: what to export.
+        source: the net.
         data: calibration images; labels are not used.
-        folder: where everything goes; made if missing.
-        options: of every stage.
-        eval_data: images to judge on, with labels where top-1 is wanted; None takes ``data``.
+        folder: folder for all files; created if it does not exist.
+        options: options of every stage.
+        eval_data: images to judge on, with labels for top-1 and top-5; None: ``data``.
 
     Raises:
         ReptrtError: a stage failed.
@@ -109,7 +109,7 @@ def run(
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as err:
-        raise ArtifactError(f"{folder}: cannot be made ({err.strerror or err})") from err
+        raise ArtifactError(f"{folder}: cannot be created ({err.strerror or err})") from err
     remove_parts(folder)
     judged_on = eval_data or data
     stages = _Stages(folder, _plan(source, data, judged_on, options))
@@ -142,7 +142,7 @@ def run(
 
 
 def _calibrate(fp: Path, data: Path, q: Path, options: CalibrateOptions) -> None:
-    """Calibrate, and keep what was found beside the file; it names it by sha256."""
+    """Calibrate, and write the report beside the INT8 file, whose sha256 it holds."""
     content = calibrate(fp, data, q, options).to_dict() | {"path": q.name}
     write_json(q.with_name(CALIBRATE_FILE), content)
 
@@ -150,17 +150,17 @@ def _calibrate(fp: Path, data: Path, q: Path, options: CalibrateOptions) -> None
 def _diagnose(files: list[Path], data: Path, options: CalibrateOptions) -> dict[str, Any]:
     fp, q = files
     path = q.with_name(CALIBRATE_FILE)
-    content = manifest.read_json(path, "what calibration found")
-    found = options_from_json(CalibrateReport, content, str(path))
-    content = diagnose(fp, data, options, replace(found, path=q)).to_dict()
-    del content["seconds"]  # the only thing that another run finds otherwise
+    content = manifest.read_json(path, "the report of calibration")
+    report = options_from_json(CalibrateReport, content, str(path))
+    content = diagnose(fp, data, options, replace(report, path=q)).to_dict()
+    del content["seconds"]  # everything else is the same in a replay
     return content
 
 
 def _judge(
     stages: "_Stages", files: list[Path], images: tuple[Path, Path], options: RunOptions
 ) -> None:
-    """Judge, diagnose and time the float and the INT8 file, the first is the reference."""
+    """Judge, diagnose and time the float file, which is the reference, and the INT8 file."""
     limit, threads, seconds = options.eval_limit, options.threads, options.bench_seconds
     calibrating, (calib_data, data) = options.calibrate, images
     judging = EvaluateOptions(reference=files[0], limit=limit, threads=threads)
@@ -211,7 +211,7 @@ def _plan(source: Source, data: Path, judged_on: Path, options: RunOptions) -> M
 
 
 def _absolute(source: Source) -> Source:
-    """Return a source that means the same from any folder."""
+    """Return a source with absolute paths, which means the same in any working folder."""
     path, colon, factory = source.name.rpartition(":")
     name = source.name
     if path.endswith(".py"):
@@ -243,12 +243,12 @@ class _Stages:
         work: Callable[[], Any],
         beside: Sequence[Path] = (),
     ) -> None:
-        """Make one file, and what belongs beside it, unless it is there from the same inputs."""
+        """Make a file and those beside it, unless they exist and were made from the same inputs."""
         key = _key(options, inputs)
         record = self.manifest.stages.get(name)
-        known = record is not None and record.key == key
-        known = known and all(path.is_file() for path in (output, *beside))
-        if record is not None and known and sha256_of(output) == record.sha256:
+        exist = all(path.is_file() for path in (output, *beside))
+        unchanged = record is not None and record.key == key and exist
+        if record is not None and unchanged and sha256_of(output) == record.sha256:
             self._finish(name, output, "kept")
             return
         work()
@@ -263,7 +263,7 @@ class _Stages:
         inputs: list[Path],
         work: Callable[[], dict[str, Any]],
     ) -> None:
-        """Make one JSON file of results; files go by their names in the folder."""
+        """Write results as JSON; they name files relative to the run's folder."""
         output = self._folder / f"{name}.json"
 
         def write() -> None:
@@ -279,7 +279,7 @@ class _Stages:
         work: Callable[[], Any],
         simulation: str | None,
     ) -> None:
-        """Make the engine if there is a TensorRT and the file is no simulation of fewer bits."""
+        """Build the engine, if TensorRT is installed and the net does not simulate fewer bits."""
         if simulation is not None:
             why = f"a simulation, no engine can run it ({simulation})"
             self._skip("build-engine", output, ConfigError(why))
@@ -292,7 +292,7 @@ class _Stages:
     def diagnosis(
         self, options: Mapping[str, Any], inputs: list[Path], work: Callable[[], dict[str, Any]]
     ) -> None:
-        """Diagnose the net if it can be; the run does not depend on it."""
+        """Diagnose the net; a failure is reported and does not end the run."""
         output = self._folder / DIAGNOSIS_FILE
         try:
             self.file("diagnose", output, options, inputs, lambda: write_json(output, work()))
@@ -300,7 +300,7 @@ class _Stages:
             self._skip("diagnose", output, err)
 
     def forget(self, name: str) -> None:
-        """Take out the record of a stage that an earlier run did and this one does not."""
+        """Remove the record of a stage that an earlier run did and this one does not."""
         self._record({k: v for k, v in self.manifest.stages.items() if k != name})
 
     def _skip(self, name: str, output: Path, why: ReptrtError) -> None:
@@ -308,7 +308,7 @@ class _Stages:
         self._finish(name, output, f"skipped: {why}")
 
     def report(self) -> RunReport:
-        """Write and return what the run found."""
+        """Write and return the results of the run."""
         content: dict[str, Any] = {
             "stages": [asdict(stage) for stage in self._done],
             "files": {name: record.sha256 for name, record in self.manifest.stages.items()},
@@ -331,7 +331,7 @@ class _Stages:
 
 
 def _named_within(folder: Path, content: dict[str, Any]) -> dict[str, Any]:
-    """Name files by their place in the folder, so that results do not depend on where it is."""
+    """Name files relative to the folder, so that results do not depend on where it is."""
 
     def within(path: str) -> str:
         return Path(path).relative_to(folder).as_posix()
@@ -343,7 +343,7 @@ def _named_within(folder: Path, content: dict[str, Any]) -> dict[str, Any]:
 
 
 def _key(options: Mapping[str, Any], inputs: list[Path]) -> str:
-    """Return what a stage's result depends on, as one hash."""
+    """Return a hash over everything that the file of a stage depends on."""
     content = {
         "options": options,
         "inputs": {path.name: sha256_of(path) for path in inputs},

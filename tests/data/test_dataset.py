@@ -347,7 +347,7 @@ def test_images_of_mixed_sizes_are_refused_by_name_and_number(tmp_path: Path) ->
         save(tmp_path / f"{name}.png", pixels(*size, 3))
     expected = (
         r"images of 3 sizes: 8x8 \(2 images, e.g. a.png\), 8x9 \(1 images, e.g. c.png\), "
-        r"7x8 \(1 images, e.g. d.png\); the net takes 8x8 .* --resize crop or --resize stretch"
+        r"7x8 \(1 images, e.g. d.png\); the net takes 8x8 .* resize=.crop. or resize=.stretch."
     )
     with pytest.raises(DataError, match=expected):
         open_dataset(tmp_path, RGB8)

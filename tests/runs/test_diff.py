@@ -265,7 +265,7 @@ def test_runs_that_cannot_be_compared(runs: tuple[Path, Path], tmp_path: Path) -
     line = refused("diff", one, copied)
     assert f"eval.json: was changed after the run: sha256 is {got}, expected {expected}" in line
     (copied / "eval.json").unlink()
-    assert "eval.json: is gone" in refused("diff", one, copied)
+    assert "eval.json: does not exist any more" in refused("diff", one, copied)
     record = json.loads((copied / "run.json").read_text())
     (copied / "run.json").write_text(json.dumps(record | {"finished": False}))
     assert "was stopped" in refused("diff", copied, one)

@@ -73,22 +73,22 @@ def test_missing_data_is_one_line(tmp_path: Path) -> None:
 
 def test_changed_data_is_named_with_both_hashes(images: Path) -> None:
     before = record_data(images)
-    check_data("--data", before, images)
+    check_data("data", before, images)
     pixels = np.zeros((4, 4, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(images / "cat" / "0.png")
     now = record_data(images).sha256
     with pytest.raises(
         ArtifactError, match=rf"images: has changed since the run: sha256 is {now}, expected "
     ):
-        check_data("--data", before, images)
+        check_data("data", before, images)
     (images / "cat" / "0.png").unlink()
     with pytest.raises(ArtifactError, match=r"got 3 files of images, the run read 4 \(sha256 "):
-        check_data("--data", before, images)
+        check_data("data", before, images)
     shutil.rmtree(images)
     with pytest.raises(
-        ArtifactError, match=rf"is gone; the run read 4 files .*{before.sha256}: .*\(--data\)"
+        ArtifactError, match=rf"does not exist; the run read 4 files .*{before.sha256}: .*give data"
     ):
-        check_data("--data", before, images)
+        check_data("data", before, images)
 
 
 def test_files_of_a_zoo_net(tmp_path: Path) -> None:
@@ -141,7 +141,9 @@ def test_a_changed_source_is_named_with_both_hashes(tmp_path: Path) -> None:
     ):
         check_source(records, (path,))
     path.unlink()
-    with pytest.raises(ArtifactError, match=rf"w\.pt: is gone; .*{expected}: .*--weights"):
+    with pytest.raises(ArtifactError, match=rf"w\.pt: does not exist; .*{expected}: .*weights"):
         check_source(records, (path,))
-    with pytest.raises(ArtifactError, match=rf"w\.pt: the run read it \(sha256 {expected}\), now"):
+    with pytest.raises(
+        ArtifactError, match=rf"w\.pt: the run read it \(sha256 {expected}\), and it is not found"
+    ):
         check_source(records, ())

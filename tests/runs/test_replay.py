@@ -117,9 +117,9 @@ def test_a_factory_that_draws_anew_is_found(tmp_path: Path) -> None:
     run = make_run(source, write_data(tmp_path / "data.npz"), tmp_path / "run")
     found = by_file(replayed(run, code=1))
     assert "does the factory draw its weights anew" in found["float.onnx"]["reasons"][0]
-    assert found["int8.onnx"]["reasons"] == ["float.onnx differs, it is made from it"]
+    assert found["int8.onnx"]["reasons"] == ["it is made from float.onnx, which differs"]
     assert found["eval.json"]["reasons"] == [
-        "float.onnx differs, it is made from it",
+        "it is made from float.onnx, which differs",
         "int8.onnx differs, it is made from it",
     ]
 
@@ -128,7 +128,7 @@ def test_files_of_the_run_are_not_needed_but_missed(copied: Path) -> None:
     (copied / "int8.onnx").unlink()
     (copied / "float.onnx").write_bytes(b"changed")
     found = by_file(replayed(copied))
-    assert found["int8.onnx"]["kept"] == "the run's own file is gone"
+    assert found["int8.onnx"]["kept"] == "the run's own file does not exist any more"
     assert found["float.onnx"]["kept"] == "the run's own file was changed since"
     assert found["eval.json"]["kept"] is None
 
@@ -143,10 +143,10 @@ def test_inputs_may_move_but_not_change(made: Path, copied: Path, tmp_path: Path
     source = {**record["source"], "name": f"{gone}/net_of_a_small_run.py:make"}
     edit(copied, source=source, data=lost, eval_data=lost)
     line = refused("replay", copied)
-    assert f"{gone}/net_of_a_small_run.py: is gone; " in line
+    assert f"{gone}/net_of_a_small_run.py: does not exist; " in line
     line = refused("replay", copied, *moved[2:])
-    assert f"{gone}/data.npz: is gone; " in line
-    assert "(--data)" in line
+    assert f"{gone}/data.npz: does not exist; " in line
+    assert "give --data" in line
     assert replayed(copied, *moved)["reproduced"] is True
     (other / "net_of_a_small_run.py").write_text("changed = True\n")
     line = refused("replay", copied, *moved)
