@@ -1,12 +1,12 @@
-"""The deployment grid: symmetric INT8 as TensorRT computes it. This file owns the arithmetic.
+"""The arithmetic of quantization, as TensorRT computes it: symmetric INT8.
 
     scale = amax / qmax
     q     = clip(round_half_even(x / scale), qmin, qmax)      divide, never multiply by 1/scale
     x_dq  = q * scale                                         zero point 0 everywhere
 
-Activations have one scale per tensor and codes in [-128, 127]; weights have one scale per output
-channel and codes in [-127, 127]. Fewer bits are simulated inside INT8: the code range shrinks and
-scale = amax / qmax of the smaller range, e.g. weights of 6 bits use codes in [-31, 31].
+Activations have one scale per tensor and codes in [-128, 127], or UINT8 codes in [0, 255] with full
+range; weights have one scale per output channel and codes in [-127, 127]. Fewer bits are simulated
+within 8 bits: weights of 6 bits use the codes [-31, 31] and scale = amax / 31.
 """
 
 from dataclasses import dataclass

@@ -1,16 +1,16 @@
-"""Layers that sum integer codes in float operators: what an INT8 kernel computes, to the bit.
+"""Let layers sum integer codes in float operators: the results of an INT8 kernel, to the bit.
 
     DQ(x), DQ(W), b -> y        becomes        y = s_x s_W[o] (sum_k q_W[o,k] (q_x[k] - z)) + b[o]
 
-(a bias that `reptrt.rewrite.round_biases` made a multiple of s_x s_W is added as a code, before);
+A bias that is a multiple of s_x s_W (`reptrt.rewrite.round_biases`) is added to the sum as a code.
 
-and where a Q with scale s_y follows, so that a kernel makes one step of both, Q gets scale 1 and
+Where a Q with scale s_y follows, an INT8 kernel computes both in one step: Q gets scale 1 and
 
     y = s_x s_W[o] / s_y (sum_k q_W[o,k] (q_x[k] - z) + b_q[o]),   b_q = round(b / (s_x s_W))
 
-Every product and every sum of codes is an integer. Below 2^24 float32 holds them exactly, so that
-the order of summation, which differs between runtimes and batch sizes, cannot matter; what is left
-is a product and a sum of two float32 numbers, which IEEE 754 defines. Ours.
+Every product and every sum of codes is an integer. Float32 represents integers below 2^24 exactly,
+so the order of summation, which differs between runtimes and batch sizes, does not matter. The
+remaining product and sum of two float32 numbers are defined by IEEE 754. Ours.
 """
 
 from dataclasses import dataclass
@@ -28,15 +28,15 @@ from reptrt.graph.queries import given, is_dequantize, quantization_of
 AnyArray = npt.NDArray[Any]
 Float64Array = npt.NDArray[np.float64]
 
-SUMS = ".int8_sums"  # ends the name of what a layer has summed
+SUMS = ".int8_sums"  # suffix of the name of a layer's sums
 _EXACT = 2**24  # integers up to here are float32 numbers
-_FLOAT_ROUNDING = 1 / 8  # of a step, in a bias that was rounded to codes and is a float again
+_FLOAT_ROUNDING = 1 / 8  # of a step: a bias this near to a code was rounded to it
 _PLAIN_GEMM = {"alpha": 1.0, "beta": 1.0, "transA": 0}
 
 
 @dataclass(frozen=True, slots=True)
 class _Codes:
-    """What a DequantizeLinear reads."""
+    """The codes that a DequantizeLinear reads."""
 
     tensor: gs.Tensor
     scale: npt.NDArray[np.float32]  # one value, or one per index of ``axis``
@@ -59,7 +59,7 @@ class _Layer:
 
     @property
     def is_exact(self) -> bool:
-        """Whether no partial sum, in whatever order, can pass 2^24."""
+        """Whether no partial sum, in any order, can exceed 2^24."""
         rows = np.moveaxis(self.weight, self.axis, 0).reshape(len(self.step), -1)
         low, high = rows * float(self.x.grid.qmin), rows * float(self.x.grid.qmax)
         above = np.maximum(low, high).sum(axis=1) + np.maximum(self.bias_codes, 0)
@@ -68,9 +68,9 @@ class _Layer:
 
 
 def sum_codes(graph: gs.Graph, node: gs.Node) -> bool:
-    """Let a Conv or Gemm sum codes; return whether it does now.
+    """Let a Conv or Gemm sum codes; return whether it does.
 
-    It stays as it is where an operand is not dequantized, or where a sum could pass 2^24.
+    It stays unchanged if an operand is not dequantized, or if a sum could exceed 2^24.
 
     Args:
         graph: the graph of ``node``.
@@ -80,13 +80,14 @@ def sum_codes(graph: gs.Graph, node: gs.Node) -> bool:
     if layer is None or not layer.is_exact:
         return False
     name, step, (result,) = node.name or node.outputs[0].name, layer.step, node.outputs
-    one = gs.Constant(f"{name}{SUMS}.one", np.array(1, np.float32))
+    unit = gs.Constant(f"{name}{SUMS}.one", np.array(1, np.float32))
     if layer.quantize is not None:
         step = (step / constant_of(layer.quantize.inputs[1]).reshape(())).astype(np.float32)
-        layer.quantize.inputs = [result, one, *layer.quantize.inputs[2:]]
+        layer.quantize.inputs = [result, unit, *layer.quantize.inputs[2:]]
     codes = gs.Variable(f"{name}{SUMS}.codes", dtype=np.float32)
-    given = [layer.x.tensor, one, *([] if layer.x.zero_point is None else [layer.x.zero_point])]
-    graph.nodes.append(gs.Node("DequantizeLinear", codes.name, {}, given, [codes]))
+    zero_points = [] if layer.x.zero_point is None else [layer.x.zero_point]
+    operands = [layer.x.tensor, unit, *zero_points]
+    graph.nodes.append(gs.Node("DequantizeLinear", codes.name, {}, operands, [codes]))
     node.inputs = [
         codes,
         gs.Constant(f"{name}{SUMS}.weight", layer.weight.astype(np.float32)),
@@ -99,7 +100,7 @@ def sum_codes(graph: gs.Graph, node: gs.Node) -> bool:
 
 
 def _append(graph: gs.Graph, node: gs.Node, op: str, before: str, values: AnyArray) -> gs.Node:
-    """Put an operator with one value per channel behind a node, whose output gets a new name."""
+    """Insert an operator with one value per channel behind a node; return the operator."""
     (result,) = node.outputs
     source = gs.Variable(before, dtype=np.float32, shape=result.shape)
     node.outputs = [source]
@@ -111,7 +112,7 @@ def _append(graph: gs.Graph, node: gs.Node, op: str, before: str, values: AnyArr
 
 
 def quantize_behind(graph: gs.Graph, node: gs.Node) -> gs.Node | None:
-    """Return the Q with one scale that alone reads a node's output; else None."""
+    """Return the per-tensor Q that is the only consumer of a node's output; else None."""
     (result,) = node.outputs
     if len(result.outputs) != 1 or any(result is output for output in graph.outputs):
         return None
@@ -138,7 +139,7 @@ def _codes(tensor: gs.Tensor) -> _Codes | None:
 
 
 def _layer(graph: gs.Graph, node: gs.Node) -> _Layer | None:
-    """Return what a layer computes with; None if it cannot sum codes."""
+    """Return the operands of a layer; None if it cannot sum codes."""
     if node.op not in ("Conv", "Gemm") or any(
         node.attrs.get(name, value) != value for name, value in _PLAIN_GEMM.items()
     ):
@@ -161,24 +162,26 @@ def _layer(graph: gs.Graph, node: gs.Node) -> _Layer | None:
 def _biases(
     node: gs.Node, step: npt.NDArray[np.float32], *, in_codes: bool
 ) -> tuple[Float64Array, Float64Array] | None:
-    """Return what to add to the sum of codes, and to the scaled sum, (O,); None: not constants.
+    """Return the bias in two parts: to add to the sum of codes, and to the scaled sum; each (O,).
+
+    None: the bias is computed.
 
     Args:
         node: the layer.
         step: s_x s_W, (O,).
-        in_codes: the bias is rounded to codes.
+        in_codes: round the bias to codes.
     """
-    nothing = np.zeros(len(step))
+    zeros = np.zeros(len(step))
     if len(node.inputs) < 3 or not node.inputs[2].name:
-        return nothing, nothing
+        return zeros, zeros
     tensor, maker = node.inputs[2], producer(node.inputs[2])
     has_codes = maker is not None and maker.op == "DequantizeLinear"
-    found = constant_value(maker.inputs[0] if maker is not None and has_codes else tensor)
-    if found is None or found.shape != step.shape:
+    values = constant_value(maker.inputs[0] if maker is not None and has_codes else tensor)
+    if values is None or values.shape != step.shape:
         return None
-    bias = found.astype(np.float64)
+    bias = values.astype(np.float64)
     if has_codes:
-        return bias, nothing
+        return bias, zeros
     codes = np.rint(bias / step)
     is_code = np.abs(bias / step - codes).max() <= _FLOAT_ROUNDING
-    return (codes, nothing) if in_codes or is_code else (nothing, bias)
+    return (codes, zeros) if in_codes or is_code else (zeros, bias)

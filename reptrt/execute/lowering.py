@@ -1,34 +1,33 @@
 """Rewrite a TensorRT-form Q/DQ graph so that a CPU runs it as INT8 kernels do.
 
-TensorRT wants Q after the ReLU, symmetric INT8; onnxruntime fuses a convolution only with a Q that
-follows it directly. Run as it is, the graph would compute every convolution in float. Steps
+TensorRT wants Q behind the ReLU, symmetric INT8; onnxruntime fuses a convolution only with a Q that
+follows it directly. Run unchanged, the graph would compute every convolution in float. Steps
 1, 2 and 5 are exact: the codes of every tensor stay the same.
 
-0. An FP16 rest becomes an FP32 rest with the same numbers: casts go, and scales, biases and float
-   weights are widened, which is exact. Only what FP16 arithmetic would round is not rounded.
+0. Float nodes in FP16 become FP32 nodes with the same numbers: casts are removed, and scales,
+   biases and float weights are widened, which is exact. The rounding of FP16 arithmetic is lost.
    Tensors that `reptrt.rewrite.recentre` gave all 256 codes get UINT8 codes with zero point 0
-   again, 128 more than before: then padding with zeros is right as it is, and what made up for
-   the offset goes from biases and sums, to float rounding.
+   again (`reptrt.rewrite.restore`).
 1. ``Relu -> Q(int8)`` becomes ``Q(uint8, zero point 0) -> Clip(0, 127)``: saturation at 0 is the
    ReLU, and the clip restores the saturation at 127 that INT8 has. ``Clip(0, c)`` likewise.
-2. ``DQ -> Flatten, Reshape, MaxPool...`` gets a Q/DQ pair of the same scale behind it, which
-   onnxruntime needs in order to keep the codes.
+2. ``DQ -> Flatten, Reshape, MaxPool...`` gets another Q/DQ pair with the same scale behind it;
+   onnxruntime needs it in order to move codes.
 3. The bias of a Gemm of two DQ becomes INT32 codes of the accumulator's own step, which
    onnxruntime does by itself for convolutions only. It moves the bias by half such a step at most.
 4. Where the weights of a channel are so small beside its bias that those codes would overflow, the
    step of the weights grows until the bias fits; where they are all zero, it is chosen for the
    bias. It moves an output by less than 2^-22 of the bias for each weight of the channel.
-5. INT8 activations that are left get UINT8 codes with zero point 128, 128 more than before: its
-   kernels for x86 take unsigned activations. It does the same by itself, but not wherever a tensor
-   is read twice, and then computes that layer in float.
-6. Layers for which there is no INT8 kernel, because no Q follows, sum codes all the same, in float
-   operators (`reptrt.execute.code_sums`): exact, and no weight is dequantized when it runs. For a
-   runtime without any INT8 kernels, `reptrt.execute.torchgraph`, all layers do. Then the codes and
-   the outputs are those of onnxruntime, to the bit, of all that has no kernel of yet another kind
-   there (average pools, sums of INT8 summands; see docs/methods.md).
+5. The remaining INT8 activations get UINT8 codes with zero point 128, 128 more than before: the
+   x86 kernels of onnxruntime take unsigned activations. onnxruntime does the same by itself, except
+   where a tensor has two consumers; it then computes that layer in float.
+6. Layers for which there is no INT8 kernel, because no Q follows, sum codes in float operators
+   (`reptrt.execute.code_sums`), which is exact. For a runtime without any INT8 kernels,
+   `reptrt.execute.torchgraph`, all layers do. Codes and outputs are then those of onnxruntime, to
+   the bit, except where onnxruntime has a kernel of another kind (average pools, sums of INT8
+   summands; see docs/methods.md).
 
-What is not in the form that reptrt writes (other zero points, codes that others read) is left as
-it is.
+A pair in another form than reptrt writes (other zero points, codes with other consumers) is left
+unchanged.
 """
 
 from collections.abc import Sequence
@@ -54,7 +53,7 @@ def lower(model: onnx.ModelProto, *, kernels: bool = True) -> onnx.ModelProto:
 
     Args:
         model: a Q/DQ model; it is not changed.
-        kernels: leave to onnxruntime what it has INT8 kernels for.
+        kernels: leave the layers that onnxruntime has INT8 kernels for to onnxruntime.
     """
     if not any(node.op_type == "QuantizeLinear" for node in model.graph.node):
         return model

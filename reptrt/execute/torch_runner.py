@@ -97,8 +97,9 @@ def int8_runner(model: onnx.ModelProto, device: torch.device) -> TorchRunner:
 def float_activations(net: Net) -> Replacements:
     """Return replacements that leave every activation of a Q/DQ graph in float.
 
-    Weights keep their codes. The pair is skipped, and the Clip of a simulation before it. Where the
-    saturation of a Q stands in for a ReLU (`graph.recentred`), that is all that is left of it.
+    Weights keep their codes. Pairs, and the Clips that simulate fewer bits, pass their input on
+    unchanged. Where the saturation of a Q takes the place of a ReLU (`graph.recentred`), the
+    replacement applies that saturation only.
     """
     codes = {record.quantize: record.code for record in read_recentred(net)}
     replacements: dict[str, Callable[..., Tensor]] = {}
@@ -118,7 +119,7 @@ def _from(code: int, x: Tensor, scale: Tensor, *rest: Tensor | None) -> Tensor:
 
 
 def _rescaled(quantize: gs.Node, dequantize: gs.Node) -> Callable[..., Tensor]:
-    """Return what a pair does but for rounding: nothing, or a factor if its scales differ."""
+    """Return the function of a pair without rounding: identity, or the ratio of its two scales."""
     before, after = (np.float64(constant_of(n.inputs[1])) for n in (quantize, dequantize))
     return _first if before == after else functools.partial(_times, float(after / before))
 

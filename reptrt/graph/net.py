@@ -1,7 +1,7 @@
-"""ONNX files in and out, and the few questions that every rewrite asks of a graph.
+"""Read and write ONNX files as graphs, and the questions that every rewrite asks of a graph.
 
 A `Net` is an onnx-graphsurgeon graph plus the model's ``metadata_props``, where reptrt keeps what a
-graph cannot say: the preprocessing and which branch each part of a kernel came from.
+graph cannot express: the preprocessing, and the branch that each part of a kernel came from.
 """
 
 import json
@@ -22,10 +22,10 @@ from reptrt.core.errors import ArtifactError, RewriteError
 
 Parsed = TypeVar("Parsed")
 
-_DAMAGE = (OSError, ValueError, TypeError, LookupError)  # what reading damaged content raises
+_DAMAGE = (OSError, ValueError, TypeError, LookupError)  # raised by reading a damaged file
 
 WEIGHTED_OPS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
-QUANTIZED_OPS = (  # any of them: the graph is not a float graph
+QUANTIZED_OPS = (  # a float graph has none of them
     "QuantizeLinear",
     "DequantizeLinear",
     "DynamicQuantizeLinear",
@@ -135,13 +135,13 @@ def read_model(path: Path) -> onnx.ModelProto:
 
 
 def _check_content(message: Message) -> None:
-    """Look at what onnx's checker leaves out: damaged texts, constants, types and sizes.
+    """Check what onnx's checker does not: texts, constants, types and sizes.
 
-    A negative size, which some exporters write for a free one, becomes a free one.
+    A negative size, which some exporters write for a dynamic one, becomes dynamic.
 
     Raises:
-        ValueError, TypeError: a text is not UTF-8, a constant has more or fewer values than its
-            shape says, or a type does not exist.
+        ValueError, TypeError: a text is not UTF-8, the number of values of a constant does not
+            match its shape, or a type does not exist.
     """
     if isinstance(message, onnx.TensorProto):
         onnx.numpy_helper.to_array(message)
@@ -161,10 +161,10 @@ def _check_content(message: Message) -> None:
 
 
 def net_from_model(model: onnx.ModelProto) -> Net:
-    """Return the graph-surgeon form of an ONNX model, in which every node has a name of its own.
+    """Return the graph-surgeon form of an ONNX model, in which every node has a unique name.
 
-    ONNX lets nodes go unnamed or share a name; here an unnamed node takes the name of its first
-    output, and what is taken gets a number.
+    ONNX nodes may have no name or share one. A node without a name gets the name of its first
+    output; a number is appended to a name that is taken.
     """
     with G_LOGGER.suppress(G_LOGGER.ERROR):  # its warnings go to stdout, where results belong
         graph = gs.import_onnx(model)
@@ -198,10 +198,10 @@ def bytes_from_model(model: onnx.ModelProto) -> bytes:
 
 
 def get_json(net: Net, key: str, parse: Callable[[dict[str, Any]], Parsed]) -> Parsed | None:
-    """Return what ``parse`` makes of the JSON object stored under ``reptrt.<key>``, or None.
+    """Return the JSON object that is stored under ``reptrt.<key>``, parsed; None if there is none.
 
     Raises:
-        ArtifactError: what is stored is not what `set_json` wrote, or ``parse`` cannot read it.
+        ArtifactError: it is not a JSON object, or ``parse`` cannot read it.
     """
     text = net.metadata.get(f"reptrt.{key}")
     if text is None:
@@ -234,18 +234,18 @@ def constant_value(tensor: gs.Tensor) -> npt.NDArray[Any] | None:
 
 
 def producer(tensor: gs.Tensor) -> gs.Node | None:
-    """Return the node that makes a tensor; None for graph inputs and constants."""
+    """Return the node that computes a tensor; None for graph inputs and constants."""
     return tensor.inputs[0] if tensor.inputs else None
 
 
 def maker_of(tensor: gs.Tensor) -> gs.Node:
-    """Return the node that makes a tensor.
+    """Return the node that computes a tensor.
 
     Raises:
-        RewriteError: it is a graph input or a constant.
+        RewriteError: the tensor is a graph input or a constant.
     """
     if not tensor.inputs:
-        raise RewriteError(f"tensor {tensor.name}: no node makes it, expected a computed tensor")
+        raise RewriteError(f"tensor {tensor.name}: no node computes it, expected a computed tensor")
     return tensor.inputs[0]
 
 
@@ -253,7 +253,7 @@ def constant_of(tensor: gs.Tensor) -> npt.NDArray[Any]:
     """Return the value of a constant.
 
     Raises:
-        RewriteError: it is computed.
+        RewriteError: the tensor is computed.
     """
     value = constant_value(tensor)
     if value is None:
@@ -278,7 +278,7 @@ def weighted_nodes(graph: gs.Graph) -> list[gs.Node]:
 def refuse_not_finite(net: Net) -> None:
     """Refuse a net whose constants hold NaN, or infinity where layers and batch norms read them.
 
-    Elsewhere infinity has a meaning: a bound of a Clip, the border of a pooling window.
+    Elsewhere infinity has a meaning: as the bound of a Clip, or the border of a pooling window.
 
     Raises:
         ArtifactError: there are such constants; the first five are named.
@@ -310,5 +310,5 @@ def first_free(wanted: str, taken: Container[str]) -> str:
 
 
 def is_private(graph: gs.Graph, tensor: gs.Tensor) -> bool:
-    """Return whether exactly one node reads a tensor and the caller of the graph does not."""
+    """Return whether a tensor has exactly one consumer and is no output of the graph."""
     return len(tensor.outputs) == 1 and not any(tensor is output for output in graph.outputs)

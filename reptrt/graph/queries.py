@@ -1,7 +1,7 @@
-"""Questions about one tensor or node of a Q/DQ graph, asked of onnx-graphsurgeon.
+"""Questions about one tensor or node of a Q/DQ graph.
 
-``Cast`` and ``Identity`` are looked through everywhere: an FP16 rest puts casts between any two
-nodes. A node *moves* values if it changes no value, only places, so that Q/DQ commute with it.
+All of them look through ``Cast`` and ``Identity``: a graph with FP16 parts has casts between any
+two nodes. A node *moves* values if it changes their places only, so that Q/DQ commute with it.
 """
 
 from collections.abc import Collection, Iterator, Mapping
@@ -142,14 +142,19 @@ def base(tensor: gs.Tensor) -> gs.Tensor:
 
 
 def maker(tensor: gs.Tensor) -> gs.Node | None:
-    """Return the node that makes a tensor, casts looked through."""
+    """Return the node that computes a tensor, in front of casts."""
     return producer(base(tensor))
 
 
 def readers(
     tensor: gs.Tensor, through: Collection[str] = LOOKED_THROUGH
 ) -> Iterator[tuple[gs.Node, int]]:
-    """Yield who reads a tensor and as which input, casts looked through."""
+    """Yield the consumers of a tensor, each with the index of the input that reads it.
+
+    Args:
+        tensor: any tensor.
+        through: kinds of nodes whose consumers are yielded in their place.
+    """
     seen: set[int] = set()
     for node in tensor.outputs:
         if id(node) in seen:
@@ -168,7 +173,7 @@ def quantize_before(node: gs.Node | None) -> gs.Node | None:
 
 
 def pair_readers(quantize: gs.Node) -> list[tuple[gs.Node, int]]:
-    """Return who reads what a Q makes once it is dequantized."""
+    """Return the consumers of the dequantized output of a Q."""
     return [
         reading
         for dequantize, _ in readers(quantize.outputs[0])
@@ -178,7 +183,7 @@ def pair_readers(quantize: gs.Node) -> list[tuple[gs.Node, int]]:
 
 
 def moved_readers(tensor: gs.Tensor) -> Iterator[tuple[gs.Node, int]]:
-    """Yield who reads a tensor, nodes that move values looked through too."""
+    """Yield the consumers of a tensor, behind nodes that move values."""
     for node, index in readers(tensor):
         if moves(node) and index == 0:
             for output in node.outputs:
@@ -190,7 +195,7 @@ def moved_readers(tensor: gs.Tensor) -> Iterator[tuple[gs.Node, int]]:
 def dequantize_before(tensor: gs.Tensor) -> gs.Node | None:
     """Return the DequantizeLinear that a tensor's values come from, or None.
 
-    Nodes that move values are looked through, and a Concat whose inputs all have one scale.
+    Nodes that move values are passed, and a Concat whose inputs all have the same scale.
     """
     node = maker(tensor)
     while node is not None and moves(node):
@@ -205,7 +210,7 @@ def dequantize_before(tensor: gs.Tensor) -> gs.Node | None:
 def same_scale(
     first: npt.NDArray[np.generic] | None, second: npt.NDArray[np.generic] | None
 ) -> bool:
-    """Whether two scales are one, up to the rounding of FP16; unknown ones are not."""
+    """Whether two scales are equal, to the rounding of FP16; unknown scales are not."""
     if first is None or second is None or first.size != second.size:
         return False
     one, other = first.astype(np.float64).ravel(), second.astype(np.float64).ravel()
@@ -213,7 +218,7 @@ def same_scale(
 
 
 def scale_text(scale: npt.NDArray[np.generic] | None) -> str:
-    """Return a scale for people."""
+    """Return a scale as text."""
     if scale is None:
         return "unknown"
     return f"{float(scale.ravel()[0]):.6g}" if scale.size == 1 else f"{scale.size} scales"
@@ -221,7 +226,7 @@ def scale_text(scale: npt.NDArray[np.generic] | None) -> str:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Quantization:
-    """What a Q or DQ says of its codes: x = scale * (code - zero_point)."""
+    """The parameters of a Q or DQ: x = scale * (code - zero_point)."""
 
     scale: npt.NDArray[Any]  # one value, or one per index of ``axis``
     axis: int
@@ -240,8 +245,8 @@ class Quantization:
 def quantization_of(node: gs.Node) -> Quantization | None:
     """Return scale and codes of a Q or DQ.
 
-    None: it is another node, its scale or zero point is no known constant or has a value per block,
-    or its zero points differ.
+    None: the node is another one, scale or zero point are not known constants, the scale has a
+    value per block, or the zero points differ.
     """
     if not (is_quantize(node) or is_dequantize(node)) or node.attrs.get("block_size", 0):
         return None
@@ -267,7 +272,7 @@ def symmetric_int8_scale(node: gs.Node) -> npt.NDArray[Any] | None:
 
 
 def codes_type(node: gs.Node) -> str | None:
-    """Return the type of a Q's or DQ's codes, ``int8``; None if the graph does not say.
+    """Return the type of a Q's or DQ's codes, such as ``int8``; None if it is unknown.
 
     A QuantizeLinear without zero point and output type gives UINT8 by the ONNX specification.
     """
@@ -283,7 +288,7 @@ def codes_type(node: gs.Node) -> str | None:
 
 
 def float_type(tensor: gs.Tensor) -> str | None:
-    """Return the float type of a tensor as the graph implies it, ``float16``; None if unknown."""
+    """Return the float type that a graph gives a tensor, such as ``float16``; None if unknown."""
     while (value := constant_value(tensor)) is None:
         node = producer(tensor)
         if node is None:
@@ -299,7 +304,7 @@ def float_type(tensor: gs.Tensor) -> str | None:
 
 
 def is_private(tensor: gs.Tensor, graph: gs.Graph) -> bool:
-    """Whether one node reads a tensor, casts looked through, and the caller does not."""
+    """Whether a tensor has one consumer, behind casts, and is no output of the graph."""
     chain = base(tensor)
     asked = any(output is tensor or base(output) is chain for output in graph.outputs)
     return len(list(readers(chain))) == 1 and not asked

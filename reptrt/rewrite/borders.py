@@ -1,4 +1,4 @@
-"""Where the taps of a convolution fall outside its input, and what they weigh."""
+"""The taps of a convolution that fall outside its input, and the sum of their weights."""
 
 from collections.abc import Iterator
 
@@ -18,9 +18,10 @@ def _input_size(node: gs.Node) -> tuple[int, int] | None:
 
 
 def pads_of(node: gs.Node) -> list[int] | None:
-    """Return begin and end pads of each axis, begins first; None where they cannot be dealt with.
+    """Return the pads of a convolution: before each axis, then after each axis.
 
-    Pads that are not all zero are only returned where height and width are known.
+    Returns:
+        The pads; empty for no padding; None for padding at a height and width that are not fixed.
     """
     auto = node.attrs.get("auto_pad", "NOTSET")
     pads = [int(pad) for pad in node.attrs.get("pads") or ()]
@@ -31,12 +32,12 @@ def pads_of(node: gs.Node) -> list[int] | None:
         return None
     if auto == "NOTSET":
         return pads
-    lacking = [
+    totals = [
         max((-(-length // stride) - 1) * stride + (taps - 1) * dilation + 1 - length, 0)
         for length, (stride, dilation, taps) in zip(size, _windows(node), strict=True)
     ]
-    less, more = [n // 2 for n in lacking], [n - n // 2 for n in lacking]
-    return less + more if auto == "SAME_UPPER" else more + less
+    smaller, larger = [n // 2 for n in totals], [n - n // 2 for n in totals]
+    return smaller + larger if auto == "SAME_UPPER" else larger + smaller
 
 
 def _windows(node: gs.Node) -> Iterator[tuple[int, int, int]]:
@@ -48,25 +49,31 @@ def _windows(node: gs.Node) -> Iterator[tuple[int, int, int]]:
 
 
 def output_size(node: gs.Node, pads: list[int]) -> tuple[int, int]:
-    """Return height and width of what a convolution of fixed input size makes."""
+    """Return height and width of the output of a convolution with a fixed input size."""
     height, width = (len(inside) for inside in _inside(node, pads))
     return height, width
 
 
 def _inside(node: gs.Node, pads: list[int]) -> list[Float64Array]:
-    """Return for each axis which taps lie inside the input: 0 or 1, (positions, taps)."""
-    found = []
+    """Return, for each axis, 1 where a tap lies inside the input and 0 elsewhere.
+
+    Each array has the shape (output positions, taps).
+    """
+    inside = []
     size = _input_size(node) or ()
     for axis, (stride, dilation, taps) in enumerate(_windows(node)):
         length, begin, end = size[axis], pads[axis], pads[axis + 2]
         positions = (length + begin + end - (taps - 1) * dilation - 1) // stride + 1
         at = np.arange(positions)[:, None] * stride + np.arange(taps)[None] * dilation - begin
-        found.append(((at >= 0) & (at < length)).astype(np.float64))
-    return found
+        inside.append(((at >= 0) & (at < length)).astype(np.float64))
+    return inside
 
 
 def outside_sums(node: gs.Node) -> Float64Array | None:
-    """Return the sum of the weights whose taps fall outside, (O, H, W); None without padding."""
+    """Return, for each output position, the sum of the weights whose taps fall outside: (O, H, W).
+
+    None: the convolution has no padding.
+    """
     pads = pads_of(node)
     weight = dequantized_weight(node)
     if not pads or weight is None:

@@ -1,11 +1,11 @@
-"""What a rewrite returns."""
+"""The report that every rewrite returns."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
 class Skipped:
-    """A node that a rewrite looked at and left alone."""
+    """A node that a rewrite did not change, with the reason."""
 
     node: str
     reason: str
@@ -13,8 +13,8 @@ class Skipped:
 
 @dataclass(frozen=True, slots=True)
 class RewriteReport:
-    """What one rewrite did to one net."""
+    """What one rewrite changed in one net."""
 
-    rewrite: str
-    changed: tuple[str, ...] = ()  # names of the nodes it made or changed
+    rewrite: str  # its name
+    changed: tuple[str, ...] = ()  # names of the nodes that were added or changed
     skipped: tuple[Skipped, ...] = ()

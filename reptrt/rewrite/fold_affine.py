@@ -3,12 +3,12 @@
     gain[c] * conv(x, scale[c] codes) + shift[c]
         = conv(x, (|gain[c]| scale[c]) (sign(gain[c]) codes)) + shift[c] + gain[c] bias[c]
 
-A quantized weight keeps its codes, but for the sign; a scale derived anew from the folded float
-weight would discard learned rounding. A float weight, and the diagonal of an identity split, is
-multiplied. A channel whose gain is 0 gets codes 0.
+A quantized weight keeps its codes, apart from the sign: quantizing the folded float weight anew
+would discard learned rounding. A float weight is multiplied, and so is the diagonal of an identity
+split. A channel whose gain is 0 gets codes 0.
 
-Requires: affines that `insert_affine` made. Ensures: no affine is left; every layer's output tensor
-keeps its name and, to float rounding, its value.
+Requires: affines that `insert_affine` made. Ensures: no affine is left; the output tensor of every
+layer keeps its name and, to float rounding, its value.
 """
 
 from dataclasses import replace

@@ -1,13 +1,13 @@
-"""Fold the factor of a scalar identity split into the scale of its skip: the Mul goes.
+"""Fold the factor of a scalar identity split into the scale of its skip, and remove the Mul.
 
     d0 * DQ(q, s) = DQ(q, d0 s)
 
-The skip is then a residual like any other, which TensorRT adds in the kernel of the convolution and
-onnxruntime in INT8: the codes of x serve both the convolution and the skip, under two scales.
+The skip is then a residual like any other: TensorRT adds it in the kernel of the convolution,
+onnxruntime adds it in INT8. Convolution and skip read the same codes of x with two scales.
 
-Requires: splits of form identity-scalar whose Mul reads a DQ. Ensures: every tensor that is left
-keeps its name and, to float rounding, its value. A factor that is not positive would stay a Mul,
-since a scale has to be; `reptrt.rewrite.split_identity` makes none.
+Requires: splits of form identity-scalar whose Mul reads a DQ. Ensures: every remaining tensor keeps
+its name and, to float rounding, its value. A factor that is not positive stays a Mul, since a scale
+has to be positive; `reptrt.rewrite.split_identity` makes no such factor.
 """
 
 import numpy as np
@@ -35,7 +35,7 @@ def fold_skip_scale(net: Net) -> RewriteReport:
 
 
 def _fold(net: Net, mul: gs.Node) -> str | None:
-    """Replace the Mul by a DQ of its name; return the reason if it has to stay."""
+    """Replace the Mul by a DQ with the same name; return the reason if the Mul has to stay."""
     dequantize = producer(mul.inputs[0])
     if dequantize is None or dequantize.op != "DequantizeLinear":
         return "its input is not quantized"

@@ -2,13 +2,13 @@
 
     y = gain[c] * conv(x, W) + shift[c]        at first gain = 1, shift = the layer's bias
 
-After RepAPQ (arXiv 2402.16121): one convolution with an affine that calibration learns. The layer
-itself loses its bias; a split layer gets one affine for the sum of its parts. `fold_affine` puts
-the affine back into the layer, so it costs nothing in the deployed graph.
+After RepAPQ (arXiv 2402.16121). Calibration learns gain and shift. The layer itself loses its bias;
+a split layer gets one affine for the sum of its parts. `fold_affine` multiplies the affine into the
+layer, so it costs nothing in the deployed graph.
 
-Requires: layers with constant or dequantized constant weights, and a bias of one value per channel;
-a split layer whose summands are quantized has none, since their steps are per tensor. Ensures: the
-output tensor of each layer keeps its name and, to float rounding, its value.
+Requires: layers with constant or dequantized constant weights, and a bias with one value per
+channel. A split layer whose summands are quantized gets no affine, since their steps are per
+tensor. Ensures: the output tensor of each layer keeps its name and, to float rounding, its value.
 """
 
 import math
@@ -26,15 +26,15 @@ from reptrt.rewrite.contract import RewriteReport, Skipped
 def insert_affine(net: Net) -> RewriteReport:
     """Insert an affine after every Conv and Gemm, or after the sum of a split one.
 
-    The skip of a scalar identity split has one factor for all channels, which is to become a scale:
-    there the affine goes behind the convolution, and the skip is added as it is.
+    The skip of a scalar identity split has one factor for all channels, which later becomes a
+    scale. There the affine goes behind the convolution, and the skip is added unchanged.
     """
     nodes = {node.name: node for node in net.graph.nodes}
     splits = {split.main: split for split in read_splits(net)}
     sides = {split.side for split in splits.values()}
-    known = read_affines(net)
-    have_one = {affine.layer for affine in known}
-    affines, skipped = list(known), []
+    present = read_affines(net)
+    have_one = {affine.layer for affine in present}
+    affines, skipped = list(present), []
     for node in list(net.graph.toposort().nodes):
         split = splits.get(node.name)
         layer = split.layer if split else node.name
@@ -49,7 +49,7 @@ def insert_affine(net: Net) -> RewriteReport:
         affines.append(_insert(net, node, last, layer))
     net.graph.toposort()
     record_affines(net, affines)
-    changed = tuple(affine.layer for affine in affines[len(known) :])
+    changed = tuple(affine.layer for affine in affines[len(present) :])
     return RewriteReport("insert_affine", changed, tuple(skipped))
 
 

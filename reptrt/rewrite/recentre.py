@@ -1,30 +1,31 @@
-"""Give activations behind a ReLU all 256 codes under zero point 0.
+"""Give activations behind a ReLU all 256 INT8 codes, with zero point 0.
 
-Symmetric INT8 uses codes 0 to 127 of a tensor that is never negative. Here the pair carries
+With symmetric INT8, a tensor that is never negative uses only the codes 0 to 127. Here its Q/DQ
+pair carries
 
-    x' = x - c        c = 128 s        s = amax / 255        (s 2^(b-1) for b simulated bits)
+    x' = x - c        c = 128 s        s = amax / 255        (c = s 2^(b-1) for b simulated bits)
 
-and everything around it makes up for c, exactly:
+and the nodes around the pair make up for c, exactly:
 
-    maker    bias - c; the ReLU goes: the saturation of Q at code -128 is x = 0
-    Conv     bias + c sum_{i,t} W[o,i,t], of the weights as they are deployed; with padding, where
-             zeros stand for x' and should be -c, minus c times the sum of the taps that fall
-             outside: a constant map (1, O, H, W), added behind the convolution or behind the sum
-             of a split layer
-    Gemm     bias + c sum_k W[o,k]
-    d * x    of an identity split: d c goes into the bias of the convolution beside it
-    skip     of a residual Add: c goes into the bias of the layer that makes the other summand
-    MaxPool  and what else moves values: hands c on
-    average  pools without padding: c is added to the result
+    producer  bias - c. The ReLU is removed: Q saturates at code -128, which is x = 0.
+    Conv      bias + c sum_{i,t} W[o,i,t], with the weights as they are deployed. Padding writes
+              x' = 0 where it should write -c, so c times the sum of the taps that fall outside is
+              subtracted: a constant map (1, O, H, W), added behind the convolution, or behind the
+              sum of a split layer.
+    Gemm      bias + c sum_k W[o,k]
+    d * x     of an identity split: d c is added to the bias of the convolution beside it
+    skip      of a residual Add: c is added to the bias of the layer that makes the other summand
+    MaxPool   and other nodes that move values pass c on
+    average   pools without padding: c is added to their output
 
-It starts from UINT8 pairs with zero point 0, which `reptrt.graph.qdq` writes for ``full_range``.
-The map needs the height and width of its layer to be fixed, nothing else depends on shapes.
+The pairs are those of a plan's activations with full range, which `reptrt.graph.qdq` writes with
+UINT8 codes. Only the border map depends on shapes: height and width of its layer have to be fixed.
 
-FP16 rounds scales: then c and the sums of weights would no longer fit each other. So the scales
-that enter here are rounded to FP16 first, which moves them by 2^-11 of themselves at most.
+FP16 rounds scales. So that c and the sums of weights still fit each other then, `round_scales`
+rounds the scales that enter into biases to FP16 beforehand, by at most 2^-11 of their value.
 
-Requires: constant weights and biases. Ensures: outputs as before to float rounding (and that of
-scales), INT8 with zero point 0, tensors other than those named keep name and value.
+Requires: constant weights and biases. Ensures: outputs as before, to float rounding; INT8 codes
+with zero point 0; all other tensors keep name and value.
 """
 
 from dataclasses import dataclass, replace
@@ -52,17 +53,17 @@ _HALF = np.finfo(np.float16)
 
 @dataclass(frozen=True, slots=True)
 class PaddedReader:
-    """A convolution that would need a map of its border."""
+    """A convolution that would need a border map."""
 
     layer: str
-    map_shape: tuple[int, int, int] | None  # (O, H, W) of the map; None: not fixed in the graph
+    map_shape: tuple[int, int, int] | None  # (O, H, W); None: height and width are not fixed
 
 
 def full_range_obstacle(net: Net, placement: Placement, tensor: str) -> str | None:
     """Return why a tensor cannot have full range, or None if it can.
 
     Args:
-        net: the float net that ``placement`` was made for, splits done; not changed.
+        net: the float net that ``placement`` was made for; not changed.
         placement: where pairs go.
         tensor: an activation of the placement.
     """
@@ -86,19 +87,19 @@ def full_range_obstacle(net: Net, placement: Placement, tensor: str) -> str | No
 
 
 def padded_readers(net: Net, tensor: str) -> tuple[PaddedReader, ...]:
-    """Return the convolutions that read a tensor of a float net and pad it with zeros."""
+    """Return the convolutions that consume a tensor of a float net and pad it with zeros."""
     readers = Surroundings(net, set()).readers(net.graph.tensors()[tensor], fixed=False)
     if isinstance(readers, str):
         return ()
-    found = []
+    padded = []
     for node in readers.layers:
         pads = pads_of(node)
         if pads is None:
-            found.append(PaddedReader(node.name, None))
+            padded.append(PaddedReader(node.name, None))
         elif any(pads):
             channels = np.asarray(dequantized_weight(node)).shape[0]
-            found.append(PaddedReader(node.name, (channels, *output_size(node, pads))))
-    return tuple(found)
+            padded.append(PaddedReader(node.name, (channels, *output_size(node, pads))))
+    return tuple(padded)
 
 
 def round_scales(net: Net, plan: QuantPlan) -> QuantPlan:
@@ -210,10 +211,10 @@ def _shifted_pair(
     if isinstance(holder, str):
         raise _refusal(tensor, holder)
     for node in pair.dequantizes:
-        found = around.readers(node.outputs[0])
-        if isinstance(found, str):
-            raise _refusal(tensor, found)
-        readers.extend(found)
+        more = around.readers(node.outputs[0])
+        if isinstance(more, str):
+            raise _refusal(tensor, more)
+        readers.extend(more)
     return _ShiftedPair(tensor, activation, pair, relu, holder, readers)
 
 
@@ -245,7 +246,7 @@ def _add_behind(net: Net, around: Surroundings, pair: _ShiftedPair) -> list[str]
 
 
 def _append_add(net: Net, node: gs.Node, value: Float64Array) -> str:
-    """Add a constant behind a node; the result takes over the name and the readers."""
+    """Add a constant behind a node; the sum takes over the output's name and consumers."""
     result = node.outputs[0]
     role = "border" if value.ndim else "offset"
     name = net.fresh_name(f"{node.name}.{role}")
@@ -266,11 +267,11 @@ def _remove_relu(relu: gs.Node) -> None:
 
 
 def _only_pair_reads(graph: gs.Graph, tensor: gs.Tensor, activation: Activation) -> bool:
-    found = {
+    readers = {
         (node.name, index)
         for node in tensor.outputs
         for index, operand in enumerate(node.inputs)
         if operand is tensor
     }
     is_output = any(tensor is output for output in graph.outputs)
-    return found == set(activation.readers) and not is_output
+    return readers == set(activation.readers) and not is_output

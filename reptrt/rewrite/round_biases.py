@@ -1,11 +1,11 @@
-"""Put biases on the grid of the accumulator, so that every runtime adds the same ones.
+"""Round biases to multiples of the accumulator's step, so that every runtime adds the same bias.
 
     b[o] = round(b[o] / g[o]) g[o]        g[o] = s_x s_w[o]
 
-An INT8 layer sums codes in INT32, in steps of g. onnxruntime's kernels round the bias to it; torch
-and TensorRT add it as it is. The rounding is at most half such a step, far below a step of the
-output, but each value that it moves across the middle between two codes moves hundreds of sums of
-the next layer. Rounded beforehand, there is nothing left to differ in. Ours.
+An INT8 layer sums codes in INT32, in steps of g. The kernels of onnxruntime round the bias to such
+a step; torch and TensorRT add it unrounded. The difference is at most g / 2, far below a step of
+the output, but each output that it moves from one code to the next changes hundreds of sums in the
+next layer. With biases that are rounded beforehand, runtimes do not differ here. Ours.
 
 Requires: a Q/DQ net whose scales are final. Ensures: a bias moves by g / 2 at most.
 """
@@ -33,11 +33,11 @@ def round_biases(net: Net) -> RewriteReport:
         if bias is None or bias.ndim != 1 or any(scale is None for scale in scales):
             continue
         if any(float(node.attrs.get(name, 1.0)) != 1.0 for name in ("alpha", "beta")):
-            continue  # of a Gemm: no kernel adds its bias in INT32
+            continue  # a Gemm whose bias no kernel adds in INT32
         step, per_channel = (np.asarray(scale, dtype=np.float64) for scale in scales)
         grid = step.reshape(()) * per_channel.reshape(-1)
         if grid.size not in (1, bias.size):
-            continue  # of a ConvTranspose with groups, which share scales
+            continue  # a ConvTranspose with groups: channels share scales
         exact = bias.astype(np.float64)
         add_to_bias(net, node, np.rint(exact / grid) * grid - exact)
         changed.append(node.name)
@@ -45,7 +45,7 @@ def round_biases(net: Net) -> RewriteReport:
 
 
 def _source(tensor: gs.Tensor) -> gs.Node | None:
-    """Return what makes the values of a tensor, past what only moves them."""
+    """Return the node that computes the values of a tensor, in front of nodes that move them."""
     node = producer(tensor)
     while node is not None and moves_values(node):
         node = producer(node.inputs[0])

@@ -1,4 +1,4 @@
-"""Coarse-fine weight splitting: one convolution becomes a coarse 1x1 and a fine k x k, summed.
+"""Coarse-fine splitting: one convolution becomes the sum of a coarse 1x1 and a fine k x k one.
 
 After CFWS (arXiv 2312.10588). In a fused rep kernel the centre tap holds the identity and 1x1
 branches and is much larger than the taps around it; one INT8 step has to cover both. Split

@@ -2,9 +2,9 @@
 
     W = W_rest + diag(d) at the centre tap,     y = conv(x, W_rest) + d * x + b
 
-A fused rep kernel has its largest values on that diagonal, one in each output channel, so one INT8
-step has to cover it (METHODS: ours). Without it the rest gets the whole range. Unlike coarse-fine
-splitting this helps pointwise convolutions too, and costs no convolution.
+The largest values of a fused rep kernel are on that diagonal, one in each output channel, and the
+INT8 step of the channel has to cover it. Without the diagonal the other weights get the whole
+range. Unlike coarse-fine splitting this helps 1x1 convolutions too and adds no convolution. Ours.
 
 Two forms: ``per-channel`` takes d = the whole diagonal, kept in float: exact. ``scalar`` takes one
 d0 for the layer, chosen to minimise the rounding error of the rest; d0 * x then has the codes of x

@@ -1,7 +1,8 @@
-"""What lies around a tensor and can make up for a constant taken from it.
+"""The nodes around a tensor whose biases can absorb a constant that is taken from the tensor.
 
-The constant c is the same in all channels and places. Then whoever made the tensor can give it up
-in a bias, value-moving nodes and averages hand it on, and layers make up for it in their biases.
+The constant c is the same for all channels and positions. So the producer of the tensor can
+subtract it in its bias, nodes that move values and averages pass it on, and the layers that consume
+the tensor add what they then lack to their own biases.
 """
 
 from dataclasses import dataclass, field
@@ -19,15 +20,15 @@ _AVERAGES = ("AveragePool", "GlobalAveragePool", "ReduceMean")
 
 @dataclass(frozen=True, slots=True)
 class Readers:
-    """Who reads x', and what has to make up for c."""
+    """The consumers of x' = x - c, and the nodes that have to add what they lack."""
 
-    layers: list[gs.Node] = field(default_factory=list)
-    factors: list[tuple[gs.Node, gs.Node]] = field(default_factory=list)  # Mul, holder of a bias
-    skips: list[gs.Node] = field(default_factory=list)  # holders of a bias
+    layers: list[gs.Node] = field(default_factory=list)  # Conv or Gemm: in its own bias
+    factors: list[tuple[gs.Node, gs.Node]] = field(default_factory=list)  # Mul, node with a bias
+    skips: list[gs.Node] = field(default_factory=list)  # nodes with a bias, for residual Adds
     averages: list[gs.Node] = field(default_factory=list)
 
     def extend(self, other: "Readers") -> None:
-        """Take in what somebody else found."""
+        """Add the consumers of another tensor."""
         self.layers.extend(other.layers)
         self.factors.extend(other.factors)
         self.skips.extend(other.skips)
@@ -35,11 +36,12 @@ class Readers:
 
 
 class Surroundings:
-    """What lies around a tensor that can make up for c.
+    """Finds the nodes that can absorb a constant, in one net.
 
     Args:
         net: a float net or a Q/DQ net.
-        quantized: inputs (node name, index) that are going to get a pair; none in a Q/DQ net.
+        quantized: inputs (node name, index) that are going to get a Q/DQ pair; empty for a net
+            that has its pairs already.
     """
 
     def __init__(self, net: Net, quantized: set[tuple[str, int]]) -> None:
@@ -50,7 +52,7 @@ class Surroundings:
             self._by_part |= dict.fromkeys((split.sum, split.side, split.main), split)
 
     def holder(self, tensor: gs.Tensor) -> gs.Node | str:
-        """Return the node whose bias adds to a tensor alone, or why there is none."""
+        """Return the node whose bias adds to this tensor only, or why there is none."""
         node = producer(tensor)
         if node is None:
             return f"{tensor.name} is made by the caller"
@@ -66,29 +68,32 @@ class Surroundings:
         split = self._by_part.get(node.name)
         if split is not None:
             inputs.sort(key=lambda item: _made_by(item[1]) != split.main)
-        found = [self.holder(operand) for _, operand in inputs]
-        holders = [one for one in found if not isinstance(one, str)]
+        answers = [self.holder(operand) for _, operand in inputs]
+        holders = [answer for answer in answers if not isinstance(answer, str)]
         return holders[0] if holders else f"no summand of {node.name} has a bias of its own"
 
     def readers(self, tensor: gs.Tensor, *, fixed: bool = True) -> Readers | str:
-        """Return who reads a tensor, past what moves values, or why one of them cannot do it.
+        """Return the consumers of a tensor, behind nodes that move values.
 
         Args:
             tensor: the output of the ReLU, or of the DQ.
-            fixed: shapes that borders depend on have to be known.
+            fixed: refuse a padded layer whose height and width are not fixed.
+
+        Returns:
+            The consumers, or why one of them cannot make up for the constant.
         """
         if any(tensor is output for output in self.graph.outputs):
             return f"{tensor.name} is an output of the graph"
-        found = Readers()
+        readers = Readers()
         for node in dict.fromkeys(ByIdentity(node) for node in tensor.outputs):
-            one = self._reader(node.node, tensor, fixed)
-            if isinstance(one, str):
-                return one
-            found.extend(one)
-        return found
+            more = self._reader(node.node, tensor, fixed)
+            if isinstance(more, str):
+                return more
+            readers.extend(more)
+        return readers
 
     def sum_behind(self, layer: gs.Node) -> gs.Node:
-        """Return the float sum that a part of a split layer goes into, else the layer."""
+        """Return the sum of a split layer if the layer feeds only that sum, else the layer."""
         split = self._by_part.get(layer.name)
         if split is None or layer.name == split.sum:
             return layer
@@ -123,7 +128,7 @@ class Surroundings:
         return f"{node.op} {node.name} reads it"
 
     def _beside(self, tensor: gs.Tensor, sum_name: str) -> gs.Node | str:
-        """Return who can take what a summand of a split layer lacks."""
+        """Return the node whose bias absorbs the constant that a summand of a split layer lacks."""
         after = tensor.outputs[0] if is_private(self.graph, tensor) else None
         if after is None or after.name != sum_name:
             return f"{tensor.name} is not added right away"
@@ -133,7 +138,7 @@ class Surroundings:
         return self._other(after, index)
 
     def _other(self, node: gs.Node, index: int) -> gs.Node | str:
-        """Return who holds the bias of the other summand of an Add."""
+        """Return the node whose bias adds to the other summand of an Add."""
         if self._is_quantized(node, 1 - index):
             return f"the other summand of {node.name} is INT8"
         return self.holder(node.inputs[1 - index])
@@ -141,7 +146,7 @@ class Surroundings:
 
 @dataclass(frozen=True, slots=True)
 class ByIdentity:
-    """A node that is compared by identity: graph-surgeon's own comparison is by content."""
+    """A node as a key: equal to itself only. Graph-surgeon compares nodes by content."""
 
     node: gs.Node
 

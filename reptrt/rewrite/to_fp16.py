@@ -1,17 +1,17 @@
-"""Let everything but INT8 run in FP16: scales, casts, biases and float layers.
+"""Give everything that is not INT8 the type FP16: scales, casts, biases and float layers.
 
-TensorRT takes every type from the graph. FP32 scales leave all that is not INT8 in FP32.
+TensorRT takes every type from the graph: with FP32 scales, all that is not INT8 runs in FP32.
 
-    Q   has the type of what it reads: FP32 at a graph input, so that the input is not rounded twice
-    DQ  has the type of its readers: FP16
+    Q   has the type of its input: FP32 at a graph input, so that the input is not rounded twice
+    DQ  has the type of its consumers: FP16
 
-A scale is rounded to FP16, which moves it by 2^-11 of itself at most, and its Q and its DQ use the
-same rounded scale. Codes of weights stay: rounding codes * scale again by a scale moved so little
-moves a code by 127 * 2^-11 = 0.06 at most, never to another code.
+A scale is rounded to FP16, which changes it by a factor of 1 +- 2^-11 at most; Q and DQ use the
+same rounded scale. Codes of weights stay: quantizing codes * scale anew with the rounded scale
+would move a code by 127 * 2^-11 = 0.06 at most, never to another code.
 
-What FP16 cannot hold stays in FP32 together with its layer, so that the layer still fuses into one
-INT8 kernel, and is reported: scales outside FP16's normal range [6.1e-5, 65504], and constants
-beyond 65504. Graph inputs and outputs keep their types.
+Scales outside FP16's normal range [6.1e-5, 65504] and constants beyond 65504 stay in FP32 together
+with their layer, so that the layer still fuses into one INT8 kernel. They are reported. Graph
+inputs and outputs keep their types.
 
 Requires: a float graph, or one with the Q/DQ that reptrt writes. Ensures: opset 19 or newer (FP16
 scales), the same nodes apart from casts and copies of DQ, the same codes of weights.
@@ -114,11 +114,11 @@ def _typed_graph(net: Net) -> gs.Graph:
 
 
 class _Scales:
-    """The scales of a graph as they will be: rounded to FP16 if that holds them, else as before."""
+    """The scales that a graph will have: rounded to FP16 where it can hold them."""
 
     def __init__(self) -> None:
         self.values: dict[str, npt.NDArray[np.float32]] = {}
-        self.unfit: dict[str, str] = {}  # name of the constant -> why
+        self.unfit: dict[str, str] = {}  # constant -> why FP16 cannot hold it
 
     def add(self, constant: gs.Constant) -> None:
         value = np.asarray(constant.values, dtype=np.float32)
@@ -143,7 +143,7 @@ def _scales(graph: gs.Graph) -> _Scales:
 
 
 def _unfit(graph: gs.Graph, scales: _Scales) -> dict[str, str]:
-    """Return the nodes whose constants FP16 cannot hold: name -> why."""
+    """Return the nodes with constants that FP16 cannot hold: name -> reason."""
     reasons: dict[str, str] = {}
     for node in graph.nodes:
         if _is_qdq(node):
@@ -162,10 +162,10 @@ def _unfit(graph: gs.Graph, scales: _Scales) -> dict[str, str]:
 
 
 def _with_neighbours(graph: gs.Graph, scales: _Scales, kept: set[str]) -> set[str]:
-    """Return the names of all nodes that stay FP32 with the unfit ones.
+    """Return the names of all nodes that stay in FP32, given those with unfit constants.
 
-    Readers of an unfit DQ that are layers; what is between a layer and an unfit Q; and what fuses
-    with such a layer: sums and pointwise nodes that it alone feeds with a tensor, up to the next Q.
+    These are the layers that consume an unfit DQ, the nodes between a layer and an unfit Q, and the
+    nodes that fuse with such a layer: sums and pointwise nodes behind it, up to the next Q.
     """
     kept = set(kept)
     for node in graph.nodes:
@@ -184,7 +184,7 @@ def _with_neighbours(graph: gs.Graph, scales: _Scales, kept: set[str]) -> set[st
 
 
 def _factors(graph: gs.Graph, node: gs.Node) -> Iterator[str]:
-    """Yield the Mul nodes that feed a sum and nobody else: with it they join a layer's kernel."""
+    """Yield the Mul nodes that feed only this sum: they join the same kernel."""
     for tensor in node.inputs if node.op == "Add" else ():
         maker = producer(tensor)
         if maker is not None and maker.op == "Mul" and is_private(graph, tensor):
@@ -192,7 +192,7 @@ def _factors(graph: gs.Graph, node: gs.Node) -> Iterator[str]:
 
 
 def _makers(graph: gs.Graph, node: gs.Node) -> Iterator[gs.Node]:
-    """Yield the nodes before a Q back to the layer that feeds it and nobody else."""
+    """Yield the nodes in front of a Q, back to the layer, as long as they feed only the Q."""
     while is_private(graph, node.inputs[0]):
         maker = producer(node.inputs[0])
         if maker is None or maker.op not in (*_POINTWISE, *WEIGHTED_OPS):
@@ -204,7 +204,7 @@ def _makers(graph: gs.Graph, node: gs.Node) -> Iterator[gs.Node]:
 
 
 def _split_dequantizers(net: Net, kept: set[str]) -> None:
-    """Give layers that stay FP32 DQs of their own, kept too."""
+    """Give layers that stay in FP32 their own DQs, which stay in FP32 too."""
     for node in [node for node in net.graph.nodes if node.op == "DequantizeLinear"]:
         if node.name in kept:
             continue
@@ -221,14 +221,14 @@ def _split_dequantizers(net: Net, kept: set[str]) -> None:
 
 
 class _Typing:
-    """Gives nodes and tensors their types, and puts casts where two types meet."""
+    """Sets the types of nodes and tensors, and inserts Casts where two types meet."""
 
     def __init__(self, net: Net, kept: set[str], scales: _Scales) -> None:
         graph = net.graph
         self._net, self._graph, self._kept, self._scales = net, graph, kept, scales
         self._opset = int(graph.opset)
         self._float = {name: tensor.dtype == np.float32 for name, tensor in graph.tensors().items()}
-        self._half_makers = {  # of what is a half tensor in the end
+        self._half_makers = {  # nodes whose float outputs become FP16
             node.name for node in graph.toposort().nodes if self._is_half(node)
         }
         self._constants: dict[tuple[str, str], gs.Constant] = {}
@@ -238,7 +238,7 @@ class _Typing:
     def _is_half(self, node: gs.Node) -> bool:
         """Whether a node's free float inputs and outputs are to be FP16."""
         if node.op == "QuantizeLinear":
-            return False  # as its input: see `convert`
+            return False  # its type is that of its input: see `convert`
         if node.name in self._kept or node.domain not in (None, "", "ai.onnx"):
             return False
         if node.op in _BY_ATTRIBUTE:
@@ -246,7 +246,7 @@ class _Typing:
         return any(self._frees(node, inputs=False)) or any(self._frees(node, inputs=True))
 
     def _frees(self, node: gs.Node, inputs: bool) -> list[bool]:
-        """Which inputs or outputs of a node are FP32 and may as well be FP16."""
+        """Return, for each input or output of a node, whether it is FP32 and may be FP16."""
         schema = onnx.defs.get_schema(node.op, self._opset, "")
         formals = schema.inputs if inputs else schema.outputs
         tensors = node.inputs if inputs else node.outputs
