@@ -11,7 +11,7 @@ the branch's own kernel after merging what is in series.
 """
 
 import base64
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,13 +32,24 @@ class Branch:
     amax: npt.NDArray[np.float32]  # (O,), max |weight| it contributes per output channel
     diagonal: npt.NDArray[np.float32] | None = None  # (O,), identity branches only
 
+    def scaled(self, scale: npt.NDArray[np.float64]) -> "Branch":
+        """Return the branch with its output channels multiplied by ``scale``, (O,) or (1,)."""
+        diagonal = None if self.diagonal is None else (self.diagonal * scale).astype(np.float32)
+        amax = (self.amax * np.abs(scale)).astype(np.float32)
+        return Branch(self.kind, self.name, amax, diagonal)
 
-def write_provenance(net: Net, fused: Mapping[str, tuple[Branch, ...]]) -> None:
-    """Add the records of newly fused convolutions to the net's metadata."""
+
+def write_provenance(
+    net: Net, fused: Mapping[str, tuple[Branch, ...]], gone: Collection[str] = ()
+) -> None:
+    """Set the records of some convolutions in the net's metadata; drop those that are gone."""
     records: dict[str, Any] = get_json(net, _KEY, dict) or {}
     records |= {name: [_to_json(branch) for branch in branches] for name, branches in fused.items()}
+    records = {name: record for name, record in records.items() if name not in gone}
     if records:
         set_json(net, _KEY, records)
+    else:
+        net.metadata.pop(f"reptrt.{_KEY}", None)
 
 
 def read_provenance(net: Net) -> dict[str, tuple[Branch, ...]]:

@@ -1,120 +1,313 @@
 """Which nodes are shift-invariant linear maps, and which map each of them is."""
 
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 
 import numpy as np
+import numpy.typing as npt
 import onnx_graphsurgeon as gs
 
-from reptrt.graph.net import constant_value
-from reptrt.rewrite.fold_batchnorm import affine_of
-from reptrt.rewrite.linear import Float64Array, LinearMap, average_pool, identity, per_channel
+from reptrt.graph.net import Net, constant_value
+from reptrt.rewrite.linear import (
+    Float64Array,
+    Ints,
+    LinearMap,
+    average_pool,
+    identity,
+    per_channel,
+    regroup,
+)
+
+COMPUTED_WEIGHTS = "its weights or statistics are not constant"
 
 
-def linear_of(node: gs.Node, channels: int | None) -> LinearMap | None:
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """What a node without weights has to know about the tensor (N, C, *spatial) that it reads."""
+
+    channels: int
+    axes: int  # number of spatial axes
+
+
+def layout_of(tensor: gs.Tensor) -> Layout | None:
+    """Return the layout of a float tensor, or None if the graph does not say it."""
+    shape = tuple(tensor.shape or ())
+    is_float = tensor.dtype is None or np.issubdtype(tensor.dtype, np.floating)
+    if len(shape) < 2 or not is_float or not isinstance(shape[1], int):
+        return None
+    return Layout(shape[1], len(shape) - 2)
+
+
+def layout_behind(linear: LinearMap) -> Layout:
+    """Return the layout of what a map reads."""
+    return Layout(linear.in_channels, linear.axes)
+
+
+def linear_of(node: gs.Node, layout: Layout | None) -> LinearMap | None:
     """Return what a node computes from its data input if that is a linear map, else None.
 
     Args:
         node: any node.
-        channels: of its data input, where known; a pool or a scaling does not say it itself.
+        layout: of its data input, where known; pools and scalings do not say it themselves.
     """
     reader = _READERS.get(node.op)
-    return None if reader is None else reader(node, channels)
+    return None if reader is None else reader(node, layout)
 
 
-def _from_identity(_: gs.Node, channels: int | None) -> LinearMap | None:
-    return None if channels is None else identity(channels)
+def data_input(node: gs.Node) -> gs.Tensor:
+    """Return the first input that is not constant; the operands of a product may be swapped."""
+    return next((t for t in node.inputs if constant_value(t) is None), node.inputs[0])
 
 
-def _from_conv(node: gs.Node, _: int | None) -> LinearMap | None:
-    weight = constant_value(node.inputs[1])
-    bias = constant_value(node.inputs[2]) if len(node.inputs) > 2 else None
-    if weight is None or weight.ndim != 4 or (len(node.inputs) > 2 and bias is None):
+def affine_of(node: gs.Node) -> LinearMap | None:
+    """Return y[c] = scale[c] x[c] + shift[c] of a batch norm or of arithmetic with constants."""
+    if node.op not in _AFFINE or not node.inputs or not node.outputs:
         return None
-    if node.attrs.get("auto_pad", "NOTSET") not in ("NOTSET", "VALID"):
-        return None
-    pads = list(node.attrs.get("pads") or (0, 0, 0, 0))
-    if min(pads) < 0:
-        return None
-    return LinearMap(
-        weight.astype(np.float64),
-        np.zeros(weight.shape[0]) if bias is None else bias.astype(np.float64),
-        stride=tuple(node.attrs.get("strides") or (1, 1)),
-        begin=(pads[0], pads[1]),
-        end=(pads[2], pads[3]),
-        dilation=tuple(node.attrs.get("dilations") or (1, 1)),
-        groups=int(node.attrs.get("group", 1)),
-    )
+    linear = linear_of(node, layout_of(data_input(node)))
+    return linear if linear is not None and linear.is_per_channel else None
 
 
-def _from_batchnorm(node: gs.Node, _: int | None) -> LinearMap | None:
-    affine = affine_of(node)
-    return None if affine is None else per_channel(*affine)
+def layer_of(node: gs.Node) -> LinearMap | str:
+    """Return kernel, bias and groups of a Conv, ConvTranspose, Gemm or matrix product (N, C).
+
+    The window is left at stride 1 without padding. Returns the reason if weights are computed or
+    the node has a form that is not a layer's.
+    """
+    reader = _LAYERS.get(node.op)
+    return "it is not a layer" if reader is None else reader(node)
 
 
-def _from_average_pool(node: gs.Node, channels: int | None) -> LinearMap | None:
-    size = tuple(node.attrs["kernel_shape"])
-    pads = list(node.attrs.get("pads") or [0] * 4)
-    if channels is None or len(size) != 2 or node.attrs.get("ceil_mode", 0):
+def write_layer(net: Net, name: str, source: gs.Tensor, linear: LinearMap) -> gs.Node:
+    """Append the Conv, ConvTranspose or Gemm that computes a map of ``source``."""
+    output = gs.Variable(net.fresh_name(f"{name}.output"), dtype=np.float32)
+    op = "Gemm" if linear.axes == 0 else "ConvTranspose" if linear.transposed else "Conv"
+    node = gs.Node(op, name, _attributes(linear), [source], [output])
+    set_parameters(net, node, linear, f"{name}.weight", f"{name}.bias")
+    net.graph.nodes.append(node)
+    return node
+
+
+def set_parameters(net: Net, node: gs.Node, linear: LinearMap, weight: str, bias: str) -> None:
+    """Give a layer the kernel and bias of a map, as float64 constants; its window stays.
+
+    Args:
+        net: the net, for free names.
+        node: a Conv, ConvTranspose, Gemm or MatMul; the last two become a Gemm with transB.
+        linear: has the node's groups.
+        weight: name of the new weight, before ``.folded``.
+        bias: name of the new bias, before ``.folded``.
+    """
+    kernel = linear.kernel
+    if node.op in ("Gemm", "MatMul"):
+        node.op, node.attrs = "Gemm", {"transB": 1}
+        kernel = regroup(linear, 1).kernel
+    elif node.op == "ConvTranspose":
+        parts = kernel.reshape(linear.groups, -1, *kernel.shape[1:]).swapaxes(1, 2)
+        kernel = parts.reshape(-1, *parts.shape[2:])
+    names = [net.fresh_name(f"{name}.folded") for name in (weight, bias)]
+    constants = zip(names, (np.ascontiguousarray(kernel), linear.bias), strict=True)
+    node.inputs = [node.inputs[0], *(gs.Constant(name, value) for name, value in constants)]
+
+
+def _attributes(linear: LinearMap) -> dict[str, list[int] | int]:
+    if linear.axes == 0:
+        return {"transB": 1}
+    attributes: dict[str, list[int] | int] = {
+        "kernel_shape": list(linear.size),
+        "strides": list(linear.stride),
+        "pads": [*linear.begin, *(max(pad, 0) for pad in linear.end)],
+        "dilations": list(linear.dilation),
+        "group": linear.groups,
+    }
+    if min(linear.end) < 0:
+        attributes["output_padding"] = [max(-pad, 0) for pad in linear.end]
+    return attributes
+
+
+def _convolution(node: gs.Node) -> LinearMap | str:
+    weight, bias = _parameter(node, 1), _parameter(node, 2)
+    if weight is None or weight.ndim < 3 or (bias is None and _has(node, 2)):
+        return COMPUTED_WEIGHTS
+    groups = int(node.attrs.get("group", 1))
+    if node.op == "ConvTranspose":  # (I, O / groups, *taps)
+        parts = weight.reshape(groups, -1, *weight.shape[1:]).swapaxes(1, 2)
+        weight = parts.reshape(-1, *parts.shape[2:])
+    bias = np.zeros(weight.shape[0]) if bias is None else bias
+    return LinearMap(weight, bias, groups=groups, transposed=node.op == "ConvTranspose")
+
+
+def _gemm(node: gs.Node) -> LinearMap | str:
+    weight, bias = _parameter(node, 1), _parameter(node, 2)
+    if weight is None or (bias is None and _has(node, 2)):
+        return COMPUTED_WEIGHTS
+    if node.attrs.get("transA", 0):
+        return "its input is transposed"
+    if not node.attrs.get("transB", 0):
+        weight = weight.T
+    if bias is None:
+        bias = np.zeros(weight.shape[0])
+    elif bias.size not in (1, len(weight)) or bias.shape[-1:] != (bias.size,) * bool(bias.ndim):
+        return "its bias is not one value per channel"
+    bias = np.broadcast_to(bias.reshape(-1), weight.shape[:1])
+    alpha, beta = float(node.attrs.get("alpha", 1.0)), float(node.attrs.get("beta", 1.0))
+    return LinearMap(weight * alpha, bias * beta)
+
+
+def _matmul(node: gs.Node) -> LinearMap | str:
+    weight = _parameter(node, 1)
+    if weight is None or weight.ndim != 2:
+        return COMPUTED_WEIGHTS
+    if len(node.inputs[0].shape or ()) != 2:
+        return "it multiplies matrices, not one row per image"
+    return LinearMap(weight.T, np.zeros(weight.shape[1]))
+
+
+def _has(node: gs.Node, index: int) -> bool:
+    return len(node.inputs) > index and not node.inputs[index].is_empty()
+
+
+def _parameter(node: gs.Node, index: int) -> Float64Array | None:
+    value = constant_value(node.inputs[index]) if _has(node, index) else None
+    return None if value is None else value.astype(np.float64)
+
+
+def _from_identity(_: gs.Node, layout: Layout | None) -> LinearMap | None:
+    return None if layout is None else identity(layout.channels, layout.axes)
+
+
+def _from_layer(node: gs.Node, _: Layout | None) -> LinearMap | None:
+    linear = layer_of(node)
+    return None if isinstance(linear, str) else linear
+
+
+def _from_conv(node: gs.Node, _: Layout | None) -> LinearMap | None:
+    linear = _convolution(node)
+    if isinstance(linear, str):
         return None
-    if node.attrs.get("auto_pad", "NOTSET") not in ("NOTSET", "VALID"):
+    pads = _explicit_pads(node, linear.axes)
+    if pads is None:
         return None
-    if tuple(node.attrs.get("dilations") or (1, 1)) != (1, 1):
+    begin, end = pads[: linear.axes], pads[linear.axes :]
+    if node.op == "ConvTranspose":
+        if node.attrs.get("output_shape"):
+            return None
+        extra = node.attrs.get("output_padding") or (0,) * linear.axes
+        end = tuple(pad - more for pad, more in zip(end, extra, strict=True))
+    stride, dilation = (_ints(node, name) for name in ("strides", "dilations"))
+    linear = replace(linear, stride=stride, begin=begin, end=end, dilation=dilation)
+    return replace(linear, transposed=linear.transposed and not linear.is_pointwise)
+
+
+def _explicit_pads(node: gs.Node, axes: int) -> Ints | None:
+    """Return the pads of a window, begins first; None if they are negative or depend on sizes."""
+    pads = _ints(node, "pads") or (0,) * 2 * axes
+    explicit = node.attrs.get("auto_pad", "NOTSET") in ("NOTSET", "VALID")
+    return pads if explicit and min(pads) >= 0 else None
+
+
+def _ints(node: gs.Node, name: str) -> Ints:
+    return tuple(int(value) for value in node.attrs.get(name) or ())
+
+
+def _from_batchnorm(node: gs.Node, layout: Layout | None) -> LinearMap | None:
+    """Gamma (x - mean) / std + beta, with std = sqrt(var + epsilon)."""
+    values = [_parameter(node, index) for index in range(1, 5)]
+    gamma, beta, mean, var = values
+    if gamma is None or beta is None or mean is None or var is None:
+        return None
+    scale = gamma / np.sqrt(var + float(node.attrs.get("epsilon", 1e-5)))
+    return per_channel(scale, beta - mean * scale, 2 if layout is None else layout.axes)
+
+
+def _from_average_pool(node: gs.Node, layout: Layout | None) -> LinearMap | None:
+    size = _ints(node, "kernel_shape")
+    pads = _explicit_pads(node, len(size))
+    if layout is None or pads is None or node.attrs.get("ceil_mode", 0):
+        return None
+    if not set(_ints(node, "dilations")) <= {1}:
         return None
     if any(pads) and not node.attrs.get("count_include_pad", 0):
         return None  # the divisor depends on the position
-    return average_pool(channels, size, tuple(node.attrs.get("strides") or (1, 1)), pads)
+    return average_pool(layout.channels, size, _ints(node, "strides"), pads)
 
 
-def _per_channel_constant(node: gs.Node, channels: int | None) -> Float64Array | None:
-    """Return the constant operand of a binary node as one value per channel, float64 (C,)."""
-    values = [value for t in node.inputs if (value := constant_value(t)) is not None]
-    if len(values) != 1 or channels is None:
+def _constants(node: gs.Node, layout: Layout | None) -> list[Float64Array] | None:
+    """Return all inputs but the data input, each as one value per channel (C,)."""
+    if layout is None:
         return None
-    shape = (1,) * (4 - values[0].ndim) + values[0].shape
-    if len(shape) != 4 or shape[0] != 1 or shape[2:] != (1, 1) or shape[1] not in (1, channels):
+    found = []
+    data = data_input(node)
+    for tensor in node.inputs:
+        if tensor is data:
+            continue
+        value = constant_value(tensor)
+        spread = None if value is None else _per_channel_values(value, layout)
+        if spread is None:
+            return None
+        found.append(spread)
+    return found if len(found) == len(node.inputs) - 1 else None
+
+
+def _per_channel_values(value: npt.NDArray[np.generic], layout: Layout) -> Float64Array | None:
+    rank = layout.axes + 2
+    shape = (1,) * (rank - value.ndim) + value.shape
+    if len(shape) != rank or shape[1] not in (1, layout.channels):
         return None
-    return np.broadcast_to(values[0].astype(np.float64).reshape(-1), (channels,))
-
-
-def _from_mul(node: gs.Node, channels: int | None) -> LinearMap | None:
-    factor = _per_channel_constant(node, channels)
-    return None if factor is None else per_channel(factor, np.zeros(factor.size))
-
-
-def _from_div(node: gs.Node, channels: int | None) -> LinearMap | None:
-    divisor = _per_channel_constant(node, channels)
-    if divisor is None or constant_value(node.inputs[1]) is None or not np.all(divisor):
+    if any(size != 1 for axis, size in enumerate(shape) if axis != 1):
         return None
-    return per_channel(1.0 / divisor, np.zeros(divisor.size))
+    return np.broadcast_to(value.astype(np.float64).reshape(-1), (layout.channels,))
 
 
-def _from_add(node: gs.Node, channels: int | None) -> LinearMap | None:
-    offset = _per_channel_constant(node, channels)
-    return None if offset is None else per_channel(np.ones(offset.size), offset)
+def _from_arithmetic(node: gs.Node, layout: Layout | None) -> LinearMap | None:
+    """Read an Add, Sub, Mul, Div, Neg or Sum of one computed tensor and constants."""
+    constants = _constants(node, layout)
+    if constants is None or layout is None or constant_value(data_input(node)) is not None:
+        return None
+    ones, zeros = np.ones(layout.channels), np.zeros(layout.channels)
+    swapped = data_input(node) is not node.inputs[0]
+    if node.op == "Div" and (swapped or not np.all(constants[0])):
+        return None
+    if node.op in ("Mul", "Div"):
+        scale = constants[0] if node.op == "Mul" else 1.0 / constants[0]
+        return per_channel(scale, zeros, layout.axes)
+    shift = np.sum([zeros, *constants], axis=0)
+    if node.op == "Sub" and not swapped:
+        shift = -shift
+    is_negative = node.op == "Neg" or (node.op == "Sub" and swapped)
+    return per_channel(-ones if is_negative else ones, shift, layout.axes)
 
 
-def _from_pad(node: gs.Node, channels: int | None) -> LinearMap | None:
+def _from_pad(node: gs.Node, layout: Layout | None) -> LinearMap | None:
     pads = constant_value(node.inputs[1]) if len(node.inputs) > 1 else node.attrs.get("pads")
-    value = constant_value(node.inputs[2]) if len(node.inputs) > 2 and node.inputs[2].name else 0.0
-    if pads is None or value is None or np.any(value) or channels is None:
+    value = _parameter(node, 2) if _has(node, 2) else np.zeros(())
+    if pads is None or value is None or np.any(value) or layout is None:
         return None
-    if node.attrs.get("mode", "constant") != "constant" or len(node.inputs) > 3:
+    if node.attrs.get("mode", "constant") != "constant" or _has(node, 3):
         return None
-    pads = [int(p) for p in pads]
-    if len(pads) != 8 or min(pads) < 0 or pads[0] or pads[1] or pads[4] or pads[5]:
+    rank = layout.axes + 2
+    begin, end = tuple(map(int, pads[:rank])), tuple(map(int, pads[rank:]))
+    if len(end) != rank or min(begin + end) < 0 or any(begin[:2] + end[:2]):
         return None
-    begin, end = (pads[2], pads[3]), (pads[6], pads[7])
-    return replace(identity(channels), begin=begin, end=end)
+    return replace(identity(layout.channels, layout.axes), begin=begin[2:], end=end[2:])
 
 
-_READERS = {
+_ARITHMETIC = ("Add", "Sub", "Mul", "Div", "Neg", "Sum")
+_AFFINE = (*_ARITHMETIC, "BatchNormalization")
+_LAYERS: Mapping[str, Callable[[gs.Node], LinearMap | str]] = {
+    "Conv": _convolution,
+    "ConvTranspose": _convolution,
+    "Gemm": _gemm,
+    "MatMul": _matmul,
+}
+_READERS: Mapping[str, Callable[[gs.Node, Layout | None], LinearMap | None]] = {
     "Conv": _from_conv,
+    "ConvTranspose": _from_conv,
+    "Gemm": _from_layer,
+    "MatMul": _from_layer,
     "BatchNormalization": _from_batchnorm,
     "AveragePool": _from_average_pool,
-    "Mul": _from_mul,
-    "Div": _from_div,
-    "Add": _from_add,
     "Pad": _from_pad,
     "Identity": _from_identity,
     "Dropout": _from_identity,
+    **dict.fromkeys(_ARITHMETIC, _from_arithmetic),
 }

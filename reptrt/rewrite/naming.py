@@ -7,7 +7,7 @@ import onnx_graphsurgeon as gs
 
 from reptrt.graph.net import Net, first_free, weighted_nodes
 
-_FOLDED = re.compile(r"\.folded(_\d+)?$")  # what fold_batchnorm appends
+_FOLDED = re.compile(r"\.folded(_\d+)?$")  # what `linear_nodes.set_parameters` appends
 
 
 def common_prefix(names: Sequence[str]) -> str:

@@ -8,7 +8,8 @@ from torch import nn
 
 from reptrt.data.dataset import Dataset, open_dataset
 from reptrt.execute.torchgraph import TorchGraph
-from reptrt.exporter.export import ExportSettings, fuse, onnx_from_module
+from reptrt.exporter.from_module import ExportSettings, onnx_from_module
+from reptrt.exporter.fuse import fuse
 from reptrt.graph.net import Net, model_from_net, net_from_model
 from reptrt.graph.preprocess import Preprocess
 from reptrt.quantize.calib.channels import collect_channels
