@@ -13,14 +13,10 @@ from torch import nn
 from reptrt.core.artifacts import read_sidecar, refuse_overwriting, require_folder, sha256_of
 from reptrt.core.errors import ConfigError, option
 from reptrt.core.options_json import json_from_options
-from reptrt.exporter.export import (
-    ExportSettings,
-    block_outputs,
-    fuse,
-    model_from_file,
-    onnx_from_module,
-    prove,
-)
+from reptrt.exporter.from_file import model_from_file
+from reptrt.exporter.from_module import ExportSettings, onnx_from_module
+from reptrt.exporter.fuse import fuse
+from reptrt.exporter.prove import block_outputs, prove
 from reptrt.graph.model import blaming
 from reptrt.graph.net import net_from_model
 from reptrt.graph.preprocess import Preprocess, read_preprocess
@@ -126,19 +122,22 @@ def _from_module(module: nn.Module, options: ExportOptions) -> _Original:
 
 
 def _fused(original: _Original, options: ExportOptions, name: str, started: float) -> Exported:
-    net, reports = fuse(original.model, original.preprocess)
+    net, merged = fuse(original.model, original.preprocess)
     proto, sha256 = finished_model(net)
-    skipped = reports[-1].skipped
-    blocks = block_outputs(net, original.model, reports[-1].changed)
+    blocks = block_outputs(net, original.model, merged.changed)
     proof = prove(
-        original.model, proto, blocks, tolerance=options.tolerance, module=original.module
+        original.model,
+        proto,
+        blocks,
+        original.preprocess,
+        tolerance=options.tolerance,
+        module=original.module,
     )
-    proof.check()
     report = ExportReport(
         path=None,
         sha256=sha256,
         proof=proof,
-        skipped=skipped,
+        skipped=merged.skipped,
         num_parameters=_num_parameters(proto),
         seconds=time.perf_counter() - started,
     )
@@ -146,7 +145,7 @@ def _fused(original: _Original, options: ExportOptions, name: str, started: floa
         artifact="float-onnx",
         parents=original.parents,
         options={"source": original.asked_for, **json_from_options(options)},
-        details={"proof": asdict(proof), "skipped": [asdict(skip) for skip in skipped]},
+        details={"proof": asdict(proof), "skipped": [asdict(skip) for skip in merged.skipped]},
     )
     return Exported(name=name, proto=proto, sha256=sha256, origin=origin, report=report)
 

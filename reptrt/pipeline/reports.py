@@ -11,11 +11,11 @@ from rich.table import Table
 
 from reptrt.core.choices import Threshold
 from reptrt.core.result import Result
-from reptrt.exporter.export import Proof
+from reptrt.exporter.prove import Proof
 from reptrt.graph.splits import Split
 from reptrt.quantize.choose import Decision, RangeDecision, full_range_of
 from reptrt.quantize.reconstruct.options import ReconstructReport
-from reptrt.rewrite.contract import Skipped
+from reptrt.rewrite.contract import Skipped, by_reason
 
 _NAMED = 5  # names that a line shows before it counts
 
@@ -27,7 +27,7 @@ class ExportReport(Result):
     path: Path | None  # None: it is in memory only
     sha256: str
     proof: Proof
-    skipped: tuple[Skipped, ...]  # sums that look like rep blocks and were left alone
+    skipped: tuple[Skipped, ...]  # batch norms, affines and sums of branches that are left
     num_parameters: int
     seconds: float
 
@@ -52,7 +52,8 @@ class ExportReport(Result):
         """Return what was left alone and why, then the sum."""
         overall = self.proof.overall
         return [
-            *(f"{skip.node:32s} left alone: {skip.reason}" for skip in self.skipped),
+            *(f"{skip.node:32s} left alone: {skip.reason}" for skip in by_reason(self.skipped)),
+            *([f"ill-conditioned: {cost}"] if (cost := self.proof.ill_conditioned) else []),
             f"export  {_text(self.path) or 'in memory'}  {len(self.proof.blocks)} blocks fused  "
             f"{self.num_parameters / 1e6:.2f} M parameters  "
             f"max |original - fused| {overall.max_difference:.2e} of {overall.max_value:.3g}  "

@@ -31,7 +31,7 @@ from reptrt.core.options_json import options_from_json
 from reptrt.data.dataset import Dataset, Images, open_dataset
 from reptrt.execute.runner import OrtRunner, Runner, open_runner
 from reptrt.execute.torch_runner import float_activations, graph_runner, int8_runner, module_runner
-from reptrt.exporter.export import model_from_file
+from reptrt.exporter.from_file import model_from_file
 from reptrt.graph.model import Model, Network
 from reptrt.graph.net import Net, bytes_from_model, model_from_net
 from reptrt.graph.preprocess import Preprocess, read_preprocess

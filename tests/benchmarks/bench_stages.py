@@ -18,7 +18,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 from reptrt.data.dataset import Dataset
 from reptrt.execute.torchgraph import TorchGraph
-from reptrt.exporter.export import ExportSettings, onnx_from_module
+from reptrt.exporter.from_module import ExportSettings, onnx_from_module
 from reptrt.graph.net import Net
 from reptrt.graph.placement import place
 from reptrt.graph.preprocess import Preprocess

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,10 +23,13 @@ from reptrt.core.errors import (
     ReptrtError,
     RewriteError,
 )
-from reptrt.graph.net import net_from_model
+from reptrt.exporter.fuse import fuse
+from reptrt.exporter.prove import probe_images
+from reptrt.graph.net import Net, net_from_model
 from reptrt.graph.preprocess import Preprocess, read_preprocess
 from reptrt.graph.provenance import read_provenance
 from reptrt.pipeline import ExportOptions, ExportReport, export
+from reptrt.rewrite.contract import RewriteReport
 from reptrt.sources.models import build
 from reptrt.sources.options import ArchitectureOptions
 from reptrt.sources.source import Source
@@ -219,8 +223,7 @@ def test_the_proof_is_what_onnxruntime_finds(tmp_path: Path) -> None:
     module = trained("repvgg")
     source = by_torch(module, tmp_path / "train.onnx", "classic")
     report = export(Source(str(source)), tmp_path / "M.onnx", ExportOptions())
-    shape = (2, *SIZE)
-    x = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    x = probe_images(Preprocess.plain(*SIZE), 2)
     before, after = onnx.load(str(source)), onnx.load(str(tmp_path / "M.onnx"))
     name = before.graph.input[0].name
     (expected,), (got,) = (ort_run(m, {name: x}).values() for m in (before, after))
@@ -231,11 +234,21 @@ def test_the_proof_is_what_onnxruntime_finds(tmp_path: Path) -> None:
     json.dumps(report.to_dict())
 
 
-def test_past_the_tolerance_nothing_is_written(tmp_path: Path) -> None:
-    options = ExportOptions(input_size=SIZE, tolerance=1e-12)
-    with pytest.raises(RewriteError, match=r"largest difference is .*at most 1e-12 .*--tolerance"):
-        export(Source("repvgg", architecture=ARCHITECTURES["repvgg"]), tmp_path / "M.onnx", options)
+def test_past_the_tolerance_nothing_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fuse_wrongly(model: onnx.ModelProto, preprocess: Preprocess) -> tuple[Net, RewriteReport]:
+        net, report = fuse(model, preprocess)
+        weight = next(node for node in net.graph.nodes if node.op == "Conv").inputs[1]
+        weight.values = weight.values * np.float32(1.001)
+        return net, report
+
+    monkeypatch.setattr("reptrt.pipeline.exporting.fuse", fuse_wrongly)
+    source = Source("repvgg", architecture=ARCHITECTURES["repvgg"])
+    with pytest.raises(RewriteError, match=r"largest difference is .*at most 1e-04 .*tolerance"):
+        export(source, tmp_path / "M.onnx", SMALL)
     assert list(tmp_path.iterdir()) == []
+    export(source, tmp_path / "M.onnx", replace(SMALL, tolerance=0.01))
 
 
 _EXPORT_TWICE = """
@@ -507,7 +520,7 @@ REFUSED: dict[str, tuple[Callable[[onnx.ModelProto], None], str]] = {
     "half precision": (half_input, r"input x is FLOAT16, expected FLOAT"),
     "train mode": (train_mode, r"bn .*training mode.*net\.eval"),
     "quantized": (quantize_input, r"already quantized \(QuantizeLinear q0, 1 in all\)"),
-    "free height": (change_input(_2=0), r"H of input x is not fixed; give --input-size CxHxW"),
+    "free height": (change_input(_2=0), r"H of input x is not fixed; give input_size CxHxW"),
 }
 
 
@@ -537,7 +550,7 @@ def test_input_size_for_a_file(tmp_path: Path) -> None:
     export(Source(str(source)), tmp_path / "o.onnx", ExportOptions(input_size=SIZE))
     assert read_preprocess(net_from_model(onnx.load(str(tmp_path / "o.onnx")))).height == 16
     fixed = save(plain_chain(size=16), tmp_path / "fixed.onnx")
-    with pytest.raises(ConfigError, match=r"input x has H = 16, --input-size says 32; leave it"):
+    with pytest.raises(ConfigError, match=r"input x has H = 16, input_size says 32; leave it"):
         export(Source(str(fixed)), tmp_path / "o2.onnx", ExportOptions(input_size=(3, 32, 32)))
 
 

@@ -19,7 +19,7 @@ from reptrt.data.dataset import Dataset, open_dataset
 from reptrt.demo import digits
 from reptrt.execute.runner import OrtRunner, Runner
 from reptrt.execute.torch_runner import TorchRunner, float_activations, graph_runner
-from reptrt.exporter.export import ExportSettings, onnx_from_module
+from reptrt.exporter.from_module import ExportSettings, onnx_from_module
 from reptrt.graph.net import Net, model_from_net, net_from_model
 from reptrt.graph.preprocess import Preprocess
 from reptrt.graph.quantized import activation_scales, plan_from_net

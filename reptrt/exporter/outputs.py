@@ -1,0 +1,54 @@
+"""The outputs of a torch module as named tensors, whatever containers they come in."""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+
+def flat_outputs(result: Any) -> dict[str, Tensor]:
+    """Return the tensors in a result by name, depth first; everything else is dropped.
+
+    The first unnamed tensor is ``output``, the following are ``output_1``, ``output_2``...; what
+    lies in a mapping or a dataclass is named after its key or field, joined by dots.
+
+    >>> list(flat_outputs((torch.zeros(1), {"boxes": torch.zeros(1)})))
+    ['output', 'boxes']
+    """
+    named: dict[str, Tensor] = {}
+    for path, tensor in _walk(result, ()):
+        name = ".".join(path) or "output"
+        if name in named:
+            name = next(n for i in range(1, len(named) + 1) if (n := f"{name}_{i}") not in named)
+        named[name] = tensor
+    return named
+
+
+def _walk(value: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Tensor]]:
+    if isinstance(value, Tensor):
+        yield path, value
+    elif isinstance(value, Mapping):
+        for key, part in value.items():
+            yield from _walk(part, (*path, str(key)))
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        for entry in dataclasses.fields(value):
+            yield from _walk(getattr(value, entry.name), (*path, entry.name))
+    elif isinstance(value, tuple | list):
+        for part in value:
+            yield from _walk(part, path)
+
+
+@contextlib.contextmanager
+def flattening(module: nn.Module) -> Iterator[None]:
+    """Let a module return a tuple of its output tensors meanwhile; one tensor stays as it is."""
+
+    def flatten(_: nn.Module, __: Any, result: Any) -> Any:
+        return result if isinstance(result, Tensor) else tuple(flat_outputs(result).values())
+
+    handle = module.register_forward_hook(flatten)
+    try:
+        yield
+    finally:
+        handle.remove()
