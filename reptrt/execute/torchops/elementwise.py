@@ -15,12 +15,6 @@ from torch.nn import functional as F
 from reptrt.core.errors import RewriteError
 from reptrt.execute.torchops.node import Builder, NodeView, Operator, Precision, plain, together
 
-_FLOATING = (
-    onnx.TensorProto.FLOAT,
-    onnx.TensorProto.FLOAT16,
-    onnx.TensorProto.BFLOAT16,
-    onnx.TensorProto.DOUBLE,
-)
 _VECTOR = 64  # elements; a multiple of every CPU vector loop's step
 _SHARE = 32768  # elements below which torch gives a second thread nothing to do
 
