@@ -41,10 +41,11 @@ class Grid:
         Raises:
             ValueError: neither type holds all codes.
         """
-        for dtype in (np.uint8,) if self.qmin == 0 else (np.int8,):
-            if np.iinfo(dtype).min <= self.qmin <= self.qmax <= np.iinfo(dtype).max:
-                return dtype
-        raise ValueError(f"{self}: codes of 8 bits cannot hold it with zero point 0")
+        dtype: type[np.int8] | type[np.uint8] = np.uint8 if self.qmin == 0 else np.int8
+        limits = np.iinfo(dtype)
+        if not limits.min <= self.qmin <= self.qmax <= limits.max:
+            raise ValueError(f"{self}: codes of 8 bits cannot hold it with zero point 0")
+        return dtype
 
     @property
     def full_range(self) -> "Grid":

@@ -124,17 +124,17 @@ def quantize_behind(graph: gs.Graph, node: gs.Node) -> gs.Node | None:
 def _codes(tensor: gs.Tensor) -> _Codes | None:
     """Return the codes behind a dequantized tensor with one zero point; else None."""
     node = producer(tensor)
-    found = None if node is None or not is_dequantize(node) else quantization_of(node)
-    if node is None or found is None or found.grid is None:
+    parameters = None if node is None or not is_dequantize(node) else quantization_of(node)
+    if node is None or parameters is None or parameters.grid is None:
         return None
-    if found.scale.dtype != np.float32 or not (found.scale > 0).all():
+    if parameters.scale.dtype != np.float32 or not (parameters.scale > 0).all():
         return None
     return _Codes(
         tensor=node.inputs[0],
-        scale=found.scale.reshape(()) if found.scale.size == 1 else found.scale,
-        axis=found.axis,
+        scale=parameters.scale.reshape(()) if parameters.scale.size == 1 else parameters.scale,
+        axis=parameters.axis,
         zero_point=given(node, 2),
-        grid=found.grid,
+        grid=parameters.grid,
     )
 
 

@@ -131,8 +131,8 @@ def _saturate_instead(graph: gs.Graph, node: gs.Node) -> None:
     if len(readers) != 1 or readers[0].op != "QuantizeLinear" or activated in graph.outputs:
         return
     quantize = readers[0]
-    found = quantization_of(quantize)
-    if node.op == "Relu" and found is not None and found.grid == Grid(0, 255):
+    parameters = quantization_of(quantize)
+    if node.op == "Relu" and parameters is not None and parameters.grid == Grid(0, 255):
         _bypass(graph, node)  # as onnxruntime does by itself
         return
     scale = symmetric_int8_scale(quantize)

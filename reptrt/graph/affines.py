@@ -20,10 +20,10 @@ class Affine:
 
 
 def record_affines(net: Net, affines: Iterable[Affine]) -> None:
-    """Set the net's affines; none removes the record."""
-    found = {affine.layer: asdict(affine) for affine in affines}
-    if found:
-        set_json(net, _KEY, found)
+    """Set the record; no affines remove it."""
+    by_layer = {affine.layer: asdict(affine) for affine in affines}
+    if by_layer:
+        set_json(net, _KEY, by_layer)
     else:
         net.metadata.pop(f"reptrt.{_KEY}", None)
 

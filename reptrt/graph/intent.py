@@ -1,8 +1,8 @@
-"""What a Q/DQ graph asks of TensorRT: which layers are to run in INT8.
+"""The layers that a Q/DQ graph asks TensorRT to run in INT8.
 
 A Conv, ConvTranspose, Gemm or MatMul is planned INT8 when both its activation and its weight come
-out of a DequantizeLinear; Casts (an FP16 rest) and changes of shape in between are looked through.
-Everything else runs in the type that the graph writes.
+from a DequantizeLinear, with nothing but Casts and changes of shape in between. Every other node
+runs in the type that the graph gives it.
 """
 
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ _TRANSPARENT = ("Cast", "Transpose", "Identity", "Reshape", "Flatten")
 def planned_int8(model: onnx.ModelProto) -> tuple[str, ...]:
     """Return the names of the layers planned INT8, in the order of the graph.
 
-    A node without a name goes by the name of its output.
+    A node without a name is listed under the name of its output.
     """
     makers = {output: node for node in model.graph.node for output in node.output if output}
     return tuple(
@@ -42,8 +42,8 @@ def uint8_node(model: onnx.ModelProto) -> str | None:
         if node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
             continue
         zero_point = node.input[2] if len(node.input) > 2 else ""
-        said = any(attribute.name == "output_dtype" for attribute in node.attribute)
-        implied = node.op_type == "QuantizeLinear" and not zero_point and not said
+        has_type = any(attribute.name == "output_dtype" for attribute in node.attribute)
+        implied = node.op_type == "QuantizeLinear" and not zero_point and not has_type
         if implied or types.get(zero_point) == onnx.TensorProto.UINT8:
             return f"{node_name(node)} ({node.op_type})"
     return None

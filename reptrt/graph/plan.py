@@ -69,7 +69,7 @@ class QuantPlan:
     @property
     def full_range(self) -> tuple[str, ...]:
         """The activations that take all codes."""
-        return tuple(name for name, found in self.activations.items() if found.has_full_range)
+        return tuple(name for name, a in self.activations.items() if a.has_full_range)
 
     def with_scales(self, scales: Mapping[str, float]) -> "QuantPlan":
         """Return the plan with other scales for some activations: tensor -> scale."""

@@ -1,6 +1,6 @@
-"""Which branch each part of a fused kernel came from; travels inside the ONNX file as metadata.
+"""The record of the branches that each fused kernel was made from, kept in the net's metadata.
 
-For every fused convolution, by node name, one record per branch:
+There is one entry per branch of every fused convolution, by node name:
 
     {"stage1.0": [
         {"kind": "3x3", "name": "stage1.0.rbr_dense", "amax": base64 of float32 (O,)},

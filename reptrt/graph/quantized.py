@@ -46,7 +46,7 @@ class LayerWeight:
     """The weight of one layer."""
 
     values: AnyArray  # integer codes, or floats
-    scale: Float64Array | None  # scalar or (channels,); None: floats that nobody quantizes
+    scale: Float64Array | None  # scalar or (channels,); None: floats without Q/DQ
     axis: int  # of the channels
     bias: Float64Array | None
 
@@ -109,14 +109,14 @@ def plan_from_net(net: Net) -> QuantPlan:
     codes = {record.tensor: record.code for record in read_recentred(net)}
     activations: dict[str, QuantizedActivation] = {}
     for tensor, pair in activation_pairs(net):
-        found = _activation(pair, codes.get(tensor))
-        if found is not None:
-            activations.setdefault(tensor, found)
+        activation = _activation(pair, codes.get(tensor))
+        if activation is not None:
+            activations.setdefault(tensor, activation)
     groups = _groups(net, activations)
     layers = (node for node in net.graph.nodes if node.op in WEIGHTED_OPS)
     weights = {node.name: _quantized_weight(node) for node in layers}
     return QuantPlan(
-        {name: replace(found, group=groups[name]) for name, found in activations.items()},
+        {name: replace(a, group=groups[name]) for name, a in activations.items()},
         {name: weight for name, weight in weights.items() if weight is not None},
         tuple(sorted(node.name for node in weighted_nodes(net.graph))),
     )
@@ -142,11 +142,11 @@ def _layer_weight(node: gs.Node) -> LayerWeight | None:
 
 def _activation(pair: Pair, code: int | None) -> QuantizedActivation | None:
     """Return what a pair says, in a group of its own; ``code`` is that of c if it is recentred."""
-    found = quantization_of(pair.quantize)
-    grid = None if found is None else found.grid
-    if found is None or grid is None or found.scale.size != 1:
+    parameters = quantization_of(pair.quantize)
+    grid = None if parameters is None else parameters.grid
+    if parameters is None or grid is None or parameters.scale.size != 1:
         return None
-    scale = float(found.scale.reshape(()))
+    scale = float(parameters.scale.reshape(()))
     if code is not None:
         grid = Grid(0, 2 * code - 1)
     elif pair.clip is not None:
@@ -163,21 +163,26 @@ def _readers(pair: Pair) -> Iterator[tuple[str, int]]:
         if own is not None and (own != scale).any():
             yield dequantize.name, 0
         else:
-            found = readers(dequantize.outputs[0], through=("Cast",))
-            yield from ((node.name, index) for node, index in found)
+            consumers = readers(dequantize.outputs[0], through=("Cast",))
+            yield from ((node.name, index) for node, index in consumers)
 
 
 def _quantized_weight(node: gs.Node) -> QuantizedWeight | None:
     """Return the INT8 codes of a layer's weight with a scale per output channel, or None."""
     dequantize = maker(node.inputs[1])
-    found = None if dequantize is None else quantization_of(dequantize)
-    if dequantize is None or found is None or found.type != "int8" or found.zero_point:
+    parameters = None if dequantize is None else quantization_of(dequantize)
+    if (
+        dequantize is None
+        or parameters is None
+        or parameters.type != "int8"
+        or parameters.zero_point
+    ):
         return None
     codes = value_of(dequantize.inputs[0])
-    axis = found.axis % codes.ndim if codes is not None else 0
-    if codes is None or found.scale.size not in (1, codes.shape[axis]):
+    axis = parameters.axis % codes.ndim if codes is not None else 0
+    if codes is None or parameters.scale.size not in (1, codes.shape[axis]):
         return None
-    scale = np.broadcast_to(found.scale.reshape(-1).astype(np.float32), codes.shape[axis])
+    scale = np.broadcast_to(parameters.scale.reshape(-1).astype(np.float32), codes.shape[axis])
     return QuantizedWeight(codes.astype(np.int8), scale, axis)
 
 

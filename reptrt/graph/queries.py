@@ -201,9 +201,9 @@ def dequantize_before(tensor: gs.Tensor) -> gs.Node | None:
     while node is not None and moves(node):
         node = maker(node.inputs[0])
     if node is not None and node.op == "Concat":
-        found = [dequantize_before(part) for part in node.inputs]
-        scales = [None if dq is None else value_of(dq.inputs[1]) for dq in found]
-        return found[0] if all(same_scale(scales[0], scale) for scale in scales) else None
+        pairs = [dequantize_before(part) for part in node.inputs]
+        scales = [None if dq is None else value_of(dq.inputs[1]) for dq in pairs]
+        return pairs[0] if all(same_scale(scales[0], scale) for scale in scales) else None
     return node if is_dequantize(node) else None
 
 
@@ -264,11 +264,11 @@ def symmetric_int8_scale(node: gs.Node) -> npt.NDArray[Any] | None:
 
     None: the node is anything else.
     """
-    found = quantization_of(node)
-    if found is None or given(node, 2) is None or found.scale.size != 1:
+    parameters = quantization_of(node)
+    if parameters is None or given(node, 2) is None or parameters.scale.size != 1:
         return None
-    is_symmetric = found.type == "int8" and found.zero_point == 0
-    return found.scale.reshape(()) if is_symmetric else None
+    is_symmetric = parameters.type == "int8" and parameters.zero_point == 0
+    return parameters.scale.reshape(()) if is_symmetric else None
 
 
 def codes_type(node: gs.Node) -> str | None:

@@ -28,9 +28,9 @@ def restore(net: Net) -> RewriteReport:
     it is.
     """
     nodes = {node.name: node for node in net.graph.nodes}
-    found = [(record, _pair_and_offset(nodes, record)) for record in read_recentred(net)]
-    pairs = [(record, *pair) for record, pair in found if pair is not None]
-    left = [record for record, pair in found if pair is None]
+    records = [(record, _pair_and_offset(nodes, record)) for record in read_recentred(net)]
+    pairs = [(record, *pair) for record, pair in records if pair is not None]
+    left = [record for record, pair in records if pair is None]
     deltas = total(offsets_of(nodes, record, -offset) for record, _, offset in pairs)
     for record, pair, offset in pairs:
         move_pair(net, pair, [nodes[name] for name in record.clips], np.uint8, offset)
