@@ -52,8 +52,15 @@ class Result:
 
 def text_of(table: Table) -> str:
     """Render a table as text: as wide as the terminal, or 160 columns where there is none."""
-    width = None if sys.stdout.isatty() else _WIDTH
-    console = Console(width=width, markup=False, emoji=False, highlight=False)
+    is_terminal = sys.stdout.isatty()
+    console = Console(
+        width=None if is_terminal else _WIDTH,
+        color_system="auto" if is_terminal else None,
+        force_jupyter=False,
+        markup=False,
+        emoji=False,
+        highlight=False,
+    )
     with console.capture() as capture:
         console.print(table)
     return capture.get().rstrip("\n")
