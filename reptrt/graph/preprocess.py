@@ -10,7 +10,7 @@ from reptrt.core.options_json import options_from_json
 from reptrt.graph.net import Net, get_json, set_json
 
 _KEY = "preprocess"
-_CROP_FRACTION = 0.875  # the part of the resized shorter side that the centre crop keeps
+CROP_FRACTION = 0.875  # the part of the resized shorter side that the centre crop keeps
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +66,7 @@ def crop_cover(height: int, width: int) -> tuple[int, int]:
     >>> crop_cover(224, 224)
     (256, 256)
     """
-    return int(height / _CROP_FRACTION), int(width / _CROP_FRACTION)
+    return int(height / CROP_FRACTION), int(width / CROP_FRACTION)
 
 
 def write_preprocess(net: Net, preprocess: Preprocess) -> None:

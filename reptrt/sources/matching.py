@@ -92,16 +92,17 @@ def fitting(expected: StateDict, states: Mapping[str, StateDict]) -> list[Candid
     Raises:
         AmbiguousWeightsError: the best two differ in nothing that says which is meant.
     """
-    found = [
+    candidates = [
         candidate
         for candidate in _candidates(expected, states)
         if len(candidate.state) == len(expected) and _is_part(candidate, expected)
     ]
-    found.sort(key=lambda candidate: rank(candidate.location))
-    best = [c.location for c in found if rank(c.location) == rank(found[0].location)]
-    if len(best) > 1:
-        raise AmbiguousWeightsError(", ".join(best))
-    return found
+    candidates.sort(key=lambda candidate: rank(candidate.location))
+    ranks = [rank(candidate.location) for candidate in candidates]
+    num_best = ranks.count(ranks[0]) if ranks else 0
+    if num_best > 1:
+        raise AmbiguousWeightsError(", ".join(c.location for c in candidates[:num_best]))
+    return candidates
 
 
 def averaged_part(expected: StateDict, states: Mapping[str, StateDict]) -> Candidate | None:

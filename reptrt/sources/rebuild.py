@@ -16,8 +16,7 @@ import torch
 
 _SYSTEM = {  # no checkpoint calls anything in these modules: a file that does is not trusted
     *("os", "posix", "nt", "sys", "subprocess", "shutil", "socket", "runpy", "importlib", "pty"),
-    *("ctypes", "webbrowser", "pickle", "code", "asyncio", "commands", "pdb", "timeit", "urllib"),
-    *("http", "signal", "marshal", "cProfile", "profile"),
+    *("ctypes", "webbrowser", "marshal"),
 }
 _SYSTEM_CALLS = {
     *("builtins.eval", "builtins.exec", "builtins.compile", "builtins.open", "builtins.input"),
@@ -163,8 +162,8 @@ def _typed_tensor(args: tuple[Any, ...]) -> torch.Tensor | None:
 
 
 def _dtype(name: str) -> torch.dtype | None:
-    found = getattr(torch, name.removeprefix("torch."), None)
-    return found if isinstance(found, torch.dtype) else None
+    dtype = vars(torch).get(name.removeprefix("torch."))  # getattr could import a module
+    return dtype if isinstance(dtype, torch.dtype) else None
 
 
 def _view(

@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from reptrt.core.errors import CheckpointError, ConfigError, MissingDependencyError, option
-from reptrt.graph.preprocess import Preprocess
+from reptrt.graph.preprocess import CROP_FRACTION, Preprocess
 from reptrt.sources.checkpoint import Checkpoint
 from reptrt.sources.models import num_classes_of
 from reptrt.sources.options import ArchitectureOptions
@@ -48,17 +48,17 @@ def build_timm_net(
     num_classes = architecture.num_classes
     if checkpoint is not None and num_classes is None:
         num_classes = num_classes_of(checkpoint.preferred, f"{_head(timm, name)}.weight")
-    arguments = {"num_classes": num_classes, "in_chans": architecture.in_channels}
-    given = {key: value for key, value in arguments.items() if value is not None}
+    choices = {"num_classes": num_classes, "in_chans": architecture.in_channels}
+    arguments = {key: value for key, value in choices.items() if value is not None}
     if checkpoint is not None or "." not in name:
         if checkpoint is None:
             logger.warning(
                 "%s: random weights; give a checkpoint, or a name with pretrained weights (%s)",
                 *(source, ", ".join(_tagged(timm, name)) or "timm has none of this net"),
             )
-        return _create(timm, source, given, pretrained=False)
+        return _create(timm, source, arguments, pretrained=False)
     try:
-        return _create(timm, source, given, pretrained=True)
+        return _create(timm, source, arguments, pretrained=True)
     except ConfigError as err:
         raise CheckpointError(
             f"{err}; check the network, or download the weights and give {option('weights')}"
@@ -76,15 +76,23 @@ def timm_preprocess(source: str, size: tuple[int, int, int] | None) -> Preproces
         MissingDependencyError: timm is not installed.
     """
     config = _config(_import_timm(source), source.removeprefix(PREFIX))
+    if config.crop_pct != CROP_FRACTION or config.interpolation != "bilinear":
+        logger.warning(
+            "%s: timm evaluates it with crop %g, %s; images of other sizes are resized with crop "
+            "%g, bilinear, which can change its accuracy a little",
+            *(source, config.crop_pct, config.interpolation, CROP_FRACTION),
+        )
     base = Preprocess.plain(*(size or config.input_size))
     if base.channels != len(config.mean):
         return base
     return replace(base, mean=tuple(config.mean), std=tuple(config.std), resize="crop")
 
 
-def _create(timm: ModuleType, source: str, given: dict[str, Any], *, pretrained: bool) -> nn.Module:
+def _create(
+    timm: ModuleType, source: str, arguments: dict[str, Any], *, pretrained: bool
+) -> nn.Module:
     try:
-        module = timm.create_model(source.removeprefix(PREFIX), pretrained=pretrained, **given)
+        module = timm.create_model(source.removeprefix(PREFIX), pretrained=pretrained, **arguments)
     except Exception as err:  # each of timm's architectures has its own errors
         reason = " ".join(str(err).split())[:200]
         raise ConfigError(f"{source}: timm raised {type(err).__name__}: {reason}") from err

@@ -78,10 +78,16 @@ def test_checkpoint_says_the_number_of_classes_and_replaces_pretrained_weights(
     assert all(torch.equal(value, got[key]) for key, value in trained.state_dict().items())
 
 
-def test_preprocessing_is_timms(timm):
+def test_preprocessing_is_timms(timm, caplog):
+    implied_preprocess(Source("timm:repvgg_a0"), None)
+    assert not caplog.messages
     got = implied_preprocess(Source("timm:fastvit_t8"), None)
     assert (got.channels, got.height, got.width, got.resize) == (3, 256, 256, "crop")
     assert (got.mean, got.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    assert caplog.messages == [
+        "timm:fastvit_t8: timm evaluates it with crop 0.9, bicubic; images of other sizes are "
+        "resized with crop 0.875, bilinear, which can change its accuracy a little"
+    ]
     half = implied_preprocess(Source("timm:vit_tiny_patch16_224.augreg_in21k"), (3, 64, 64))
     assert (half.mean, half.std, half.height) == ((0.5,) * 3, (0.5,) * 3, 64)
     gray = implied_preprocess(Source("timm:repvgg_a0"), (1, 64, 64))

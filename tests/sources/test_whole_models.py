@@ -242,3 +242,19 @@ def test_files_of_big_endian_machines_are_read(tmp_path: Path) -> None:
                 content = np.frombuffer(content, f"<u{sizes[part]}").byteswap().tobytes()
             big.writestr(name, b"big" if part == "byteorder" else content)
     assert_read(tmp_path / "big.pt", state)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.uint16, torch.uint32], ids=str)
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+def test_types_without_a_storage_class_are_read(
+    tmp_path: Path, dtype: torch.dtype, zipped: bool
+) -> None:
+    value = torch.tensor([1.0, 2.0, 8.0, 4.0]).to(dtype)
+    state = {"a": value, "b": value.reshape(2, 2).t()}
+    torch.save(state, tmp_path / "a.pt", _use_new_zipfile_serialization=zipped)
+    with watched() as events:
+        got = read_checkpoint(tmp_path / "a.pt").states[""]
+    assert not events
+    assert {tensor.dtype for tensor in got.values()} == {dtype}
+    assert got["a"].double().tolist() == [1.0, 2.0, 8.0, 4.0]
+    assert got["b"].double().tolist() == [[1.0, 8.0], [2.0, 4.0]]
