@@ -94,7 +94,7 @@ class CalibrateReport(Result):
     tensors: tuple[TensorScale, ...]
     equalized: int  # tensors whose channels were given equal ranges
     splits: tuple[Split, ...]
-    decisions: tuple[Decision, ...]  # of --split auto
+    decisions: tuple[Decision, ...]  # of automatically chosen splits
     left_whole: tuple[Skipped, ...]  # layers that were to be split but are not, with the reason
     ranges: tuple[RangeDecision, ...]  # gain and cost of all codes, where they are possible
     overhead: float  # extra multiply-accumulates that were chosen, of the net's own

@@ -116,11 +116,11 @@ def test_a_factory_that_draws_anew_is_found(tmp_path: Path) -> None:
     source = write_factory(tmp_path, seeded=False, name="unseeded")
     run = make_run(source, write_data(tmp_path / "data.npz"), tmp_path / "run")
     found = by_file(replayed(run, code=1))
-    assert "does the factory draw its weights anew" in found["float.onnx"]["reasons"][0]
+    assert "does the factory draw new weights" in found["float.onnx"]["reasons"][0]
     assert found["int8.onnx"]["reasons"] == ["it is made from float.onnx, which differs"]
     assert found["eval.json"]["reasons"] == [
         "it is made from float.onnx, which differs",
-        "int8.onnx differs, it is made from it",
+        "it is made from int8.onnx, which differs",
     ]
 
 
@@ -129,7 +129,7 @@ def test_files_of_the_run_are_not_needed_but_missed(copied: Path) -> None:
     (copied / "float.onnx").write_bytes(b"changed")
     found = by_file(replayed(copied))
     assert found["int8.onnx"]["kept"] == "the run's own file does not exist any more"
-    assert found["float.onnx"]["kept"] == "the run's own file was changed since"
+    assert found["float.onnx"]["kept"] == "the run's own file was changed afterwards"
     assert found["eval.json"]["kept"] is None
 
 
@@ -200,5 +200,5 @@ def test_folders_that_are_no_runs(copied: Path, tmp_path: Path) -> None:
 
 
 def test_a_replay_is_not_made_from_what_is_there(made: Path, copied: Path) -> None:
-    assert "is not empty; name a new folder" in refused("replay", made / "run", "-o", copied)
+    assert "is not empty; give a new folder" in refused("replay", made / "run", "-o", copied)
     assert "is not empty" in refused("replay", copied, "-o", copied)
