@@ -2,7 +2,6 @@
 
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 import onnx
@@ -14,9 +13,6 @@ from reptrt.cli import main
 from reptrt.core.errors import ArtifactError
 from reptrt.core.grid import Grid
 from reptrt.graph.net import bytes_from_model, model_from_net, net_from_model, read_model
-from reptrt.graph.placement import place
-from reptrt.graph.plan import plan_from_placement
-from reptrt.graph.qdq import insert_qdq, quantize_weights
 from reptrt.linter import RULES, lint, lint_net
 from reptrt.pipeline import CalibrateOptions, ExportOptions, calibrate, export
 from reptrt.rewrite.split_coarse_fine import split_coarse_fine
@@ -26,7 +22,14 @@ from reptrt.sources.source import Source
 from tests.data.lint.make import cat, rep, res
 from tests.support import lint_graphs as graphs
 from tests.support.helpers import SHARED, needs_shared
-from tests.support.lint_graphs import QdqGraph, findings, needs_rtx, refused_by_rtx, rules
+from tests.support.lint_graphs import (
+    QdqGraph,
+    findings,
+    needs_rtx,
+    quantized,
+    refused_by_rtx,
+    rules,
+)
 from tests.support.onnx_nets import give_identity
 
 DATA = Path(__file__).resolve().parents[1] / "data" / "lint"
@@ -77,18 +80,6 @@ def test_each_foreign_defect_is_named_by_its_node():
 
 
 # Our own graphs.
-
-
-def quantized(model: onnx.ModelProto, rewrite: Callable | None = None) -> onnx.ModelProto:
-    """Quantize as `reptrt calibrate` does, with made-up scales."""
-    net = net_from_model(model)
-    if rewrite is not None:
-        assert rewrite(net).changed
-    placement = place(net)
-    scales = {a.tensor: 0.01 * (1 + a.group) for a in placement.activations}
-    weights = quantize_weights(net, placement, Grid.weight(8))
-    insert_qdq(net, plan_from_placement(placement, scales, weights, Grid.activation(8)))
-    return model_from_net(net)
 
 
 ZOO = {

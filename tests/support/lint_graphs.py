@@ -1,13 +1,18 @@
 """Small Q/DQ graphs, each right but for one defect."""
 
 import importlib.util
+from collections.abc import Callable
 
 import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from reptrt.graph.net import bytes_from_model, net_from_model
+from reptrt.core.grid import Grid
+from reptrt.graph.net import Net, bytes_from_model, model_from_net, net_from_model
+from reptrt.graph.placement import place
+from reptrt.graph.plan import plan_from_placement
+from reptrt.graph.qdq import insert_qdq, quantize_weights
 from reptrt.linter import LintReport, lint_net
 from reptrt.trt import binding, versions
 from reptrt.trt.messages import Messages
@@ -32,6 +37,20 @@ def rules(report: LintReport, *severities: str) -> list[str]:
     """Return the rules broken, errors and warnings unless other severities are asked for."""
     wanted = severities or ("error", "warning")
     return [finding.rule for finding in report.findings if finding.severity in wanted]
+
+
+def quantized(
+    model: onnx.ModelProto, rewrite: Callable[[Net], object] | None = None
+) -> onnx.ModelProto:
+    """Quantize as `reptrt calibrate` does, with made-up scales."""
+    net = net_from_model(model)
+    if rewrite is not None:
+        assert rewrite(net).changed
+    placement = place(net)
+    scales = {a.tensor: 0.01 * (1 + a.group) for a in placement.activations}
+    weights = quantize_weights(net, placement, Grid.weight(8))
+    insert_qdq(net, plan_from_placement(placement, scales, weights, Grid.activation(8)))
+    return model_from_net(net)
 
 
 def refused_by_rtx(model: onnx.ModelProto) -> bool:
