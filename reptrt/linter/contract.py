@@ -73,8 +73,7 @@ def mixed_types(view: View) -> Iterator[Defect]:
     """
     for layer in view.layers:
         types = [float_type(tensor) for tensor in layer.node.inputs[:2]]
-        known = [kind for kind in types if kind is not None]
-        if len(set(known)) > 1:
+        if len({kind for kind in types if kind is not None}) > 1:
             got = f"input {types[0]}, weight {types[1]}"
             yield Defect(label(layer.node), got, f"both {types[0]}")
 
@@ -99,12 +98,12 @@ def codes_read_as_numbers(view: View) -> Iterator[Defect]:
     outputs = {id(tensor) for tensor in view.graph.outputs}
     for node in view.quantizes:
         codes = node.outputs[0]
-        found = [reader for reader, _ in moved_readers(codes)]
-        others = [n.op for n in found if not is_dequantize(n) and not is_integer_op(n)]
+        reading = [reader for reader, _ in moved_readers(codes)]
+        others = [n.op for n in reading if not is_dequantize(n) and not is_integer_op(n)]
         others += [reader.op for reader in codes.outputs if reader.op == "Cast"]
         if id(codes) in outputs:
             others.append("the graph's output")
-        if others or not found:
+        if others or not reading:
             yield Defect(label(node), f"read by {', '.join(others) or 'nobody'}", "a DQ reads it")
 
 

@@ -59,9 +59,9 @@ def float_island(view: View) -> Iterator[Defect]:
     for node in view.nodes:
         if id(node) in seen or not _is_island(view, node):
             continue
-        found = [other for other in _connected(view, node, seen) if _is_island(view, other)]
-        names = ", ".join(f"{label(n)} ({n.op})" for n in found[:_NAMED])
-        more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
+        island = [other for other in _connected(view, node, seen) if _is_island(view, other)]
+        names = ", ".join(f"{label(n)} ({n.op})" for n in island[:_NAMED])
+        more = f" and {len(island) - _NAMED} more" if len(island) > _NAMED else ""
         yield Defect(label(node), f"in float between INT8 layers: {names}{more}", "INT8 throughout")
 
 
@@ -123,14 +123,14 @@ def _is_island(view: View, node: gs.Node) -> bool:
 
 
 def _connected(view: View, start: gs.Node, seen: set[int]) -> list[gs.Node]:
-    """Return the float nodes between INT8 layers that hang together with one; note them as seen."""
-    found, pending = [], [start]
+    """Return the float nodes between INT8 layers connected with ``start``; add them to ``seen``."""
+    connected, pending = [], [start]
     while pending:
         node = pending.pop(0)
         if id(node) in seen or id(node) not in view.between:
             continue
         seen.add(id(node))
-        found.append(node)
+        connected.append(node)
         pending += [t.inputs[0] for t in view.data_inputs(node) if t.inputs]
         pending += view.data_readers(node)
-    return found
+    return connected

@@ -1,6 +1,6 @@
-"""Q/DQ where they stop a layer from fusing with its neighbours, or are missing there.
+"""Pairs that keep a layer from fusing with its neighbours, or are missing (QDQ101 to 105, 112).
 
-What each costs is by the placement rules of TensorRT's documentation; all of these graphs parse.
+Costs are those of the placement rules in TensorRT's documentation; all of these graphs parse.
 """
 
 import math
@@ -37,10 +37,10 @@ def split_activation(view: View) -> Iterator[Defect]:
         before = maker(node.inputs[0])
         if before is None or before.op not in (*WEIGHTED_OPS, *SUMS, "BatchNormalization"):
             continue
-        found = dict.fromkeys(r.op for r, _ in pair_readers(node) if r.op in ACTIVATIONS)
-        if found:
-            got = f"Q/DQ between {before.op} and {', '.join(found)}"
-            yield Defect(label(node), got, f"Q behind the {next(iter(found))} only")
+        functions = dict.fromkeys(r.op for r, _ in pair_readers(node) if r.op in ACTIVATIONS)
+        if functions:
+            got = f"Q/DQ between {before.op} and {', '.join(functions)}"
+            yield Defect(label(node), got, f"Q behind the {next(iter(functions))} only")
 
 
 def split_batchnorm(view: View) -> Iterator[Defect]:

@@ -14,7 +14,7 @@ from reptrt.linter.view import View
 
 
 def lint(model: Path | Model) -> LintReport:
-    """Check a Q/DQ ONNX file, or a model in memory, for what TensorRT takes and what it runs fast.
+    """Check whether TensorRT accepts a Q/DQ model (a file or in memory), and will run it fast.
 
     Raises:
         ArtifactError: the file cannot be read.
@@ -25,17 +25,17 @@ def lint(model: Path | Model) -> LintReport:
 
 
 def lint_net(net: Net, rules: Sequence[Rule] = RULES) -> LintReport:
-    """Check a Q/DQ graph; it is not changed. Subgraphs of If and Loop are not looked into."""
+    """Check a Q/DQ graph, which is not changed; the bodies of If and Loop are not checked."""
     return _report(None, net, rules)
 
 
 def _report(file: str | None, net: Net, rules: Sequence[Rule]) -> LintReport:
     view = View(net)
-    found: list[Finding] = [finding for rule in rules for finding in rule.findings(view)]
-    found.sort(key=lambda finding: (SEVERITIES.index(finding.severity), finding.rule))
+    findings: list[Finding] = [finding for rule in rules for finding in rule.findings(view)]
+    findings.sort(key=lambda finding: (SEVERITIES.index(finding.severity), finding.rule))
     return LintReport(
         file=file,
-        findings=tuple(found),
+        findings=tuple(findings),
         layers=len(view.weighted),
         int8_layers=sum(layer.is_int8 for layer in view.weighted),
     )

@@ -1,6 +1,6 @@
 """Q/DQ pairs that cost a pass or a rounding of their own (QDQ106 to 111, 113).
 
-What each costs is by the placement rules of TensorRT's documentation; all of these graphs parse.
+Costs are those of the placement rules in TensorRT's documentation; all of these graphs parse.
 """
 
 from collections.abc import Iterator
@@ -66,7 +66,7 @@ def requantized(view: View) -> Iterator[Defect]:
 
 
 def several_scales(view: View) -> Iterator[Defect]:
-    """One tensor has one scale, whoever reads it.
+    """All readers of a tensor share one scale.
 
     Each further scale is another quantization pass over the tensor, and another copy of it.
     """
@@ -157,8 +157,8 @@ def _only_from(view: View, tensor: gs.Tensor) -> gs.Node | None:
         return node
     if not (moves(node) or node.op in (*ACTIVATIONS, *_GATES, "Mul")):
         return None
-    found = [_only_from(view, source) for source in view.data_inputs(node)]
-    return found[0] if found and all(dq is not None for dq in found) else None
+    sources = [_only_from(view, source) for source in view.data_inputs(node)]
+    return sources[0] if sources and all(dq is not None for dq in sources) else None
 
 
 def _is_int8(dequantize: gs.Node) -> bool:

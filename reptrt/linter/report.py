@@ -1,4 +1,4 @@
-"""What linting found."""
+"""The findings of the linter, as a table, as lines and as JSON."""
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -16,10 +16,10 @@ _NAMED = 3  # texts that a cell of the table shows before it counts
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One rule broken at one place.
+    """One place at which a rule is broken.
 
-    An error is what TensorRT refuses or computes differently, a warning costs speed or accuracy,
-    an info is worth knowing.
+    Severity error: TensorRT refuses the graph or computes something else. Warning: it costs speed
+    or accuracy. Info: worth knowing.
     """
 
     rule: str  # stable id: "QDQ001"
@@ -79,18 +79,18 @@ class LintReport(Result):
         return table
 
     def to_lines(self) -> list[str]:
-        """Return why each broken rule costs and how to mend it, then the sum."""
+        """Return one line for each broken rule (cost and remedy), then the totals."""
         broken = {finding.rule: finding for finding in self.findings}
         file = self.file or "graph"
         return [
-            *(f"{found.rule}: {found.cost}. {found.mend}." for found in broken.values()),
+            *(f"{finding.rule}: {finding.cost}. {finding.mend}." for finding in broken.values()),
             f"lint  {file}  {self.count('error')} errors  {self.count('warning')} warnings  "
             f"{self.count('info')} infos  {self.int8_layers} of {self.layers} layers INT8",
         ]
 
 
 def _some(texts: Iterable[str]) -> str:
-    """Return the first few different texts, and how many more there are."""
+    """Return the first few distinct texts and the number of the others."""
     different = list(dict.fromkeys(texts))
     named = "; ".join(different[:_NAMED])
     return named if len(different) <= _NAMED else f"{named}; {len(different) - _NAMED} more"

@@ -1,4 +1,4 @@
-"""A rule as data: what it is called, how bad it is, and the function that looks for it."""
+"""A rule as data: its id, its name, its severity and the function that checks a graph."""
 
 import inspect
 from collections.abc import Callable, Iterator
@@ -10,7 +10,7 @@ from reptrt.linter.view import View
 
 @dataclass(frozen=True, slots=True)
 class Defect:
-    """A place where a rule is broken."""
+    """A place at which a rule is broken."""
 
     node: str
     got: str
@@ -19,14 +19,14 @@ class Defect:
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """One thing that a Q/DQ graph for TensorRT must or should not have."""
+    """One requirement or recommendation for Q/DQ graphs in TensorRT."""
 
     id: str  # stable: never given to another rule
     name: str
     severity: Severity
     check: Callable[[View], Iterator[Defect]]
-    cost: str  # why it matters, without a full stop
-    mend: str  # what to do, without a full stop
+    cost: str  # of a violation, without a full stop
+    mend: str  # the remedy, without a full stop
 
     @property
     def doc(self) -> str:

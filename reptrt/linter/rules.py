@@ -1,8 +1,8 @@
-"""All rules. An id is stable: a rule that goes takes its id with it.
+"""The table of all rules. Ids are stable: the id of a removed rule is not used again.
 
-QDQ0xx is the Q/DQ contract, QDQ1xx placement, QDQ2xx what runs in float or too narrow, QDQ3xx
-numbers. An error is what TensorRT refuses or computes differently; a warning costs speed or
-accuracy; an info is worth knowing.
+QDQ0xx: the Q/DQ contract. QDQ1xx: where pairs are placed. QDQ2xx: what runs in float or is too
+narrow for INT8. QDQ3xx: numbers. Error: TensorRT refuses the graph or computes something else.
+Warning: it costs speed or accuracy. Info: worth knowing.
 """
 
 from reptrt.linter import accuracy, codes, contract, coverage, fusion, pairs

@@ -124,15 +124,15 @@ class View:
     @cached_property
     def parameters(self) -> list[Parameters]:
         """Scales and zero points; those of a DQ only where its Q has others or there is no Q."""
-        found = []
+        parameters = []
         for node in self.nodes:
             if not (is_quantize(node) or is_dequantize(node)):
                 continue
             source = quantize_before(node)
             if source is not None and _same_parameters(node, source):
                 continue
-            found.append(parameters_of(node))
-        return found
+            parameters.append(parameters_of(node))
+        return parameters
 
     @cached_property
     def between(self) -> set[int]:
@@ -147,13 +147,13 @@ class View:
     @cached_property
     def leading_to_int8(self) -> set[int]:
         """Ids of all nodes from which a QuantizeLinear of an activation is reached."""
-        found: set[int] = set()
-        wanted = {id(node) for node in self.activation_quantizes}
+        leading: set[int] = set()
+        quantizes = {id(node) for node in self.activation_quantizes}
         for node in reversed(self.nodes):
-            after = (reader for tensor in node.outputs for reader in tensor.outputs)
-            if id(node) in wanted or any(id(reader) in found for reader in after):
-                found.add(id(node))
-        return found
+            reading = (reader for tensor in node.outputs for reader in tensor.outputs)
+            if id(node) in quantizes or any(id(reader) in leading for reader in reading):
+                leading.add(id(node))
+        return leading
 
     def data_inputs(self, node: gs.Node) -> list[gs.Tensor]:
         """Return the inputs through which activations come, not shapes, bounds or constants."""
@@ -179,27 +179,27 @@ class View:
 
     @cached_property
     def _after(self) -> set[int]:
-        found: set[int] = set()
+        after: set[int] = set()
         for node in self.nodes:
             sources = [producer(tensor) for tensor in self.data_inputs(node)]
             reached = any(
-                source is not None and (id(source) in found or self.is_boundary(source))
+                source is not None and (id(source) in after or self.is_boundary(source))
                 for source in sources
             )
             if reached and not self.is_boundary(node):
-                found.add(id(node))
-        return found
+                after.add(id(node))
+        return after
 
     def _before(self, *, through_islands: bool) -> set[int]:
-        found: set[int] = set()
+        before: set[int] = set()
         for node in reversed(self.nodes):
             reached = any(
-                is_quantize(reader) or (id(reader) in found and (through_islands or fuses(reader)))
+                is_quantize(reader) or (id(reader) in before and (through_islands or fuses(reader)))
                 for reader in self.data_readers(node)
             )
             if reached and not self.is_boundary(node):
-                found.add(id(node))
-        return found
+                before.add(id(node))
+        return before
 
     def data_readers(self, node: gs.Node) -> Iterator[gs.Node]:
         """Yield the nodes that read what a node makes as an activation."""
@@ -239,13 +239,13 @@ def _is_fixed(layer: Layer) -> bool:
 
 def _constant_tensors(nodes: list[gs.Node]) -> set[int]:
     """Return the ids of the tensors that nodes make from constants alone; nodes in order."""
-    found: set[int] = set()
+    constant: set[int] = set()
     for node in nodes:
         inputs = [tensor for tensor in node.inputs if not tensor.is_empty()]
-        known = all(isinstance(t, gs.Constant) or id(t) in found for t in inputs)
-        if known and (inputs or node.op == "Constant"):
-            found |= {id(tensor) for tensor in node.outputs}
-    return found
+        is_constant = all(isinstance(t, gs.Constant) or id(t) in constant for t in inputs)
+        if is_constant and (inputs or node.op == "Constant"):
+            constant |= {id(tensor) for tensor in node.outputs}
+    return constant
 
 
 def codes_source(dequantize: gs.Node) -> gs.Tensor:

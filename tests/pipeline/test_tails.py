@@ -85,7 +85,6 @@ def test_an_unknown_node_between_layers_is_refused(tmp_path: Path) -> None:
     y = b.node("LpPool", [b.relu(b.conv("x", 8, "a"))], "odd", kernel_shape=[1, 1])
     onnx.save(b.model(b.conv(y, 8, "b")), tmp_path / "m.onnx")
     np.savez(tmp_path / "images.npz", x=IMAGES)
+    files = [tmp_path / name for name in ("m.onnx", "images.npz", "o.onnx")]
     with pytest.raises(RewriteError, match=r"1 nodes cannot be run: LpPool \(odd\)"):
-        calibrate(
-            tmp_path / "m.onnx", tmp_path / "images.npz", tmp_path / "o.onnx", CalibrateOptions()
-        )
+        calibrate(*files, CalibrateOptions(images=24))
