@@ -3,6 +3,7 @@
 import contextlib
 import io
 import logging
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from reptrt.exporter.outputs import flat_outputs, flattening
 from reptrt.graph.preprocess import Preprocess
 
 Exporter = Literal["torchscript", "dynamo"]
+
+_OTHER_FLOAT = re.compile(r"\b(Half|BFloat16|Double|b?float16|float64)\b", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +55,16 @@ def onnx_from_module(
             reasons.append(str(err).strip().splitlines()[0] if str(err).strip() else repr(err))
     raise ConfigError(
         f"{type(module).__name__}: cannot be exported with input {tuple(example.shape)} "
-        f"({reasons[0]}); check {option('input_size')} and that forward takes one image batch"
+        f"({reasons[0]}); {_remedy(reasons[0])}"
     )
+
+
+def _remedy(reason: str) -> str:
+    """Return what to do about an exception that a module's forward raised."""
+    dtype = _OTHER_FLOAT.search(reason)
+    if dtype is not None:
+        return f"forward casts to {dtype[0]}: leave the casts out, float32 is what is exported"
+    return f"check {option('input_size')} and that forward takes one image batch"
 
 
 def _output_names(module: nn.Module, example: torch.Tensor) -> list[str]:

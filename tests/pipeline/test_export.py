@@ -442,6 +442,27 @@ def test_a_net_that_cannot_be_exported(tmp_path: Path, monkeypatch: pytest.Monke
         exported("anything", tmp_path / "M.onnx")
 
 
+@pytest.mark.parametrize(
+    ("dtype", "named"),
+    [(torch.float16, "Half"), (torch.bfloat16, "BFloat16"), (torch.float64, "double")],
+    ids=str,
+)
+def test_a_net_that_casts_inside_forward_is_refused_by_the_type(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, named: str
+) -> None:
+    class Casts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.conv(x.to(dtype))
+
+    monkeypatch.setattr("reptrt.pipeline.exporting.module_from_source", lambda _: Casts())
+    with pytest.raises(ConfigError, match=f"(?i)forward casts to {named}: leave the casts out"):
+        exported("anything", tmp_path / "M.onnx")
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_weights_of_a_factory_that_are_no_numbers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bad: float
