@@ -225,7 +225,7 @@ def test_the_skip_has_the_codes_of_its_layer_under_another_scale(tmp_path: Path)
 
 
 def test_coarse_fine_with_int8_summands_wants_unequalized_channels() -> None:
-    with pytest.raises(Exception, match="--no-equalize"):
+    with pytest.raises(Exception, match="equalize=False"):
         CalibrateOptions(split="coarse-fine", split_precision="int8")
     assert CalibrateOptions(split="coarse-fine", split_precision="int8", equalize=False)
 
