@@ -82,8 +82,8 @@ class _Progress:
 
     net: Net
     order: Mapping[str, int]  # tensor -> place in the graph, before anything changed
-    earlier: Mapping[str, Branches]  # of convolutions that were fused before
-    fused: dict[str, Branches] = field(default_factory=dict)
+    branches: dict[str, Branches]  # of every convolution that was fused, in earlier runs too
+    fused: dict[str, None] = field(default_factory=dict)  # in this run
     skipped: dict[Skipped, None] = field(default_factory=dict)
 
 
@@ -95,14 +95,16 @@ def fuse_branches(net: Net) -> RewriteReport:
     progress = _Progress(net, order, read_provenance(net))
     for root in sum_roots(net.graph):
         leaves = [
-            _climb(net.graph, operand, progress.earlier) for operand in operands_of(net.graph, root)
+            _climb(net.graph, operand, progress.branches)
+            for operand in operands_of(net.graph, root)
         ]
         _fuse_sum(progress, root, leaves)
     net.graph.cleanup(remove_unused_graph_inputs=False).toposort()
-    left = {node.name for node in net.graph.nodes}
-    gone = progress.earlier.keys() - left
-    write_provenance(net, progress.fused, gone)
-    return RewriteReport("fuse_branches", tuple(progress.fused), tuple(progress.skipped))
+    present = {node.name for node in net.graph.nodes}
+    fused = [name for name in progress.fused if name in present]
+    branches = progress.branches
+    write_provenance(net, {name: branches[name] for name in fused}, gone=branches.keys() - present)
+    return RewriteReport("fuse_branches", tuple(fused), tuple(progress.skipped))
 
 
 def _fuse_sum(progress: _Progress, root: gs.Node, leaves: list[Leaf]) -> None:
@@ -121,7 +123,9 @@ def _fuse_sum(progress: _Progress, root: gs.Node, leaves: list[Leaf]) -> None:
         if isinstance(merged, str):
             progress.skipped[Skipped(name, merged)] = None
             continue
-        progress.fused[name] = tuple(branch for step in steps for branch in _branches(step, merged))
+        parts = tuple(branch for step in steps for branch in _branches(step, merged))
+        progress.branches[name] = parts
+        progress.fused[name] = None
         convs.append(write_layer(net, name, source, merged))
         leaves = [leaf for leaf in leaves if leaf not in group]
     progress.skipped |= dict.fromkeys(_stopped(every, leaves))
@@ -139,7 +143,7 @@ def _stopped(every: Sequence[Leaf], left: Sequence[Leaf]) -> list[Skipped]:
     ]
 
 
-def _climb(graph: gs.Graph, summand: Summand, earlier: Mapping[str, Branches]) -> Leaf:
+def _climb(graph: gs.Graph, summand: Summand, known: Mapping[str, Branches]) -> Leaf:
     """Follow one operand upwards while it stays an exact linear map."""
     tensor = summand.tensor
     steps = [Step(tensor)]
@@ -162,7 +166,7 @@ def _climb(graph: gs.Graph, summand: Summand, earlier: Mapping[str, Branches]) -
                 whole,
                 below.macs + _macs(node, linear, below),
                 (node, *below.nodes),
-                _inherited(node, below, earlier),
+                _inherited(node, below, known),
             )
         )
     return Leaf(summand, tuple(steps))
@@ -182,14 +186,14 @@ def _macs(node: gs.Node, linear: LinearMap, below: Step) -> float:
     return linear.macs * (below.linear.inputs_per_output if below.linear else 1)
 
 
-def _inherited(node: gs.Node, below: Step, earlier: Mapping[str, Branches]) -> Branches:
+def _inherited(node: gs.Node, below: Step, known: Mapping[str, Branches]) -> Branches:
     """Return the branches of a convolution fused earlier, with the scaling behind it."""
     if below.linear is None:
-        return earlier.get(node.name, ())
+        return known.get(node.name, ())
     if not below.linear.is_per_channel:
         return ()
     scale = below.linear.kernel.reshape(-1)
-    return tuple(branch.scaled(scale) for branch in earlier.get(node.name, ()))
+    return tuple(branch.scaled(scale) for branch in known.get(node.name, ()))
 
 
 def _linear_sources(graph: gs.Graph, node: gs.Node) -> tuple[gs.Tensor, ...]:

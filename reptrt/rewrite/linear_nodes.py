@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_graphsurgeon as gs
 
-from reptrt.graph.net import Net, constant_value
+from reptrt.graph.net import Net, constant_value, producer
 from reptrt.rewrite.linear import (
     Float64Array,
     Ints,
@@ -30,8 +30,11 @@ class Layout:
 
 
 def layout_of(tensor: gs.Tensor) -> Layout | None:
-    """Return the layout of a float tensor, or None if the graph does not say it."""
+    """Return the layout of a float tensor, or None if neither shape nor producer say it."""
     shape = tuple(tensor.shape or ())
+    node = producer(tensor)
+    if not shape and node is not None and not isinstance(layer := layer_of(node), str):
+        return Layout(layer.out_channels, layer.axes)
     is_float = tensor.dtype is None or np.issubdtype(tensor.dtype, np.floating)
     if len(shape) < 2 or not is_float or not isinstance(shape[1], int):
         return None

@@ -14,13 +14,15 @@ ACTIVATIONS = {
     "relu6": nn.ReLU6,
     "none": nn.Identity,
 }
+FORMS = ("add", "sub", "stack", "mean", "alpha first", "alpha last")
+OUTER = ("none", "norm", "frozen")
 HEADS = ("average", "mean", "maximum", "flatten", "1x1")
 SIZE = 8
 
 
 @dataclass(frozen=True)
 class BlockPlan:
-    """activation(sum of branches); the widest kernel is at most as grouped as any other."""
+    """activation(outer(sum of branches)); the widest kernel is at most as grouped as any other."""
 
     outputs: int
     kernels: tuple[int, ...]  # odd sizes of the k x k branches
@@ -30,6 +32,8 @@ class BlockPlan:
     norm: bool = True  # after each k x k branch, which then has no bias
     activation: str = "relu"
     pooled: bool = False  # a 2 x 2 max pool behind it
+    form: str = "add"  # of the sum: one of FORMS
+    outer: str = "none"  # between sum and activation: one of OUTER
 
 
 @dataclass(frozen=True)
@@ -77,13 +81,41 @@ class RepBlock(nn.Module):
         elif plan.identity == "norm":
             branches.append(norm(plan.outputs))
         self.branches = nn.ModuleList(branches)
+        self.form = plan.form
+        shape = (plan.outputs, 1, 1)
+        self.alphas = nn.ParameterList(torch.rand(shape) + 0.5 for _ in branches[1:])
+        outer = {"none": nn.Identity, "norm": norm, "frozen": Frozen}[plan.outer]
+        self.outer = outer(plan.outputs)
         self.activation = ACTIVATIONS[plan.activation]()
 
     def forward(self, x: Tensor) -> Tensor:
-        total = self.branches[0](x)
-        for branch in self.branches[1:]:
-            total = total + branch(x)
-        return self.activation(total)
+        return self.activation(self.outer(self.summed([branch(x) for branch in self.branches])))
+
+    def summed(self, parts: list[Tensor]) -> Tensor:
+        if self.form in ("stack", "mean") and len(parts) > 1:
+            stacked = torch.stack(parts)
+            return stacked.sum(0) if self.form == "stack" else stacked.mean(0)
+        total = parts[0]
+        for part, alpha in zip(parts[1:], self.alphas, strict=True):
+            if self.form == "sub":
+                total = total - part
+            elif self.form == "add":
+                total = total + part
+            else:
+                total = total + (alpha * part if self.form == "alpha first" else part * alpha)
+        return total
+
+
+class Frozen(nn.Module):
+    """A batch norm as detection nets freeze it: a factor and a shift per channel."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.rand(channels, 1, 1) + 0.5)
+        self.shift = nn.Parameter(torch.randn(1, channels, 1, 1) * 0.3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale + self.shift
 
 
 class RepNet(nn.Module):
@@ -156,6 +188,8 @@ def block_plans(draw: st.DrawFn, inputs: int, size: int, activations: Sequence[s
         norm=draw(st.booleans()),
         activation=draw(st.sampled_from(activations)),
         pooled=size >= 8 and draw(st.booleans()),
+        form=draw(st.sampled_from(FORMS)),
+        outer=draw(st.sampled_from(OUTER)),
     )
 
 
