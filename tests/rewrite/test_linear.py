@@ -24,6 +24,8 @@ from reptrt.rewrite.linear import (
 
 def apply(linear: LinearMap, x: torch.Tensor) -> torch.Tensor:
     """What the class says it computes, by torch."""
+    if linear.transposed:
+        return apply_transposed(linear, x)
     (top, left), (bottom, right) = linear.begin, linear.end
     return F.conv2d(
         F.pad(x, (left, right, top, bottom)),
@@ -33,6 +35,17 @@ def apply(linear: LinearMap, x: torch.Tensor) -> torch.Tensor:
         dilation=linear.dilation,
         groups=linear.groups,
     )
+
+
+def apply_transposed(linear: LinearMap, x: torch.Tensor) -> torch.Tensor:
+    parts = linear.kernel.reshape(linear.groups, -1, *linear.kernel.shape[1:]).swapaxes(1, 2)
+    weight = torch.from_numpy(np.ascontiguousarray(parts.reshape(-1, *parts.shape[2:])))
+    y = F.conv_transpose2d(
+        x, weight, None, linear.stride, groups=linear.groups, dilation=linear.dilation
+    )
+    (top, left), (bottom, right) = linear.begin, linear.end
+    y = F.pad(y, (-left, -right, -top, -bottom))  # a negative end is output padding
+    return y + torch.from_numpy(np.asarray(linear.bias)).reshape(-1, 1, 1)
 
 
 def image(channels: int, size: tuple[int, int], seed: int = 0) -> torch.Tensor:
@@ -183,6 +196,100 @@ def test_centred_kernels_always_sum(seed: int, sizes: list[int]) -> None:
     for height in (6, 7):
         x = image(4, (height, 9))
         assert_equal(apply(total, x), sum(apply(m, x) for m in maps))
+
+
+def random_transposed(rng: np.random.Generator, inputs: int = 4, outputs: int = 8) -> LinearMap:
+    groups = int(rng.choice([1, 2, 4]))
+    return LinearMap(
+        rng.standard_normal((outputs, inputs // groups, *rng.integers(1, 5, 2))),
+        rng.standard_normal(outputs) * rng.integers(2),
+        stride=pair(rng, 1, 3),
+        begin=pair(rng, 0, 2),
+        end=pair(rng, -1, 2),
+        dilation=pair(rng, 1, 2),
+        groups=groups,
+        transposed=True,
+    )
+
+
+@settings(max_examples=80, deadline=None)
+@given(seed=SEEDS)
+def test_a_sum_of_transposed_maps_is_one(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    x = image(4, random_size(rng, 5))
+    head = random_transposed(rng)
+    maps = [head]
+    for _ in range(int(rng.integers(1, 4))):
+        other = replace(random_transposed(rng), stride=head.stride)
+        reach = [
+            (m.size[a] - 1) * m.dilation[a] - m.begin[a] for m in (head, other) for a in (0, 1)
+        ]
+        end = tuple(head.end[a] + reach[2 + a] - reach[a] for a in (0, 1))  # the same output size
+        maps.append(replace(other, end=end))
+    total = add(maps)
+    assert isinstance(total, LinearMap)
+    assert_equal(apply(total, x), sum(apply(m, x) for m in maps))
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=SEEDS, where=st.sampled_from(["before", "after"]), mixing=st.booleans())
+def test_pointwise_maps_compose_with_transposed_ones(seed: int, where: str, mixing: bool) -> None:
+    rng = np.random.default_rng(seed)
+    transposed, shift = random_transposed(rng), rng.standard_normal(8)
+    if where == "before":
+        shift = np.zeros(4)
+    pointwise = per_channel(rng.standard_normal(shift.size), shift)
+    if mixing:
+        pointwise = LinearMap(rng.standard_normal((shift.size, shift.size, 1, 1)), shift)
+    order = (pointwise, transposed) if where == "before" else (transposed, pointwise)
+    both = compose(*order)
+    assert isinstance(both, LinearMap)
+    x = image(4, random_size(rng, 5))
+    assert_equal(apply(both, x), apply(order[1], apply(order[0], x)))
+
+
+def test_what_does_not_compose_with_a_transposed_map_says_why() -> None:
+    transposed = LinearMap(np.ones((4, 4, 2, 2)), np.zeros(4), stride=(2, 2), transposed=True)
+    shift = per_channel(np.ones(4), np.ones(4))
+    assert compose(shift, transposed) == (
+        "a transposed convolution spreads the shift before it unevenly"
+    )
+    conv = LinearMap(np.ones((4, 4, 3, 3)), np.zeros(4))
+    for order in ((conv, transposed), (transposed, conv)):
+        assert compose(*order) == "a transposed convolution in series with another convolution"
+    assert add([transposed, replace(transposed, transposed=False)]) == (
+        "the branches differ in stride"
+    )
+
+
+@pytest.mark.parametrize("axes", [0, 1, 3])
+def test_any_number_of_spatial_axes(axes: int) -> None:
+    """Against the same map over two axes, where that exists, and by torch for three."""
+    rng = np.random.default_rng(axes)
+    taps = (3, 1, 2)[:axes]
+    first = LinearMap(rng.standard_normal((4, 2, *taps)), rng.standard_normal(4), groups=2)
+    second = LinearMap(rng.standard_normal((6, 4, *taps)), rng.standard_normal(6))
+    x = torch.randn(2, 4, *(9, 8, 7)[:axes], dtype=torch.float64)
+    forward = {0: dense, 1: F.conv1d, 3: F.conv3d}[axes]
+
+    def run(linear: LinearMap, value: torch.Tensor) -> torch.Tensor:
+        kernel = torch.from_numpy(np.ascontiguousarray(linear.kernel))
+        return forward(value, kernel, torch.from_numpy(linear.bias), groups=linear.groups)
+
+    both, total = compose(first, second), add([second, replace(second, bias=second.bias + 1)])
+    assert isinstance(both, LinearMap)
+    assert isinstance(total, LinearMap)
+    assert_equal(run(both, x), run(second, run(first, x)))
+    assert_equal(run(total, x), 2 * run(second, x) + 1)
+    scaling = per_channel(rng.standard_normal(4), rng.standard_normal(4), axes)
+    scaled = compose(scaling, second)
+    assert isinstance(scaled, LinearMap)
+    assert_equal(run(scaled, x), run(second, run(scaling, x)))
+
+
+def dense(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, groups: int) -> torch.Tensor:
+    parts = zip(x.chunk(groups, 1), weight.chunk(groups), strict=True)
+    return torch.cat([part @ rows.T for part, rows in parts], 1) + bias
 
 
 def test_what_cannot_be_added_says_why() -> None:
