@@ -617,6 +617,33 @@ def test_a_source_that_was_changed_after_it_was_written(tmp_path: Path) -> None:
         export(Source(str(output)), tmp_path / "o.onnx", ExportOptions())
 
 
+def test_what_is_left_is_named_in_output_json_and_sidecar(tmp_path: Path) -> None:
+    """Two batch norms behind activations, and one before a convolution that pads."""
+    b = Builder(size=16)
+    y = "x"
+    for name in ("n1", "n2", "n3"):
+        y = b.relu(b.conv(y, 4, f"{name}.conv")) if name != "n3" else y
+        b.constant(f"{name}.var", np.full(4, 0.5, np.float32))
+        statistics = [b.parameter(f"{name}.{kind}", 4) for kind in ("gamma", "beta", "mean")]
+        y = b.node("BatchNormalization", [y, *statistics, f"{name}.var"], name)
+        y = b.node("Sigmoid", [y], f"{name}.sigmoid") if name != "n3" else y
+    source = save(b.model(b.head(b.conv(y, 4, "last"))), tmp_path / "m.onnx")
+    report = export(Source(str(source)), tmp_path / "o.onnx", ExportOptions())
+    reasons = {skip.node: skip.reason for skip in report.skipped}
+    border = "a convolution pads with zeros where the bias before it would have to continue"
+    assert reasons == {"n1": "no layer next to it", "n2": "no layer next to it", "n3": border}
+    entries = [{"node": node, "reason": reason} for node, reason in reasons.items()]
+    assert json.loads(json.dumps(report.to_dict()))["skipped"] == entries
+    sidecar = read_sidecar(tmp_path / "o.onnx")
+    assert sidecar is not None
+    assert sidecar.details["skipped"] == entries
+    lines = [line.split("left alone: ") for line in report.to_lines() if "left alone" in line]
+    assert [(node.strip(), reason) for node, reason in lines] == [
+        ("n1 and 1 more", "no layer next to it"),
+        ("n3", border),
+    ]
+
+
 def test_a_residual_net_is_left_as_it_is(tmp_path: Path) -> None:
     source = save(basic_block(downsample=True), tmp_path / "m.onnx")
     report = export(Source(str(source)), tmp_path / "o.onnx", ExportOptions())

@@ -252,6 +252,14 @@ def test_layers_left_whole_under_an_explicit_form_are_there_with_the_reason(copi
     assert "Layers that were left whole" not in Tree(write_report(copied).path.read_text()).text
 
 
+def test_what_export_left_unfused_is_there_once_for_each_reason(copied: Path) -> None:
+    assert "that export left" not in tree_of(copied).text
+    skipped = [{"node": f"norm{i}", "reason": "no layer next to it"} for i in range(3)]
+    edit(copied, "float.onnx.json", {"details": {"skipped": skipped}})
+    row = tree_of(copied).row("decisions", "norm0 and 2 more")
+    assert row == ["norm0 and 2 more", "no layer next to it"]
+
+
 def test_hashes_versions_and_options_are_those_of_the_record(made: Path) -> None:
     page, record = tree_of(made), content(made / "run.json")
     for name, stage in record["stages"].items():

@@ -5,7 +5,9 @@ from collections.abc import Mapping
 
 from markupsafe import Markup
 
+from reptrt.core.artifacts import read_sidecar
 from reptrt.core.errors import ArtifactError
+from reptrt.rewrite.contract import Skipped, by_reason
 from reptrt.runs.report.charts import Scale, axis, change, scale_of, strips
 from reptrt.runs.report.content import JsonObject, RunContent
 from reptrt.runs.report.page import (
@@ -128,7 +130,19 @@ def decisions(run: RunContent) -> Section:
         blocks.append(Table("Layers that were left whole", columns, rows))
     if full:
         blocks.append(Text(f"Activations that use all 256 codes: {', '.join(full)}."))
+    if left_unfused := _left_unfused(run):
+        rows = tuple((skip.node, skip.reason) for skip in by_reason(left_unfused))
+        columns = (Column("node", "name"), Column("why", "words"))
+        title_of_table = "Batch norms, scalings and sums of branches that export left"
+        blocks.append(Table(title_of_table, columns, rows))
     return Section("decisions", title, tuple(blocks))
+
+
+def _left_unfused(run: RunContent) -> list[Skipped]:
+    """Return what the sidecar of the float file says was left alone."""
+    sidecar = None if run.float_onnx.value is None else read_sidecar(run.float_onnx.value)
+    entries = () if sidecar is None else sidecar.details.get("skipped", ())
+    return [Skipped(entry["node"], entry["reason"]) for entry in entries]
 
 
 def learned(run: RunContent) -> Section:
