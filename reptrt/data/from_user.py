@@ -148,8 +148,8 @@ def _joined(batches: list[_Batch], parameter: str) -> Arrays:
     if len(batches) == 1:
         return Arrays(parameter, *batches[0])
     images = np.concatenate([batch.images for batch in batches])
-    known = [labels for _, labels in batches if labels is not None]
-    return Arrays(parameter, images, np.concatenate(known) if known else None)
+    taken = [labels for _, labels in batches if labels is not None]
+    return Arrays(parameter, images, np.concatenate(taken) if taken else None)
 
 
 def _kind(value: Any) -> str:

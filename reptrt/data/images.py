@@ -185,26 +185,26 @@ def _resize_for(
     folder: Path, paths: Sequence[Path], sizes: Sequence[Size], preprocess: Preprocess
 ) -> Resize:
     """Return what to do with these images; ``none`` may become a fit, see Preprocess."""
-    found = Counter(sizes)
-    wanted = (preprocess.height, preprocess.width)
-    if preprocess.resize != "none" or set(found) == {wanted}:
+    counts = Counter(sizes)
+    target = (preprocess.height, preprocess.width)
+    if preprocess.resize != "none" or set(counts) == {target}:
         return preprocess.resize
-    if len(found) > 1:
+    if len(counts) > 1:
         named = ", ".join(
             f"{_text(size)} ({count} images, e.g. {paths[sizes.index(size)].relative_to(folder)})"
-            for size, count in found.most_common(NAMED)
+            for size, count in counts.most_common(NAMED)
         )
-        more = ", ..." if len(found) > NAMED else ""
+        more = ", ..." if len(counts) > NAMED else ""
         raise DataError(
-            f"{folder}: images of {len(found)} sizes: {named}{more}; the net takes {_text(wanted)} "
-            f"and does not resize: export it with {option('resize', 'crop')} or "
+            f"{folder}: images of {len(counts)} sizes: {named}{more}; the net takes "
+            f"{_text(target)} and does not resize: export it with {option('resize', 'crop')} or "
             f"{option('resize', 'stretch')}"
         )
-    height, width = next(iter(found))
-    fit: Resize = "stretch" if height * wanted[1] == width * wanted[0] else "crop"
+    height, width = next(iter(counts))
+    fit: Resize = "stretch" if height * target[1] == width * target[0] else "crop"
     _log.warning(
         "%s: all images are %dx%d, the net takes %s: resizing them by '%s'",
-        *(folder, height, width, _text(wanted), fit),
+        *(folder, height, width, _text(target), fit),
     )
     return fit
 
@@ -269,10 +269,10 @@ def _is_image(path: Path) -> bool:
 
 
 def _images_below(folder: Path) -> list[Path]:
-    found: list[Path] = []
+    paths: list[Path] = []
     for path in _visible(folder):
         if path.is_dir() and not path.is_symlink():  # a link could lead round in a circle
-            found += _images_below(path)
+            paths += _images_below(path)
         elif _is_image(path):
-            found.append(path)
-    return found
+            paths.append(path)
+    return paths

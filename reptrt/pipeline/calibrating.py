@@ -227,13 +227,13 @@ def _quantities(
         _, judges = parts(dataset)
         outputs = Outputs(graph, judges)
         histograms = without_dead_values(net, seen.histograms)
-        found = _thresholds(net, prepared, histograms, outputs, options)
+        chosen = _thresholds(net, prepared, histograms, outputs, options)
         clock.lap("thresholds")
         weights = quantize_weights(net, placement, options.grids[1])
         if options.correct_bias:
             _correct_biases(net, graph, seen.means, outputs, weights)
             clock.lap("biases")
-    return *found, weights
+    return *chosen, weights
 
 
 def _collect(
@@ -272,15 +272,15 @@ def _thresholds(
         }
         return outputs.error(TorchGraph(trial, torch_device(options.device)), overrides=limits)
 
-    found = [
+    candidates = [
         (_tensor_scales(placement, histograms, rule, grid, full_range), rule.rule)
         for rule in options.threshold.candidates
     ]
-    if len(found) == 1:
-        return *found[0], 1.0
-    errors = [error(tensors) for tensors, _ in found]
+    if len(candidates) == 1:
+        return *candidates[0], 1.0
+    errors = [error(tensors) for tensors, _ in candidates]
     least = min(errors)
-    tensors, rule = found[errors.index(least)]
+    tensors, rule = candidates[errors.index(least)]
     margin, kept = 1.0, tensors
     while margin < _WIDEST:
         wider = tuple(tensor.widened(margin * _WIDER) for tensor in tensors)
@@ -310,13 +310,13 @@ def _tensor_scales(
     full_range: Collection[str],
 ) -> tuple[TensorScale, ...]:
     groups = merge_groups(placement.activations, histograms)
-    found = []
+    tensors = []
     for activation in placement.activations:
         histogram = histograms[activation.tensor]
         total = int(histogram.counts.sum()) + histogram.zeros
         codes = grid.full_range if activation.tensor in full_range else grid
         kept = amax_from_histogram(groups[activation.group], threshold, codes)
-        found.append(
+        tensors.append(
             TensorScale(
                 tensor=activation.tensor,
                 maximum=histogram.maximum,
@@ -327,7 +327,7 @@ def _tensor_scales(
                 bin_width=histogram.width * _MERGED,
             )
         )
-    return tuple(found)
+    return tuple(tensors)
 
 
 def _bins(histogram: Histogram) -> tuple[int, ...]:

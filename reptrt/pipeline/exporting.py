@@ -152,8 +152,8 @@ def _fused(original: _Original, options: ExportOptions, name: str, started: floa
 
 def _with_channels(source: Source, options: ExportOptions) -> Source:
     """Let the input size say how many channels a net of the zoo or of timm reads."""
-    given = source.architecture.in_channels is not None
-    if source.is_factory or options.input_size is None or given:
+    is_set = source.architecture.in_channels is not None
+    if source.is_factory or options.input_size is None or is_set:
         return source
     architecture = replace(source.architecture, in_channels=options.input_size[0])
     return replace(source, architecture=architecture)

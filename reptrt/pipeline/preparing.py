@@ -70,18 +70,18 @@ def prepare(net: Net, dataset: Dataset, options: CalibrateOptions) -> Prepared:
     shares: dict[str, Float64Array] = {}
     if options.equalize or options.split == "auto" or options.full_range or options.is_auto:
         quantized = (activation.tensor for activation in placement.activations)
-        wanted = sorted({*layers.values(), *linked, *quantized})
+        tensors = sorted({*layers.values(), *linked, *quantized})
         with torch.inference_mode():
             graph = TorchGraph(net, torch_device(options.device))
-            stats, shares = _statistics(graph, dataset, wanted, linked)
+            stats, shares = _statistics(graph, dataset, tensors, linked)
     inputs = {layer: stats[name] for layer, name in layers.items() if name in stats}
     equalized = 0
     if options.equalize:
-        report, grown = equalize(net, {name: found.maximum for name, found in stats.items()})
+        report, grown = equalize(net, {name: channels.maximum for name, channels in stats.items()})
         equalized = len(report.changed)
         inputs = {
-            layer: found.scaled(grown[layer]) if layer in grown else found
-            for layer, found in inputs.items()
+            layer: channels.scaled(grown[layer]) if layer in grown else channels
+            for layer, channels in inputs.items()
         }
     choice = choose(
         net,
@@ -133,10 +133,10 @@ def _statistics(
     share = judges.length / dataset.length
     stats = {name: without[name].merged(alone[name], share) for name in tensors}
     shares = {}
-    for name, found in stats.items():
+    for name, channels in stats.items():
         smaller, whole = (
             range_of_channels(part) if name in equalized else np.full(len(part), part.max())
-            for part in (without[name].maximum, found.maximum)
+            for part in (without[name].maximum, channels.maximum)
         )
         shares[name] = np.divide(smaller, whole, out=np.ones(len(whole)), where=whole > 0)
     return stats, shares

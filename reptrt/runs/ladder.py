@@ -107,30 +107,30 @@ def ladder_of_run(folder: Path, data: Path | None = None, limit: int | None = No
         ArtifactError: there is no finished run, or its inputs or files have changed.
         ReptrtError: a rung other than the engine cannot be run.
     """
-    found = read_finished(folder)
+    manifest = read_finished(folder)
     where = str(folder / FILE)
-    options = options_from_json(RunOptions, found.options, f"{where}: options")
-    source = options_from_json(Source, found.source, f"{where}: source")
-    check_source(found.source_files, source_files(source))
-    check_data("calib_data", found.data, found.data.path)
-    check_made(folder, found)
+    options = options_from_json(RunOptions, manifest.options, f"{where}: options")
+    source = options_from_json(Source, manifest.source, f"{where}: source")
+    check_source(manifest.source_files, source_files(source))
+    check_data("calib_data", manifest.data, manifest.data.path)
+    check_made(folder, manifest)
     if data is None:
-        data = found.eval_data.path
-        check_data("data", found.eval_data, data)
-    engine = folder / ENGINE_FILE if "build-engine" in found.stages else None
+        data = manifest.eval_data.path
+        check_data("data", manifest.eval_data, data)
+    engine = folder / ENGINE_FILE if "build-engine" in manifest.stages else None
     forms = Forms(folder / FLOAT_FILE, folder / INT8_FILE, engine)
     if limit is not None:
         options = replace(options, eval_limit=limit)
-    measured = climb(source, forms, data, found.data.path, options)
-    if data == found.eval_data.path:
-        _keep(folder, found, measured)
+    measured = climb(source, forms, data, manifest.data.path, options)
+    if data == manifest.eval_data.path:
+        _keep(folder, manifest, measured)
     return measured
 
 
-def _keep(folder: Path, found: Manifest, measured: Ladder) -> None:
+def _keep(folder: Path, manifest: Manifest, measured: Ladder) -> None:
     """Write the ladder of a run, with what it is about, for the run's report."""
-    files = {r.file: r.sha256 for name, r in found.stages.items() if name in _JUDGED}
-    content = {"files": files, "data": found.eval_data.sha256, **measured.to_dict()}
+    files = {r.file: r.sha256 for name, r in manifest.stages.items() if name in _JUDGED}
+    content = {"files": files, "data": manifest.eval_data.sha256, **measured.to_dict()}
     try:
         write_json(folder / LADDER_FILE, content)
     except ArtifactError as err:

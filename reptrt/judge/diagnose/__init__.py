@@ -123,7 +123,7 @@ def _halves(
     net: Net, placement: Placement, report: CalibrateReport, options: CalibrateOptions
 ) -> Halves:
     """Return a net with only weights and with only activations quantized, scales as reported."""
-    scales = {found.tensor: found.scale for found in report.tensors}
+    scales = {tensor.tensor: tensor.scale for tensor in report.tensors}
     if {activation.tensor for activation in placement.activations} != scales.keys():
         raise ConfigError(
             f"{option('calibrated')}: was calibrated from another model or with other options; "
@@ -140,10 +140,10 @@ def _corners(
     weight, activation = f"W{options.weight_bits}", f"A{options.activation_bits}"
     names = (f"{weight}A32", f"W32{activation}", weight + activation, weight + activation)
     graphs = (halves.weights, halves.activations, *files)
-    found = closeness(halves.exact, graphs, images)
+    distances = closeness(halves.exact, graphs, images)
     first, second, third, fourth = (
         Corner(name, graph is files[1], close.sqnr_db, close.agreement)
-        for name, graph, close in zip(names, graphs, found, strict=True)
+        for name, graph, close in zip(names, graphs, distances, strict=True)
     )
     return first, second, third, fourth
 
@@ -156,28 +156,28 @@ def _layers(
     """Put together what is known of each layer, as it is and prepared."""
     ranges = _ranges(nets[0])
     forms = {split.layer: split.form for split in read_splits(nets[1])}
-    found = []
+    layers = []
     for layer, before in powers[0].items():
-        known = ranges.get(layer)
-        bits = [_bits(net, layer, known, options) for net in nets]
+        weight_range = ranges.get(layer)
+        bits = [_bits(net, layer, weight_range, options) for net in nets]
         after = powers[1][layer].in_units_of(before.signal)
-        found.append(
+        layers.append(
             LayerDiagnosis(
                 layer=layer,
                 form=forms.get(layer, "none"),
-                source=None if known is None else known.source,
-                parts=() if known is None else known.parts,
+                source=None if weight_range is None else weight_range.source,
+                parts=() if weight_range is None else weight_range.parts,
                 before=Noise(bits[0], *before.sqnr_db),
                 after=Noise(bits[1], *after.sqnr_db),
             )
         )
-    return tuple(found)
+    return tuple(layers)
 
 
 def _ranges(net: Net) -> dict[str, WeightRange]:
     """Return what sets the range of each layer: by the records of its branches, or by its kernel.
 
-    In a file with records a layer without one was no rep block, and there is nothing to tell.
+    In a model with such records, a layer without one was no rep block and is left out.
     """
     records = read_provenance(net)
     nodes = {node.name: node for node in weighted_nodes(net.graph)}
@@ -188,17 +188,17 @@ def _ranges(net: Net) -> dict[str, WeightRange]:
             if layer in nodes
         }
     read = {name: range_of_kernel(node) for name, node in nodes.items()}
-    return {name: found for name, found in read.items() if found is not None}
+    return {name: weight_range for name, weight_range in read.items() if weight_range is not None}
 
 
 def _bits(
-    net: Net, layer: str, known: WeightRange | None, options: CalibrateOptions
+    net: Net, layer: str, weight_range: WeightRange | None, options: CalibrateOptions
 ) -> float | None:
     """Return the bits left beside what sets a layer's range, in the net as it is or split."""
-    if known is None or known.rest is None:
+    if weight_range is None or weight_range.rest is None:
         return None
     split = {split.layer: split for split in read_splits(net)}.get(layer)
     names = (layer,) if split is None else (split.main, split.side)
     nodes = [node for node in net.graph.nodes if node.name in names and node.op == "Conv"]
     kernels = [np.asarray(constant_value(node.inputs[1])) for node in nodes]
-    return bits_left(kernels, known.rest, options.grids[1])
+    return bits_left(kernels, weight_range.rest, options.grids[1])

@@ -155,12 +155,12 @@ def layer_powers(
 
     def record(probes: Sequence[Probe], value: Tensor) -> None:
         for probe in probes:
-            given, wanted = {probe.origin: value}, probe.output
-            exact = halves.exact.run(given, [wanted])[wanted]
-            noises = (_power(graph.run(given, [wanted])[wanted].sub_(exact)) for graph in noisy)
+            inputs, output = {probe.origin: value}, probe.output
+            exact = halves.exact.run(inputs, [output])[output]
+            noises = (_power(graph.run(inputs, [output])[output].sub_(exact)) for graph in noisy)
             powers = Powers(_power(exact), *noises)
-            known = sums.get(probe.layer)
-            sums[probe.layer] = powers if known is None else known.plus(powers)
+            earlier = sums.get(probe.layer)
+            sums[probe.layer] = powers if earlier is None else earlier.plus(powers)
 
     observers = {
         origin: functools.partial(record, [probe for probe in probes if probe.origin == origin])
@@ -175,12 +175,12 @@ def closeness(
     exact: TorchGraph, others: Sequence[TorchGraph], dataset: Dataset
 ) -> tuple[Closeness, ...]:
     """Compare the first output of several graphs with the float one's over all images."""
-    found = tuple(Closeness() for _ in others)
+    distances = tuple(Closeness() for _ in others)
     for batch in _batches(exact, dataset, "corners"):
         reference = exact(batch)
-        for graph, close in zip(others, found, strict=True):
+        for graph, close in zip(others, distances, strict=True):
             close.add(reference, graph(batch))
-    return found
+    return distances
 
 
 def _probe(layer: str, nodes: Mapping[str, gs.Node], split: Split | None) -> Probe:

@@ -98,15 +98,15 @@ def bits_left(kernels: Sequence[FloatArray], rest: Mask, grid: Grid) -> float | 
         rest: a mask of the layer's weight; a smaller kernel lies at its centre.
         grid: the codes of weights.
     """
-    found = []
+    bits = []
     for kernel in kernels:
         mask = _cropped(rest, kernel.shape)
         amax = channel_amax(kernel, 0)
         alive = amax > 0
         if mask.any() and alive.any():
             codes = channel_amax(kernel * mask, 0) / scale_from_amax(amax, grid)
-            found.append(float(np.median(np.log2(2.0 * codes[alive] + 1.0))))
-    return max(found, default=None)
+            bits.append(float(np.median(np.log2(2.0 * codes[alive] + 1.0))))
+    return max(bits, default=None)
 
 
 def _parts(amax: Mapping[str, FloatArray]) -> tuple[Part, ...]:

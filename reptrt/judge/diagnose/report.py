@@ -97,7 +97,7 @@ class Diagnosis(Result):
             "what sets the range. Weights, activations: SQNR of the layer's output with that alone "
             "quantized.",
         ]
-        if any(found.source == "kernel" for found in self.layers):
+        if any(layer.source == "kernel" for layer in self.layers):
             lines.append("* read off the kernel; the file does not say what it was fused from.")
         return [*lines, "", *self.reading]
 
@@ -108,15 +108,15 @@ class Diagnosis(Result):
         for title in (f"bits left of {self.weight_bits}", "weights dB", "activations dB"):
             table.add_column(title, justify="right", no_wrap=True)
         table.add_column("form", no_wrap=True)
-        for found in self.layers:
-            before, after = found.before, found.after
+        for layer in self.layers:
+            before, after = layer.before, layer.after
             table.add_row(
-                found.layer,
-                _range_text(found),
+                layer.layer,
+                _range_text(layer),
                 _change(before.bits_left, after.bits_left),
                 _change(before.weight_sqnr_db, after.weight_sqnr_db),
                 _change(before.activation_sqnr_db, after.activation_sqnr_db),
-                found.form,
+                layer.form,
             )
         return table
 
@@ -135,7 +135,7 @@ class Diagnosis(Result):
 
     def _method_sentence(self) -> str:
         plain, method = self.corners[2:]
-        forms = Counter(found.form for found in self.layers if found.form != "none")
+        forms = Counter(layer.form for layer in self.layers if layer.form != "none")
         done = [f"{self.equalized} tensors equalized"] if self.equalized else []
         done += [f"{count} layers split by {form}" for form, count in forms.items()]
         text = f"{', '.join(done) or 'No preparation'}: {plain.name} goes from {_db(plain.sqnr_db)}"
@@ -144,21 +144,19 @@ class Diagnosis(Result):
             text += f", agreement from {100 * plain.agreement:.2f}"
             text += f" to {100 * method.agreement:.2f} %"
         if method.sqnr_db < plain.sqnr_db - _EQUAL_DB:
-            text += (
-                "; that is worse: try --no-equalize --split none --no-full-range --no-correct-bias"
-            )
+            text += "; that is worse: try equalize, full_range and correct_bias off, and no split"
         return f"{text}."
 
 
 def _range_sentence(layers: Sequence[LayerDiagnosis], bits: int) -> tuple[str, ...]:
     """Return what sets the range of most layers, if there is anything to say about it."""
-    recorded = [found for found in layers if found.source == "branches"]
+    recorded = [layer for layer in layers if layer.source == "branches"]
     if recorded:
         kind, most = _most_frequent(recorded)
         text = f"{len(most)} of {len(recorded)} rep layers: the {kind} branch sets the weight range"
         return (f"{text}{_left_for_the_rest(most, bits)}.",)
-    read = [found for found in layers if found.source == "kernel"]
-    ill = [found for found in read if _stands_out(found, bits)]
+    read = [layer for layer in layers if layer.source == "kernel"]
+    ill = [layer for layer in read if _stands_out(layer, bits)]
     if not ill:
         return ("No part of the kernels stands out, as it would in a rep-net.",) if read else ()
     kind, most = _most_frequent(ill)
@@ -168,21 +166,21 @@ def _range_sentence(layers: Sequence[LayerDiagnosis], bits: int) -> tuple[str, .
 
 def _most_frequent(layers: Sequence[LayerDiagnosis]) -> tuple[str, list[LayerDiagnosis]]:
     """Return what sets the range most often, and in which layers."""
-    kind = Counter(found.parts[0].kind for found in layers).most_common(1)[0][0]
-    return kind, [found for found in layers if found.parts[0].kind == kind]
+    kind = Counter(layer.parts[0].kind for layer in layers).most_common(1)[0][0]
+    return kind, [layer for layer in layers if layer.parts[0].kind == kind]
 
 
 def _left_for_the_rest(layers: Sequence[LayerDiagnosis], bits: int) -> str:
-    known = [found.before.bits_left for found in layers if found.before.bits_left is not None]
-    if not known:
+    bits_left = [layer.before.bits_left for layer in layers if layer.before.bits_left is not None]
+    if not bits_left:
         return ""
-    return f" and leaves {statistics.median(known):.1f} of {bits} bits to the rest"
+    return f" and leaves {statistics.median(bits_left):.1f} of {bits} bits to the rest"
 
 
-def _stands_out(found: LayerDiagnosis, bits: int) -> bool:
+def _stands_out(layer: LayerDiagnosis, bits: int) -> bool:
     """Whether a kernel's centre is so large that the taps around it lose a bit or more."""
-    left = found.before.bits_left
-    return found.parts[0].kind in _NAMES and left is not None and left <= bits - 1
+    left = layer.before.bits_left
+    return layer.parts[0].kind in _NAMES and left is not None and left <= bits - 1
 
 
 def _limit_sentence(weights: Corner, activations: Corner, both: Corner) -> str:
@@ -199,11 +197,11 @@ def _limit_sentence(weights: Corner, activations: Corner, both: Corner) -> str:
     )
 
 
-def _range_text(found: LayerDiagnosis) -> str:
-    if not found.parts:
+def _range_text(layer: LayerDiagnosis) -> str:
+    if not layer.parts:
         return "-"
-    mark = "*" if found.source == "kernel" else ""
-    return f"{found.parts[0].kind}{mark} {100 * found.parts[0].share:.0f} %"
+    mark = "*" if layer.source == "kernel" else ""
+    return f"{layer.parts[0].kind}{mark} {100 * layer.parts[0].share:.0f} %"
 
 
 def _change(before: float | None, after: float | None) -> str:
