@@ -35,8 +35,9 @@ from reptrt.graph.net import (
 )
 from reptrt.graph.provenance import read_provenance, write_provenance
 from reptrt.rewrite.contract import RewriteReport, Skipped
+from reptrt.rewrite.layers import layer_of, set_parameters
 from reptrt.rewrite.linear import Float64Array, LinearMap, compose, per_channel
-from reptrt.rewrite.linear_nodes import affine_of, data_input, layer_of, linear_of, set_parameters
+from reptrt.rewrite.linear_nodes import affine_of, data_input, linear_of
 from reptrt.rewrite.sums import summands_of
 
 _NO_LAYER = "no layer next to it"

@@ -26,15 +26,9 @@ import onnx_graphsurgeon as gs
 from reptrt.graph.net import Net, first_free, is_private, producer
 from reptrt.graph.provenance import Branch, read_provenance, write_provenance
 from reptrt.rewrite.contract import RewriteReport, Skipped
+from reptrt.rewrite.layers import write_layer
 from reptrt.rewrite.linear import LinearMap, add, compose, diagonal, identity
-from reptrt.rewrite.linear_nodes import (
-    Layout,
-    data_input,
-    layout_behind,
-    layout_of,
-    linear_of,
-    write_layer,
-)
+from reptrt.rewrite.linear_nodes import Layout, data_input, layout_behind, layout_of, linear_of
 from reptrt.rewrite.naming import block_name, common_prefix, parameter_names
 from reptrt.rewrite.sums import Summand, operands_of, sum_roots, write_sum
 

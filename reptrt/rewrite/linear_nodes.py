@@ -7,7 +7,8 @@ import numpy as np
 import numpy.typing as npt
 import onnx_graphsurgeon as gs
 
-from reptrt.graph.net import Net, constant_value, producer
+from reptrt.graph.net import constant_value, producer
+from reptrt.rewrite.layers import has_input, layer_of, parameter
 from reptrt.rewrite.linear import (
     Float64Array,
     Ints,
@@ -15,10 +16,7 @@ from reptrt.rewrite.linear import (
     average_pool,
     identity,
     per_channel,
-    regroup,
 )
-
-COMPUTED_WEIGHTS = "its weights or statistics are not constant"
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,110 +68,6 @@ def affine_of(node: gs.Node) -> LinearMap | None:
     return linear if linear is not None and linear.is_per_channel else None
 
 
-def layer_of(node: gs.Node) -> LinearMap | str:
-    """Return kernel, bias and groups of a Conv, ConvTranspose, Gemm or matrix product (N, C).
-
-    The window is left at stride 1 without padding. Returns the reason if weights are computed or
-    the node has a form that is not a layer's.
-    """
-    reader = _LAYERS.get(node.op)
-    return "it is not a layer" if reader is None else reader(node)
-
-
-def write_layer(net: Net, name: str, source: gs.Tensor, linear: LinearMap) -> gs.Node:
-    """Append the Conv, ConvTranspose or Gemm that computes a map of ``source``."""
-    output = gs.Variable(net.fresh_name(f"{name}.output"), dtype=np.float32)
-    op = "Gemm" if linear.axes == 0 else "ConvTranspose" if linear.transposed else "Conv"
-    node = gs.Node(op, name, _attributes(linear), [source], [output])
-    set_parameters(net, node, linear, f"{name}.weight", f"{name}.bias")
-    net.graph.nodes.append(node)
-    return node
-
-
-def set_parameters(net: Net, node: gs.Node, linear: LinearMap, weight: str, bias: str) -> None:
-    """Give a layer the kernel and bias of a map, as float64 constants; its window stays.
-
-    Args:
-        net: the net, for free names.
-        node: a Conv, ConvTranspose, Gemm or MatMul; the last two become a Gemm with transB.
-        linear: has the node's groups.
-        weight: name of the new weight, before ``.folded``.
-        bias: name of the new bias, before ``.folded``.
-    """
-    kernel = linear.kernel
-    if node.op in ("Gemm", "MatMul"):
-        node.op, node.attrs = "Gemm", {"transB": 1}
-        kernel = regroup(linear, 1).kernel
-    elif node.op == "ConvTranspose":
-        parts = kernel.reshape(linear.groups, -1, *kernel.shape[1:]).swapaxes(1, 2)
-        kernel = parts.reshape(-1, *parts.shape[2:])
-    names = [net.fresh_name(f"{name}.folded") for name in (weight, bias)]
-    constants = zip(names, (np.ascontiguousarray(kernel), linear.bias), strict=True)
-    node.inputs = [node.inputs[0], *(gs.Constant(name, value) for name, value in constants)]
-
-
-def _attributes(linear: LinearMap) -> dict[str, list[int] | int]:
-    if linear.axes == 0:
-        return {"transB": 1}
-    attributes: dict[str, list[int] | int] = {
-        "kernel_shape": list(linear.size),
-        "strides": list(linear.stride),
-        "pads": [*linear.begin, *(max(pad, 0) for pad in linear.end)],
-        "dilations": list(linear.dilation),
-        "group": linear.groups,
-    }
-    if min(linear.end) < 0:
-        attributes["output_padding"] = [max(-pad, 0) for pad in linear.end]
-    return attributes
-
-
-def _convolution(node: gs.Node) -> LinearMap | str:
-    weight, bias = _parameter(node, 1), _parameter(node, 2)
-    if weight is None or weight.ndim < 3 or (bias is None and _has(node, 2)):
-        return COMPUTED_WEIGHTS
-    groups = int(node.attrs.get("group", 1))
-    if node.op == "ConvTranspose":  # (I, O / groups, *taps)
-        parts = weight.reshape(groups, -1, *weight.shape[1:]).swapaxes(1, 2)
-        weight = parts.reshape(-1, *parts.shape[2:])
-    bias = np.zeros(weight.shape[0]) if bias is None else bias
-    return LinearMap(weight, bias, groups=groups, transposed=node.op == "ConvTranspose")
-
-
-def _gemm(node: gs.Node) -> LinearMap | str:
-    weight, bias = _parameter(node, 1), _parameter(node, 2)
-    if weight is None or (bias is None and _has(node, 2)):
-        return COMPUTED_WEIGHTS
-    if node.attrs.get("transA", 0):
-        return "its input is transposed"
-    if not node.attrs.get("transB", 0):
-        weight = weight.T
-    if bias is None:
-        bias = np.zeros(weight.shape[0])
-    elif bias.size not in (1, len(weight)) or bias.shape[-1:] != (bias.size,) * bool(bias.ndim):
-        return "its bias is not one value per channel"
-    bias = np.broadcast_to(bias.reshape(-1), weight.shape[:1])
-    alpha, beta = float(node.attrs.get("alpha", 1.0)), float(node.attrs.get("beta", 1.0))
-    return LinearMap(weight * alpha, bias * beta)
-
-
-def _matmul(node: gs.Node) -> LinearMap | str:
-    weight = _parameter(node, 1)
-    if weight is None or weight.ndim != 2:
-        return COMPUTED_WEIGHTS
-    if len(node.inputs[0].shape or ()) != 2:
-        return "it multiplies matrices, not one row per image"
-    return LinearMap(weight.T, np.zeros(weight.shape[1]))
-
-
-def _has(node: gs.Node, index: int) -> bool:
-    return len(node.inputs) > index and not node.inputs[index].is_empty()
-
-
-def _parameter(node: gs.Node, index: int) -> Float64Array | None:
-    value = constant_value(node.inputs[index]) if _has(node, index) else None
-    return None if value is None else value.astype(np.float64)
-
-
 def _from_identity(_: gs.Node, layout: Layout | None) -> LinearMap | None:
     return None if layout is None else identity(layout.channels, layout.axes)
 
@@ -184,7 +78,7 @@ def _from_layer(node: gs.Node, _: Layout | None) -> LinearMap | None:
 
 
 def _from_conv(node: gs.Node, _: Layout | None) -> LinearMap | None:
-    linear = _convolution(node)
+    linear = layer_of(node)
     if isinstance(linear, str):
         return None
     pads = _explicit_pads(node, linear.axes)
@@ -214,7 +108,7 @@ def _ints(node: gs.Node, name: str) -> Ints:
 
 def _from_batchnorm(node: gs.Node, layout: Layout | None) -> LinearMap | None:
     """Gamma (x - mean) / std + beta, with std = sqrt(var + epsilon)."""
-    values = [_parameter(node, index) for index in range(1, 5)]
+    values = [parameter(node, index) for index in range(1, 5)]
     gamma, beta, mean, var = values
     if gamma is None or beta is None or mean is None or var is None:
         return None
@@ -238,7 +132,7 @@ def _constants(node: gs.Node, layout: Layout | None) -> list[Float64Array] | Non
     """Return all inputs but the data input, each as one value per channel (C,)."""
     if layout is None:
         return None
-    found = []
+    constants = []
     data = data_input(node)
     for tensor in node.inputs:
         if tensor is data:
@@ -247,8 +141,8 @@ def _constants(node: gs.Node, layout: Layout | None) -> list[Float64Array] | Non
         spread = None if value is None else _per_channel_values(value, layout)
         if spread is None:
             return None
-        found.append(spread)
-    return found if len(found) == len(node.inputs) - 1 else None
+        constants.append(spread)
+    return constants if len(constants) == len(node.inputs) - 1 else None
 
 
 def _per_channel_values(value: npt.NDArray[np.generic], layout: Layout) -> Float64Array | None:
@@ -282,10 +176,10 @@ def _from_arithmetic(node: gs.Node, layout: Layout | None) -> LinearMap | None:
 
 def _from_pad(node: gs.Node, layout: Layout | None) -> LinearMap | None:
     pads = constant_value(node.inputs[1]) if len(node.inputs) > 1 else node.attrs.get("pads")
-    value = _parameter(node, 2) if _has(node, 2) else np.zeros(())
+    value = parameter(node, 2) if has_input(node, 2) else np.zeros(())
     if pads is None or value is None or np.any(value) or layout is None:
         return None
-    if node.attrs.get("mode", "constant") != "constant" or _has(node, 3):
+    if node.attrs.get("mode", "constant") != "constant" or has_input(node, 3):
         return None
     rank = layout.axes + 2
     begin, end = tuple(map(int, pads[:rank])), tuple(map(int, pads[rank:]))
@@ -296,12 +190,6 @@ def _from_pad(node: gs.Node, layout: Layout | None) -> LinearMap | None:
 
 _ARITHMETIC = ("Add", "Sub", "Mul", "Div", "Neg", "Sum")
 _AFFINE = (*_ARITHMETIC, "BatchNormalization")
-_LAYERS: Mapping[str, Callable[[gs.Node], LinearMap | str]] = {
-    "Conv": _convolution,
-    "ConvTranspose": _convolution,
-    "Gemm": _gemm,
-    "MatMul": _matmul,
-}
 _READERS: Mapping[str, Callable[[gs.Node, Layout | None], LinearMap | None]] = {
     "Conv": _from_conv,
     "ConvTranspose": _from_conv,

@@ -1,13 +1,14 @@
-"""Names for fused and folded nodes: the same in every run, and telling a reader something."""
+"""Names for fused nodes and their constants, after the modules that they came from."""
 
 import re
 from collections.abc import Sequence
 
 import onnx_graphsurgeon as gs
 
-from reptrt.graph.net import Net, first_free, weighted_nodes
+from reptrt.graph.net import WEIGHTED_OPS, Net, first_free, weighted_nodes
 
-_FOLDED = re.compile(r"\.folded(_\d+)?$")  # what `linear_nodes.set_parameters` appends
+_FOLDED = re.compile(r"\.folded(_\d+)?$")  # what `layers.set_parameters` appends
+_NAMED = (*WEIGHTED_OPS, "BatchNormalization")  # their parameters are named after a module
 
 
 def common_prefix(names: Sequence[str]) -> str:
@@ -28,7 +29,7 @@ def common_prefix(names: Sequence[str]) -> str:
 
 
 def parameter_names(nodes: Sequence[gs.Node]) -> list[str]:
-    """Return the names of the constants that nodes read, without what folding appended."""
+    """Return the names of the constants that nodes read, without the suffix of folded ones."""
     names = []
     for node in nodes:
         for tensor in node.inputs:
@@ -40,6 +41,8 @@ def parameter_names(nodes: Sequence[gs.Node]) -> list[str]:
 def block_name(root: gs.Node, nodes: Sequence[gs.Node]) -> str:
     """Return what the parameters of a block have in common, else the path of its last node."""
     names = parameter_names(nodes)
+    if not all("." in name for name in names):  # a factor may have any name
+        names = parameter_names([node for node in nodes if node.op in _NAMED])
     if all("." in name for name in names) and (prefix := common_prefix(names)):
         return prefix
     path = (root.name or root.outputs[0].name).strip("/").split("/")

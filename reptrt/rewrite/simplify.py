@@ -1,5 +1,7 @@
 """Remove nodes that change nothing: Identity, inference-mode Dropout, ``x + 0`` and ``x * 1``.
 
+Convolutions whose padding is given by a rule (auto_pad) get it as numbers where sizes are known.
+
 Ensures: graph outputs keep their names, and every tensor that is left its value.
 """
 
@@ -7,7 +9,8 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from reptrt.core.errors import RewriteError
-from reptrt.graph.net import Net, constant_value, weighted_nodes
+from reptrt.graph.net import Net, constant_of, constant_value, weighted_nodes
+from reptrt.rewrite.borders import pads_of
 from reptrt.rewrite.contract import RewriteReport
 from reptrt.rewrite.linear_nodes import affine_of, data_input
 
@@ -21,6 +24,7 @@ def simplify(net: Net) -> RewriteReport:
     graph = net.graph.toposort()
     changed = []
     for node in list(graph.nodes):
+        _write_pads(node)
         result = node.outputs[0]
         if any(result is output for output in graph.outputs) or not _returns_its_input(node):
             continue
@@ -38,6 +42,15 @@ def narrow_to_float32(net: Net) -> None:
         for tensor in node.inputs[1:]:
             if isinstance(tensor, gs.Constant) and tensor.dtype == np.float64:
                 tensor.values = tensor.values.astype(np.float32)
+
+
+def _write_pads(node: gs.Node) -> None:
+    """Replace the auto_pad of a convolution of known height and width by explicit pads."""
+    is_ruled = node.op == "Conv" and node.attrs.get("auto_pad", "NOTSET") != "NOTSET"
+    pads = pads_of(node) if is_ruled and constant_value(node.inputs[1]) is not None else None
+    if pads is not None:
+        del node.attrs["auto_pad"]
+        node.attrs["pads"] = pads or [0] * 2 * (constant_of(node.inputs[1]).ndim - 2)
 
 
 def _returns_its_input(node: gs.Node) -> bool:

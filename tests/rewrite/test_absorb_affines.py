@@ -181,7 +181,7 @@ def unknown_statistics() -> onnx.ModelProto:
 LEFT: dict[str, tuple[Callable[[], onnx.ModelProto], str]] = {
     "read twice": (read_twice, "the output of the layer before it is used elsewhere too"),
     "before the activation": (before_conv, "no layer next to it"),
-    "computed bias": (computed_bias, "the layer before it: its weights or statistics are not"),
+    "computed bias": (computed_bias, "the layer before it: its weights are not constant"),
     "computed statistics": (unknown_statistics, "its statistics are not constant"),
 }
 

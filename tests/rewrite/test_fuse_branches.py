@@ -422,6 +422,15 @@ def test_names_come_from_parameters_and_are_stable() -> None:
     assert {"2.branches.weight", "2.branches.bias"} <= set(tensors[0])
 
 
+def test_a_factor_without_a_module_does_not_cost_a_block_its_name() -> None:
+    b = Builder(channels=4)
+    wide, narrow = b.conv("x", 4, "stem.block.wide"), b.conv("x", 4, "stem.block.narrow", size=1)
+    b.channels[b.constant("onnx::Mul_7", np.float32(0.5))] = 0
+    scaled = b.node("Mul", ["onnx::Mul_7", narrow], "mul")
+    net, _ = fused(b.model(b.relu(b.node("Sub", [wide, scaled], "sub"))))
+    assert [node.name for node in net.graph.nodes] == ["stem.block", "sub.relu"]
+
+
 def test_provenance_says_which_branch_is_which() -> None:
     torch.manual_seed(2)
     norm = batch_norm(4)

@@ -99,3 +99,24 @@ def test_narrowing_rounds_what_layers_read_and_nothing_else() -> None:
     assert conv.inputs[2].values.dtype == np.float32
     np.testing.assert_array_equal(conv.inputs[2].values, np.float32(value))
     assert mul.inputs[1].values.dtype == np.float64
+
+
+@pytest.mark.parametrize("rule", ["SAME_UPPER", "SAME_LOWER", "VALID"])
+@pytest.mark.parametrize("size", [7, 8])
+def test_padding_by_a_rule_becomes_numbers(rule: str, size: int) -> None:
+    """As TensorFlow's exporter writes it: branches can then be compared and merged."""
+    b = Builder(channels=4, size=size)
+    for name, kernel in (("wide", 3), ("narrow", 1)):
+        weight = b.parameter(f"{name}.weight", 4, 4, kernel, kernel)
+        b.node("Conv", ["x", weight], name, auto_pad=rule, strides=[2, 2])
+        b.channels[name] = 4
+    model = b.model("wide", "narrow")
+    net = net_from_model(model)
+    simplify(net)
+    x = {"x": np.random.default_rng(0).standard_normal((2, 4, size, size)).astype(np.float32)}
+    before, after = ort_run(model, x), ort_run(model_from_net(net), x)
+    for node in net.graph.nodes:
+        assert "auto_pad" not in node.attrs
+        np.testing.assert_allclose(after[node.name], before[node.name], rtol=1e-6, atol=1e-6)
+    begin = {("SAME_LOWER", 8): 1, ("SAME_UPPER", 8): 0}.get((rule, size), int(rule != "VALID"))
+    assert net.graph.nodes[0].attrs["pads"][0] == begin
