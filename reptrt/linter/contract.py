@@ -5,7 +5,11 @@ What is said of tensorrt_rtx was tried with 1.7.1 (parse, and build for sm89, wi
 
 from collections.abc import Iterator
 
+import onnx_graphsurgeon as gs
+
+from reptrt.graph.net import producer
 from reptrt.graph.queries import (
+    POINTWISE,
     float_type,
     is_dequantize,
     is_integer_op,
@@ -18,6 +22,7 @@ from reptrt.graph.queries import (
 from reptrt.linter.rule import Defect
 from reptrt.linter.view import View, parameters_of
 
+_MIXED_OPERANDS = ("Pow", "Dropout", "BatchNormalization")  # whose operands may differ in type
 _OPSETS = range(13, 21)
 
 
@@ -78,6 +83,30 @@ def mixed_types(view: View) -> Iterator[Defect]:
             yield Defect(label(layer.node), got, f"both {types[0]}")
 
 
+def scale_type(view: View) -> Iterator[Defect]:
+    """A scale has the float type of the tensors around its pair.
+
+    The input of a QuantizeLinear and its scale have one type by ONNX (up to opset 22): onnxruntime
+    refuses others, tensorrt_rtx casts. The result of a DequantizeLinear has the type of its scale:
+    a sum, a product or a Concat with a tensor of another type parses nowhere. Converters to FP16
+    that leave scales in FP32, or the other way round, write such files. The operands of layers
+    are QDQ011.
+    """
+    for node in view.quantizes:
+        kind, scale = (float_type(tensor) for tensor in node.inputs[:2])
+        if kind is not None and scale is not None and kind != scale:
+            yield Defect(label(node), f"input {kind}, scale {scale}", f"a {kind} scale")
+    for node in view.nodes:
+        types = _operand_types(node)
+        for tensor, kind in types:
+            dequantize = producer(tensor)
+            others = [other for _, other in types if other != kind]
+            if dequantize is not None and is_dequantize(dequantize) and others:
+                got = f"{kind} beside {others[0]} in {label(node)}"
+                yield Defect(label(dequantize), got, f"a {others[0]} scale")
+                break
+
+
 def opset_outside(view: View) -> Iterator[Defect]:
     """The opset is 13 to 20.
 
@@ -129,3 +158,11 @@ def simulated_bits(view: View) -> Iterator[Defect]:
     simulation = view.metadata.get("reptrt.simulation")
     if simulation:
         yield Defect("graph", simulation, "8 bits")
+
+
+def _operand_types(node: gs.Node) -> list[tuple[gs.Tensor, str]]:
+    """Return the operands that have to be of one float type, with their types where known."""
+    if node.op not in (*POINTWISE, "Concat") or node.op in _MIXED_OPERANDS:
+        return []
+    operands = [tensor for tensor in node.inputs if not tensor.is_empty()]
+    return [(tensor, kind) for tensor in operands if (kind := float_type(tensor)) is not None]

@@ -117,10 +117,9 @@ def split_pad(view: View) -> Iterator[Defect]:
 def _float_skips(view: View) -> Iterator[tuple[gs.Node, gs.Tensor, bool]]:
     """Yield sum, float input, and whether that input is part of a weight split."""
     for node in view.nodes:
-        tensors = [t for t in node.inputs if not view.is_constant(t)]
-        if node.op not in SUMS or len(tensors) < 2 or id(node) not in view.right_between:
+        if not view.is_residual(node) or id(node) not in view.right_between:
             continue
-        floats = [tensor for tensor in tensors if dequantize_before(tensor) is None]
+        floats = [t for t in view.data_inputs(node) if dequantize_before(t) is None]
         fusing = [tensor for tensor in floats if _fuses(view, tensor)]
         main = max(fusing, key=lambda tensor: _num_weights(view, tensor), default=None)
         for tensor in floats:

@@ -1,4 +1,4 @@
-"""Q/DQ pairs that cost a pass or a rounding of their own (QDQ106 to 111, 113).
+"""Q/DQ pairs that cost a pass or a rounding of their own (QDQ106 to 111, 113, 114).
 
 Costs are those of the placement rules in TensorRT's documentation; all of these graphs parse.
 """
@@ -83,12 +83,28 @@ def quantized_output(view: View) -> Iterator[Defect]:
     Logits, boxes and scores go to the caller in float anyway: a pair on them rounds the result,
     costs a pass and saves nothing. Detection heads stay in float from the last convolution on.
     """
-    for tensor in view.graph.outputs:
-        found = _only_from(view, tensor)
-        if found is not None:
-            source = quantize_before(found)
-            where = label(found if source is None else source)
-            yield Defect(where, f"output {tensor.name} is rounded to 256 values", "a float output")
+    for tensor, last in _output_pairs(view):
+        yield Defect(
+            label(last), f"output {tensor.name} is rounded to 256 values", "a float output"
+        )
+
+
+def pair_to_no_layer(view: View) -> Iterator[Defect]:
+    """What a pair rounds reaches a layer or a pool that runs in INT8.
+
+    INT8 is faster in convolutions, matrix products and pools. A pair from which none of them is
+    reached, past Concat, Reshape, Transpose and pointwise nodes, only rounds. Where a detector
+    decodes its boxes, one scale for pixels and scores leaves nothing of the scores. A pair right at
+    an output is QDQ109.
+    """
+    at_output = {id(last) for _, last in _output_pairs(view)}
+    for node in view.activation_quantizes:
+        codes = node.outputs[0]
+        is_read = any(is_dequantize(reader) for reader, _ in moved_readers(codes))
+        if is_read and id(codes) not in view.before_int8 and id(node) not in at_output:
+            ends = dict.fromkeys(reader.op for reader, _ in pair_readers(node))
+            got = f"only {', '.join(ends) or 'an output'} read {node.inputs[0].name}"
+            yield Defect(label(node), got, "no Q/DQ behind the last layer")
 
 
 def pair_of_two_scales(view: View) -> Iterator[Defect]:
@@ -135,6 +151,14 @@ def quantized_gate(view: View) -> Iterator[Defect]:
             continue
         if all(op in ("Mul", "Add", "Sub", "Div") for op in after):
             yield Defect(label(node), f"Q/DQ between {before.op} and {after[0]}", "no Q/DQ")
+
+
+def _output_pairs(view: View) -> Iterator[tuple[gs.Tensor, gs.Node]]:
+    """Yield each output of the graph that is only a pair's result, and the pair's Q (else DQ)."""
+    for tensor in view.graph.outputs:
+        dequantize = _only_from(view, tensor)
+        if dequantize is not None:
+            yield tensor, quantize_before(dequantize) or dequantize
 
 
 def _several_scales(node: gs.Node | None, tensor: gs.Tensor) -> Iterator[Defect]:

@@ -130,6 +130,14 @@ RULES: tuple[Rule, ...] = (
         mend="Calibrate with 8 bits for weights and activations",
     ),
     Rule(
+        "QDQ016",
+        "scale-type",
+        "error",
+        contract.scale_type,
+        cost="one operator takes one float type: the file does not load, or the build fails",
+        mend="Write the scale in the type of the tensor (FP16 scales in an FP16 graph), or cast",
+    ),
+    Rule(
         "QDQ101",
         "qdq-before-activation",
         "warning",
@@ -232,6 +240,14 @@ RULES: tuple[Rule, ...] = (
         pairs.quantized_gate,
         cost="it is multiplied in float anyway: accuracy is lost, nothing is won",
         mend="Remove the pair; quantize the product",
+    ),
+    Rule(
+        "QDQ114",
+        "pair-to-no-layer",
+        "warning",
+        pairs.pair_to_no_layer,
+        cost="it rounds to 256 values, and no layer is faster for it",
+        mend="Remove the pair; quantize the inputs of layers and pools only",
     ),
     Rule(
         "QDQ201",

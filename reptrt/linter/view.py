@@ -12,19 +12,20 @@ from reptrt.graph.layers import output_axis
 from reptrt.graph.net import WEIGHTED_OPS, Net, producer
 from reptrt.graph.queries import (
     POOLS,
+    SUMS,
     codes_type,
     dequantize_before,
     fuses,
     given,
     is_dequantize,
+    is_integer_op,
     is_quantize,
+    joins_one_tensor,
     maker,
-    moves,
     quantize_before,
+    value_inputs,
     value_of,
 )
-
-_SHAPE_OPS = ("Shape", "Size", "NonZero")  # what they make is no activation
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -84,6 +85,7 @@ class View:
         self.metadata = net.metadata
         self.graph: gs.Graph = net.copy().graph.toposort()
         self.nodes: list[gs.Node] = list(self.graph.nodes)
+        self._order = {id(node): place for place, node in enumerate(self.nodes)}
         self._constants = _constant_tensors(self.nodes)
         self.quantizes = [node for node in self.nodes if is_quantize(node)]
         self.dequantizes = [node for node in self.nodes if is_dequantize(node)]
@@ -157,11 +159,30 @@ class View:
 
     def data_inputs(self, node: gs.Node) -> list[gs.Tensor]:
         """Return the inputs through which activations come, not shapes, bounds or constants."""
-        if node.op in _SHAPE_OPS:
-            return []
-        single = moves(node) or node.op in ("Clip", "Resize", *POOLS)
-        inputs = node.inputs[:1] if single else node.inputs
-        return [t for t in inputs if not t.is_empty() and not self.is_constant(t)]
+        return [tensor for _, tensor in value_inputs(node) if not self.is_constant(tensor)]
+
+    def is_residual(self, node: gs.Node) -> bool:
+        """Whether a node adds different activations, outside of an activation function."""
+        return node.op in SUMS and not joins_one_tensor(node, self._order)
+
+    @cached_property
+    def before_int8(self) -> set[int]:
+        """Ids of the tensors whose value reaches something that computes on codes.
+
+        That is a layer or a pool with a quantized input, or an integer operator. A value passes
+        through pointwise nodes, nodes that move values, Concat and further Q/DQ pairs.
+        """
+        reaching: set[int] = set()
+        layers = {id(layer.node) for layer in self.layers if layer.activation or layer.weight}
+        for node in reversed(self.nodes):
+            passes = fuses(node) or is_quantize(node) or is_dequantize(node)
+            if id(node) in layers or is_integer_op(node):
+                reaching |= {id(tensor) for tensor in node.inputs}
+            elif self.is_boundary(node) and node.op in POOLS:
+                reaching.add(id(node.inputs[0]))
+            elif passes and any(id(tensor) in reaching for tensor in node.outputs):
+                reaching |= {id(tensor) for tensor in self.data_inputs(node)}
+        return reaching
 
     def is_boundary(self, node: gs.Node) -> bool:
         """Whether a node is part of the INT8 world: Q, DQ, an INT8 layer or an INT8 pool."""

@@ -41,7 +41,8 @@ FOREIGN = {
     "rep.ort.onnx": {"QDQ001", "QDQ008", "QDQ109", "QDQ301", NARROW, FP32_REST},
     "res.ort.onnx": {"QDQ001", "QDQ008", "QDQ103", "QDQ109", "QDQ301", NARROW, FP32_REST},
     "cat.ort.onnx": {
-        *("QDQ001", "QDQ008", "QDQ101", "QDQ105", "QDQ106", "QDQ109", "QDQ113", "QDQ301"),
+        *("QDQ001", "QDQ008", "QDQ101", "QDQ105", "QDQ106", "QDQ109", "QDQ113", "QDQ114"),
+        "QDQ301",
         *(NARROW, FP32_REST),
     },
     "res.ort_symmetric.onnx": {"QDQ101", "QDQ103", "QDQ109", NARROW, FP32_REST},

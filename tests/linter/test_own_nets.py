@@ -5,6 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from reptrt.graph.net import net_from_model
+from reptrt.linter import lint_net
+from reptrt.rewrite.to_fp16 import to_fp16
 from tests.support.lint_graphs import findings, quantized, rules
 from tests.support.placed_nets import ACTIVATIONS, BLOCKS, TAILS, placed_net
 
@@ -34,6 +37,9 @@ def assert_placed_well(model: onnx.ModelProto) -> None:
     assert set(rules(report, "info")) <= INHERENT
     assert report.int8_layers == report.layers
     assert useless_pairs(int8.graph) == []
+    half = net_from_model(int8)
+    to_fp16(half)
+    assert rules(lint_net(half)) == []
     dequantized = {n.output[0] for n in int8.graph.node if n.op_type == "DequantizeLinear"}
     assert dequantized.isdisjoint(tensor.name for tensor in int8.graph.output)
     for node in int8.graph.node:

@@ -107,6 +107,18 @@ CASES = {
     "old opset": Case("QDQ012", "opset 12", False, lambda: one_conv(opset=12)),
     "codes as output": Case("QDQ013", "read by the graph's output", False, graphs.dangling_q),
     "codes as numbers": Case("QDQ013", "read by Cast", False, graphs.arithmetic_on_codes),
+    "fp32 scale of an fp16 tensor": Case(
+        "QDQ016",
+        "input float16, scale float32",
+        False,
+        lambda: graphs.float_scale_of_half(of="quantize"),
+    ),
+    "fp32 scale in an fp16 sum": Case(
+        "QDQ016",
+        "float32 beside float16 in add",
+        True,
+        lambda: graphs.float_scale_of_half(of="sum"),
+    ),
     "simulation": Case("QDQ015", "6-bit weights", False, graphs.simulated),
     "pair before relu": Case(
         "QDQ101", "between Conv and Relu", False, lambda: graphs.pair_before("Relu")
@@ -160,6 +172,19 @@ CASES = {
     "unequal pair": Case("QDQ110", "Q with scale 0.05, DQ with 0.03", False, graphs.unequal_pair),
     "int8 bias": Case(
         "QDQ111", "bias through", False, lambda: graphs.with_bias(np.ones(C, I8), 0.01, I8(0))
+    ),
+    "decoded in INT8": Case("QDQ114", "only Exp read conv", False, lambda: graphs.decoded("Exp")),
+    "joined with floats at the end": Case(
+        "QDQ114", "only Concat read conv", False, lambda: graphs.decoded(then="Concat")
+    ),
+    "moved and decoded": Case(
+        "QDQ114", "only Flatten read conv", False, lambda: graphs.decoded("Flatten", "Exp")
+    ),
+    "summed at the end": Case(
+        "QDQ114", "only Sub read conv", False, lambda: graphs.decoded(then="Sub")
+    ),
+    "float skip before GELU by tanh": Case(
+        "QDQ104", "relu.* as float", False, lambda: graphs.gelu_by_tanh(skip=False)
     ),
     "quantized gate": Case("QDQ113", "between Sigmoid and Mul", False, graphs.gated),
     "float convolution": Case(
@@ -238,6 +263,7 @@ RIGHT = {
     "float head": lambda: graphs.float_conv(last=True),
     "coarse-fine split in float": lambda: graphs.split("conv"),
     "identity split in float": lambda: graphs.split("mul"),
+    "GELU by tanh": lambda: graphs.gelu_by_tanh(skip=True),
     "pointwise between": lambda: graphs.island("Sigmoid", "Abs", "Sqrt"),
 }
 

@@ -221,7 +221,7 @@ def scalar_input() -> onnx.ModelProto:
     """Return a convolution whose result is multiplied by a quantized scalar input."""
     g = QdqGraph()
     g.inputs.append(helper.make_tensor_value_info("s", FLOAT, ()))
-    return g.model(g.node("Mul", g.conv(g.qdq("x")), g.qdq("s")))
+    return g.model(g.block(g.node("Mul", g.conv(g.qdq("x")), g.qdq("s"))))
 
 
 def reshaped_codes() -> onnx.ModelProto:
@@ -246,6 +246,52 @@ def half_and_float() -> onnx.ModelProto:
     """Return a convolution of an FP16 input with an FP32 weight."""
     g = QdqGraph(kind=TensorProto.FLOAT16)
     return g.model(g.conv(g.qdq("x", np.float16(0.05))), kind=TensorProto.FLOAT16)
+
+
+def float_scale_of_half(*, of: str) -> onnx.ModelProto:
+    """Return an FP16 graph in which the scale of a Q, or of a summand, is FP32."""
+    g = QdqGraph(kind=TensorProto.FLOAT16)
+    if of == "quantize":
+        x = g.node("Cast", g.qdq("x", np.float32(0.05)), to=TensorProto.FLOAT16)
+    else:
+        x = g.qdq("x", np.float16(0.05))
+    y = g.conv(x, g.weight(C, C, 3, 3, scale=np.full(C, 0.01, np.float16)))
+    if of == "sum":
+        codes = g.constant(np.ones((1, C, 1, 1), np.int8))
+        y = g.node("Add", y, g.dq(codes, np.float32(0.05)))
+    return g.model(g.node("Relu", y), kind=TensorProto.FLOAT16)
+
+
+def decoded(*ops: str, then: str | None = None) -> onnx.ModelProto:
+    """Return a head whose output is quantized and decoded by nodes that need no INT8.
+
+    Args:
+        ops: nodes of one operand behind the pair.
+        then: a last node that joins the result with a float branch.
+    """
+    g = QdqGraph()
+    x = g.block("x")
+    y = g.qdq(g.conv(g.qdq(x)), 0.04)
+    for op in ops:
+        y = g.node(op, y)
+    if then is not None:
+        y = g.node(then, y, g.conv(g.qdq(x)), **({"axis": 1} if then == "Concat" else {}))
+    return g.model(g.node("Neg", y) if then is None else y)
+
+
+def gelu_by_tanh(*, skip: bool) -> onnx.ModelProto:
+    """Return a residual sum in front of GELU by tanh, its skip quantized or not.
+
+    The sum inside GELU, x + 0.044715 x^3, is no residual.
+    """
+    g = QdqGraph()
+    x = g.block("x")
+    x_dq = g.qdq(x)
+    total = g.node("Add", g.conv(x_dq), x_dq if skip else x)
+    three, small, half, one = (g.constant(np.float32(v)) for v in (3, 0.044715, 0.5, 1))
+    inner = g.node("Add", total, g.node("Mul", g.node("Pow", total, three), small))
+    gate = g.node("Mul", g.node("Add", g.node("Tanh", inner), one), half)
+    return g.model(g.conv(g.qdq(g.node("Mul", total, gate), 0.1)))
 
 
 def small_fp16_scale() -> onnx.ModelProto:
