@@ -1,1 +1,1 @@
-"""Running graphs: in torch, in onnxruntime, with the codes of INT8 kernels."""
+"""Run graphs in torch and in onnxruntime, with the same codes as INT8 kernels."""

@@ -68,9 +68,9 @@ class _Layer:
 
 
 def sum_codes(graph: gs.Graph, node: gs.Node) -> bool:
-    """Let a Conv or Gemm sum codes; return whether it does.
+    """Rewrite a Conv or Gemm so that it sums codes; return whether it was rewritten.
 
-    It stays unchanged if an operand is not dequantized, or if a sum could exceed 2^24.
+    The node is not changed if an operand is not dequantized, or if a sum could exceed 2^24.
 
     Args:
         graph: the graph of ``node``.

@@ -1,11 +1,11 @@
 """Rewrite a TensorRT-form Q/DQ graph so that a CPU runs it as INT8 kernels do.
 
-TensorRT wants Q behind the ReLU, symmetric INT8; onnxruntime fuses a convolution only with a Q that
-follows it directly. Run unchanged, the graph would compute every convolution in float. Steps
-1, 2 and 5 are exact: the codes of every tensor stay the same.
+TensorRT needs a symmetric INT8 Q behind the ReLU. onnxruntime fuses a convolution only with a Q
+that follows it directly, so it would run every convolution of an unchanged graph in float. Steps 1,
+2 and 5 are exact: the codes of every tensor stay the same.
 
 0. Float nodes in FP16 become FP32 nodes with the same numbers: casts are removed, and scales,
-   biases and float weights are widened, which is exact. The rounding of FP16 arithmetic is lost.
+   biases and float weights are widened, which is exact. FP16 arithmetic is not simulated.
    Tensors that `reptrt.rewrite.recentre` gave all 256 codes get UINT8 codes with zero point 0
    again (`reptrt.rewrite.restore`).
 1. ``Relu -> Q(int8)`` becomes ``Q(uint8, zero point 0) -> Clip(0, 127)``: saturation at 0 is the
@@ -14,9 +14,9 @@ follows it directly. Run unchanged, the graph would compute every convolution in
    onnxruntime needs it in order to move codes.
 3. The bias of a Gemm of two DQ becomes INT32 codes of the accumulator's own step, which
    onnxruntime does by itself for convolutions only. It moves the bias by half such a step at most.
-4. Where the weights of a channel are so small beside its bias that those codes would overflow, the
-   step of the weights grows until the bias fits; where they are all zero, it is chosen for the
-   bias. It moves an output by less than 2^-22 of the bias for each weight of the channel.
+4. If the weights of a channel are so small compared to its bias that those codes would overflow,
+   the step of the weights grows until the bias fits; if all weights are zero, the step is chosen
+   for the bias. This moves an output by less than 2^-22 of the bias for each weight of the channel.
 5. The remaining INT8 activations get UINT8 codes with zero point 128, 128 more than before: the
    x86 kernels of onnxruntime take unsigned activations. onnxruntime does the same by itself, except
    where a tensor has two consumers; it then computes that layer in float.
@@ -49,11 +49,12 @@ _MIN_WEIGHT_SCALE = 1e-20  # times the activation's scale it is still a float32
 
 
 def lower(model: onnx.ModelProto, *, kernels: bool = True) -> onnx.ModelProto:
-    """Return the model in the form that runs as INT8; a float model comes back as it is.
+    """Return the model in the form that runs as INT8; a float model is returned unchanged.
 
     Args:
         model: a Q/DQ model; it is not changed.
-        kernels: leave the layers that onnxruntime has INT8 kernels for to onnxruntime.
+        kernels: keep the layers for which onnxruntime has an INT8 kernel; if False, all layers sum
+            codes in float operators (step 6).
     """
     if not any(node.op_type == "QuantizeLinear" for node in model.graph.node):
         return model
@@ -207,7 +208,7 @@ def _repeat_pair(graph: gs.Graph, node: gs.Node) -> None:
 def _append_pair(
     graph: gs.Graph, prefix: str, moved: gs.Tensor, parameters: Sequence[gs.Tensor]
 ) -> None:
-    """Give all readers of a tensor its Q/DQ pair instead; a graph output stays what it is."""
+    """Put a Q/DQ pair between a tensor and all its consumers; a graph output is not changed."""
     codes = gs.Variable(f"{moved.name}.q", dtype=parameters[1].dtype, shape=moved.shape)
     result = gs.Variable(f"{moved.name}.dq", dtype=np.float32, shape=moved.shape)
     for reader in list(moved.outputs):
@@ -238,16 +239,16 @@ def _fit_bias(node: gs.Node) -> None:
         return
     axis = int(weight.attrs.get("axis", 1))
     others = tuple(i for i in range(codes.ndim) if i != axis)
-    free = ~codes.any(axis=others)  # all zero whatever the scale
+    free = ~codes.any(axis=others)  # all weights are zero, so any scale represents them
     largest = np.where(free, float(_LONE_BIAS_CODE), float(_MAX_BIAS_CODE))
     needed = np.maximum(np.abs(bias.astype(np.float64)) / (step * largest), _MIN_WEIGHT_SCALE)
-    wanted = np.where(free, needed, np.maximum(scale, needed)).astype(np.float32)
-    if np.array_equal(wanted, scale):
+    fitted = np.where(free, needed, np.maximum(scale, needed)).astype(np.float32)
+    if np.array_equal(fitted, scale):
         return
     name = weight.outputs[0].name
-    shrunk = np.rint(codes * along_axis(scale / wanted, codes.ndim, axis)).astype(np.int8)
+    shrunk = np.rint(codes * along_axis(scale / fitted, codes.ndim, axis)).astype(np.int8)
     weight.inputs[0] = gs.Constant(f"{name}.fitted_q", shrunk)
-    weight.inputs[1] = gs.Constant(f"{name}.fitted_scale", wanted)
+    weight.inputs[1] = gs.Constant(f"{name}.fitted_scale", fitted)
 
 
 def _quantize_bias(graph: gs.Graph, node: gs.Node) -> None:

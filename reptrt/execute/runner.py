@@ -35,10 +35,9 @@ _PROVIDERS: dict[Device, list[str]] = {
     "cuda": ["CUDAExecutionProvider", "CPUExecutionProvider"],
     "tensorrt": ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"],
 }
-_INEXACT = [
-    "ConvMulFusion"
-]  # would turn weights that are codes into floats (`reptrt.execute.code_sums`)
-_LOG_FATAL = 4  # errors come as exceptions; printing them as well says everything twice
+# Would multiply the integer weights of `reptrt.execute.code_sums` by their scales.
+_INEXACT = ["ConvMulFusion"]
+_LOG_FATAL = 4  # errors are raised as exceptions; logging them would print them twice
 
 
 class Runner(Protocol):
@@ -54,15 +53,15 @@ class Runner(Protocol):
 
     @property
     def threads(self) -> int | None:
-        """CPU threads; None where that means nothing."""
+        """CPU threads; None if the runtime does not run on CPU threads of its own."""
 
     @property
     def input_name(self) -> str:
-        """Name of the one input."""
+        """Name of the only input."""
 
     @property
     def input_shape(self) -> Sequence[int | None]:
-        """Shape of the input; None where it is free."""
+        """Shape of the input; None for each axis of any size."""
 
     @property
     def output_names(self) -> Sequence[str]:
@@ -72,7 +71,7 @@ class Runner(Protocol):
         """Return every output for a batch of images (N, C, H, W), by name.
 
         Raises:
-            DataError: the runtime refuses the batch, or fails on it.
+            DataError: the runtime rejects the batch, or fails on it.
         """
 
     def __enter__(self) -> "Runner": ...
@@ -91,16 +90,16 @@ class EventTimer(Protocol):
 class OrtRunner:
     """A network in onnxruntime.
 
-    Worker threads stop spinning when a run ends: sessions that are open at the same time do not
-    take each other's cores.
+    Worker threads stop spinning when a run ends, so that sessions that are open at the same time do
+    not occupy each other's cores.
 
     Args:
         model: an ONNX file, a model in memory, or the bytes of a file.
-        threads: CPU threads of one operator; None: the cores this process may use.
+        threads: CPU threads for one operator; None: as many as this process may use cores.
         device: "cuda" and "tensorrt" need onnxruntime-gpu.
 
     Raises:
-        ArtifactError: not an ONNX file, or one that onnxruntime refuses.
+        ArtifactError: the model is not an ONNX file, or onnxruntime rejects it.
         ConfigError: the device is not available.
         MissingDependencyError: onnxruntime is not installed.
     """
@@ -128,7 +127,7 @@ class OrtRunner:
         """Return every output for a float32 batch (n, C, H, W), by name.
 
         Raises:
-            DataError: onnxruntime refuses the batch, or fails on it.
+            DataError: onnxruntime rejects the batch, or fails on it.
         """
         try:
             outputs = self._session.run(self.output_names, {self.input_name: batch})
@@ -156,13 +155,13 @@ def open_runner(
     """Open an .onnx file or a model in memory in onnxruntime, or an .engine file in TensorRT.
 
     Args:
-        model: a file, whose suffix decides; or a model in memory.
-        runner: "ort" or "tensorrt" insist on one kind of file.
+        model: a file, whose suffix selects the runtime; or a model in memory.
+        runner: "ort" accepts ONNX models only, "tensorrt" engines only.
         threads: CPU threads of onnxruntime.
-        device: of onnxruntime.
+        device: device of onnxruntime.
 
     Raises:
-        ConfigError: the file is of the other kind.
+        ConfigError: ``runner`` does not accept this kind of model.
         ArtifactError: the file cannot be used.
         MissingDependencyError: the runtime is not installed.
     """
@@ -182,9 +181,9 @@ def open_runner(
 
 
 def outputs_in_parts(runner: Runner, batch: AnyArray) -> Iterator[dict[str, AnyArray]]:
-    """Yield all outputs for a batch (n, C, H, W), in parts where the network's batch size is fixed.
+    """Yield all outputs for a batch (n, C, H, W), in parts if the network has a fixed batch size.
 
-    The last part is filled up with copies of the last image, and their outputs are cut off.
+    The last part is padded with copies of the last image, whose outputs are dropped.
     """
     size = runner.input_shape[0] or len(batch)
     for start in range(0, len(batch), size):
@@ -199,20 +198,20 @@ def outputs_in_parts(runner: Runner, batch: AnyArray) -> Iterator[dict[str, AnyA
 def optimized_op_counts(model: bytes | Path | Model) -> Counter[str]:
     """Count the operators that onnxruntime runs on the CPU, after its graph optimization.
 
-    A convolution that really runs in INT8 is a ``QLinearConv``; a ``Conv`` is still a float one.
+    A convolution that runs in INT8 appears as ``QLinearConv``, a float convolution as ``Conv``.
 
     Raises:
-        ArtifactError: not an ONNX file, or one that onnxruntime refuses.
+        ArtifactError: the model is not an ONNX file, or onnxruntime rejects it.
         MissingDependencyError: onnxruntime is not installed.
     """
     return Counter(op for _, op in optimized_nodes(model))
 
 
 def optimized_nodes(model: bytes | Path | Model) -> list[tuple[str, str]]:
-    """Return name and operator of every node that onnxruntime runs on the CPU, in order.
+    """Return the name and operator of every node that onnxruntime runs on the CPU, in order.
 
     Raises:
-        ArtifactError: not an ONNX file, or one that onnxruntime refuses.
+        ArtifactError: the model is not an ONNX file, or onnxruntime rejects it.
         MissingDependencyError: onnxruntime is not installed.
     """
     where = _label(model)
@@ -226,7 +225,7 @@ def optimized_nodes(model: bytes | Path | Model) -> list[tuple[str, str]]:
 
 
 def _layer_name(name: str) -> str:
-    """Return the name that a node has in the model, for a layer that was rewritten."""
+    """Return the model's own name of a node: without the suffixes that rewriting adds."""
     return name.removesuffix("_nchwc").removesuffix(SUMS)
 
 
@@ -243,19 +242,19 @@ def usable_cores() -> int:
 
 
 def _runnable_bytes(model: bytes | Path | Model, where: str) -> bytes:
-    """Return what onnxruntime gets to see of a model.
+    """Return the bytes of the lowered model, which is the form that onnxruntime runs.
 
-    Lowering takes for granted that a graph makes sense. If it stumbles over one, onnxruntime is
-    asked first: what it refuses is a damaged file, and it says where.
+    Lowering assumes a valid graph. If it fails, onnxruntime loads the original model first: if
+    onnxruntime rejects that too, its error names the defect.
     """
     proto = _model_proto(model)
     try:
-        with np.errstate(all="ignore"):  # scales of 0 or 1e38: onnxruntime says what it thinks
+        with np.errstate(all="ignore"):  # scales of 0 or 1e38: onnxruntime judges them
             return bytes_from_model(lower(proto))
     except (ValueError, LookupError, TypeError) as err:
         _session(where, bytes_from_model(proto), _session_options(threads=1), "cpu")
         raise ArtifactError(
-            f"{where}: constants of its layers do not fit each other ({err}); export it anew"
+            f"{where}: the constants of a layer do not fit each other ({err}); export it anew"
         ) from err
 
 
@@ -276,32 +275,33 @@ def _session_options(threads: int) -> Any:
     options = _onnxruntime().SessionOptions()
     options.intra_op_num_threads = threads
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    if may_saturate():  # weights become UINT8: right everywhere, but half as fast
+    if may_saturate():  # with UINT8 weights no CPU saturates, but kernels are half as fast
         options.add_session_config_entry("session.x64quantprecision", "1")
     return options
 
 
 def _session(where: str, content: bytes, options: Any, device: Device) -> Any:
     ort = _onnxruntime()
-    wanted = _PROVIDERS[device]
+    providers = _PROVIDERS[device]
     available = ort.get_available_providers()
-    if wanted[0] not in available:
+    if providers[0] not in available:
         raise ConfigError(
-            f"device {device}: this onnxruntime has no {wanted[0]}, only {', '.join(available)}; "
-            "install onnxruntime-gpu in place of onnxruntime, or use the cpu"
+            f"device {device}: this onnxruntime has no {providers[0]}, only "
+            f"{', '.join(available)}; install onnxruntime-gpu in place of onnxruntime, or use the "
+            "cpu"
         )
     try:
         session = ort.InferenceSession(
-            content, options, providers=wanted, disabled_optimizers=_INEXACT
+            content, options, providers=providers, disabled_optimizers=_INEXACT
         )
     except _ort_failures() as err:
         raise ArtifactError(
             f"{where}: onnxruntime {ort.__version__} refuses this model ({_reason(err)})"
         ) from err
-    if wanted[0] not in session.get_providers():
+    if providers[0] not in session.get_providers():
         raise ConfigError(
-            f"device {device}: {wanted[0]} could not start on this machine; check the driver and "
-            "the CUDA libraries, or use the cpu"
+            f"device {device}: {providers[0]} could not start on this machine; check the driver "
+            "and the CUDA libraries, or use the cpu"
         )
     return session
 
@@ -322,7 +322,7 @@ def _onnxruntime() -> ModuleType:
 
 @contextlib.contextmanager
 def _quiet_stderr() -> Iterator[None]:
-    """Send what C++ code writes to stderr nowhere.
+    """Discard what C++ code writes to stderr.
 
     On machines whose first display card is not on the PCI bus (WSL, cloud machines) onnxruntime
     prints a harmless warning when it is imported, before its log level can be set.
@@ -339,14 +339,14 @@ def _quiet_stderr() -> Iterator[None]:
 
 
 def _ort_failures() -> tuple[type[Exception], ...]:
-    """Return what onnxruntime raises; its exceptions have no base class of their own."""
+    """Return the exception types that onnxruntime raises; they have no common base class."""
     state = _onnxruntime().capi.onnxruntime_pybind11_state
     own = [kind for kind in vars(state).values() if isinstance(kind, type)]
     return (*(k for k in own if issubclass(k, Exception)), RuntimeError, ValueError, TypeError)
 
 
 def _reason(err: Exception) -> str:
-    """Return the sense of an onnxruntime message in one line, without its build paths."""
+    """Return an onnxruntime message in one line, without its prefix and source paths."""
     text = " ".join(str(err).split())
     text = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", text)
     return re.sub(r"/\S*onnxruntime\S*:\d+ .*?\)(?: const)? (?=\S)", "", text)

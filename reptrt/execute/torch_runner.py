@@ -25,13 +25,13 @@ _NOTHING: Replacements = MappingProxyType({})
 
 
 class TorchRunner:
-    """A function of an image batch, a torch module above all, as a runner.
+    """A runner that calls a function of an image batch, such as a torch module.
 
     Args:
         name: the runtime, for reports.
-        forward: float32 (n, C, H, W) -> a tensor, or a tuple or list whose first entry counts.
+        forward: float32 (n, C, H, W) -> a tensor, or a tuple or list whose first entry is used.
         device: where ``forward`` computes.
-        batch: the number of images it takes; None is any.
+        batch: the number of images that ``forward`` takes; None: any number.
     """
 
     threads = None
@@ -67,17 +67,17 @@ class TorchRunner:
 
 
 def module_runner(module: nn.Module, device: torch.device) -> TorchRunner:
-    """Return a runner of a torch module."""
+    """Return a runner for a torch module."""
     return TorchRunner("torch", module.to(device), device)
 
 
 def graph_runner(net: Net, device: torch.device, replace: Replacements = _NOTHING) -> TorchRunner:
-    """Return a runner of an ONNX graph in torch.
+    """Return a runner that runs an ONNX graph in torch.
 
     Args:
         net: the graph.
         device: where to compute.
-        replace: node name -> function of its inputs, in place of the node.
+        replace: node name -> function of the node's inputs that runs in its place.
     """
     graph = TorchGraph(net, device)
     (name,), output = graph.input_names, graph.output_names[0]
@@ -90,7 +90,7 @@ def graph_runner(net: Net, device: torch.device, replace: Replacements = _NOTHIN
 
 
 def int8_runner(model: onnx.ModelProto, device: torch.device) -> TorchRunner:
-    """Return a runner of a Q/DQ model that has the codes of INT8 kernels (see `lowering`)."""
+    """Return a runner for a Q/DQ model that gives the codes of INT8 kernels (see `lowering`)."""
     return graph_runner(net_from_model(lower(model, kernels=False)), device)
 
 
@@ -119,7 +119,7 @@ def _from(code: int, x: Tensor, scale: Tensor, *rest: Tensor | None) -> Tensor:
 
 
 def _rescaled(quantize: gs.Node, dequantize: gs.Node) -> Callable[..., Tensor]:
-    """Return the function of a pair without rounding: identity, or the ratio of its two scales."""
+    """Return what a pair does without rounding: nothing, or multiply by the ratio of its scales."""
     before, after = (np.float64(constant_of(n.inputs[1])) for n in (quantize, dequantize))
     return _first if before == after else functools.partial(_times, float(after / before))
 

@@ -1,17 +1,19 @@
-"""An ONNX graph as a torch module: named tensors, any sub-graph, differentiable.
+"""An ONNX graph as a differentiable torch module that can run any sub-graph between named tensors.
 
-`TorchGraph` is the one executor of calibration and reconstruction. Operators are compiled once
-(`reptrt.execute.torchops`); a run executes the nodes between the tensors it is given and those it
-is asked for, and drops every tensor after its last reader, so memory is that of the widest point.
+`TorchGraph` is the only executor of calibration and reconstruction. Operators are compiled once
+(`reptrt.execute.torchops`). A run executes the nodes between its input tensors and the requested
+tensors, and frees every tensor after its last consumer, so that the widest point of the graph
+determines the memory.
 
-Number formats: every floating tensor is computed in the module's type, float32 unless ``.double()``
-was called; FP16 in a graph is computed in that type too, its rounding is not simulated. Codes of
-QuantizeLinear stay INT8. Shapes are computed on the CPU whatever the device.
+Number formats: every floating tensor is computed in the module's type, which is float32 unless
+``.double()`` was called. FP16 tensors are computed in that type too; their rounding is not
+simulated. Codes of QuantizeLinear stay integers. Shapes are always computed on the CPU.
 
-Repeatable: on a CPU one image gives the same bits at any place in a batch of one size (other sizes
-may differ: convolutions choose their kernels by it, a batch of one above all), and a sub-graph
-gives the bits of the whole graph. On CUDA, runs use IEEE float32 (no TF32) and cuDNN's
-deterministic kernels; put a training step in `exact_math` to have the same for its gradients.
+Reproducibility: on a CPU, an image gives the same bits at every position of a batch of one size.
+Other batch sizes may give other bits, because convolutions select their kernels by the size (a
+batch of one in particular). A sub-graph gives the bits of the whole graph. On CUDA, runs use IEEE
+float32 (no TF32) and cuDNN's deterministic kernels; run a training step inside `exact_math` to get
+the same for its gradients.
 """
 
 import contextlib
@@ -41,8 +43,8 @@ _NOTHING: Mapping[str, Any] = MappingProxyType({})
 class TorchGraph(torch.nn.Module):
     """An ONNX graph as a torch module.
 
-    Constants are buffers: ``.to(device)`` and ``.double()`` work as on any module; nothing requires
-    a gradient.
+    Constants are buffers, so ``.to(device)`` and ``.double()`` work as on any module; no constant
+    requires a gradient.
 
     Args:
         net: the graph; it is not changed, and later changes to it are not seen.
@@ -52,7 +54,7 @@ class TorchGraph(torch.nn.Module):
         RewriteError: a constant is of a type that torch does not have.
     """
 
-    placement: Tensor  # an empty buffer: where the module is, and in which floating type
+    placement: Tensor  # a buffer that only shows the module's device and floating type
 
     def __init__(self, net: Net | onnx.ModelProto, device: torch.device | str = "cpu") -> None:
         super().__init__()
@@ -60,7 +62,7 @@ class TorchGraph(torch.nn.Module):
         self._precision = Precision()
         self._program = program_from_net(source, OPERATORS, self._precision)
         self._plans: dict[tuple[frozenset[str], ...], Plan] = {}
-        # Buffers may not have dots in their names; ONNX tensors do.
+        # Names of buffers must not contain dots; names of ONNX tensors do.
         self._slots = {name: f"constant_{i}" for i, name in enumerate(self._program.constants)}
         for name, value in self._program.constants.items():
             self.register_buffer(self._slots[name], value)
@@ -92,7 +94,7 @@ class TorchGraph(torch.nn.Module):
 
     @property
     def comparable_names(self) -> tuple[str, ...]:
-        """The graph's outputs, or the last tensors in front of those that cannot be compared.
+        """The graph's outputs; those that cannot be compared are replaced by tensors before them.
 
         See `reptrt.execute.torchops.plan.comparable_tensors`.
         """
@@ -100,7 +102,7 @@ class TorchGraph(torch.nn.Module):
 
     @property
     def constants(self) -> Mapping[str, Tensor]:
-        """The constants by ONNX name, those for shapes (on the CPU) included."""
+        """The constants by ONNX name, including those that compute shapes (on the CPU)."""
         names = (*self._program.constants, *self._program.host_constants)
         return MappingProxyType({name: self._constant(name) for name in names})
 
@@ -130,27 +132,27 @@ class TorchGraph(torch.nn.Module):
     ) -> dict[str, Tensor]:
         """Run the nodes between ``inputs`` and ``outputs``; return the outputs by name.
 
-        Names in ``inputs``, ``overrides`` and ``replace`` that this sub-graph does not meet have no
-        effect, so one set of hooks serves a whole net and each of its blocks.
+        Names in ``inputs``, ``overrides`` and ``replace`` that do not occur in this sub-graph have
+        no effect, so that one set of hooks can be used for a whole net and for each of its blocks.
 
         Args:
-            inputs: any tensors of the graph, not only its inputs; what lies before them is not run.
-                A constant's name replaces the constant for this run (a weight to be learned).
-                Floating ones are brought to the module's device and type.
-            outputs: any tensors of the graph.
-            overrides: tensor name -> function of the tensor, applied once before anybody reads it
-                (fake-quantize, an affine); inputs and constants included; an output that is
-                overridden is returned so.
-            replace: node name -> function of the node's inputs (None where one is omitted), run
-                in place of its operator; returns a tensor, or a tuple if there are several outputs.
-            observe: tensor name -> callback on the value that readers see; a tensor that no output
-                needs is computed for its observer.
+            inputs: values of any tensors of the graph, not only of its inputs; nodes before them
+                are not run. The name of a constant replaces the constant for this run (such as a
+                weight that is learned). Floating values are moved to the module's device and type.
+            outputs: names of any tensors of the graph.
+            overrides: tensor name -> function of the tensor (fake quantization, an affine), applied
+                once before any node reads the tensor. Inputs and constants can be overridden too;
+                an overridden output is returned with its new value.
+            replace: node name -> function of the node's inputs (None for an omitted one) that runs
+                in place of the operator; it returns a tensor, or a tuple for several outputs.
+            observe: tensor name -> callback, called with the value that consumers read; a tensor
+                that no output needs is computed for its observer.
 
         Raises:
             ConfigError: a name is not in the graph, or an input is missing.
             DataError: a graph input does not have the declared shape (the batch axis is free).
-            RewriteError: nodes between them cannot be run (all are named in one line), or a node
-                cannot run on the shapes it gets.
+            RewriteError: some of the nodes cannot be run (one message names all of them), or a
+                node cannot run on the shapes of its inputs.
         """
         plan = self._plan(frozenset(inputs), frozenset(outputs), frozenset(observe))
         self._check("overrides", overrides)
@@ -159,7 +161,7 @@ class TorchGraph(torch.nn.Module):
 
         def store(name: str, value: Tensor) -> None:
             if name in values:
-                return  # one of several outputs that was given
+                return  # one of a node's several outputs is also an input of the run
             if name in overrides:
                 value = overrides[name](value)
             values[name] = value
@@ -169,7 +171,7 @@ class TorchGraph(torch.nn.Module):
         with exact_math(self.placement.device):
             for name in plan.constants:
                 store(name, self._constant(name))
-            for name in plan.given:
+            for name in plan.inputs:
                 store(name, self._placed(name, inputs[name]))
             for step, last_read in plan.steps:
                 _run_step(step, values, store, replace)
@@ -188,27 +190,29 @@ class TorchGraph(torch.nn.Module):
             return self._program.host_constants[name]
         return _present(self._buffers[slot])
 
-    def _plan(self, given: frozenset[str], kept: frozenset[str], observed: frozenset[str]) -> Plan:
-        key = (given, kept, observed)
+    def _plan(
+        self, inputs: frozenset[str], outputs: frozenset[str], observed: frozenset[str]
+    ) -> Plan:
+        key = (inputs, outputs, observed)
         if key not in self._plans:
-            self._check("inputs", given)
-            self._check("outputs", kept - self._program.captured)
+            self._check("inputs", inputs)
+            self._check("outputs", outputs - self._program.captured)
             self._check("observe", observed - self._program.captured)
-            self._plans[key] = plan_of(self._program, sorted(given), kept, observed)
+            self._plans[key] = plan_of(self._program, sorted(inputs), outputs, observed)
         return self._plans[key]
 
-    def _check(self, what: str, names: Collection[str]) -> None:
-        """Raise a ConfigError unless all are tensors of the graph that a run can change."""
+    def _check(self, argument: str, names: Collection[str]) -> None:
+        """Raise a ConfigError unless all names are tensors of the graph that a run can change."""
         for name in names:
             if name not in self._names:
                 raise ConfigError(
-                    f"{what}: graph {self._program.name} has no tensor {name!r}; "
+                    f"{argument}: graph {self._program.name} has no tensor {name!r}; "
                     f"expected a tensor's name, such as {_nearest_name(name, self._names)!r}"
                 )
             if name in self._program.captured:
                 raise ConfigError(
-                    f"{what}: constant {name} is compiled into its operator and cannot be changed; "
-                    "replace the node instead"
+                    f"{argument}: constant {name} is compiled into its operator and cannot be "
+                    "changed; replace the node instead"
                 )
 
     def _check_nodes(self, names: Collection[str]) -> None:
@@ -220,7 +224,7 @@ class TorchGraph(torch.nn.Module):
                 )
 
     def _placed(self, name: str, value: Tensor) -> Tensor:
-        """Check a given tensor against its declaration; bring it to the device, type and layout."""
+        """Check an input's shape, and move the input to the module's device, type and layout."""
         declared = self._program.inputs.get(name, ())
         if declared and not _fits(tuple(value.shape), declared):
             raise DataError(
@@ -228,15 +232,16 @@ class TorchGraph(torch.nn.Module):
                 "(the first axis is free); give images of that size, or export the graph for others"
             )
         if value.dtype == torch.int64:
-            return value  # a shape, or indices: operators bring it to the data where they meet
+            return value  # a shape or indices: operators move them to the device of the data
         dtype = self.placement.dtype if value.is_floating_point() else value.dtype
         return spatial_layout(value.to(self.placement.device, dtype))
 
 
 def exact_math(device: torch.device) -> contextlib.AbstractContextManager[None]:
-    """Return a context in which CUDA convolutions are IEEE float32 and repeatable; else nothing.
+    """Return a context in which convolutions on CUDA are IEEE float32 and reproducible.
 
-    `TorchGraph.run` enters it by itself; a training step needs it around its backward pass too.
+    On other devices the context changes nothing. `TorchGraph.run` enters it by itself; a training
+    step must enter it for its backward pass.
     """
     if device.type != "cuda":
         return contextlib.nullcontext()
@@ -263,10 +268,10 @@ def _run_step(
 
 
 def compute(step: Step, arguments: Sequence[Tensor | None]) -> Any:
-    """Return what a step's operator returns.
+    """Run a step's operator and return its result.
 
     Raises:
-        RewriteError: it failed; names the node and the shapes it got.
+        RewriteError: the operator failed; the message names the node and the shapes of its inputs.
         torch.cuda.OutOfMemoryError: the device's memory is used up.
     """
     try:
@@ -293,9 +298,9 @@ def _present(value: Tensor | None) -> Tensor:
 
 
 def _fits(shape: tuple[int, ...], declared: tuple[Any, ...]) -> bool:
-    """Return whether a shape has the declared rank and fixed sizes, the first axis apart."""
+    """Return whether a shape has the declared rank and the declared sizes behind the first axis."""
     return len(shape) == len(declared) and all(
-        size == wanted
-        for size, wanted in zip(shape[1:], declared[1:], strict=True)
-        if isinstance(wanted, int) and wanted > 0
+        size == expected
+        for size, expected in zip(shape[1:], declared[1:], strict=True)
+        if isinstance(expected, int) and expected > 0
     )

@@ -1,9 +1,8 @@
 """ONNX operators as torch functions, and the compiler from a graph to steps.
 
-node.py          what a builder knows of its node
-elementwise.py, indexing.py, layers.py, pooling.py, quantize.py, reductions.py, resize.py, shapes.py
-the builders, by kind
-program.py       a graph -> constants and steps
+`node` is the view of a node that a builder gets. The builders are in `elementwise`, `indexing`,
+`layers`, `pooling`, `quantize`, `reductions`, `resize` and `shapes`, by kind of operator. `program`
+compiles a graph to constants and steps, and `plan` selects the steps of one run.
 """
 
 from collections.abc import Mapping

@@ -16,15 +16,16 @@ from reptrt.core.errors import RewriteError
 from reptrt.execute.torchops.node import Builder, NodeView, Operator, Precision, plain, together
 
 _VECTOR = 64  # elements; a multiple of every CPU vector loop's step
-_SHARE = 32768  # elements below which torch gives a second thread nothing to do
+_SHARE = 32768  # torch uses another thread for each further 32768 elements
 
 
 def steady(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """Make an elementwise function give equal values equal bits wherever they stand in a tensor.
+    """Return the function in a form whose result does not depend on an element's position.
 
-    On a CPU each thread computes its share of a tensor in vectors and the rest of the share one by
-    one, and for transcendental functions the two differ in the last bit: an image's result would
-    depend on its place in the batch. Padded so that every share is whole vectors, it does not.
+    On a CPU, each thread computes its share of a tensor in vectors and the remaining elements one
+    by one. For transcendental functions the two results differ in the last bit, so the result for
+    an image would depend on its position in the batch. The tensor is therefore padded until every
+    share consists of whole vectors.
     """
 
     def operator(x: Tensor) -> Tensor:
@@ -124,7 +125,7 @@ def _thresholded_relu(node: NodeView) -> Operator:
 
 
 def _gelu(node: NodeView) -> Operator:
-    """X Phi(x), from functions whose CPU kernels are steady: torch's own Gelu is not."""
+    """Return x Phi(x) as erf or tanh: their CPU kernels are steady, torch's own Gelu is not."""
     if node.choice("approximate", "none", ("none", "tanh")) == "none":
         return lambda x: 0.5 * x * (1.0 + torch.erf(x * math.sqrt(0.5)))
     inner = math.sqrt(2.0 / math.pi)
@@ -132,7 +133,7 @@ def _gelu(node: NodeView) -> Operator:
 
 
 def _softplus(x: Tensor) -> Tensor:
-    return F.softplus(x, threshold=40.0)  # beyond it, log(1 + exp(x)) is x even in float64
+    return F.softplus(x, threshold=40.0)  # from 40 on, log(1 + exp(x)) equals x even in float64
 
 
 def _prelu(x: Tensor, slope: Tensor) -> Tensor:
@@ -152,7 +153,7 @@ def _first(x: Tensor, *_: Any) -> Tensor:
 
 
 def torch_dtype(onnx_type: int | np.dtype[Any]) -> torch.dtype:
-    """Return the torch type of an ONNX element type (its number, or the NumPy type).
+    """Return the torch type for an ONNX element type, given as its number or as a NumPy type.
 
     Raises:
         RewriteError: torch has no such type.
@@ -170,7 +171,10 @@ def torch_dtype(onnx_type: int | np.dtype[Any]) -> torch.dtype:
 
 @dataclass(slots=True)
 class _CastToFloat:
-    """A cast to "float" follows the graph's precision; an object, so that copies keep the tie."""
+    """A cast to a floating type: to the type that the graph computes in at that moment.
+
+    It is an object, not a closure, so that a deep copy of a graph refers to the copied precision.
+    """
 
     precision: Precision
 
@@ -179,8 +183,7 @@ class _CastToFloat:
 
 
 def _cast(node: NodeView) -> Operator:
-    wanted = node.attr("to", None)
-    dtype = torch_dtype(wanted)
+    dtype = torch_dtype(node.attr("to", None))
     if dtype.is_floating_point and not node.host:
         return _CastToFloat(node.precision)
     return lambda x: x.to(dtype)

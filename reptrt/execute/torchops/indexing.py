@@ -1,4 +1,4 @@
-"""Operators that read or write elements at computed places, and TopK."""
+"""Operators that read or write elements at computed indices, and TopK."""
 
 import math
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ _REDUCTIONS = {"add": "sum", "mul": "prod", "min": "amin", "max": "amax"}  # ONN
 
 
 def _reduction(node: NodeView) -> str | None:
-    """Return torch's name of the attribute ``reduction``; None where values are overwritten."""
+    """Return torch's name of the attribute ``reduction``; None: updates overwrite values."""
     return _REDUCTIONS.get(node.choice("reduction", "none", ("none", *_REDUCTIONS)))
 
 
@@ -69,7 +69,7 @@ def _scatter_nd(node: NodeView) -> Operator:
 
 
 def _rows(x: Tensor, index: Tensor) -> Tensor:
-    """Return the positions (M,) that an index (..., D) selects on the first D axes of x, flat."""
+    """Return the flat positions (M,) that an index (..., D) selects on the first D axes of x."""
     rows = torch.zeros(index.shape[:-1], dtype=torch.int64, device=x.device)
     for axis, part in enumerate(index.to(x.device).unbind(-1)):
         rows = rows * x.shape[axis] + torch.remainder(part, x.shape[axis])

@@ -12,14 +12,14 @@ from reptrt.core.errors import RewriteError
 from reptrt.execute.torchops.node import Builder, NodeView, Operator, plain
 from reptrt.execute.torchops.window import pad_with, padding_of, same_pads, spatial_layout
 
-# By the weight's number of dimensions; resolved per call, since a weight may be computed.
+# By the weight's number of dimensions; looked up in each call, because a weight may be computed.
 _CONV = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
 _CONV_TRANSPOSE = {3: F.conv_transpose1d, 4: F.conv_transpose2d, 5: F.conv_transpose3d}
 _BLOCK = 16  # a CPU matrix product is padded to a multiple of this
 
 
 def _geometry(node: NodeView) -> tuple[tuple[int, ...] | int, tuple[int, ...] | int, int]:
-    """Return strides, dilations (1 if absent: the rank is then the weight's business), group."""
+    """Return strides, dilations and group; absent strides or dilations are 1 along every axis."""
     strides, dilations = node.attr("strides", None), node.attr("dilations", None)
     return (
         tuple(strides) if strides else 1,
@@ -33,7 +33,7 @@ def _conv(node: NodeView) -> Operator:
     rank = len(node.attr("kernel_shape", ())) if weight is None else weight.dim() - 2
     if rank != 1:
         return _conv_of_images(node)
-    # A line is run as an image of height 1: see `spatial_layout` for why images are better off.
+    # A line is run as an image of height 1, because `spatial_layout` applies to images only.
     attrs = {name: _with_height(name, value) for name, value in node.attrs.items()}
     operator = _conv_of_images(replace(node, attrs=attrs))
 
@@ -45,7 +45,7 @@ def _conv(node: NodeView) -> Operator:
 
 
 def _with_height(name: str, value: Any) -> Any:
-    """Return an attribute of a one-dimensional window as that of a two-dimensional one."""
+    """Return an attribute of a one-dimensional window in its two-dimensional form."""
     if name == "pads":
         return [0, value[0], 0, value[1]]
     return [1, *value] if name in ("kernel_shape", "strides", "dilations") else value
@@ -60,10 +60,10 @@ def _conv_of_images(node: NodeView) -> Operator:
         x = pad_with(spatial_layout(x), *pads, 0.0)
         return _CONV[weight.dim()](x, weight, bias, strides, 0, dilations, group)
 
-    steps_one = not any(before) and strides in (1, (1,), (1, 1), (1, 1, 1))
+    is_dense = not any(before) and strides in (1, (1,), (1, 1), (1, 1, 1))
 
     def symmetric(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        if steps_one and _wants_rows(x, weight):
+        if is_dense and _wants_rows(x, weight):
             return _pointwise(x, weight, bias, group)
         x = spatial_layout(x)
         return _CONV[weight.dim()](x, weight, bias, strides, before or 0, dilations, group)
@@ -80,8 +80,9 @@ def _conv_of_images(node: NodeView) -> Operator:
 def _wants_rows(x: Tensor, weight: Tensor) -> bool:
     """Return whether a pointwise convolution must run as a matrix product of pixels.
 
-    On a single thread it would be one anyway, over pixels that start at uneven addresses: see
-    `_rows_times`. Images with a multiple of four channels (per group) do not need it.
+    On a single thread torch runs it as a matrix product anyway, whose rows start at unaligned
+    addresses; `_rows_times` explains why that matters. Images with a multiple of four channels per
+    group are not affected.
     """
     channels = weight.shape[1]
     uneven = channels > 1 and (x.dim() != 4 or channels % 4 != 0)
@@ -117,11 +118,11 @@ def _conv_transpose(node: NodeView) -> Operator:
 
 
 def _rows_times(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Return x weight^T + bias for x (..., I) and weight (O, I), the same bits for every row.
+    """Return x weight^T + bias for x (..., I) and weight (O, I), with equal bits for equal rows.
 
-    A CPU matrix product takes other kernels, and so another order of summation, for the last few
-    rows, for rows that start at other alignments and for a transposed weight: a row's result would
-    depend on its place in the batch. Zeros up to whole blocks of rows and columns prevent it.
+    A CPU matrix product uses other kernels, which sum in another order, for the last few rows, for
+    rows with another alignment and for a transposed weight. The result for a row would depend on
+    its position in the batch. Padding with zeros to whole blocks of rows and columns prevents that.
     """
     if x.device.type != "cpu":
         return F.linear(x, weight, bias)

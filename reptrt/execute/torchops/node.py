@@ -1,8 +1,8 @@
-"""What the builder of an operator may know of its node, and the helpers that many builders share.
+"""The view of a node that the builder of an operator gets, and helpers that many builders share.
 
-A builder runs once per node, when the graph is compiled; it reads attributes and constant inputs
-and returns the function that runs every time. A form that it does not know is a RewriteError with
-the reason; the compiler collects them all.
+A builder is called once per node, when the graph is compiled. It reads attributes and constant
+inputs and returns the function that each run calls. For a form that it does not support, it raises
+a RewriteError with the reason; the compiler collects these reasons.
 """
 
 from collections.abc import Callable, Mapping
@@ -20,7 +20,7 @@ Operator: TypeAlias = Callable[..., Any]
 
 @dataclass(slots=True)
 class Precision:
-    """The floating type a graph computes in; shared by a graph and those operators that cast."""
+    """The floating type that a graph computes in, shared with its operators that cast."""
 
     dtype: torch.dtype = torch.float32
 
@@ -31,21 +31,24 @@ class NodeView:
 
     op: str
     attrs: Mapping[str, Any]
-    constants: tuple[Tensor | None, ...]  # per input: its value if constant, on the CPU
-    given: tuple[bool, ...]  # per input: whether it is there
-    num_outputs: int  # as declared
-    num_used: int  # without the trailing ones that nobody reads
+    constants: tuple[Tensor | None, ...]  # for each input: its value on the CPU if it is constant
+    present: tuple[bool, ...]  # for each input: False if it is omitted
+    num_outputs: int  # number of declared outputs
+    num_used: int  # number of outputs without the last ones that no node reads
     opset: int
-    host: bool  # computes a shape: its tensors stay on the CPU in their declared type
+    host: bool  # the node computes a shape: its tensors stay on the CPU in their declared type
     precision: Precision
     captured: set[int] = field(default_factory=set)  # constant inputs whose value was compiled in
 
     def has(self, index: int) -> bool:
-        """Return whether input ``index`` is given."""
-        return index < len(self.given) and self.given[index]
+        """Return whether the node has input ``index``."""
+        return index < len(self.present) and self.present[index]
 
     def constant(self, index: int) -> Tensor | None:
-        """Return the value of a constant input, to be compiled in; None if omitted or computed."""
+        """Return the value of a constant input; None if the input is omitted or computed.
+
+        The value is recorded as compiled in, so no run can replace the constant.
+        """
         value = self.constants[index] if index < len(self.constants) else None
         if value is not None:
             self.captured.add(index)
@@ -56,27 +59,28 @@ class NodeView:
         return self.attrs.get(name, default)
 
     def choice(self, name: str, default: str, allowed: tuple[str, ...]) -> str:
-        """Return a text attribute, one of ``allowed``; anything else is a RewriteError."""
+        """Return a text attribute; raise a RewriteError if it is not one of ``allowed``."""
         value = str(self.attrs.get(name, default))
         if value not in allowed:
             raise RewriteError(f"{name} {value}")
         return value
 
     def only(self, name: str, value: Any) -> None:
-        """Raise a RewriteError unless an attribute is absent or has this value."""
+        """Raise a RewriteError unless the attribute is absent or has this value."""
         if self.attrs.get(name, value) != value:
             raise RewriteError(f"{name} {self.attrs[name]}")
 
     def single_output(self) -> None:
-        """Raise a RewriteError if anybody reads more than the first output."""
+        """Raise a RewriteError if a node reads another output than the first."""
         if self.num_used > 1:
             raise RewriteError(f"{self.num_used} outputs in use")
 
     def ints(self, index: int, attr: str) -> Callable[[Tensor | None], list[int] | None]:
         """Return a function from the run-time tensor of input ``index`` to a list of numbers.
 
-        A constant input, or the attribute ``attr`` that older opsets have instead, is read now and
-        the tensor is ignored later; with neither, the function returns None.
+        A constant input, or the attribute ``attr`` that older opsets have in its place, is read
+        when the graph is compiled, and the run-time tensor is ignored. If the node has neither, the
+        function returns None.
         """
         fixed = self.constant(index)
         if fixed is None and self.has(index):
@@ -98,9 +102,9 @@ def plain(function: Operator) -> Builder:
 
 
 def together(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Return the tensors on one device: that of the first one which is not on the CPU.
+    """Return the tensors on one device: the device of the first tensor that is not on the CPU.
 
-    Shapes are computed on the CPU whatever the device; this is where they meet data.
+    It is needed where a shape, which is always computed on the CPU, is combined with data.
     """
     device = next((t.device for t in tensors if t.device.type != "cpu"), None)
     return tensors if device is None else tuple(t.to(device) for t in tensors)

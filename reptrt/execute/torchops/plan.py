@@ -1,4 +1,4 @@
-"""Which steps lie between two sets of tensors, and which tensors can be computed and compared."""
+"""Select the steps of a run, and the tensors of a graph that can be computed and compared."""
 
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
@@ -9,40 +9,46 @@ from reptrt.execute.torchops.program import Program, Step
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The steps of one sub-graph, each with the tensors that nobody reads after it."""
+    """The steps of one sub-graph, each with the tensors that no later step reads."""
 
     steps: tuple[tuple[Step, tuple[str, ...]], ...]
-    given: tuple[str, ...]  # the given tensors that are read or wanted
-    constants: tuple[str, ...]  # likewise the constants that were not given
+    inputs: tuple[str, ...]  # the inputs of the run that are read or returned
+    constants: tuple[str, ...]  # the constants that are read or returned and are not inputs
 
 
 def plan_of(
-    program: Program, given: Collection[str], kept: Collection[str], seen: Collection[str]
+    program: Program, inputs: Collection[str], outputs: Collection[str], observed: Collection[str]
 ) -> Plan:
-    """Plan the run from ``given`` to the tensors that are ``kept`` or only ``seen``.
+    """Plan a run that computes outputs, which are kept, and observed tensors, which are not.
+
+    Args:
+        program: the compiled graph.
+        inputs: tensors whose values the run gets.
+        outputs: tensors that the run returns.
+        observed: tensors that the run computes for their observers only.
 
     Raises:
-        ConfigError: something needs a graph input that is not given.
-        RewriteError: steps that are needed have obstacles; all are named.
+        ConfigError: a needed graph input is not among ``inputs``.
+        RewriteError: needed steps have obstacles; the message names all of them.
     """
-    steps, needed = _needed(program, given, {*kept, *seen})
+    steps, needed = _needed(program, inputs, {*outputs, *observed})
     _refuse_obstacles(program, steps)
-    missing = [name for name in program.inputs if name in needed and name not in given]
+    missing = [name for name in program.inputs if name in needed and name not in inputs]
     if missing:
         raise ConfigError(
             f"graph {program.name}: {', '.join(missing)} is not among the inputs, but "
-            f"{', '.join(sorted({*kept, *seen}))} needs it; give it, or a tensor after it"
+            f"{', '.join(sorted({*outputs, *observed}))} needs it; give it, or a tensor after it"
         )
     constants = needed & (program.constants.keys() | program.host_constants.keys())
     return Plan(
-        steps=_with_last_reads(steps, {*kept, *constants, ""}),
-        given=tuple(name for name in given if name in needed),
-        constants=tuple(sorted(constants - set(given))),
+        steps=_with_last_reads(steps, {*outputs, *constants, ""}),
+        inputs=tuple(name for name in inputs if name in needed),
+        constants=tuple(sorted(constants - set(inputs))),
     )
 
 
 def runnable_steps(program: Program) -> tuple[Step, ...]:
-    """Return the steps that have no obstacle and need no step that has one."""
+    """Return the steps that have no obstacle and do not depend on a step that has one."""
     blocked: set[str] = set()
     runnable = []
     for step in program.steps:
@@ -54,11 +60,11 @@ def runnable_steps(program: Program) -> tuple[Step, ...]:
 
 
 def comparable_tensors(program: Program) -> tuple[str, ...]:
-    """Return the graph's outputs, or what stands in for those that cannot be compared.
+    """Return the graph's outputs, with replacements for those that cannot be compared.
 
-    An output cannot be compared if it cannot be run or holds indices or truth values. In its place
-    stand the last real-valued tensors in front of the nodes that make it so: boxes and scores in
-    front of an NMS, logits in front of an ArgMax.
+    An output cannot be compared if it cannot be computed, or if it holds indices or truth values.
+    It is replaced by the last real-valued tensors before the nodes that cause this: by the boxes
+    and scores before an NMS, by the logits before an ArgMax.
     """
     runnable = {name for step in runnable_steps(program) for name in step.outputs}
     makers = {name: step for step in program.steps for name in step.outputs}
@@ -85,7 +91,7 @@ def _refuse_obstacles(program: Program, steps: Iterable[Step]) -> None:
     if not problems:
         return
     count = sum(len(names) for names in problems.values())
-    listed = "; ".join(f"{what} ({', '.join(names)})" for what, names in problems.items())
+    listed = "; ".join(f"{obstacle} ({', '.join(names)})" for obstacle, names in problems.items())
     raise RewriteError(
         f"graph {program.name}: {count} nodes cannot be run: {listed}; "
         "expected standard ONNX operators of a float or Q/DQ convolutional network: replace "
@@ -94,13 +100,13 @@ def _refuse_obstacles(program: Program, steps: Iterable[Step]) -> None:
 
 
 def _needed(
-    program: Program, given: Collection[str], wanted: Collection[str]
+    program: Program, inputs: Collection[str], results: Collection[str]
 ) -> tuple[list[Step], set[str]]:
-    """Return the steps to run, in order, and every tensor they read or that is wanted."""
-    known, needed = set(given), set(wanted)
+    """Return the steps to run in order, and every tensor that they read or that is a result."""
+    available, needed = set(inputs), set(results)
     steps = []
     for step in reversed(program.steps):
-        if any(name in needed and name not in known for name in step.outputs):
+        if any(name in needed and name not in available for name in step.outputs):
             steps.append(step)
             needed.update(step.inputs)
     return steps[::-1], needed

@@ -29,14 +29,14 @@ class _Window:
     kernel: tuple[int, ...]
     strides: tuple[int, ...]
     dilations: tuple[int, ...]
-    before: tuple[int, ...]  # pads; zero where ``auto`` decides
+    before: tuple[int, ...]  # pads before each axis; zero if ``auto`` determines them
     after: tuple[int, ...]
     auto: str  # "SAME_UPPER", "SAME_LOWER" or ""
     ceil: bool
 
     @property
     def simple(self) -> bool:
-        """Whether torch's own padding can express it."""
+        """Whether torch's pooling functions can express the padding."""
         fits = all(2 * pad <= taps for pad, taps in zip(self.before, self.kernel, strict=True))
         return self.before == self.after and fits and not self.auto
 
@@ -47,9 +47,9 @@ class _Window:
         return self.before, self.after
 
     def overhang(self, sizes: Ints, before: Ints, after: Ints) -> list[int]:
-        """Return how far the last window of each axis reaches past the input (0 if it does not).
+        """Return how far the last window of each axis extends beyond the input; 0 if it does not.
 
-        With ceil_mode, a last window that would start beyond the input is left out.
+        With ceil_mode, a last window that would start beyond the input is dropped.
         """
         ends = []
         for axis, size in enumerate(sizes):

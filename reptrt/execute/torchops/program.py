@@ -1,7 +1,7 @@
-"""An ONNX graph compiled once: constants as tensors, nodes as steps in execution order.
+"""Compile an ONNX graph: constants become tensors, and nodes become steps in execution order.
 
 A node that no operator can run becomes a step with an obstacle. Only a run that needs such a step
-fails (`reptrt.execute.torchops.plan`): statistics of a detector do not depend on its NMS.
+fails (`reptrt.execute.torchops.plan`): the statistics of a detector do not need its NMS.
 """
 
 from collections.abc import Mapping
@@ -36,7 +36,7 @@ class Step:
     name: str  # unique in the graph; an unnamed node has the name of its first output
     op: str
     inputs: tuple[str, ...]  # tensor names; "" where an optional input is omitted
-    outputs: tuple[str, ...]  # without the trailing ones that nobody reads
+    outputs: tuple[str, ...]  # without the last ones that no node reads
     function: Operator
     obstacle: str | None = None  # why it cannot be run, such as "Resize with mode cubic"
 
@@ -49,9 +49,9 @@ class Program:
     inputs: Mapping[str, tuple[Any, ...]]  # name -> declared shape (int, name or None per axis)
     outputs: tuple[str, ...]
     steps: tuple[Step, ...]  # producers before consumers
-    constants: Mapping[str, Tensor]  # in float32 where floating; moved with the graph
-    host_constants: Mapping[str, Tensor]  # for computing shapes; stay on the CPU, in their own type
-    captured: frozenset[str]  # constants whose value the steps have compiled in
+    constants: Mapping[str, Tensor]  # floating ones in float32; they move with the module
+    host_constants: Mapping[str, Tensor]  # these compute shapes: on the CPU, in their own type
+    captured: frozenset[str]  # constants whose values are compiled into steps
     discrete: frozenset[str]  # tensors of indices, codes, truth values or shapes
 
 
@@ -130,7 +130,7 @@ class _Compiler:
             op=node.op,
             attrs=node.attrs,
             constants=tuple(self.constants.get(t.name) for t in node.inputs),
-            given=tuple(bool(t.name) for t in node.inputs),
+            present=tuple(bool(t.name) for t in node.inputs),
             num_outputs=len(node.outputs),
             num_used=max((i + 1 for i, flag in enumerate(used) if flag), default=1),
             opset=self.graph.opset,
@@ -140,12 +140,12 @@ class _Compiler:
 
 
 def _no_function(*_: Any) -> Any:
-    """Stand for the operator of a step with an obstacle, which no plan contains."""
+    """Take the place of the operator in a step with an obstacle; no plan contains such a step."""
     raise RewriteError("a step with an obstacle was run")
 
 
 def _read_by_branches(node: gs.Node) -> tuple[str, ...]:
-    """Return the tensors around a node that its subgraphs (of If, Loop and Scan) read."""
+    """Return the tensors of the outer graph that the subgraphs of If, Loop or Scan read."""
     graphs = [value for value in node.attrs.values() if isinstance(value, gs.Graph)]
     names: dict[str, None] = {}
     for graph in graphs:
@@ -161,7 +161,7 @@ def _read_by_branches(node: gs.Node) -> tuple[str, ...]:
 
 
 def _discrete_tensors(nodes: list[gs.Node], constants: Mapping[str, Tensor]) -> frozenset[str]:
-    """Return the tensors that hold no real values, as far as operators and constants tell."""
+    """Return the tensors that do not hold real values, judged by operators and constants."""
     discrete = {name for name, value in constants.items() if not value.is_floating_point()}
     for node in nodes:
         if node.op == "Cast":
@@ -179,7 +179,7 @@ def _discrete_tensors(nodes: list[gs.Node], constants: Mapping[str, Tensor]) -> 
 
 def _constants(graph: gs.Graph) -> dict[str, Tensor]:
     """Return initializers and the values of Constant nodes, by tensor name."""
-    found = {
+    constants = {
         name: _tensor_from_array(tensor.values, name)
         for name, tensor in graph.tensors().items()
         if isinstance(tensor, gs.Constant)
@@ -191,8 +191,8 @@ def _constants(graph: gs.Graph) -> dict[str, Tensor]:
             if field is None:
                 raise RewriteError(f"constant {name}: holds {list(node.attrs)}, expected numbers")
             value = node.attrs[field]
-            found[name] = _tensor_from_array(_array_from_value(value), name)
-    return found
+            constants[name] = _tensor_from_array(_array_from_value(value), name)
+    return constants
 
 
 def _array_from_value(value: Any) -> npt.NDArray[Any]:
@@ -203,9 +203,10 @@ def _array_from_value(value: Any) -> npt.NDArray[Any]:
 
 
 def _tensor_from_array(array: npt.NDArray[Any], name: str) -> Tensor:
-    """Return a copy as a tensor; types that NumPy lacks (bfloat16) become float32.
+    """Return a tensor with a copy of the array; types that NumPy does not have become float32.
 
-    The copy is in torch's memory, aligned: the last bits of a matrix product depend on alignment.
+    Torch allocates aligned memory for the copy; the last bits of a matrix product depend on the
+    alignment.
     """
     try:
         return torch.tensor(array.astype(np.float32) if array.dtype.kind == "V" else array)
@@ -232,7 +233,7 @@ def _host_nodes(nodes: list[gs.Node], constants: Mapping[str, Tensor]) -> set[in
 def _host_constants(
     graph: gs.Graph, nodes: list[gs.Node], constants: Mapping[str, Tensor], host: set[int]
 ) -> set[str]:
-    """Return the constants that stay on the CPU: int64, and those read only by host nodes."""
+    """Return the constants that stay on the CPU: those in int64, or read by host nodes only."""
     read_by_data = {t.name for t in graph.outputs}
     read_by_data |= {t.name for node in nodes if id(node) not in host for t in node.inputs}
     return {
@@ -243,7 +244,10 @@ def _host_constants(
 
 
 def _unique_names(nodes: list[gs.Node]) -> dict[int, str]:
-    """Return a name for each node's id: its own, else its first output's, numbered if taken."""
+    """Return a unique name for the id of each node.
+
+    It is the node's own name or else the name of its first output, with a number if it is taken.
+    """
     names: dict[int, str] = {}
     taken: set[str] = set()
     for node in nodes:

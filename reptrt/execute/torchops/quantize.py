@@ -1,9 +1,10 @@
-"""QuantizeLinear and DequantizeLinear, INT8 and UINT8 (INT32 for a bias to be dequantized).
+"""QuantizeLinear and DequantizeLinear for INT8, UINT8 and INT16 codes.
 
     q = clip(round_half_even(x / scale) + zero_point, qmin, qmax)
     x = (q - zero_point) * scale
 
-Codes keep their integer type, so that they can be compared with another runtime's bit by bit.
+DequantizeLinear also takes the INT32 codes of a bias. Codes keep their integer type, so that they
+can be compared bit by bit with those of another runtime.
 """
 
 from collections.abc import Mapping

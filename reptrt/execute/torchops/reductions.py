@@ -23,10 +23,10 @@ def _reduce(function: _Reduction) -> Builder:
         axes_of = node.ints(1, "axes")
 
         def operator(x: Tensor, axes: Tensor | None = None) -> Tensor:
-            wanted = axes_of(axes)
-            if not wanted and noop:
+            reduced = axes_of(axes)
+            if not reduced and noop:
                 return x
-            return function(x, wanted or list(range(x.dim())), keepdims)
+            return function(x, reduced or list(range(x.dim())), keepdims)
 
         return operator
 
@@ -37,9 +37,9 @@ def _softmax(function: Callable[[Tensor, int], Tensor]) -> Builder:
     def builder(node: NodeView) -> Operator:
         if node.opset >= 13:
             axis = node.attr("axis", -1)
-            # Along the last axis a CPU computes every row alike; along others, not to the last bit.
+            # A CPU gives equal rows equal bits along the last axis, but not along other axes.
             return lambda x: function(x.movedim(axis, -1).contiguous(), -1).movedim(-1, axis)
-        axis = node.attr("axis", 1)  # before opset 13: over all axes from this one on
+        axis = node.attr("axis", 1)  # before opset 13, this axis and all later ones are reduced
         return lambda x: function(x.flatten(axis % x.dim()), -1).view(x.shape)
 
     return builder

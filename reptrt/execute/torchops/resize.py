@@ -1,6 +1,6 @@
 """Resize, Upsample and GridSample: nearest in every form, linear in the forms that torch has.
 
-Nearest picks, per axis, the input index
+Nearest interpolation reads, along each axis, the input index
 
     index(i) = clip(round(source(i)), 0, in - 1)
     source(i) = i / scale                       asymmetric
@@ -55,7 +55,7 @@ def _nearest_index(in_size: int, out_size: int, scale: float, form: tuple[str, s
 
 @lru_cache(maxsize=1024)
 def _torch_agrees(in_size: int, out_size: int, scale: float, form: tuple[str, str]) -> bool:
-    """Return whether torch's own nearest interpolation picks the same indices along an axis."""
+    """Return whether torch's own nearest interpolation reads the same indices along an axis."""
     line = torch.arange(in_size, dtype=torch.float32)[None, None]
     picked = F.interpolate(line, size=out_size, mode="nearest")[0, 0]
     return torch.equal(picked.long(), _nearest_index(in_size, out_size, scale, form))
@@ -68,9 +68,9 @@ def _nearest(
     same_images = list(x.shape[:2]) == list(sizes[:2]) and x.dim() in _LINEAR
     if same_images and all(_torch_agrees(*axis, form) for axis in axes[2:]):
         return F.interpolate(x, size=list(sizes[2:]), mode="nearest")
-    for place, axis in enumerate(axes):
-        if axis[0] != axis[1]:
-            x = x.index_select(place, _nearest_index(*axis, form).to(x.device))
+    for axis, sizes_and_scale in enumerate(axes):
+        if sizes_and_scale[0] != sizes_and_scale[1]:
+            x = x.index_select(axis, _nearest_index(*sizes_and_scale, form).to(x.device))
     return x
 
 
@@ -87,7 +87,7 @@ def _linear(
 
 
 def _form(node: NodeView) -> tuple[str, str, str]:
-    """Return mode, coordinates, rounding; a form that cannot be run is a RewriteError."""
+    """Return mode, coordinates and rounding; raise a RewriteError for a form that cannot be run."""
     if node.op == "Upsample" or node.opset < 11:
         mode, coordinates, rounding = node.attr("mode", "nearest"), "asymmetric", "floor"
     else:
@@ -104,7 +104,7 @@ def _form(node: NodeView) -> tuple[str, str, str]:
 
 
 def _scaled(size: int, scale: float) -> float:
-    """Return the product in float32, as ONNX runtimes do: 10 x 0.7 is 7."""
+    """Return the product in float32, as ONNX runtimes compute it: 10 x 0.7 is 7."""
     return float(np.float32(size) * np.float32(scale))
 
 
@@ -126,25 +126,25 @@ def _filled(
 
 def _resize(node: NodeView) -> Operator:
     mode, coordinates, rounding = _form(node)
-    # Inputs were (X, scales), and are (X, roi, scales, sizes) from opset 11 on.
+    # Before opset 11 the inputs are (X, scales), from then on (X, roi, scales, sizes).
     early = node.op == "Upsample" or node.opset < 11
     scales_of = node.ints(1 if early else 2, "scales")
-    sizes_of = node.ints(len(node.given) if early else 3, "sizes")
+    sizes_of = node.ints(len(node.present) if early else 3, "sizes")
     axes = node.attr("axes", None)
 
     def operator(x: Tensor, *shapes: Tensor | None) -> Tensor:
-        given = (None, *shapes, None, None) if early else (*shapes, None, None, None)
-        scales, sizes = scales_of(given[1]), sizes_of(given[2])
+        inputs = (None, *shapes, None, None) if early else (*shapes, None, None, None)
+        scales, sizes = scales_of(inputs[1]), sizes_of(inputs[2])
         if scales:
             factors = _filled(scales, axes, [1.0] * x.dim())
-            wanted = [int(_scaled(*axis)) for axis in zip(x.shape, factors, strict=True)]
+            out_sizes = [int(_scaled(*axis)) for axis in zip(x.shape, factors, strict=True)]
         else:
-            wanted = [int(size) for size in _filled(sizes or [], axes, x.shape)]
-            factors = [out / size for size, out in zip(x.shape, wanted, strict=True)]
+            out_sizes = [int(size) for size in _filled(sizes or [], axes, x.shape)]
+            factors = [out / size for size, out in zip(x.shape, out_sizes, strict=True)]
         if mode == "linear":
             corners = coordinates == "align_corners"
-            return _linear(x, wanted, factors if scales else None, corners)
-        return _nearest(x, wanted, factors, (coordinates, rounding))
+            return _linear(x, out_sizes, factors if scales else None, corners)
+        return _nearest(x, out_sizes, factors, (coordinates, rounding))
 
     return operator
 

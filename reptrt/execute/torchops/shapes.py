@@ -1,4 +1,4 @@
-"""Operators that move, cut and join, and those that compute with shapes."""
+"""Operators that move, cut and join tensors, and operators that compute shapes."""
 
 import math
 from collections.abc import Mapping
@@ -19,10 +19,10 @@ def _reshape(node: NodeView) -> Operator:
     copy_zero = not node.attr("allowzero", 0)
 
     def operator(x: Tensor, shape: Tensor | None = None) -> Tensor:
-        wanted = shape_of(shape) or []
-        if copy_zero and 0 in wanted:
-            wanted = [size or x.shape[axis] for axis, size in enumerate(wanted)]
-        return x.reshape(wanted)
+        sizes = shape_of(shape) or []
+        if copy_zero and 0 in sizes:
+            sizes = [size or x.shape[axis] for axis, size in enumerate(sizes)]
+        return x.reshape(sizes)
 
     return operator
 
@@ -41,8 +41,8 @@ def _squeeze(node: NodeView) -> Operator:
     axes_of = node.ints(1, "axes")
 
     def operator(x: Tensor, axes: Tensor | None = None) -> Tensor:
-        wanted = axes_of(axes)
-        return torch.squeeze(x) if wanted is None else torch.squeeze(x, tuple(wanted))
+        removed = axes_of(axes)
+        return torch.squeeze(x) if removed is None else torch.squeeze(x, tuple(removed))
 
     return operator
 
@@ -51,9 +51,9 @@ def _unsqueeze(node: NodeView) -> Operator:
     axes_of = node.ints(1, "axes")
 
     def operator(x: Tensor, axes: Tensor | None = None) -> Tensor:
-        wanted = axes_of(axes) or []
-        rank = x.dim() + len(wanted)
-        for axis in sorted(axis % rank for axis in wanted):
+        added = axes_of(axes) or []
+        rank = x.dim() + len(added)
+        for axis in sorted(axis % rank for axis in added):
             x = x.unsqueeze(axis)
         return x
 
@@ -70,8 +70,7 @@ def _split(node: NodeView) -> Operator:
     sizes_of = node.ints(1, "split")
 
     def operator(x: Tensor, sizes: Tensor | None = None) -> tuple[Tensor, ...]:
-        wanted = sizes_of(sizes)
-        return torch.split(x, wanted or -(-x.shape[axis] // parts), axis)
+        return torch.split(x, sizes_of(sizes) or -(-x.shape[axis] // parts), axis)
 
     return operator
 
@@ -102,7 +101,7 @@ def _slice(node: NodeView) -> Operator:
 
 
 def _sliced(x: Tensor, axis: int, part: slice) -> Tensor:
-    """Return x[..., part, ...] along ``axis``; ONNX clamps as Python does."""
+    """Return x[..., part, ...] along ``axis``; ONNX clamps the bounds as Python does."""
     start, end, step = part.indices(x.shape[axis])
     if step > 0:
         length = max(-(-(end - start) // step), 0)
@@ -143,11 +142,11 @@ def _pad(node: NodeView) -> Operator:
         value: Tensor | None = None,
         axes: Tensor | None = None,
     ) -> Tensor:
-        wanted = pads_of(pads) or []
-        chosen = axes_of(axes) or range(x.dim())
+        amounts = pads_of(pads) or []
+        padded = axes_of(axes) or range(x.dim())
         pairs = [[0, 0] for _ in range(x.dim())]
-        for place, axis in enumerate(chosen):
-            pairs[axis] = [wanted[place], wanted[place + len(chosen)]]
+        for index, axis in enumerate(padded):
+            pairs[axis] = [amounts[index], amounts[index + len(padded)]]
         fill = constant if fixed is not None or value is None else value.item()
         return _padded(x, pairs, mode, fill)
 
@@ -155,7 +154,7 @@ def _pad(node: NodeView) -> Operator:
 
 
 def _padded(x: Tensor, pairs: list[list[int]], mode: str, value: float) -> Tensor:
-    """Pad by ``pairs`` (before, after) per axis; only mode constant can pad the first two axes."""
+    """Pad each axis by its pair (before, after); only mode constant can pad the first two axes."""
     amounts = [amount for pair in reversed(pairs) for amount in pair]
     if mode == "constant":
         return F.pad(x, amounts, value=value)
@@ -181,10 +180,10 @@ def _expand(node: NodeView) -> Operator:
     shape_of = node.ints(1, "shape")
 
     def operator(x: Tensor, shape: Tensor | None = None) -> Tensor:
-        wanted = shape_of(shape) or []
-        wanted = [1] * (x.dim() - len(wanted)) + wanted
-        new = len(wanted) - x.dim()  # leading axes; an own axis of another size than 1 stays
-        return x.expand([-1 if n == 1 and i >= new else n for i, n in enumerate(wanted)])
+        sizes = shape_of(shape) or []
+        sizes = [1] * (x.dim() - len(sizes)) + sizes
+        new = len(sizes) - x.dim()  # number of new axes; a 1 for an axis of x keeps its size
+        return x.expand([-1 if n == 1 and i >= new else n for i, n in enumerate(sizes)])
 
     return operator
 

@@ -1,4 +1,4 @@
-"""Sliding windows: padding as ONNX means it, and the memory layout that convolutions want."""
+"""Sliding windows: padding as ONNX defines it, and the memory layout that convolutions need."""
 
 from collections.abc import Sequence
 
@@ -12,9 +12,9 @@ Ints = Sequence[int]
 
 
 def padding_of(node: NodeView) -> tuple[tuple[int, ...], tuple[int, ...], str]:
-    """Return pads before, pads after, and "SAME_UPPER", "SAME_LOWER" or "" (pads are explicit).
+    """Return the pads before and after each axis, and "SAME_UPPER", "SAME_LOWER" or "".
 
-    The pads are empty where none are given.
+    The pads are empty if the node has none, or if one of the SAME modes determines them.
     """
     auto = node.choice("auto_pad", "NOTSET", ("NOTSET", "VALID", "SAME_UPPER", "SAME_LOWER"))
     if auto.startswith("SAME"):
@@ -52,15 +52,15 @@ def pad_with(x: Tensor, before: Ints, after: Ints, value: float) -> Tensor:
 
 
 def spatial_layout(x: Tensor) -> Tensor:
-    """Return ``x`` in the layout that convolutions and pools run in.
+    """Return ``x`` in the memory layout in which convolutions and pools run.
 
-    On a CPU, images are stored channels last: MobileOne-like nets then take 12 to 20 % less CPU
-    time, forward and training, at 32 x 32 and 224 x 224, RepVGG-like ones the same within 3 %. One
-    layout, whatever strides a tensor happens to have, also makes a sub-graph give the bits of the
-    whole graph.
+    On a CPU, images are stored channels last. Nets like MobileOne then take 12 to 20 % less CPU
+    time in inference and training at 32 x 32 and 224 x 224; for nets like RepVGG the time changes
+    by less than 3 %. Because the layout does not depend on a tensor's strides, a sub-graph gives
+    the bits of the whole graph.
     """
     if x.dim() != 4 or x.device.type != "cpu":
         return x
     if x.shape[2] == x.shape[3] == 1:
-        return x.flatten(1)[:, :, None, None]  # both layouts at once: settle the strides
+        return x.flatten(1)[:, :, None, None]  # the layouts are equal here; the strides may differ
     return x.contiguous(memory_format=torch.channels_last)
