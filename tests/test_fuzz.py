@@ -76,6 +76,7 @@ def fuzz(folder: Path, *arguments: object) -> list[str]:
     return problems
 
 
+@pytest.mark.slow
 def test_damaged_inputs_are_one_line_and_leave_nothing(inputs: Path) -> None:
     kinds = [f"{kind}={number}" for kind, number in CASES.items()]
     assert fuzz(inputs, 0, *kinds) == []

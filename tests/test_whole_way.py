@@ -204,6 +204,7 @@ def evaluation_agrees(files: list[Path], data: Path, floor: float) -> None:
     assert (judged.images, judged.identical) == (IMAGES, False)
 
 
+@pytest.mark.slow
 @settings(
     max_examples=60,
     deadline=None,

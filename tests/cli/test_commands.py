@@ -144,6 +144,7 @@ def test_what_a_factory_prints_stays_out_of_json(tmp_path: Path) -> None:
     assert json.loads(done.stdout)["num_parameters"] == 4 * 3 * 9 + 4
 
 
+@pytest.mark.slow
 @needs_shared
 def test_float_accuracy_is_that_of_the_zoo(tmp_path: Path) -> None:
     """All 10,000 test images; the zoo's README states four digits."""
@@ -532,6 +533,7 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
+@pytest.mark.slow
 def test_a_file_that_the_system_does_not_let_grow(tmp_path: Path, model: Path) -> None:
     """A real refusal by the kernel in the middle of a write."""
     before = contents(tmp_path)
@@ -549,6 +551,7 @@ def test_a_file_that_the_system_does_not_let_grow(tmp_path: Path, model: Path) -
     assert contents(tmp_path) == before
 
 
+@pytest.mark.slow
 def test_ctrl_c(tmp_path: Path) -> None:
     b = Builder(size=64)
     y = b.relu(b.conv("x", 16, "c1"))

@@ -58,6 +58,7 @@ options = st.builds(
 )
 
 
+@pytest.mark.slow
 @given(options)
 def test_options_come_back(found: Options) -> None:
     content = json.loads(json.dumps(json_from_options(found)))

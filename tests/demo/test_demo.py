@@ -20,6 +20,8 @@ from reptrt.demo import comparison, digits
 from reptrt.demo.__main__ import main
 from reptrt.pipeline import ExportOptions, Source, export
 
+pytestmark = pytest.mark.slow
+
 HAS_RTX = importlib.util.find_spec("tensorrt_rtx") is not None
 NAMES = ("float", "plain INT8", "reptrt INT8, no split", "reptrt INT8")
 

@@ -21,6 +21,8 @@ from tests.support.learned_nets import SIZE, rep_net, write_images, write_net
 from tests.support.onnx_nets import basic_block
 from tests.support.qdq_nets import with_outputs
 
+pytestmark = pytest.mark.slow
+
 COUNT = 1000
 LEARNED = CalibrateOptions(images=64, recipe="balanced", iterations=8)
 CASES = {

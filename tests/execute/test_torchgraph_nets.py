@@ -128,6 +128,7 @@ def test_classic_export_equals_onnxruntime(classic: tuple[nn.Module, onnx.ModelP
     assert_equals_onnxruntime(classic[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cls", NETS, ids=lambda cls: cls.__name__)
 def test_dynamo_export_equals_onnxruntime(cls: type[nn.Module]) -> None:
     assert_equals_onnxruntime(exported(build(cls), dynamo=True))

@@ -117,6 +117,7 @@ def _batch_shape(case: Case, large: bool) -> list[int]:
     return shape
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("threads", "large"), [(1, False), (2, False), (2, True)], ids=["one", "two", "two-large"]
 )

@@ -11,6 +11,7 @@ from tests.support.pages import REPOSITORY
 pytest.importorskip("pytest_benchmark")
 
 
+@pytest.mark.slow
 def test_every_benchmark_runs() -> None:
     command = [sys.executable, "-m", "pytest", "tests/benchmarks", "-o", "python_files=bench_*.py"]
     command += ["-o", "addopts=-q", "-p", "no:cacheprovider", "--benchmark-disable"]

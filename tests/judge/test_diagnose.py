@@ -347,6 +347,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return folder / "m.onnx", folder / "x.npz"
 
 
+@pytest.mark.slow
 def test_corners_of_a_rep_net(demo: tuple[Path, Path], tmp_path: Path) -> None:
     file, data = demo
     options = CalibrateOptions(images=160)

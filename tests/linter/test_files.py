@@ -127,6 +127,7 @@ def test_own_graph_with_a_pad_is_clean():
     assert rules(findings(quantized(cat()))) == []
 
 
+@pytest.mark.slow
 @needs_shared
 @pytest.mark.parametrize("net", ZOO)
 def test_trained_nets_are_clean(net, tmp_path):

@@ -224,6 +224,7 @@ def test_one_defect_one_finding(case):
     assert finding.node
 
 
+@pytest.mark.slow
 @needs_rtx
 @pytest.mark.parametrize(
     "case",
@@ -273,6 +274,7 @@ def test_no_false_alarm(make):
     assert rules(findings(make())) == []
 
 
+@pytest.mark.slow
 @needs_rtx
 @pytest.mark.parametrize("make", RIGHT.values(), ids=RIGHT)
 def test_what_is_right_builds(make):

@@ -101,6 +101,7 @@ def test_the_quantized_net_is_close(tmp_path: Path, data: Path) -> None:
     assert result.sqnr_db > 20  # 8 bits through a dozen layers with random weights
 
 
+@pytest.mark.slow
 def test_bytes_do_not_depend_on_order_or_on_how_images_are_stored(tmp_path: Path) -> None:
     model = save(residual_net(), tmp_path / "m.onnx")
     folder = tmp_path / "images"
@@ -363,6 +364,7 @@ CIFAR = ExportOptions(
 )
 
 
+@pytest.mark.slow
 @needs_shared
 @pytest.mark.parametrize(
     ("name", "layers", "least_db"), [("repvgg", 22, 16), ("mobileone", 27, 18)]
@@ -406,6 +408,7 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "layers"), [("repvgg_a0", 22), ("mobileone_s0", 43)])
 def test_imagenet_nets_go_the_whole_way(
     tmp_path: Path, photographs: Path, name: str, layers: int

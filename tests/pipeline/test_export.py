@@ -141,6 +141,7 @@ def test_the_deploy_form_gives_the_same_net(tmp_path: Path, name: str) -> None:
     assert_is_the_net(output, module)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("exporter", ["classic", "dynamo"])
 @pytest.mark.parametrize("name", list(ARCHITECTURES))
 def test_a_file_that_torch_exported_without_us(tmp_path: Path, name: str, exporter: str) -> None:
@@ -174,6 +175,7 @@ def random_architecture(name: str, seed: int) -> ArchitectureOptions:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("name", list(ARCHITECTURES))
 def test_random_nets_that_torch_exported_without_us(
@@ -260,6 +262,7 @@ for name, architecture in ARCHITECTURES.items():
 """
 
 
+@pytest.mark.slow
 def test_two_processes_write_the_same_bytes(tmp_path: Path) -> None:
     root = Path(__file__).resolve().parents[2]
     folders = [tmp_path / "a", tmp_path / "b"]
@@ -436,6 +439,7 @@ class TwoInputs(nn.Module):
         return x + y
 
 
+@pytest.mark.slow
 def test_a_net_that_cannot_be_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("reptrt.pipeline.exporting.module_from_source", lambda _: TwoInputs())
     with pytest.raises(ConfigError, match=r"TwoInputs: cannot be exported with input \(2, 3, 16"):
@@ -463,6 +467,7 @@ def test_a_net_that_casts_inside_forward_is_refused_by_the_type(
         exported("anything", tmp_path / "M.onnx")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_weights_of_a_factory_that_are_no_numbers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bad: float

@@ -92,6 +92,7 @@ WRITTEN = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WRITTEN)
 def test_onnxruntime_and_torch_agree_on_what_was_written(
     name: str, folder: Path, tmp_path: Path
@@ -122,6 +123,7 @@ def test_onnxruntime_and_torch_agree_on_what_was_written(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["o.onnx", "o.onnx.json"]
 
 
+@pytest.mark.slow
 def test_kept_affines_compute_what_folded_ones_do(folder: Path, tmp_path: Path) -> None:
     for split, full_range in (("none", True), ("identity", True), ("coarse-fine", False)):
         options = replace(
@@ -158,6 +160,7 @@ def test_a_seed_is_the_result(folder: Path, tmp_path: Path) -> None:
     assert written[0] == written[1] != written[2]
 
 
+@pytest.mark.slow
 def test_learned_beats_fast_on_unseen_images(folder: Path, tmp_path: Path) -> None:
     base = CalibrateOptions(
         images=COUNT, weight_bits=6, split="none", threshold=ThresholdOptions("max")
@@ -264,6 +267,7 @@ COST = (
 UNIT = r"(\d) of 5  (.+)  error (\d+\.\d{3}) % -> (\d+\.\d{3}) %  (learned|nearest)  \d+\.\d s"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["balanced", "accurate"])
 def test_the_cost_is_said_first(recipe: str, folder: Path, tmp_path: Path) -> None:
     command = ("calibrate", folder / "m.onnx", "--data", folder / "d.npz", "-n", COUNT)

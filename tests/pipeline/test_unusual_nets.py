@@ -98,6 +98,7 @@ def test_a_channel_without_weights_is_summed_as_codes_too(split: str, tmp_path: 
     assert all(node.input[0].endswith(".codes") for node in layers)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(6,), (1, 6), (1, 1), (1,), ()], ids=str)
 @pytest.mark.parametrize("alpha", [1.0, 0.5])
 @pytest.mark.parametrize("correct_bias", [True, False])
@@ -172,6 +173,7 @@ def test_a_net_for_one_image_is_diagnosed(tmp_path: Path) -> None:
     assert found.corners[3].sqnr_db > 20
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("images", [2, 8, 16])
 @pytest.mark.parametrize("seed", range(4))
 def test_a_diagnosis_prepares_what_calibration_prepared(

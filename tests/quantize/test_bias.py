@@ -436,6 +436,7 @@ def not_a_number(*arguments: object) -> dict[str, np.ndarray]:
     return {name: error * np.nan for name, error in bias_errors(*arguments).items()}  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrong", [nonsense, turned, not_a_number])
 @pytest.mark.parametrize("split", ["none", "identity", "coarse-fine"])
 def test_a_correction_that_does_harm_leaves_no_trace(

@@ -342,6 +342,7 @@ def added_macs(before: onnx.ModelProto, after: onnx.ModelProto) -> int:
     return sum(cost(node) for node in after.graph.node if node.name not in original)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("learn", [False, True])
 @pytest.mark.parametrize("max_overhead", [0.0, 0.05, 0.3, 0.6, 5.0])
 def test_the_overhead_that_is_reported_is_what_was_written(

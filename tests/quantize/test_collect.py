@@ -176,6 +176,7 @@ for count in (64, 1024):
 """
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_number_of_images() -> None:
     root = Path(__file__).resolve().parents[2]
     done = subprocess.run(

@@ -77,6 +77,7 @@ def scales_of(report: CalibrateReport, margin: float = 1.0) -> dict[str, float]:
     return {tensor.tensor: margin * tensor.scale for tensor in report.tensors}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("full_range", [True, False])
 def test_auto_takes_the_rule_and_margin_that_keep_outputs_nearest_on_images_not_seen(

@@ -138,6 +138,7 @@ def test_codes_stay_floors_or_ceilings_of_the_float_weight(
     assert sum(changed.values()) > 20
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [8, 6])
 def test_the_report_is_what_onnxruntime_finds(
     bits: int, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -248,6 +249,7 @@ def nothing(task: Task, found: State) -> State:
 UNITS = ("stem", "block0", "block1", "block2", "head")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spoil", [worse, nothing])
 @pytest.mark.parametrize("spoiled", [UNITS[:1], UNITS[1:4:2], UNITS[2:], UNITS])
 def test_what_is_not_better_on_held_out_images_leaves_no_trace(
@@ -298,6 +300,7 @@ def file_weights(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("qprep", [False, True])
 @pytest.mark.parametrize("bits", [8, 5, 3])
 def test_written_codes_are_floors_or_ceilings(
@@ -354,6 +357,7 @@ def test_a_huge_learning_rate_changes_nothing(case: Case, tmp_path: Path) -> Non
 # What is learned ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parts", ["rounding", "affine", "steps", "", "rounding affine steps"])
 def test_each_part_alone(case: Case, tmp_path: Path, parts: str) -> None:
     names = ("rounding", "affine", "steps")
@@ -393,6 +397,7 @@ def test_steps_of_one_group_stay_together(data: Path, tmp_path: Path) -> None:
         assert np.float32(constant_of(dequantize.inputs[1])) == step
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["identity", "coarse-fine"])
 def test_split_layers(how: str, data: Path, unseen: np.ndarray, tmp_path: Path) -> None:
     float_net, grid = net_from_model(rep_net()), Grid.weight(4)
@@ -436,6 +441,7 @@ NETS: dict[str, tuple[Callable[[], onnx.ModelProto], int, int]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NETS)
 def test_nets_of_every_shape(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make, size, at_least = NETS[name]
@@ -513,6 +519,7 @@ def signature(net: Net) -> bytes:
     return bytes_from_model(model_from_net(net.copy()))
 
 
+@pytest.mark.slow
 def test_options_reach_the_learning(
     case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -550,6 +557,7 @@ def test_options_reach_the_learning(
     assert len(set(results.values())) == len(results)
 
 
+@pytest.mark.slow
 def test_storage_of_activations_hardly_matters(
     case: Case, unseen: np.ndarray, tmp_path: Path
 ) -> None:
@@ -672,6 +680,7 @@ class Crowded:
         return made
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unit", ["stem", "block1", "head"])
 def test_a_full_device_gives_up_what_lies_between_units(
     unit: str,

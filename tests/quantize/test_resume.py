@@ -204,6 +204,7 @@ def without_seconds(report: CalibrateReport) -> list[UnitReport]:
     return [replace(unit, seconds=0.0) for unit in report.learned.units]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("after", range(UNITS))
 def test_a_stopped_calibration_ends_with_the_same_bytes(
     after: int,
@@ -231,6 +232,7 @@ def longer(partial: Path) -> CalibrateOptions:
     return replace(OPTIONS, learn=replace(LEARN, iterations=5))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [other_seed, longer])
 def test_units_of_other_options_are_not_taken_up(
     change: Callable[[Path], CalibrateOptions],
@@ -247,6 +249,7 @@ def test_units_of_other_options_are_not_taken_up(
     assert (tmp_path / "o.onnx").read_bytes() != whole[0]
 
 
+@pytest.mark.slow
 def test_units_of_other_images_or_another_net_are_not_taken_up(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -71,6 +71,7 @@ def test_max_is_the_largest_magnitude(name: str) -> None:
     assert amax(values_of(name), "max") == float(np.abs(values_of(name)).max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [8, 6, 4])
 @pytest.mark.parametrize(("rule", "power"), [("mse", 2), ("mae", 1)])
 @pytest.mark.parametrize("name", list(VALUES))
@@ -132,6 +133,7 @@ def literal_entropy(values: np.ndarray, levels: int) -> float:
     return float(min((best + 0.5) * width, magnitude.max()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["relu", "heavy tail", "outliers"])
 def test_entropy_is_the_published_procedure(name: str) -> None:
     values = np.round(values_of(name)[:1500] * 8) / 8  # coarse: empty bins between
@@ -166,6 +168,7 @@ def literal_kl(h: Histogram, threshold: float, qmax: int) -> float:
     return total
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [8, 6])
 @pytest.mark.parametrize("name", list(VALUES))
 def test_kl_is_the_least_divergence_by_its_definition(name: str, bits: int) -> None:
@@ -193,6 +196,7 @@ def test_kl_keeps_a_uniform_tensor() -> None:
     assert amax(values, "kl") > 0.95 * float(np.abs(values).max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [2, 3, 8])
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("name", list(VALUES))
@@ -201,6 +205,7 @@ def test_a_threshold_is_positive_and_at_most_the_maximum(name: str, rule: Rule, 
     assert 0 < amax(values, rule, Grid.activation(bits)) <= float(np.abs(values).max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", RULES)
 def test_doubling_the_values_doubles_the_threshold(rule: Rule) -> None:
     values = values_of("heavy tail")
@@ -225,6 +230,7 @@ tiny_samples = hnp.arrays(
 ).filter(lambda values: bool(values.any()))
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(values=tiny_samples, rule=st.sampled_from(RULES), bits=st.integers(2, 8))
 def test_a_few_values_are_enough(values: np.ndarray, rule: Rule, bits: int) -> None:

@@ -277,6 +277,7 @@ def test_a_layer_that_cannot_be_split_says_so_for_int8_summands_too(
     assert (int8_obstacle(node, form, Grid.weight(8)) or "").startswith(reason)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["identity", "coarse-fine"])
 def test_layers_for_which_it_does_not_pay_stay_whole(form: Any, tmp_path: Path) -> None:
     model = write_net(tmp_path / "m.onnx", rep_net(blocks=3))

@@ -274,6 +274,7 @@ EXPORTS = [(name, "torchscript") for name in MERGED]
 EXPORTS += [(name, "dynamo") for name in ("repvgg", "acnet", "mobileone depthwise")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "exporter"), EXPORTS)
 def test_block_becomes_one_convolution(name: str, exporter: str) -> None:
     torch.manual_seed(1)
@@ -486,6 +487,7 @@ def random_blocks(draw: st.DrawFn) -> nn.Module:
     return Sum(*draw(st.permutations(branches)))
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(block=random_blocks(), seed=st.integers(0, 9))
 def test_random_blocks_become_one_convolution(block: nn.Module, seed: int) -> None:

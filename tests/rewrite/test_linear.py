@@ -92,6 +92,7 @@ SEEDS = st.integers(0, 2**32 - 1)
 UNPADDED = {"begin": (0, 0), "end": (0, 0)}
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(seed=SEEDS)
 def test_a_composition_is_one_after_the_other(seed: int) -> None:
@@ -152,6 +153,7 @@ def test_a_bias_under_padding_is_never_merged(seed: int) -> None:
     assert reason == "a convolution pads with zeros where the bias before it would have to continue"
 
 
+@pytest.mark.slow
 @settings(max_examples=80, deadline=None)
 @given(seed=SEEDS)
 def test_a_sum_of_maps_is_one_map(seed: int) -> None:

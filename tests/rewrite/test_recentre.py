@@ -67,6 +67,7 @@ def close(model: onnx.ModelProto, got: np.ndarray, expected: np.ndarray) -> bool
     return np.abs(got - expected).max() <= step * weight.sum(axis=1).max() + 1e-4
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(case=cases(), bits=st.sampled_from([8, 8, 8, 5]))
 def test_same_codes_in_every_form(case: Case, bits: int) -> None:
@@ -94,6 +95,7 @@ def test_same_codes_in_every_form(case: Case, bits: int) -> None:
         assert close(after, logits_of, logits)
 
 
+@pytest.mark.slow
 def test_the_random_nets_have_all_kinds_of_readers() -> None:
     """What the test above is about does occur in what it draws."""
     seen: dict[str, int] = dict.fromkeys(("layers", "factors", "skips", "added", "clips"), 0)

@@ -281,6 +281,7 @@ def test_lint_is_clean(name: str) -> None:
     assert lint_ids(after) == known
 
 
+@pytest.mark.slow
 @needs_rtx
 @pytest.mark.parametrize("name", list(NETS))
 def test_tensorrt_rtx_builds_it(
@@ -296,6 +297,7 @@ def test_tensorrt_rtx_builds_it(
     assert [record.message for record in caplog.records if record.levelname == "WARNING"] == []
 
 
+@pytest.mark.slow
 @needs_shared
 def test_a_trained_net_loses_nothing(tmp_path: Path) -> None:
     """mobileone: 19.37 dB with an FP32 rest, 19.35 with FP16, 27.7 between the two (512 images)."""

@@ -19,6 +19,8 @@ from tests.support.qdq_graphs import model_of, qdq_model, save
 from tests.support.qdq_nets import images, quantized, residual_net
 from tests.support.small_run import make_run, refused, reptrt, write_data, write_factory
 
+pytestmark = pytest.mark.slow
+
 
 def found(*arguments: object) -> dict[str, Any]:
     result = reptrt("diff", *arguments, "--json", "-")

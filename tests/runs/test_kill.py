@@ -17,7 +17,10 @@ EQUAL = ("float.onnx", "float.onnx.json", "int8.onnx", "int8.onnx.json")
 EQUAL += ("eval.json", "diagnosis.json")
 MEASURED = ("bench", "build-engine")  # times; tensorrt-rtx need not write the same bytes twice
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="attempts are forked")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not hasattr(os, "fork"), reason="attempts are forked"),
+]
 
 
 @pytest.fixture(scope="module")

@@ -35,6 +35,8 @@ from tests.support.helpers import ort_run
 from tests.support.qdq_nets import images, quantized, residual_net
 from tests.support.small_run import SIZE, make_run, refused, reptrt, write_data, write_factory
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 NET = [
     *("repvgg", "--weights", str(digits.WEIGHTS), "--input-size", "1x8x8"),

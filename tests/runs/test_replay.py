@@ -11,6 +11,8 @@ import pytest
 from reptrt.core.artifacts import sha256_of
 from tests.support.small_run import make_run, refused, reptrt, write_data, write_factory
 
+pytestmark = pytest.mark.slow
+
 MUST = ("float.onnx", "int8.onnx", "eval.json")
 
 

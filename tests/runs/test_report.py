@@ -28,6 +28,8 @@ from reptrt.runs.report.ranges import weight_ranges
 from tests.support.pages import REPOSITORY
 from tests.support.small_run import make_run, refused, reptrt, write_data, write_factory
 
+pytestmark = pytest.mark.slow
+
 VOID = {"meta", "link", "br", "img", "hr", "input"}
 EVIL = '<img src="http://x.test/a" onerror=alert(1)>&amp;"\''
 SECTIONS = (

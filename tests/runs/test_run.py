@@ -21,6 +21,8 @@ from reptrt.core.artifacts import sha256_of
 from reptrt.demo.digits import WEIGHTS
 from reptrt.pipeline import CalibrateOptions
 
+pytestmark = pytest.mark.slow
+
 NET = [
     *("repvgg", "--weights", str(WEIGHTS), "--input-size", "1x8x8"),
     *("--widths", "24,24,40,48", "--blocks", "6,3,1", "--strides", "1,1,2,2"),

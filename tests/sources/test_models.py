@@ -134,6 +134,7 @@ def test_names_are_families_and_their_variants():
     assert not models.is_variant("resnet50")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PUBLISHED, ids=str)
 def test_variant_has_the_published_size_and_cost(name):
     deploy_millions, billions, train_millions = PUBLISHED[name]
@@ -269,6 +270,7 @@ def test_stem_of_mobileone(widths, strides, stem_width, stem_stride):
     assert (stem.out_channels, stem.stride) == (stem_width, (stem_stride, stem_stride))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["repvgg", "mobileone"], ids=str)
 def test_bare_family_is_its_smallest_variant(name):
     smallest = next(variant for variant in models.names() if variant.startswith(f"{name}_"))
@@ -302,6 +304,7 @@ def test_variants_take_classes_and_channels():
     assert net.get_parameter("stage0.rbr_reparam.weight").shape == (48, 1, 3, 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("deploy", [False, True], ids=["train", "deploy"])
 @pytest.mark.parametrize("name", ["repvgg_a0", "mobileone_s0", "mobileone_s4"], ids=str)
 def test_fresh_net_is_seedable_and_its_activations_neither_grow_nor_fade(name, deploy):

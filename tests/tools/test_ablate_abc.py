@@ -99,6 +99,7 @@ def test_two_rows(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert len(images) == COUNT  # no image calibrates and judges
 
 
+@pytest.mark.slow
 def test_seeds_bits_and_splits_reach_the_calibration(
     made: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -200,6 +200,7 @@ def test_preprocessing_goes_into_the_rivals_file(files: Path, at: Any) -> None:
     assert props == {"reptrt.preprocess": stored}
 
 
+@pytest.mark.slow
 def test_the_whole_comparison(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ours = Row("reptrt-fast-0", "reptrt fast", "reptrt_calibrate", options={"max_overhead": 0.0})
     chosen = (ours, row("copies", files), row("fails", files))

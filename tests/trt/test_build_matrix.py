@@ -118,6 +118,7 @@ def lint_of(model: onnx.ModelProto) -> LintReport:
     return lint_net(net_from_model(model))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "way"), PAIRS)
 def test_every_engine_builds_and_every_graph_is_clean(
     name: str, way: str, files: Callable[[str, str], Path], tmp_path: Path

@@ -47,6 +47,7 @@ def hold(path, ready):
         time.sleep(60)
 
 
+@pytest.mark.slow
 def test_two_processes_lose_nothing(tmp_path):
     path = tmp_path / "timing.cache"
     workers = [_SPAWN.Process(target=measure, args=(str(path), name, 40)) for name in "ab"]
