@@ -1,1 +1,1 @@
-"""The floor everything stands on: errors, choices, artifacts, metrics, the INT8 grid."""
+"""What all other packages use: errors, options, files with sidecars, metrics, the INT8 grid."""

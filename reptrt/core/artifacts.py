@@ -1,11 +1,12 @@
-"""Files that stages exchange: written whole or not at all, each with a sidecar for its origin.
+"""Files that stages exchange: each is written whole or not at all, with a sidecar for its origin.
 
 The sidecar of ``M.onnx`` is ``M.onnx.json``:
 
     {"artifact": "int8-onnx", "sha256": "...", "parents": {"M.onnx": "sha256"}, "options": {...},
      "versions": {...}, "details": {...}}
 
-A derived file names the sha256 of every file it was made from, so a chain can be checked.
+The sidecar of a derived file has the sha256 of every file it was made from, so that the whole chain
+can be checked.
 """
 
 import contextlib
@@ -65,7 +66,7 @@ def package_versions() -> dict[str, str]:
 
 
 def require_folder(path: Path) -> None:
-    """Refuse a path whose folder does not exist, before any work is done.
+    """Raise an error if the folder of a path does not exist; called before any work is done.
 
     Raises:
         ArtifactError: the folder of ``path`` does not exist, or ``path`` is a folder.
@@ -77,10 +78,10 @@ def require_folder(path: Path) -> None:
 
 
 def refuse_overwriting(path: Path, sources: Iterable[Path]) -> None:
-    """Refuse a path that is one of the files from which it would be made.
+    """Raise an error if a path is one of the files from which it would be made.
 
     Raises:
-        ArtifactError: it is one of them.
+        ArtifactError: ``path`` is one of ``sources``.
     """
     for source in sources:
         if path.exists() and source.exists() and path.samefile(source):
@@ -91,13 +92,13 @@ def refuse_overwriting(path: Path, sources: Iterable[Path]) -> None:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path, which becomes ``path`` on success and is removed otherwise.
+    """Yield a temporary path; the file is renamed to ``path`` on success and removed otherwise.
 
-    The bytes are flushed to disk before the rename, so a reader sees the old file or the new one,
-    never a part.
+    The bytes are flushed to disk before the rename, so other processes read either the old file or
+    the new one, never a part of it.
 
     Raises:
-        ArtifactError: the folder does not exist, or the disk refused the bytes.
+        ArtifactError: the folder does not exist, or the file cannot be written.
     """
     require_folder(path)
     try:
@@ -119,7 +120,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def remove_parts(folder: Path) -> None:
-    """Remove the files that `replacing` leaves in a folder when its process is killed."""
+    """Remove the temporary files that `replacing` leaves behind when its process is killed."""
     for part in folder.glob(".*.part"):
         part.unlink(missing_ok=True)
 
@@ -152,12 +153,12 @@ def write_artifact(
     """Write a file and its sidecar, both or neither; return the sidecar.
 
     Both are on disk under temporary names before either is renamed. The old sidecar is removed
-    first, so a crash in between leaves a file of unknown origin (which every stage accepts), never
-    a file with a wrong origin (which every stage refuses).
+    first. A crash between the two renames therefore leaves a file without a sidecar, which every
+    stage accepts, never a file with the sidecar of another file, which every stage rejects.
 
     Raises:
-        ArtifactError: the folder does not exist, or the disk refused the bytes; what was there
-            before is still there.
+        ArtifactError: the folder does not exist, or the files cannot be written; the old files are
+            then unchanged.
     """
     require_folder(path)
     sidecar = Sidecar(
@@ -177,10 +178,10 @@ def write_artifact(
 
 
 def read_sidecar(path: Path) -> Sidecar | None:
-    """Return the provenance of ``path``, or None if it has none.
+    """Return the sidecar of ``path``, or None if it has none.
 
     Raises:
-        ArtifactError: the file's bytes are not the ones the sidecar was written for.
+        ArtifactError: the sidecar is damaged, or belongs to other bytes than those of the file.
     """
     try:
         content = json.loads(sidecar_path(path).read_text())

@@ -1,4 +1,4 @@
-"""The values of options that are a choice; importing this loads nothing heavy."""
+"""The values that options with a fixed set of values can take; importing this is cheap."""
 
 from typing import Literal
 

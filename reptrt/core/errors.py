@@ -10,9 +10,9 @@
     ├── EngineError             TensorRT refused a graph, or an engine does not fit this machine
     └── MissingDependencyError  an optional package is not installed
 
-A message is one line: where (file, layer or tensor), what it got, what it expected, what to do. A
-message names options with `option`: a program then reads the name of the parameter, and the command
-line prints the flag.
+A message is one line: where (file, layer or tensor), what was given, what was expected, what to do.
+A message names options with `option`: a program then reads the name of the parameter, and the
+command line prints the flag.
 """
 
 import re

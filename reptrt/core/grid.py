@@ -1,12 +1,12 @@
 """The arithmetic of quantization, as TensorRT computes it: symmetric INT8.
 
     scale = amax / qmax
-    q     = clip(round_half_even(x / scale), qmin, qmax)      divide, never multiply by 1/scale
-    x_dq  = q * scale                                         zero point 0 everywhere
+    q     = clip(round_half_even(x / scale), qmin, qmax)      divided, not multiplied by 1 / scale
+    x_dq  = q * scale                                         all zero points are 0
 
-Activations have one scale per tensor and codes in [-128, 127], or UINT8 codes in [0, 255] with full
-range; weights have one scale per output channel and codes in [-127, 127]. Fewer bits are simulated
-within 8 bits: weights of 6 bits use the codes [-31, 31] and scale = amax / 31.
+Activations have one scale per tensor and codes in [-128, 127], or in [0, 255] (UINT8) with full
+range. Weights have one scale per output channel and codes in [-127, 127]. Fewer bits are simulated
+with 8-bit codes: weights of 6 bits use the codes in [-31, 31] and scale = amax / 31.
 """
 
 from dataclasses import dataclass
@@ -36,20 +36,20 @@ class Grid:
 
     @property
     def dtype(self) -> type[np.int8] | type[np.uint8]:
-        """The type that holds the codes: UINT8 where they begin at 0, else INT8.
+        """The type of the codes: UINT8 if they begin at 0, else INT8.
 
         Raises:
-            ValueError: neither type holds all codes.
+            ValueError: the type cannot represent all codes.
         """
         dtype: type[np.int8] | type[np.uint8] = np.uint8 if self.qmin == 0 else np.int8
         limits = np.iinfo(dtype)
         if not limits.min <= self.qmin <= self.qmax <= limits.max:
-            raise ValueError(f"{self}: codes of 8 bits cannot hold it with zero point 0")
+            raise ValueError(f"{self}: 8 bits with zero point 0 cannot represent these codes")
         return dtype
 
     @property
     def full_range(self) -> "Grid":
-        """The same number of codes from 0 on, for values that are never negative.
+        """The grid with the same number of codes that begins at 0, for non-negative values.
 
         >>> Grid.activation(8).full_range
         Grid(qmin=0, qmax=255)
@@ -73,7 +73,7 @@ def scale_from_amax(amax: FloatArray | float, grid: Grid) -> npt.NDArray[np.floa
 def quantize(
     x: FloatArray, scale: FloatArray | float, grid: Grid, axis: int | None = None
 ) -> Codes:
-    """Return the codes of ``x``, same shape: of type ``grid.dtype``.
+    """Return the codes of ``x``, in the same shape and of type ``grid.dtype``.
 
     Args:
         x: values, any shape.

@@ -31,13 +31,13 @@ def percentile_interval(
 def resampled_percentiles(
     samples: Float64Array, percent: float, rng: np.random.Generator
 ) -> Float64Array:
-    """Return the percentile of `RESAMPLES` resamples of samples (n,), shape (RESAMPLES,).
+    """Return the percentiles of `RESAMPLES` bootstrap resamples of samples (n,), (RESAMPLES,).
 
-    The resamples are not drawn; the distribution of their percentile is sampled directly. A
-    percentile lies between the k-th smallest value and the next one. Drawing n of n sorted samples
-    with replacement means to take the indices floor(n U) for n uniform numbers U. The k-th smallest
-    U has the distribution Beta(k, n + 1 - k), and the smallest of the n - k numbers above it is
-    U_k + (1 - U_k) (1 - R^(1 / (n - k))) with R uniform.
+    The resamples are not drawn; the distribution of their percentile is sampled directly. The
+    percentile lies between the k-th smallest value of a resample and the next one. To draw n of n
+    sorted samples with replacement is to take the samples with the indices floor(n U) for n uniform
+    numbers U. The k-th smallest of them, U_k, has the distribution Beta(k, n + 1 - k); the smallest
+    of the n - k numbers above it is U_k + (1 - U_k) (1 - R^(1 / (n - k))) with R uniform.
     """
     ordered = np.sort(samples)
     n = len(ordered)

@@ -1,7 +1,7 @@
-"""Fields of options dataclasses as keyword arguments of a function.
+"""Turn the fields of options dataclasses into keyword arguments of a function.
 
-A field that is an options dataclass itself gives its fields in its place, so that
-``calibrate(net, data, percentile=99.9)`` reaches ``CalibrateOptions.threshold.percentile``.
+A field that is an options dataclass itself is replaced by that dataclass's fields, so that
+``calibrate(net, data, percentile=99.9)`` sets ``CalibrateOptions.threshold.percentile``.
 """
 
 import difflib
@@ -30,11 +30,11 @@ class Parameter:
 
 
 def parameters(kind: type) -> dict[str, Parameter]:
-    """Return the keyword arguments that an options dataclass stands for, by name.
+    """Return the keyword arguments for an options dataclass, by name.
 
-    Where two nested dataclasses have a field of one name, the argument is the first one's.
+    If two nested dataclasses have a field of the same name, the argument sets the first of them.
     """
-    found: dict[str, Parameter] = {}
+    by_name: dict[str, Parameter] = {}
     hints, described = get_type_hints(kind), descriptions(kind)
     for item in fields(kind):
         hint = hints[item.name]
@@ -42,11 +42,11 @@ def parameters(kind: type) -> dict[str, Parameter]:
             for name, inner in parameters(hint).items():
                 is_main = inner.description and inner.description.flag == flag_of(item.name)
                 outer = replace(inner, path=(item.name, *inner.path))
-                found.setdefault(item.name if is_main else name, outer)
+                by_name.setdefault(item.name if is_main else name, outer)
             continue
         default = item.default if item.default is not MISSING else None
-        found[item.name] = Parameter((item.name,), hint, default, described.get(item.name))
-    return found
+        by_name[item.name] = Parameter((item.name,), hint, default, described.get(item.name))
+    return by_name
 
 
 def changed(options: Options, changes: Mapping[str, Any], others: Iterable[str] = ()) -> Options:
@@ -55,28 +55,28 @@ def changed(options: Options, changes: Mapping[str, Any], others: Iterable[str] 
     Args:
         options: a frozen dataclass.
         changes: name of a keyword argument -> its value; or name of a field that is a dataclass ->
-            that dataclass. Numbers of numpy, lists for tuples and the texts of the command line are
-            converted.
+            that dataclass. NumPy numbers, lists in place of tuples, and values in the text form of
+            the command line are converted.
         others: names of the caller's own parameters, which an error may suggest.
 
     Raises:
-        ConfigError: an unknown name, with the nearest ones; a value of another type; or values that
-            the dataclass refuses.
+        ConfigError: a name is unknown (the message suggests similar names), a value has another
+            type, or the dataclass rejects the values.
     """
-    known = parameters(type(options))
+    by_name = parameters(type(options))
     wholes = {name: value for name, value in changes.items() if is_dataclass(value)}
     wholes = {name: value for name, value in wholes.items() if hasattr(options, name)}
     tree: dict[str, Any] = {}
     for name, value in changes.items():
         if name in wholes:
             continue
-        if name not in known:
-            raise unknown(name, [*known, *others])
-        *outer, last = known[name].path
+        if name not in by_name:
+            raise unknown(name, [*by_name, *others])
+        *outer, last = by_name[name].path
         branch = tree
         for part in outer:
             branch = branch.setdefault(part, {})
-        branch[last] = _converted(known[name], value, name)
+        branch[last] = _converted(by_name[name], value, name)
     result: Options = _replaced(replace(options, **wholes), tree)  # type: ignore[type-var]
     return result
 
@@ -90,11 +90,11 @@ def unknown(name: str, names: Iterable[str]) -> ConfigError:
 
 
 def takes(*kinds: type, without: tuple[str, ...] = ()) -> Callable[[F], F]:
-    """Return a decorator that shows keyword arguments in the signature and the docstring.
+    """Return a decorator that adds keyword arguments to the signature and docstring of a function.
 
     Args:
-        *kinds: options dataclasses, whose arguments stand for the ``**changes`` of the function.
-        without: arguments that are left out.
+        *kinds: options dataclasses; their arguments are shown in place of ``**changes``.
+        without: names of arguments that are not shown.
     """
     shown: dict[str, Parameter] = {}
     for kind in kinds:
@@ -152,7 +152,7 @@ def _converted(parameter: Parameter, value: Any, name: str) -> Any:
     if isinstance(value, str) and parameter.description and parameter.description.parse:
         return parameter.description.parse(value)
     if hasattr(value, "item") and getattr(value, "ndim", None) == 0:
-        value = value.item()  # a number of numpy
+        value = value.item()  # a NumPy number
     try:
         return value_from_json(parameter.hint, json_from_options(value), option(name))
     except ArtifactError as err:

@@ -1,4 +1,4 @@
-"""Names of a package that are imported when they are used, so that importing it loads nothing."""
+"""Import the names of a package at their first use, so that importing the package is cheap."""
 
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
@@ -6,11 +6,11 @@ from typing import Any
 
 
 def lazily(package: str, homes: Mapping[str, Sequence[str]]) -> Callable[[str], Any]:
-    """Return a ``__getattr__`` for a package.
+    """Return a ``__getattr__`` function for a package.
 
     Args:
-        package: its name.
-        homes: module -> the names that come from it.
+        package: the name of the package.
+        homes: module -> the names that are imported from it.
     """
 
     def getattr_(name: str) -> Any:

@@ -2,8 +2,9 @@
 
     images: int = described(512, "Number of calibration images.", short="-n")
 
-Name, type, default and help text are written once, here; `reptrt.cli.fields` makes the flag
-``-n, --images INTEGER`` of it. A field without a description is for programs only.
+Name, type, default and help text are written once, in the dataclass; `reptrt.cli.fields` turns this
+field into the flag ``-n, --images INTEGER``. A field without a description has no flag; only
+programs can set it.
 """
 
 from collections.abc import Callable
@@ -46,15 +47,15 @@ def descriptions(kind: type) -> dict[str, Description]:
 
 
 def require_at_least(least: float, options: Any, *names: str) -> None:
-    """Refuse options below a bound; None, the default of some, passes.
+    """Check that options are not below a bound; None, the default of some options, is accepted.
 
     Args:
         least: the smallest value that is accepted.
         options: a dataclass.
-        *names: its fields.
+        *names: names of its fields.
 
     Raises:
-        ConfigError: a value is smaller, or no number; names the option.
+        ConfigError: a value is smaller or NaN; the message names the option.
     """
     for name in names:
         value = getattr(options, name)

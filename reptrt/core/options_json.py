@@ -1,9 +1,9 @@
 """Convert options, and any other dataclass, to JSON values and back.
 
 Fields may be dataclasses, tuples, mappings, paths, literals, optional values, numbers, strings and
-booleans; a dataclass with a text form (`HasTextForm`) is written as that text. Reading is strict: a
-field that is unknown, missing or of another type is an error, because otherwise a default that
-changed between two versions would go unnoticed.
+booleans. A dataclass with a text form (`HasTextForm`) is written as that text. Reading is strict: a
+field that is unknown, missing or of another type is an error. Otherwise, a default that changed
+between two versions would go unnoticed.
 """
 
 import contextlib
@@ -34,11 +34,11 @@ class HasTextForm(Protocol):
 
     @classmethod
     def from_text(cls, text: str) -> Any:
-        """Return the instance that a text stands for; raise ConfigError if there is none."""
+        """Return the instance that a text describes; raise a ConfigError if there is none."""
 
 
 def json_from_options(value: Any) -> Any:
-    """Return a dataclass, with everything in it, as JSON values."""
+    """Return a dataclass and all nested values as JSON values."""
     if is_dataclass(value) and not isinstance(value, type):
         if isinstance(value, HasTextForm):
             return str(value)
@@ -51,16 +51,16 @@ def json_from_options(value: Any) -> Any:
 
 
 def options_from_json(kind: type[Options], content: Any, where: str) -> Options:
-    """Return the dataclass that `json_from_options` wrote.
+    """Return the dataclass instance that `json_from_options` converted to JSON values.
 
     Args:
         kind: the dataclass.
-        content: its JSON values.
+        content: the JSON values.
         where: name of the content, for messages.
 
     Raises:
-        ArtifactError: a field is unknown, missing, or of another type; names it.
-        ConfigError: the dataclass refuses the values.
+        ArtifactError: a field is unknown, missing, or of another type; the message names it.
+        ConfigError: the dataclass rejects the values.
     """
     if not isinstance(content, dict):
         raise _unexpected(where, content, "an object")

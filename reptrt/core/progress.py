@@ -18,7 +18,7 @@ def track(
     label: str | Callable[[], str],
     console: Console | None = None,
 ) -> Iterator[Item]:
-    """Yield the items unchanged and show how many of ``total`` are done; the bar is then removed.
+    """Yield the items unchanged and show how many are done; remove the bar at the end.
 
     Args:
         iterable: the work; the bar advances when the next item is requested.

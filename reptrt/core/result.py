@@ -1,4 +1,4 @@
-"""Results for people: as text on a terminal, as HTML in a notebook."""
+"""Results that print as tables: as text on a terminal, as HTML in a notebook."""
 
 import html
 import sys
@@ -8,14 +8,14 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-_WIDTH = 160  # columns, where the output is no terminal
+_WIDTH = 160  # columns, if the output is not a terminal
 
 
 class Result:
-    """What a function of reptrt returns: it prints as a table and converts to JSON values.
+    """Base class of the results of reptrt's functions: prints as tables, converts to JSON values.
 
-    A subclass gives `to_dict`, and `to_table` or `to_tables`, and `to_lines` if there is more to
-    say than the tables do.
+    A subclass implements `to_dict`, one of `to_table` and `to_tables`, and `to_lines` if text
+    follows the tables.
     """
 
     __slots__ = ()
@@ -33,7 +33,7 @@ class Result:
         return (self.to_table(),)
 
     def to_lines(self) -> list[str]:
-        """Return what is said below the tables."""
+        """Return the lines of text below the tables."""
         return []
 
     def __str__(self) -> str:
@@ -51,7 +51,7 @@ class Result:
 
 
 def text_of(table: Table) -> str:
-    """Render a table as text: as wide as the terminal, or 160 columns where there is none."""
+    """Render a table as text, as wide as the terminal or 160 columns wide without a terminal."""
     is_terminal = sys.stdout.isatty()
     console = Console(
         width=None if is_terminal else _WIDTH,
@@ -67,7 +67,7 @@ def text_of(table: Table) -> str:
 
 
 def html_of(table: Table) -> str:
-    """Render a table as an HTML table without styles but for the alignment of cells."""
+    """Render a table as an HTML table whose only style is the alignment of its cells."""
     columns = table.columns
     titles = columns if table.show_header else ()
     head = "".join(_cell("th", column.header, column.justify) for column in titles)

@@ -1,1 +1,1 @@
-"""How good a file is: accuracy, latency, and the reasons for both."""
+"""Measure how good a file is: its accuracy, its latency, and the reasons for both."""

@@ -1,10 +1,10 @@
-"""Time files side by side: how long a user waits for one run, with a confidence interval.
+"""Time files side by side: the latency of one run as a user sees it, with a confidence interval.
 
 All files are open and warm at the same time. They are measured in rounds: in each round every file
 runs once, in a new random order, so that heat, clock changes and other programs affect all files
 alike. One sample is the wall-clock time of one `run`, including copies to and from a GPU; without
 host copies, the sample of an engine is the time between two CUDA events around the run. Inputs are
-random numbers, which are good for timing only.
+random numbers.
 """
 
 import contextlib
@@ -58,10 +58,10 @@ def bench(
             baseline comes first if it is not one of them.
         options: how networks are run, at which batch sizes, and for how long; at least `MIN_ROUNDS`
             rounds are measured.
-        baseline: what the ratios of latencies refer to, in place of the baseline of the options.
+        baseline: the network that ratios of latencies refer to; it overrides ``options.baseline``.
 
     Raises:
-        ReptrtError: a file cannot be opened or fails, or cannot take a batch size.
+        ReptrtError: a file cannot be opened, fails, or does not accept a batch size.
     """
     different, baseline = list(dict.fromkeys(networks)), baseline or options.baseline
     if baseline is not None and baseline not in different:
@@ -103,7 +103,9 @@ def _open(name: str, network: Network, options: BenchOptions, stack: contextlib.
 def _time_all(
     nets: Sequence[_Net], base: int | None, options: BenchOptions
 ) -> tuple[list[Timing], Conditions, Conditions]:
-    """Return the timings of open nets, and the machine when all were warm and after the last run.
+    """Return the timings of open nets, and the machine's state before and after the measurement.
+
+    The first state is read when all nets are warm, the second after the last run.
 
     Args:
         nets: what to time.

@@ -11,11 +11,12 @@ The JSON form of a report:
                 "power_w", "held_back_by"}}, "after", "remarks",
      "explanations": [{"file", "batch", "lines"}]}
 
-``low`` and ``high`` bound a 95 % bootstrap interval. ``ratio`` is the median over rounds of (time
-of this file / time of the baseline in the same round); below 1 is faster than the baseline; null
-without one. ``before`` was read when all files were warm, ``after`` right after the last run; what
-could not be read is null (`reptrt.trt.machine`). ``explanations`` say why a file is not clearly
-faster than the baseline (`reptrt.judge.explain`).
+``low`` and ``high`` bound a 95 % bootstrap interval. ``ratio`` is the median over all rounds of the
+file's time divided by the baseline's time in the same round: a ratio below 1 means that the file is
+faster than the baseline; without a baseline it is null. ``before`` was read when all files were
+warm, ``after`` right after the last run; values that could not be read are null
+(`reptrt.trt.machine`). ``explanations`` say why a file is not clearly faster than the baseline
+(`reptrt.judge.explain`).
 """
 
 from dataclasses import asdict, dataclass
@@ -58,7 +59,7 @@ class Timing:
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """What is said of one file at one batch size."""
+    """Why one file at one batch size is not clearly faster than the baseline."""
 
     file: str
     batch: int
@@ -76,19 +77,19 @@ class Explanation:
 
 @dataclass(frozen=True, slots=True, repr=False)
 class BenchReport(Result):
-    """Timings, by batch size and then in the order of the files, and the conditions."""
+    """All timings, by batch size and then in the order of the files, and the machine's state."""
 
     results: tuple[Timing, ...]
     baseline: str | None
     cpu: str
-    onnxruntime: str | None  # version; None: only engines ran
+    onnxruntime: str | None  # version; None: onnxruntime ran none of the files
     seed: int
     warmup_seconds: float
     min_seconds: float
     before: Conditions
     after: Conditions
     remarks: tuple[str, ...]  # what may have disturbed the measurement
-    explanations: tuple[Explanation, ...] | None = None  # None: not asked for
+    explanations: tuple[Explanation, ...] | None = None  # None: not requested
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON values."""

@@ -1,13 +1,13 @@
-"""What each layer costs, by its shapes: multiply-accumulates, and bytes that have to move.
+"""The cost of each layer, computed from shapes: multiply-accumulates and bytes that are moved.
 
-The bytes are those of input, weight and output, each moved once: the least that a layer can do.
-A layer planned INT8 moves one byte per value, its output included, as if the next Q were fused.
-Every other layer moves as many bytes per value as the types of the graph have.
+The bytes are those of input, weight and output, each moved once, which is the minimum for a layer.
+A layer that is planned in INT8 moves one byte per value, also for its output, because the next Q is
+assumed to be fused. Every other layer moves as many bytes per value as its tensors' types have.
 
-Intensity is multiply-accumulates per byte. A processor that computes R of them in the time in which
-it moves one byte has to wait for memory in every layer whose intensity is below R (the roofline
-model, doi 10.1145/1498765.1498785): a dense 3x3 convolution of 64 channels has 288 in INT8 on a
-large image, a depthwise one 4.5.
+Intensity is the number of multiply-accumulates per byte. A processor that computes R
+multiply-accumulates while it moves one byte waits for memory in every layer with an intensity below
+R (the roofline model, doi 10.1145/1498765.1498785). On a large image in INT8, a dense 3x3
+convolution with 64 channels has an intensity of 288, a depthwise one of 4.5.
 """
 
 import math
@@ -40,14 +40,14 @@ class LayerCost:
         return self.macs / self.bytes_moved
 
     def time(self, macs_per_byte: float) -> float:
-        """Return its time by the roofline, in units of the time to move one byte."""
+        """Return the time that the roofline model gives, in units of the time to move one byte."""
         return max(self.macs / macs_per_byte, float(self.bytes_moved))
 
 
 def layer_costs(model: onnx.ModelProto, batch: int) -> tuple[LayerCost, ...]:
     """Return the cost of every Conv, ConvTranspose, Gemm and MatMul with a constant weight.
 
-    Layers of which a dimension other than the batch is unknown are left out.
+    Layers with an unknown dimension, other than the batch, are left out.
 
     Args:
         model: a float or Q/DQ graph; the first dimension of activations is the batch.
@@ -84,7 +84,7 @@ def _cost(node: gs.Node, weight: tuple[int, ...], batch: int, *, is_int8: bool) 
 
 
 def _shape_of_constant(tensor: gs.Tensor) -> tuple[int, ...] | None:
-    """Return the shape of a constant, also behind Q, DQ and Cast; None if it is no constant."""
+    """Return the shape of a constant, also behind Q, DQ and Cast; None if it is not constant."""
     while (value := constant_value(tensor)) is None:
         node = producer(tensor)
         if node is None or node.op not in _SAME_SHAPE:
@@ -94,7 +94,7 @@ def _shape_of_constant(tensor: gs.Tensor) -> tuple[int, ...] | None:
 
 
 def _dimensions(tensor: gs.Tensor) -> tuple[int, ...]:
-    """Return the dimensions of one image of an activation, 0 where unknown; (0,) if all are."""
+    """Return an activation's dimensions for one image; 0 for an unknown one, (0,) if all are."""
     if not tensor.shape:
         return (0,)
     return tuple(size if isinstance(size, int) and size > 0 else 0 for size in tensor.shape[1:])

@@ -1,4 +1,4 @@
-"""Judge files on the same images: accuracy against labels, and distance from a reference.
+"""Compare files on the same images: accuracy on labelled images, and distance to a reference.
 
 The JSON form of a report:
 
@@ -6,9 +6,9 @@ The JSON form of a report:
                   "agreement": 0.98, "sqnr_db": 31.2, "identical": false}]}
 
 Fractions are 0..1. ``top1`` and ``top5`` are null without labels. ``agreement``, ``sqnr_db`` and
-``identical`` compare the outputs over all images with the reference's and are null without one.
-JSON has no infinity: where every output equals the reference's (the reference itself, always)
-``sqnr_db`` is null and ``identical`` is true.
+``identical`` compare the outputs over all images with those of the reference; without a reference
+they are null. JSON has no infinity: if all outputs equal the reference's (as those of the reference
+itself do), ``sqnr_db`` is null and ``identical`` is true.
 """
 
 import contextlib
@@ -39,7 +39,7 @@ Float32Array = npt.NDArray[np.float32]
 
 @dataclass(frozen=True, slots=True)
 class FileResult:
-    """The result of one file; None where it cannot be known, see the module."""
+    """The result of one file; the module says which values are None without labels or reference."""
 
     file: str
     images: int
@@ -104,9 +104,9 @@ def evaluate(
 
     Args:
         networks: .onnx and .engine files and models in memory, in the order of the report.
-        images: to judge on, with labels where top-1 is wanted.
-        options: how networks are run, how many images are taken, and what to compare with.
-        reference: what to compare the outputs with, in place of the reference of the options.
+        images: the images to run; top-1 and top-5 need labels.
+        options: how networks are run, how many images are used, and the reference.
+        reference: the network to compare outputs with; it overrides ``options.reference``.
 
     Raises:
         ReptrtError: a file or image cannot be used, or outputs cannot be compared.
@@ -159,13 +159,13 @@ def run_dataset(runners: Sequence[Runner], dataset: Dataset, batch_size: int) ->
 
 
 def preprocess_of(network: Network, reference: Network | None = None) -> Preprocess:
-    """Return how the images of a network are to be prepared.
+    """Return the preprocessing of a network's images.
 
-    For an ONNX model the metadata say so. An engine has none: its sidecar is read, or else the
-    reference's metadata.
+    It is read from the metadata of an ONNX model. An engine has no metadata, so it is read from its
+    sidecar, or else from the metadata of the reference.
 
     Raises:
-        ConfigError: nothing says how the images of an engine are prepared.
+        ConfigError: neither a sidecar nor a reference describes the preprocessing of an engine.
     """
     if not (isinstance(network, Path) and is_engine(network)):
         return read_preprocess(net_from_model(proto_of(network)))
@@ -175,8 +175,8 @@ def preprocess_of(network: Network, reference: Network | None = None) -> Preproc
     if reference is not None and not is_engine(reference):
         return preprocess_of(reference)
     raise ConfigError(
-        f"{network}: nothing says how its images are prepared; expected {network.name}.json beside "
-        f"it, or give {option('reference')}: the .onnx file that it was built from"
+        f"{network}: the preprocessing of its images is unknown; expected {network.name}.json "
+        f"beside it, or give {option('reference')}: the .onnx file that it was built from"
     )
 
 
@@ -205,11 +205,11 @@ def _judge(
     """Compare outputs (N, ...) with labels (N,) and reference outputs (N, ...).
 
     Args:
-        name: of the network.
-        outputs: its outputs.
-        labels: class indices; None: not known.
-        reference: outputs of the reference; None: there is none.
-        is_any: outputs do not mean classes, whatever their shape.
+        name: name of the network.
+        outputs: outputs of the network.
+        labels: class indices; None: the images have no labels.
+        reference: outputs of the reference; None: there is no reference.
+        is_any: outputs are not scores of classes, whatever their shape.
     """
     bad = int((~np.isfinite(outputs).reshape(len(outputs), -1).all(axis=1)).sum())
     if bad:

@@ -1,9 +1,10 @@
 """Explain why a file is not faster than the baseline, from its timing and its layers.
 
 Three questions are asked in this order. Is there a difference at all? There is none if the
-interval of the ratio includes 1. Do the layers that were planned INT8 run in INT8, and which float
-layers and copies lie between them? Would faster arithmetic help? It does not help layers with few
-multiply-accumulates per byte, which wait for memory, nor small layers, which wait for their launch.
+interval of the ratio includes 1. Do the layers that were planned in INT8 run in INT8, and which
+float layers and copies are between them? Would faster arithmetic help? It does not help layers with
+few multiply-accumulates per byte, which wait for memory, nor small layers, whose launch takes most
+of their time.
 """
 
 import re
@@ -33,10 +34,10 @@ _NAMED = 3
 _FLOAT_OPS = re.compile(r"(Fused)?(Conv|ConvTranspose|Gemm|MatMul)")
 _ISLAND_RULES = ("QDQ201", "QDQ202", "QDQ203")  # float layers between INT8 layers
 
-# Orders of magnitude, not measured here. INT8 multiply-accumulates in the time that moves one byte:
-# data sheets of GPUs with tensor cores give 200 to 350 (A100, H100, RTX 4090); a CPU core with VNNI
-# does a few if the byte is in its cache, about 20 if it is in memory. A call is a kernel launch on
-# a GPU and an operator on a CPU.
+# Orders of magnitude, not measured here. `_MACS_PER_BYTE` is the number of INT8
+# multiply-accumulates in the time in which one byte is moved. Data sheets of GPUs with tensor cores
+# give 200 to 350 (A100, H100, RTX 4090). A CPU core with VNNI computes a few if the byte is in its
+# cache, about 20 if it is in memory. A call is a kernel launch on a GPU, an operator on a CPU.
 _MACS_PER_BYTE = {"gpu": 200.0, "cpu": 10.0}
 _CALL_US = {"gpu": 10.0, "cpu": 5.0}
 _WAITING = 0.2  # waiting for memory is reported above this share of the time
@@ -46,23 +47,24 @@ _WAITING = 0.2  # waiting for memory is reported above this share of the time
 class Evidence:
     """The facts about a timed file that can explain its speed."""
 
-    planned: int = 0  # layers planned INT8
-    misses: tuple[str, ...] = ()  # planned layers that run in float: name, and why if known
-    split_layers: int = 0  # layers that were split into two summands
+    planned: int = 0  # number of layers planned in INT8
+    misses: tuple[str, ...] = ()  # planned layers that run in float: name, and reason if known
+    split_layers: int = 0  # number of layers that were split into two summands
     islands: tuple[str, ...] = ()  # float layers between INT8 layers
     passes: tuple[str, ...] = ()  # launches of an engine that only move or convert: "12 reformats"
-    fp32_rest: bool = False  # what is not INT8 is FP32
+    fp32_rest: bool = False  # layers that are not INT8 are FP32
     calls: int = 0  # operators or launches per run; 0: unknown
     costs: tuple[LayerCost, ...] = ()
-    unknown: tuple[str, ...] = ()  # what could not be examined, and why
+    unknown: tuple[str, ...] = ()  # lines that say what could not be examined, and why
 
 
 def explain_all(report: BenchReport, networks: Sequence[Network] = ()) -> tuple[Explanation, ...]:
     """Explain each file that is not clearly faster than the baseline.
 
     Args:
-        report: of `bench`.
-        networks: the networks that were timed; those that are left out are files.
+        report: the report of `bench`.
+        networks: the networks that were timed; models in memory are needed here, files are found
+            by their names in the report.
     """
     explanations = []
     named = dict(zip(unique_labels(networks), networks, strict=True))
@@ -83,7 +85,7 @@ def explain(baseline: Timing, result: Timing, facts: Evidence) -> tuple[str, ...
     Args:
         baseline: the timing that ratios refer to.
         result: the timing of the file, with its ratio.
-        facts: of the file, from `evidence`.
+        facts: the facts about the file, from `evidence`.
     """
     if result.file == baseline.file or _helps(result):
         return ()
@@ -96,7 +98,7 @@ def explain(baseline: Timing, result: Timing, facts: Evidence) -> tuple[str, ...
 
 
 def evidence(network: Network, batch: int, *, on_gpu: bool) -> Evidence:
-    """Examine a network; ``unknown`` lists what cannot be examined."""
+    """Return the facts about a network; ``unknown`` says what cannot be examined."""
     if isinstance(network, Path) and is_engine(network):
         return _engine_evidence(network, batch)
     model = proto_of(network)
@@ -132,7 +134,7 @@ def _engine_evidence(path: Path, batch: int) -> Evidence:
     """Return facts from the audit, and from the ONNX file if it lies beside the engine."""
     record = read_engine_record(path)
     if record is None:
-        return Evidence(unknown=("the engine has no sidecar that says what was planned INT8",))
+        return Evidence(unknown=("the engine has no sidecar that says what was planned in INT8",))
     facts = Evidence(planned=len(record.details.int8_layers))
     if not facts.planned:
         return facts
@@ -164,7 +166,7 @@ def _passes(checked: Audit) -> tuple[str, ...]:
         "Q/DQ passes": len(checked.quantization_passes),
         "float outputs that another launch quantizes": len(checked.float_outputs),
     }
-    return tuple(f"{count} {what}" for what, count in counts.items() if count)
+    return tuple(f"{count} {kind}" for kind, count in counts.items() if count)
 
 
 def _helps(result: Timing) -> bool:
@@ -190,7 +192,7 @@ def _verdict(baseline: Timing, result: Timing) -> str:
 
 
 def _float_reasons(facts: Evidence, result: Timing) -> list[str]:
-    """Return what does not run in INT8, or lies between INT8 layers."""
+    """Return the reasons that concern layers in float and conversions between INT8 layers."""
     lines = []
     if facts.misses:
         lines.append(
@@ -208,12 +210,12 @@ def _float_reasons(facts: Evidence, result: Timing) -> list[str]:
     if facts.passes:
         lines.append(f"launches that only move or convert data: {', '.join(facts.passes)}")
     if facts.fp32_rest and _on_gpu(result):
-        lines.append("what is not INT8 runs in FP32: build the engine with high precision fp16")
+        lines.append("layers outside INT8 run in FP32: build the engine with high precision fp16")
     return lines
 
 
 def _waiting_reasons(facts: Evidence, result: Timing) -> list[str]:
-    """Return why faster arithmetic would not help."""
+    """Return the reasons why faster arithmetic would not help."""
     kind = "gpu" if _on_gpu(result) else "cpu"
     lines = []
     rate = _MACS_PER_BYTE[kind]
@@ -230,9 +232,9 @@ def _waiting_reasons(facts: Evidence, result: Timing) -> list[str]:
         )
     each = 1e3 * result.median_ms / facts.calls if facts.calls else float("inf")
     if each < _CALL_US[kind]:
-        what = "launches" if kind == "gpu" else "operators"
+        calls = "launches" if kind == "gpu" else "operators"
         lines.append(
-            f"{facts.calls} {what} take {each:.1f} us each, little more than the cost of a call: "
+            f"{facts.calls} {calls} take {each:.1f} us each, little more than the cost of a call: "
             "larger batches help, INT8 does not"
         )
     return lines

@@ -22,14 +22,14 @@ class EvaluateOptions(RunnerOptions):
     """Options of `evaluate`."""
 
     reference: Path | None = described(
-        None, "Float file to compare the outputs with; it need not be one of FILES."
+        None, "Float file to compare the outputs with; it does not have to be one of FILES."
     )
     task: Task = described(
         "classify",
-        "What outputs mean: classify compares classes, any compares only how close outputs are.",
+        "Meaning of the outputs: classify for scores of classes; any compares only SQNR.",
     )
     limit: int | None = described(None, "Number of images, sampled from the data; default: all.")
-    batch_size: int = described(64, "Images that are run at a time.")
+    batch_size: int = described(64, "Number of images that are run at a time.")
     seed: int = 0  # for sampling images
 
     def __post_init__(self) -> None:
@@ -49,7 +49,7 @@ class BenchOptions(RunnerOptions):
         0.5, "Seconds to warm up each file at each batch size before it is measured."
     )
     host_copies: bool = described(
-        True, "Count copies between host and GPU; without, those of engines are left out."
+        True, "Include copies between host and GPU in the latencies of engines."
     )
     seed: int = 0  # for inputs, the order of runs and the bootstrap
 

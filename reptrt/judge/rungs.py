@@ -1,6 +1,6 @@
-"""Run the forms of one net on the same images; compare each with the first and with the previous.
+"""Run several forms of one net on the same images; compare each with the first and the previous.
 
-Outputs of three forms are kept in memory at a time.
+The outputs of at most three forms are in memory at a time.
 """
 
 import math
@@ -44,7 +44,7 @@ class Rung:
     top1: float | None = None  # fraction; None: no labels, not a classifier, or not run
     from_first: Distance | None = None  # None: this is the first rung, or it was not run
     from_before: Distance | None = None
-    not_run: str | None = None  # why it was not run; None: it was run
+    not_run: str | None = None  # the reason why it was not run; None: it was run
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -85,7 +85,7 @@ class Step(NamedTuple):
     name: str
     runs_in: str
     open: Callable[[], Runner]
-    may_fail: bool = False  # without TensorRT or a GPU, the rung is reported as not run
+    may_fail: bool = False  # the form needs TensorRT or a GPU; without them it is not run
 
 
 def measure(steps: Iterable[Step], dataset: Dataset) -> Ladder:
@@ -174,7 +174,7 @@ def _top1(outputs: Float32Array, dataset: Dataset) -> float | None:
 
 
 def _rows(outputs: Float32Array) -> Float32Array | None:
-    """Return the outputs (N, classes, 1, ...) as (N, classes); None: they have another shape."""
+    """Return the outputs (N, classes, 1, ...) as (N, classes); None if they have another shape."""
     rows = outputs.reshape(len(outputs), -1)
     return rows if outputs.ndim > 1 and rows.shape[1] == outputs.shape[1] else None
 

@@ -1,10 +1,10 @@
-"""Why a net loses accuracy: what sets its weight ranges, what weights and activations cost.
+"""Find out why a net loses accuracy: which branch sets each weight range, what quantization costs.
 
-    float.onnx --calibrate, plain--------------> corners: weights, activations, both
-               --calibrate, as the options say-> corner: the method
-               --prepare, halves--------------> noise of each layer, as it is and prepared
+    float.onnx --calibrate without preparation-> corners: weights, activations, both
+               --calibrate with the options----> corner: the method
+               --prepare, halves---------------> noise of each layer, before and after preparation
 
-All of it on calibration images.
+Everything is measured on the calibration images.
 """
 
 import time
@@ -58,10 +58,11 @@ def diagnose(
     Args:
         model: the fused float model, or its file.
         images: the calibration images.
-        options: of calibration; plain INT8 has the same bits and thresholds without preparation.
-        calibrated: what calibration made of these arguments, or its report with the path of the
-            INT8 file; None: it is done here.
-        layer_images: on how many of the images the layers are measured.
+        options: the options of calibration; the plain INT8 net that the method is compared with has
+            the same bits and threshold rule, but no preparation.
+        calibrated: the result of calibration with the same arguments, or its report with the path
+            of the INT8 file; None: the net is calibrated here.
+        layer_images: the number of images on which the layers are measured.
 
     Raises:
         ReptrtError: the model or the images cannot be used.
@@ -111,7 +112,7 @@ def _report_and_model(calibrated: Calibrated | CalibrateReport) -> tuple[Calibra
 
 
 def _plain(options: CalibrateOptions) -> CalibrateOptions:
-    """Return the options of a quantizer that knows nothing of branches, same bits and rule."""
+    """Return the options for plain INT8: the same bits and rule, but no preparation."""
     kept = (
         *("images", "threshold", "weight_bits", "activation_bits", "exclude", "float_nodes"),
         *("device", "seed"),
@@ -122,7 +123,10 @@ def _plain(options: CalibrateOptions) -> CalibrateOptions:
 def _halves(
     net: Net, placement: Placement, report: CalibrateReport, options: CalibrateOptions
 ) -> Halves:
-    """Return a net with only weights and with only activations quantized, scales as reported."""
+    """Return a net with only its weights and with only its activations quantized.
+
+    The scales of activations are those of the report.
+    """
     scales = {tensor.tensor: tensor.scale for tensor in report.tensors}
     if {activation.tensor for activation in placement.activations} != scales.keys():
         raise ConfigError(
@@ -136,7 +140,7 @@ def _halves(
 def _corners(
     halves: Halves, files: Sequence[TorchGraph], images: Dataset, options: CalibrateOptions
 ) -> tuple[Corner, Corner, Corner, Corner]:
-    """Compare with the float net: weights alone, activations alone, both plain, the method."""
+    """Compare four nets with the float net: only weights, only activations, both, the method."""
     weight, activation = f"W{options.weight_bits}", f"A{options.activation_bits}"
     names = (f"{weight}A32", f"W32{activation}", weight + activation, weight + activation)
     graphs = (halves.weights, halves.activations, *files)
@@ -153,7 +157,7 @@ def _layers(
     powers: tuple[Mapping[str, Powers], Mapping[str, Powers]],
     options: CalibrateOptions,
 ) -> tuple[LayerDiagnosis, ...]:
-    """Put together what is known of each layer, as it is and prepared."""
+    """Return the range and the noise of each layer, before and after preparation."""
     ranges = _ranges(nets[0])
     forms = {split.layer: split.form for split in read_splits(nets[1])}
     layers = []
@@ -175,9 +179,9 @@ def _layers(
 
 
 def _ranges(net: Net) -> dict[str, WeightRange]:
-    """Return what sets the range of each layer: by the records of its branches, or by its kernel.
+    """Return what sets the range of each layer, from the records of its branches or its kernel.
 
-    In a model with such records, a layer without one was no rep block and is left out.
+    In a model with such records, a layer without a record was not a rep block and is left out.
     """
     records = read_provenance(net)
     nodes = {node.name: node for node in weighted_nodes(net.graph)}
@@ -194,7 +198,7 @@ def _ranges(net: Net) -> dict[str, WeightRange]:
 def _bits(
     net: Net, layer: str, weight_range: WeightRange | None, options: CalibrateOptions
 ) -> float | None:
-    """Return the bits left beside what sets a layer's range, in the net as it is or split."""
+    """Return how many bits are left for the values beside those that set a layer's range."""
     if weight_range is None or weight_range.rest is None:
         return None
     split = {split.layer: split for split in read_splits(net)}.get(layer)

@@ -1,7 +1,7 @@
-"""Run images and measure what quantizing the weights alone, and the activations alone, costs.
+"""Measure the noise of quantized weights alone and of quantized activations alone.
 
-Both come from the graphs that `reptrt.graph.qdq` writes, so placement and arithmetic are those of
-the deployed file. Only sums of squares are kept: memory is one batch of activations.
+Both are measured in graphs that `reptrt.graph.qdq` writes, so placement and arithmetic are those of
+the deployed file. Only sums of squares are kept, so the memory is one batch of activations.
 """
 
 import functools
@@ -33,11 +33,11 @@ Float64Array = npt.NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """One layer, as the sub-graph from where its input was made to its output."""
+    """One layer: the sub-graph from the tensor that its input comes from to its output."""
 
     layer: str
-    origin: str  # tensor; a Q/DQ pair of the layer's input goes right behind it
-    output: str  # tensor (N, O, ...); of a split layer the sum
+    origin: str  # the tensor behind which the Q/DQ pair of the layer's input is inserted
+    output: str  # the output tensor (N, O, ...); for a split layer, the sum
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,10 +58,10 @@ class Powers:
     activations: Float64Array  # of the noise from a quantized input, float weights
 
     def in_units_of(self, signal: Float64Array) -> "Powers":
-        """Return the powers as if each channel had the given signal power.
+        """Return the powers scaled so that each channel has the given signal power.
 
-        Equalization multiplies an output channel by r and the layers that read it divide by r.
-        With the noises divided by r^2 the two nets are compared in the same units.
+        Equalization multiplies an output channel by r, and the layers that read it divide by r.
+        Dividing the noise by r^2 makes the two nets comparable.
         """
         factors = np.divide(signal, self.signal, out=np.ones_like(signal), where=self.signal > 0)
         return Powers(self.signal * factors, self.weights * factors, self.activations * factors)
@@ -84,12 +84,12 @@ class Powers:
 
 @dataclass(slots=True)
 class Closeness:
-    """How close a net's first output is to the float net's, summed up batch by batch."""
+    """The distance of a net's first output to the float net's, summed batch by batch."""
 
     images: int = 0
     signal: float = 0.0
     noise: float = 0.0
-    same_class: float | None = 0.0  # images; None: the output is not one row of scores an image
+    same_class: float | None = 0.0  # number of images; None: the net is not a classifier
 
     def add(self, reference: Tensor, output: Tensor) -> None:
         """Add a batch (N, ...)."""
@@ -109,12 +109,12 @@ class Closeness:
 
     @property
     def agreement(self) -> float | None:
-        """Fraction of images with the float net's arg max."""
+        """Fraction of images with the same arg max as in the float net."""
         return None if self.same_class is None else self.same_class / self.images
 
 
 def probes_of(net: Net, layers: Sequence[str]) -> tuple[Probe, ...]:
-    """Return a probe for each layer, which may have been split since it got its name."""
+    """Return a probe for each layer of the net before splits; the layer may be split by now."""
     nodes = {node.name: node for node in net.graph.nodes}
     splits = {split.layer: split for split in read_splits(net)}
     return tuple(_probe(layer, nodes, splits.get(layer)) for layer in layers)
@@ -131,12 +131,12 @@ def halves_of(
     """Return a float net with only its weights and with only its activations quantized.
 
     Args:
-        net: not changed.
-        placement: where pairs go.
-        scales: tensor name -> step size, for every activation of the plan.
-        grids: of activations and of weights.
+        net: the float net; it is not changed.
+        placement: where Q/DQ pairs are inserted.
+        scales: tensor name -> scale, for every activation of the placement.
+        grids: the codes of activations and of weights.
         device: where to compute.
-        full_range: activations that take all codes.
+        full_range: activations with the full range of codes.
     """
     weights, activations = net.copy(), net.copy()
     codes = quantize_weights(net, placement, grids[1])
@@ -174,7 +174,7 @@ def layer_powers(
 def closeness(
     exact: TorchGraph, others: Sequence[TorchGraph], dataset: Dataset
 ) -> tuple[Closeness, ...]:
-    """Compare the first output of several graphs with the float one's over all images."""
+    """Compare the first output of several graphs with that of the float graph over all images."""
     distances = tuple(Closeness() for _ in others)
     for batch in _batches(exact, dataset, "corners"):
         reference = exact(batch)
@@ -193,7 +193,7 @@ def _probe(layer: str, nodes: Mapping[str, gs.Node], split: Split | None) -> Pro
 
 
 def _power(values: Tensor) -> Float64Array:
-    """Return the sum of squares per index of axis 1: the channels of all that is equalized."""
+    """Return the sum of squares per index of axis 1, the channels of every equalized tensor."""
     norms = torch.linalg.vector_norm(values.reshape(*values.shape[:2], -1), dim=2)
     return np.asarray(norms.double().square().sum(0).cpu().numpy())
 

@@ -1,15 +1,15 @@
-"""Which branch sets the weight range of a fused kernel, and what that leaves for the others.
+"""Find the branch that sets the weight range of a fused kernel, and the bits left for the others.
 
-An output channel has one scale, amax / qmax. Where one branch is much larger than the others, their
-values use few codes. With records of the branches (`reptrt.graph.provenance`) the largest value of
-each kind of branch is known per channel:
+An output channel has one scale, amax / qmax. If one branch is much larger than the others, the
+values of the others use few codes. Records of the branches (`reptrt.graph.provenance`) give the
+largest value of each kind of branch per channel:
 
     identity     |sum of the diagonals|
-    any other    sum of the branches' amax, an upper bound where there are several of one kind
+    any other    sum of the branches' amax, an upper bound if there are several of one kind
 
-Without records the kernel is read by its structure instead: the diagonal of the centre tap (where
-an identity would be), the rest of the centre tap, the taps around it. That says where the largest
-values are, not where they came from.
+Without records, the kernel is divided into the diagonal of the centre tap (where an identity would
+be), the rest of the centre tap, and the taps around it. This shows where the largest values are,
+not which branch they came from.
 """
 
 from collections.abc import Mapping, Sequence
@@ -36,7 +36,7 @@ class Part:
     """One kind of branch, or one part of a kernel."""
 
     kind: str  # "identity", "1x1", "3x3"...; of a kernel: "diagonal", "centre", "around"
-    share: float  # 0..1 of the output channels in which it holds the largest value
+    share: float  # fraction 0..1 of the output channels in which it has the largest value
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -45,7 +45,7 @@ class WeightRange:
 
     source: Source  # "branches": recorded by export; "kernel": read off the kernel
     parts: tuple[Part, ...]  # the largest share first
-    rest: Mask | None  # shaped like the weight: where the others' values are, if that is known
+    rest: Mask | None  # shaped like the weight: where the values of the other parts are, if known
 
     @property
     def kind(self) -> str:
@@ -54,7 +54,7 @@ class WeightRange:
 
 
 def range_of_branches(node: gs.Node, branches: Sequence[Branch]) -> WeightRange:
-    """Return which of a convolution's recorded branches sets its weight range."""
+    """Return which recorded branch of a convolution sets its weight range."""
     amax: dict[str, FloatArray] = {}
     for branch in branches:
         values = branch.amax if branch.diagonal is None else branch.diagonal
@@ -66,7 +66,7 @@ def range_of_branches(node: gs.Node, branches: Sequence[Branch]) -> WeightRange:
 
 
 def range_of_kernel(node: gs.Node) -> WeightRange | None:
-    """Return which part of a kernel sets its range; None if it has no parts to tell apart."""
+    """Return which part of a kernel sets its range; None if it has fewer than two parts."""
     weight = constant_value(node.inputs[1])
     if node.op != "Conv" or weight is None or weight.ndim != 4:
         return None
@@ -81,20 +81,20 @@ def range_of_kernel(node: gs.Node) -> WeightRange | None:
         return None
     parts = _parts({kind: channel_amax(weight * mask, 0) for kind, mask in regions.items()})
     largest = regions[parts[0].kind]
-    # Of many values one is the largest by chance; only of a few does it mean something.
+    # A part with most of the values has the largest value by chance, so it says nothing.
     return WeightRange("kernel", parts, ~largest if largest.mean() < 0.5 else None)
 
 
 def bits_left(kernels: Sequence[FloatArray], rest: Mask, grid: Grid) -> float | None:
-    """Return how many bits the values at ``rest`` use, the median over output channels.
+    """Return how many bits the values at ``rest`` use, as the median over output channels.
 
         bits = log2( 2 max |W[o, rest]| / scale[o] + 1 )
 
-    This is the weight's own number of bits where they reach the end of the range. Of a split layer
-    the kernel that gives them most codes counts.
+    If the values reach the end of the range, this is the number of bits of the weight. For a split
+    layer, the kernel in which the values use most bits counts.
 
     Args:
-        kernels: what is quantized: the layer's weight, or those of its summands (O, I, kH, kW).
+        kernels: the quantized kernels (O, I, kH, kW): the layer's weight, or one of each summand.
         rest: a mask of the layer's weight; a smaller kernel lies at its centre.
         grid: the codes of weights.
     """
@@ -110,7 +110,7 @@ def bits_left(kernels: Sequence[FloatArray], rest: Mask, grid: Grid) -> float | 
 
 
 def _parts(amax: Mapping[str, FloatArray]) -> tuple[Part, ...]:
-    """Return the share of channels in which each part is the largest; dead ones do not count."""
+    """Return the share of channels in which each part is the largest, without all-zero channels."""
     values = np.stack([np.asarray(channels) for channels in amax.values()])
     largest = values.argmax(axis=0)[values.any(axis=0)]
     counts = np.bincount(largest, minlength=len(values)) / max(len(largest), 1)
@@ -119,7 +119,7 @@ def _parts(amax: Mapping[str, FloatArray]) -> tuple[Part, ...]:
 
 
 def _window(weight: FloatArray, kind: str) -> Mask:
-    """Return where in a kernel a branch lies; nowhere if its place is not known."""
+    """Return where in a kernel a branch lies; the mask is empty if that is not known."""
     mask = np.zeros(weight.shape, dtype=bool)
     row, column = centre_of(weight)
     if kind == "identity":
@@ -134,7 +134,7 @@ def _window(weight: FloatArray, kind: str) -> Mask:
 
 
 def _rest(kind: str, windows: Mapping[str, Mask]) -> Mask | None:
-    """Return where the other parts lie and the given one does not, or else where they lie."""
+    """Return where the other parts lie, without the window of ``kind`` unless nothing is left."""
     others = [mask for other, mask in windows.items() if other != kind]
     if not others or not all(mask.any() for mask in windows.values()):
         return None

@@ -1,4 +1,4 @@
-"""What a diagnosis says: as values, as JSON, as tables and as plain sentences.
+"""The report of a diagnosis: as values, as JSON, as tables and as sentences.
 
 The JSON form:
 
@@ -10,7 +10,7 @@ The JSON form:
                  "after": {...}}, ...],
      "reading": ["..."], "seconds": 4.2}
 
-JSON has no infinity: where nothing was lost ``sqnr_db`` is null.
+JSON has no infinity: if nothing was lost, ``sqnr_db`` is null.
 """
 
 import math
@@ -25,18 +25,18 @@ from rich.table import Table
 from reptrt.core.result import Result
 from reptrt.judge.diagnose.parts import Part, Source
 
-_ENOUGH_DB = 30.0  # noise is a thousandth of the signal: hardly any top-1 changes
-_EQUAL_DB = 1.0  # differences smaller than this are not worth a word
+_ENOUGH_DB = 30.0  # the noise power is a thousandth of the signal: top-1 hardly changes
+_EQUAL_DB = 1.0  # smaller differences are not reported
 _NAMES = {"diagonal": "the diagonal of the centre tap", "centre": "the centre tap"}
 
 
 @dataclass(frozen=True, slots=True)
 class Noise:
-    """What quantization does to one layer of one form of the net."""
+    """The noise of one layer in one form of the net."""
 
-    bits_left: float | None  # for the values beside what sets the range; None: not known
-    weight_sqnr_db: float  # at the layer's output: quantized weights, float input
-    activation_sqnr_db: float  # quantized input, float weights
+    bits_left: float | None  # for the values beside those that set the range; None: not known
+    weight_sqnr_db: float  # of the layer's output, with quantized weights and float input
+    activation_sqnr_db: float  # of the layer's output, with quantized input and float weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,11 +44,11 @@ class LayerDiagnosis:
     """One weighted layer of the fused float net."""
 
     layer: str
-    form: str  # that was chosen for it: "none", "identity" or "coarse-fine"
-    source: Source | None  # of the parts; None: the weight has none
+    form: str  # the chosen form: "none", "identity" or "coarse-fine"
+    source: Source | None  # where the parts are known from; None: the weight has no parts
     parts: tuple[Part, ...]  # what sets the weight range, the largest share first
-    before: Noise  # the net as it is
-    after: Noise  # equalized and split, in the units of the net as it is
+    before: Noise  # before preparation
+    after: Noise  # after equalization and splits, in the units of the net before preparation
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,27 +56,27 @@ class Corner:
     """The whole net with some of it quantized, compared with the float net."""
 
     name: str  # "W8A32": 8-bit weights, float activations
-    prepared: bool  # equalized, split and rounded as the options say; else nearest, as it is
+    prepared: bool  # True: calibrated with the given options; False: plain INT8
     sqnr_db: float  # of the first output
     agreement: float | None  # fraction of images with the same arg max; None: not a classifier
 
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Diagnosis(Result):
-    """Why a net loses accuracy in few bits, on the images it was calibrated on."""
+    """Why a net loses accuracy when it is quantized, measured on calibration images."""
 
-    images: int  # that the corners were measured on
-    layer_images: int  # that the layers were measured on
+    images: int  # number of images on which the corners were measured
+    layer_images: int  # number of images on which the layers were measured
     weight_bits: int
     activation_bits: int
-    equalized: int  # tensors
+    equalized: int  # number of tensors
     corners: tuple[Corner, Corner, Corner, Corner]  # weights, activations, both, the method
     layers: tuple[LayerDiagnosis, ...]
     seconds: float
 
     @property
     def reading(self) -> tuple[str, ...]:
-        """What the tables say, in plain sentences."""
+        """The conclusions from the tables, as sentences."""
         ranges = _range_sentence(self.layers, self.weight_bits)
         return (*ranges, _limit_sentence(*self.corners[:3]), self._method_sentence())
 
@@ -90,15 +90,15 @@ class Diagnosis(Result):
         return self._layer_table(), self._corner_table()
 
     def to_lines(self) -> list[str]:
-        """Return what the columns mean, then what the tables say."""
+        """Return the meaning of the columns, then the conclusions from the tables."""
         lines = [
-            f"Layers: as it is -> prepared, on {self.layer_images} of the calibration images. "
-            "Bits left: for the values beside",
-            "what sets the range. Weights, activations: SQNR of the layer's output with that alone "
+            f"Layers: before -> after preparation, on {self.layer_images} calibration images. Bits "
+            "left: for the values beside those that",
+            "set the range. Weights, activations: SQNR of the layer's output if only these are "
             "quantized.",
         ]
         if any(layer.source == "kernel" for layer in self.layers):
-            lines.append("* read off the kernel; the file does not say what it was fused from.")
+            lines.append("* read off the kernel; the file does not record what was fused.")
         return [*lines, "", *self.reading]
 
     def _layer_table(self) -> Table:
@@ -149,23 +149,23 @@ class Diagnosis(Result):
 
 
 def _range_sentence(layers: Sequence[LayerDiagnosis], bits: int) -> tuple[str, ...]:
-    """Return what sets the range of most layers, if there is anything to say about it."""
+    """Return a sentence on what sets the range of most layers, or none if no part stands out."""
     recorded = [layer for layer in layers if layer.source == "branches"]
     if recorded:
         kind, most = _most_frequent(recorded)
         text = f"{len(most)} of {len(recorded)} rep layers: the {kind} branch sets the weight range"
         return (f"{text}{_left_for_the_rest(most, bits)}.",)
     read = [layer for layer in layers if layer.source == "kernel"]
-    ill = [layer for layer in read if _stands_out(layer, bits)]
-    if not ill:
+    uneven = [layer for layer in read if _stands_out(layer, bits)]
+    if not uneven:
         return ("No part of the kernels stands out, as it would in a rep-net.",) if read else ()
-    kind, most = _most_frequent(ill)
+    kind, most = _most_frequent(uneven)
     text = f"{len(most)} of {len(read)} convolutions: {_NAMES[kind]} sets the weight range"
     return (f"{text}{_left_for_the_rest(most, bits)} (read off the kernels).",)
 
 
 def _most_frequent(layers: Sequence[LayerDiagnosis]) -> tuple[str, list[LayerDiagnosis]]:
-    """Return what sets the range most often, and in which layers."""
+    """Return the part that sets the range most often, and the layers in which it does."""
     kind = Counter(layer.parts[0].kind for layer in layers).most_common(1)[0][0]
     return kind, [layer for layer in layers if layer.parts[0].kind == kind]
 
@@ -178,7 +178,7 @@ def _left_for_the_rest(layers: Sequence[LayerDiagnosis], bits: int) -> str:
 
 
 def _stands_out(layer: LayerDiagnosis, bits: int) -> bool:
-    """Whether a kernel's centre is so large that the taps around it lose a bit or more."""
+    """Return whether a kernel's centre is so large that the taps around it lose a bit or more."""
     left = layer.before.bits_left
     return layer.parts[0].kind in _NAMES and left is not None and left <= bits - 1
 
