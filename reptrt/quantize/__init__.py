@@ -1,1 +1,1 @@
-"""What calibration decides: splits, code ranges, thresholds, biases, learned constants."""
+"""The decisions of calibration: splits, code ranges, thresholds, biases, learned constants."""

@@ -62,7 +62,7 @@ def _is_per_channel(bias: Tensor | None) -> bool:
 def deployed_weights(
     graph: TorchGraph, weights: Mapping[str, QuantizedWeight]
 ) -> dict[str, Tensor]:
-    """Return what the weights of a float graph are once they are quantized, by tensor name."""
+    """Return the dequantized weights by the names of the float graph's weight tensors."""
     inputs = {step.name: step.inputs for step in graph.steps}
     return {
         inputs[name][1]: torch.from_numpy(weight.dequantized()) for name, weight in weights.items()

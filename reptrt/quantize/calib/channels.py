@@ -29,7 +29,7 @@ class ChannelStats:
         return np.maximum(self.mean_square - np.square(self.mean), 0.0)
 
     def merged(self, other: "ChannelStats", share: float) -> "ChannelStats":
-        """Return the statistics over both sets of images; ``share`` of them are in the other."""
+        """Return the statistics over both sets of images; a fraction ``share`` is in ``other``."""
         return ChannelStats(
             np.maximum(self.maximum, other.maximum),
             (1 - share) * self.mean_square + share * other.mean_square,

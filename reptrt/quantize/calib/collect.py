@@ -44,14 +44,15 @@ def collect(
     sums: dict[str, Tensor] = {}
 
     def count_values(name: str, count: int, value: Tensor) -> None:
-        rows = len(value) * count // COMPUTE_BATCH or len(value)  # batch x windows, or no batch
+        # Some tensors have several rows per image (windows), others have no batch axis.
+        rows = len(value) * count // COMPUTE_BATCH or len(value)
         histogram = histogram_of(value[:rows])
         if math.isinf(histogram.maximum):
             raise not_finite(name)
         merged[name] = histogram if name not in merged else merged[name].merged(histogram)
 
     def add_up(name: str, count: int, value: Tensor) -> None:
-        if len(value) == 1:  # of a net for one image: a Reshape to [1, -1] folds the batch
+        if len(value) == 1:  # a net for one image may fold the batch: Reshape to [1, -1]
             value = value.reshape(COMPUTE_BATCH, -1)
         total = value[:count].sum(0, keepdim=True, dtype=torch.float64)
         sums[name] = total if name not in sums else sums[name] + total

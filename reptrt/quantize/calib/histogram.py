@@ -40,7 +40,7 @@ class Histogram:
         )
 
     def below(self, limit: float) -> "Histogram":
-        """Return the histogram without the values beyond a limit, exact to one bin."""
+        """Return the histogram without the values above a limit, which is rounded up to a bin."""
         if limit >= self.maximum or not self.width:
             return self
         kept = np.where(np.arange(NUM_BINS) * self.width < limit, self.counts, 0)

@@ -25,13 +25,14 @@ _NO_OVERRIDES: Mapping[str, Override] = MappingProxyType({})
 def stride_of(length: int) -> int:
     """Return s, at least 2: every s-th of ``length`` images is held out to judge.
 
-    That is an eighth of the images but at most 64; of fewer than 64 images 8, but at most half.
+    An eighth of the images is held out, but at most 64; if there are fewer than 64 images, 8 are
+    held out, but at most half of them.
     """
     return max(2, min(8, length // 8), length // (_MOST_HELD_OUT + 1) + 1)
 
 
 def parts(dataset: Dataset) -> tuple[Dataset, Dataset]:
-    """Return the other images and the held-out images; a single image is both."""
+    """Return the images that are not held out, and the held-out images; a single image is both."""
     if dataset.length == 1:
         return dataset, dataset
     return dataset.parted(stride_of(dataset.length))

@@ -6,8 +6,8 @@ that keeps values up to y_max:
     y = relu(rest + d0 x),   0 <= x <= x_max,   0 < d0
 
 If rest < -d0 x_max, the sum is negative for every x, and y is 0. If rest > y_max, the pair
-saturates. So the codes of the rest need to reach max(d0 x_max, y_max) only, although the rest is
-far below zero in channels that are mostly off. Ours.
+saturates. The codes of the rest therefore only have to reach max(d0 x_max, y_max), although its
+values are far below zero in channels whose output is mostly 0. Ours.
 """
 
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ from reptrt.quantize.calib.histogram import Histogram
 
 
 def without_dead_values(net: Net, histograms: Mapping[str, Histogram]) -> dict[str, Histogram]:
-    """Return the histograms, those of INT8 rests without the values that cannot matter.
+    """Return the histograms; those of INT8 rests lose the values that cannot change the result.
 
     Args:
         net: the float net, after the splits.

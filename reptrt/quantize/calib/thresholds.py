@@ -91,7 +91,7 @@ class _Density:
 
 
 def _cells(density: _Density, amax: FloatArray, qmax: int, at: FloatArray) -> FloatArray:
-    """Return the cell borders ``at`` (in steps) for each threshold; the last is the maximum."""
+    """Return the cell borders, at the multiples ``at`` of each step; the last is the maximum."""
     step = amax[:, None] / qmax
     borders = at[None, :] * step
     borders[:, -1] = density.edges[-1]

@@ -16,7 +16,7 @@ Rules (ours):
    left without splits: they would gain at most 3 dB.
 4. An activation with full range has half the step, so a quarter of N_a. Where full range is
    possible, N_a is counted with it.
-5. Within the budget, the splits and full ranges that remove most noise per cost go first.
+5. The budget is spent first on the splits and full ranges that remove most noise per cost.
 
     decisions   options and results
     decide      the five rules: `choose`

@@ -1,4 +1,4 @@
-"""Spend a budget on splits and full ranges: what removes most noise per cost goes first."""
+"""Spend a budget on splits and full ranges, first on those that remove most noise per cost."""
 
 from collections.abc import Collection
 from dataclasses import dataclass, replace
@@ -53,10 +53,10 @@ def within_budget(
 
 
 def _upgrades(decision: Decision) -> list[_Move]:
-    """Return the steps from the whole layer to its desired form, each with a lower rate.
+    """Return the steps from the whole layer to its desired form, in order of falling rate.
 
-    The steps are the lower convex hull of noise over cost, so the budget cuts off what is worth
-    least.
+    The steps follow the lower convex hull of noise over cost, so the steps that a small budget
+    leaves out are those that gain least per cost.
     """
     current, moves = decision.option("none"), []
     target = decision.option(decision.form)

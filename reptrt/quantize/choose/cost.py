@@ -28,8 +28,8 @@ def num_positions(node: gs.Node) -> int:
 def full_range_macs(net: Net, tensor: str) -> int:
     """Return the cost of full range for one activation.
 
-    Each padded convolution that reads it adds a map for its border, each average one value per
-    channel; elsewhere full range is free.
+    Each padded convolution that reads the activation needs a map for its border, and each average
+    pool one value per channel; for other consumers full range is free.
     """
     maps = [reader.map_shape or () for reader in padded_readers(net, tensor)]
     readers = Surroundings(net, set()).readers(net.graph.tensors()[tensor], fixed=False)

@@ -1,4 +1,4 @@
-"""Where a split is chosen: the rules of `reptrt.quantize.choose`, applied to a net."""
+"""Choose the splits and full ranges of a net by the rules of `reptrt.quantize.choose`."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import replace
@@ -88,7 +88,7 @@ def _noise(option: Option) -> float:
 
 
 def _is_healthy(decisions: Collection[Decision], remaining: float) -> bool:
-    """Whether the remaining weight noise of all layers is at most their activation noise."""
+    """Return whether the layers' remaining weight noise is at most their activation noise."""
     alive = [decision for decision in decisions if decision.signal > 0]
     weights = sum(d.option("none").weight_noise / d.signal for d in alive)
     return remaining * weights <= sum(d.activation_noise / d.signal for d in alive)

@@ -83,7 +83,7 @@ def int8_obstacle(node: gs.Node, form: SplitForm, grid: Grid) -> str | None:
 
     Rounding a summand adds noise, so each rounded summand has to bring 3 dB: sum_o step_o^2 of the
     rest must be at most half of the whole kernel's in the identity form, whose skip is not rounded,
-    and at most a quarter in the coarse-fine form. Only the weight is looked at. Rule: ours.
+    and at most a quarter in the coarse-fine form. The rule looks at weights only. Ours.
     """
     weight = constant_value(node.inputs[1])
     if form == "coarse-fine":

@@ -1,7 +1,7 @@
-"""Learn unit after unit; keep what is learned only where it is better than nearest rounding.
+"""Learn unit after unit; keep a result only if it is better than nearest rounding.
 
-An eighth of the calibration images is held out. These images are never learned from; they judge
-every unit. No labels are used.
+An eighth of the calibration images is held out: nothing is learned from these images, and every
+unit is judged on them. No labels are used.
 """
 
 import functools
@@ -50,7 +50,7 @@ _STEP_COST = 4.0  # of a learning step, in forward passes of the quantized unit
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Quantized:
-    """A net quantized to nearest, and what it was made from."""
+    """A net quantized to nearest, with the float net and the plan that it was made from."""
 
     net: Net  # the Q/DQ graph, with affines if they are to be learned
     reference: Net  # the float graph it was made from

@@ -77,7 +77,7 @@ def held_out_error(task: Task, state: State, images: Tensor, loss: str) -> float
 def learn(
     task: Task, start: State, images: Tensor, options: LearnOptions, generator: torch.Generator
 ) -> State:
-    """Return the learned values of a task, with hardened codes; nothing that was not learned.
+    """Return the values of a task that were learned, with hardened codes.
 
     Args:
         task: the unit to learn.

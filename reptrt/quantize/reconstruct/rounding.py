@@ -1,6 +1,6 @@
 """Learned rounding of weights (AdaRound, arXiv 2004.10568): each code is a floor or a ceiling.
 
-    q = clip(floor(W / s) + h(v), floor(W / s), ceil(W / s)), and into the grid
+    q = clip(floor(W / s) + h(v), floor(W / s), ceil(W / s)), clipped to the grid
     h(v) = clip(1.2 sigmoid(v) - 0.1, 0, 1)
     regularizer = sum 1 - |2 h - 1|^beta           beta falls from 20 to 2: h is driven to 0 or 1
 

@@ -1,11 +1,11 @@
 """Cut a graph into units that are learned one after the other, and group units into stages.
 
-A tensor is alive at a point of the graph if it is computed before and read after it. A boundary
-lies where a single quantized tensor is alive: in a chain, behind every activation function; around
-a residual block, inside which two tensors are alive, so that the block is one unit. Where no single
-tensor is alive for a long way (the neck of a detector), a boundary is placed after `MAX_LAYERS`
-layers and takes all tensors that are alive; so any graph can be cut. Boundary tensors are stored
-before they are quantized: the unit that reads a tensor learns its step.
+A tensor is alive at a point of the graph if it is computed before and read after it. A boundary is
+where a single quantized tensor is alive: in a chain, behind every activation function. Inside a
+residual block two tensors are alive, so the whole block is one unit. If more than one tensor is
+alive for a long way (as in the neck of a detector), a boundary is placed after `MAX_LAYERS` layers
+and contains all tensors that are alive; so any graph can be cut. Boundary tensors are stored before
+they are quantized: the unit that reads a tensor learns its step.
 
 A stage is a sequence of units whose outputs have the same height and width.
 """
