@@ -1,9 +1,9 @@
-"""Measure what each part of learned calibration gains: SQNR of the logits on held-out images.
+"""Measure how much each part of learned calibration gains: SQNR of the logits on held-out images.
 
     python tools/ablate_abc.py --data ../shared/cifar10/calib NET.onnx [NET.onnx ...]
 
-A random half of the images calibrates, the other half judges. Test images are not used, so defaults
-may be chosen by this table. Each row adds one part:
+A random half of the images calibrates, the other half judges. Test images are not used, so this
+table may be used to choose defaults. Each row adds one part:
 
     nearest          equalized, biases corrected, full range; nothing is learned
     rounding, MSE    learned rounding; loss: mean square error of each unit's output

@@ -3,8 +3,8 @@
     python tools/ablate_thresholds.py --data ../shared/cifar10/calib NET.onnx [NET.onnx ...]
 
 For each seed, a random half of the images calibrates and the other half judges. Test images are not
-used, so defaults may be chosen by this table. Nets are float ONNX files as `reptrt export` writes
-them.
+used, so this table may be used to choose defaults. Nets are float ONNX files as `reptrt export`
+writes them.
 """
 
 import itertools

@@ -1,10 +1,11 @@
-"""How far the ways to run one INT8 file lie apart: torch in two ways, onnxruntime in three.
+"""Compare the ways to run one INT8 file: two in torch, three in onnxruntime.
 
     python tools/compare_executors.py --data test NET.int8.onnx [...]
 
-"As written" is the Q/DQ graph as the file has it: without optimization node by node in float, with
-optimization in onnxruntime's INT8 kernels. "Lowered" is what `reptrt eval` runs, and what all are
-compared with: agreement of top-1, SQNR, and the share of images whose outputs are the same bits.
+"As written" is the Q/DQ graph of the file: without optimization it runs node by node in float, with
+optimization in onnxruntime's INT8 kernels. "Lowered" is the graph that `reptrt eval` runs in
+onnxruntime. Every other way is compared with it: agreement of top-1, SQNR, and the share of images
+with the same output bits.
 """
 
 from pathlib import Path
@@ -29,7 +30,7 @@ _BATCH = 100
 @click.command()
 @click.argument("files", type=click.Path(path_type=Path, exists=True), nargs=-1, required=True)
 @click.option("--data", type=click.Path(path_type=Path, exists=True), required=True)
-@click.option("--limit", type=int, help="Images; all by default.")
+@click.option("--limit", type=int, help="Number of images; default: all.")
 def main(files: tuple[Path, ...], data: Path, limit: int | None) -> None:
     """Run INT8 FILES in torch and in onnxruntime, and compare."""
     for path in files:
@@ -43,9 +44,12 @@ def main(files: tuple[Path, ...], data: Path, limit: int | None) -> None:
             "onnxruntime, as written": logits(model, dataset),
             "onnxruntime, as written, optimized": logits(model, dataset, optimized=True),
         }
-        for way, found in ways.items():
-            same, distance = 100 * agreement(expected, found), sqnr_db(expected, found)
-            equal = 100 * np.mean((found == expected).all(axis=1))
+        for way, actual in ways.items():
+            same, distance = (
+                100 * agreement(expected, actual),
+                sqnr_db(expected, actual),
+            )
+            equal = 100 * np.mean((actual == expected).all(axis=1))
             click.echo(
                 f"{path.name}  {way}: agreement {same:.2f} %, {distance:.1f} dB, "
                 f"the same bits {equal:.2f} %"

@@ -1,10 +1,11 @@
-"""How much an FP16 rest changes what an INT8 net computes.
+"""Measure how much an FP16 rest changes the outputs of an INT8 net.
 
     python tools/compare_rests.py --data test --reference NET.onnx NET.int8.onnx
 
-Each INT8 file (FP32 rest) is run in onnxruntime as it is and as `reptrt build-engine` makes it
-FP16, without graph optimization: every FP16 tensor is rounded to FP16, as on a GPU. SQNR of the
-logits in dB: of the two forms against each other, and of each against the float net.
+Each INT8 file with an FP32 rest is run in onnxruntime, and so is the form with an FP16 rest that
+`reptrt build-engine` makes of it. Without graph optimization, every FP16 tensor is rounded to FP16,
+as on a GPU. Prints the SQNR of the logits in dB: of the two forms against each other, and of each
+form against the float net.
 """
 
 from pathlib import Path
@@ -28,7 +29,7 @@ _BATCH = 50
 def logits(
     model: onnx.ModelProto, dataset: Dataset, *, optimized: bool = False
 ) -> npt.NDArray[Any]:
-    """Return the first output for all images; unoptimized: node by node as the graph says."""
+    """Return the first output for all images; without optimization, node by node as written."""
     levels = onnxruntime.GraphOptimizationLevel
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = (

@@ -1,16 +1,17 @@
-"""Reptrt beside other quantizers: the same float ONNX file, images and judge.
+"""Compare reptrt with other quantizers: the same float ONNX file, images and judge for all.
 
     python tools/compare_rivals.py NET.onnx [NET.onnx ...] --calib IMAGES --test LABELLED -o OUT
 
-Every rival gets a virtual environment of its own, made with pip under --environments and found
-there the next time, and is set up as its documentation advises for TensorRT: tools/rivals/ has one
-small script for each, which says how. All get the same --images prepared images as an .npy file.
-What they write is judged by `reptrt eval`, `lint` and `bench` (onnxruntime on a CPU; latency in one
-thread, all files of a net in turns, as ratio to the float net).
+Every rival runs in a virtual environment of its own, which pip makes under --environments and which
+is reused the next time. It is set up as its documentation advises for TensorRT; the small script
+for each rival in tools/rivals/ says how. All get the same --images preprocessed images as an .npy
+file. `reptrt eval`, `lint` and `bench` judge the files that they write, in onnxruntime on a CPU;
+the latency is measured in one thread, with all files of a net in turns, as the ratio to the float
+net.
 
-OUT/rivals.json and OUT/rivals.md hold the tables. What has been done for the same bytes, options
-and versions is not done again. A rival that fails is a row that says why. Without --test (nets
-without trained weights) accuracy is left out.
+OUT/rivals.json and OUT/rivals.md contain the tables. A result for the same bytes, options and
+versions is reused. The row of a rival that fails gives the reason. Without --test (for nets without
+trained weights), accuracy is left out.
 """
 
 import os
@@ -37,7 +38,7 @@ Batches = tuple[int, ...]
 
 
 def one_row(at: Bench, row: Row) -> Result:
-    """Let a row's tool write its file; its failure is a result too."""
+    """Let a row's tool write its file; if it fails, the result has the reason."""
     try:
         result = measure.quantize(at, row)
     except ReptrtError as err:
@@ -48,24 +49,24 @@ def one_row(at: Bench, row: Row) -> Result:
 
 
 def float_row(at: Bench, test: Path | None, limit: int | None) -> dict[str, Any]:
-    """Return what the float net has: top-1 and size."""
-    found: dict[str, Any] = {"kib": at.net.stat().st_size / 1024, "sha256": sha256_of(at.net)}
+    """Return the size and the top-1 of the float net."""
+    row: dict[str, Any] = {"kib": at.net.stat().st_size / 1024, "sha256": sha256_of(at.net)}
     if test is not None:
-        key = [found["sha256"], str(test.resolve()), limit]
-        found["top1"] = measure.cached(
+        key = [row["sha256"], str(test.resolve()), limit]
+        row["top1"] = measure.cached(
             at.folder / "float.eval.json",
             key,
             lambda: (
                 evaluate([at.net], test, EvaluateOptions(limit=limit, threads=1)).results[0].top1
             ),
         )
-    return found
+    return row
 
 
 def compare(
     at: Bench, chosen: tuple[Row, ...], test: Path | None, limit: int | None, batches: Batches
 ) -> dict[str, Any]:
-    """Return everything about one net, JSON values."""
+    """Return all results for one net as JSON values."""
     results = [one_row(at, row) for row in chosen]
     if test is not None:
         results = measure.judge(at, results, test, limit)
@@ -80,17 +81,17 @@ def compare(
     }
 
 
-def markdown(found: dict[str, Any]) -> list[str]:
-    """Return the section of one net."""
-    top1 = found["float"].get("top1")
+def markdown(results: dict[str, Any]) -> list[str]:
+    """Return the section for the results of one net."""
+    top1 = results["float"].get("top1")
     said = "" if top1 is None else f", top-1 {100 * top1:.2f} %"
     behind = [
         f"{first['column']}: {' '.join(first['rival'])} (reptrt: {' '.join(first['ours'])})"
-        for first in found["firsts"]
+        for first in results["firsts"]
         if first["rival_is_first"]
     ]
-    lines = [f"## {found['net']}", "", f"Float: {found['float']['kib']:.0f} KiB{said}.", ""]
-    lines += [*found["table"], "", "Columns that a rival leads, among files that TensorRT takes:"]
+    lines = [f"## {results['net']}", "", f"Float: {results['float']['kib']:.0f} KiB{said}.", ""]
+    lines += [*results["table"], "", "Columns that a rival leads, among files that TensorRT takes:"]
     return [*lines, "", *(f"- {line}" for line in behind or ["none"]), ""]
 
 
@@ -113,15 +114,25 @@ _FOLDER = click.Path(path_type=Path, exists=True)
 @click.argument("nets", nargs=-1, required=True, type=_FOLDER)
 @click.option("--calib", required=True, type=_FOLDER, help="Images that calibrate.")
 @click.option("--test", type=_FOLDER, help="Labelled images that judge.")
-@click.option("-n", "--images", default=512, show_default=True, help="Images of --calib.")
-@click.option("--limit", type=int, help="Images of --test; all by default.")
+@click.option("-n", "--images", default=512, show_default=True, help="Number of --calib images.")
+@click.option("--limit", type=int, help="Number of --test images; default: all.")
 @click.option("-o", "--output", default=Path("build/rivals"), type=click.Path(path_type=Path))
-@click.option("--environments", "home", type=click.Path(path_type=Path), help="OUT/environments.")
+@click.option(
+    "--environments",
+    "home",
+    type=click.Path(path_type=Path),
+    help="Folder of the rivals' environments; default: OUT/environments.",
+)
 @click.option("--rows", "pattern", default=".*", help="Regular expression over row names.")
 @click.option("--batch", "batches", default="1,32", show_default=True, callback=_numbers)
 @click.option("--adaround-iterations", default=ADAROUND_ITERATIONS, show_default=True)
 @click.option("--timeout", default=7200.0, show_default=True, help="Seconds for one file.")
-@click.option("--bench-seconds", default=2.0, show_default=True, help="Each file and batch size.")
+@click.option(
+    "--bench-seconds",
+    default=2.0,
+    show_default=True,
+    help="Seconds to time each file at each batch size.",
+)
 def main(
     nets: tuple[Path, ...],
     calib: Path,
@@ -141,13 +152,13 @@ def main(
     if not chosen:
         raise click.BadParameter(f"--rows {pattern}: no row has such a name")
     home = home or output / "environments"
-    found = []
+    sections = []
     for net in nets:
         at = Bench(net, output / net.stem, home, timeout, bench_seconds)
         at.folder.mkdir(parents=True, exist_ok=True)
         try:
             measure.write_images(at, calib, images)
-            found.append(compare(at, chosen, test, limit, batches))
+            sections.append(compare(at, chosen, test, limit, batches))
         except ReptrtError as err:
             click.echo(f"error: {err}", err=True)
             sys.exit(1)
@@ -155,7 +166,7 @@ def main(
         write_json(
             output / "rivals.json",
             {
-                "nets": found,
+                "nets": sections,
                 "images": images,
                 "limit": limit,
                 "threads": os.environ.get("OMP_NUM_THREADS"),
@@ -164,7 +175,7 @@ def main(
                 "environments": {n: environments.versions(e, home) for n, e in used.items()},
             },
         )
-        text = "\n".join(line for one in found for line in markdown(one))
+        text = "\n".join(line for results in sections for line in markdown(results))
         write_bytes(output / "rivals.md", text.encode())
     click.echo((output / "rivals.md").read_text())
 

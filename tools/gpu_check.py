@@ -1,4 +1,4 @@
-r"""Check in one run what only a machine with a GPU can show.
+r"""Check in one run what can only be checked on a machine with a GPU.
 
     PYTHONPATH=. python tools/gpu_check.py run M.onnx --data IMAGES -o OUT
 
@@ -130,13 +130,13 @@ class Check:
         self._execute = execute
 
     def step(self, name: str, work: Callable[[], Mapping[str, Any]]) -> None:
-        """Run a step and keep its result, or why it has none."""
+        """Run a step and record its result, or the reason why it has none."""
         started = time.perf_counter()
         try:
             result, state, why = work(), "done", ""
         except SkipStep as err:
             result, state, why = {}, "skipped", str(err)
-        except Exception as err:  # whatever it is, the rest goes on
+        except Exception as err:  # the other steps run whatever fails here
             result, state, why = {}, "failed", " ".join(f"{err}".split()) or repr(err)
         seconds = time.perf_counter() - started
         self.steps.append(Step(name, state, why, seconds, result))  # type: ignore[arg-type]
@@ -146,9 +146,9 @@ class Check:
         """Run a command of reptrt in a process of its own; return its JSON."""
         return self.process([sys.executable, "-m", "reptrt", *map(str, args)])
 
-    def compare(self, what: str, *args: str | Path, images: int) -> dict[str, Any]:
+    def compare(self, name: str, *args: str | Path, images: int) -> dict[str, Any]:
         """Run a command of this file in a process of its own; return its JSON."""
-        command = [sys.executable, __file__, what, *map(str, args)]
+        command = [sys.executable, __file__, name, *map(str, args)]
         return self.process([*command, "--data", str(self.data), "--images", str(images)])
 
     def process(self, command: Sequence[str]) -> dict[str, Any]:
@@ -205,7 +205,7 @@ def needed(path: Path) -> Path:
 
 
 def environment() -> dict[str, Any]:
-    """Return what the numbers depend on."""
+    """Return the hardware and the versions that the numbers depend on."""
     gpu = driver.find_gpu()
     return {
         "gpu": gpu.name if isinstance(gpu, Gpu) else None,
@@ -264,8 +264,8 @@ def calibrations(check: Check, recipes: Sequence[str], images: int) -> None:
     reports: dict[tuple[str, str], dict[str, Any]] = {}
 
     def calibrate(name: str, *options: str) -> dict[str, Any]:
-        what = ("--data", check.data, "-n", str(images), *options)
-        return check.reptrt("calibrate", check.model, *what, "-o", check.net(name))
+        arguments = ("--data", check.data, "-n", str(images), *options)
+        return check.reptrt("calibrate", check.model, *arguments, "-o", check.net(name))
 
     def on(recipe: str, device: str) -> dict[str, Any]:
         name = "int8" if recipe == chosen else f"int8-{recipe}"
@@ -475,7 +475,7 @@ def check_all(
 ) -> Sequence[Step]:
     """Run every step and write the report."""
     for old in check.made():
-        old.unlink(missing_ok=True)  # a file of an earlier check must not look like one of this
+        old.unlink(missing_ok=True)  # files of an earlier check must not be taken for new ones
     check.step("environment", environment)
     calibrations(check, recipes, images)
     simulations(check, images)
@@ -488,7 +488,7 @@ def check_all(
 
 @click.group()
 def main() -> None:
-    """Check on a GPU what a machine without one cannot."""
+    """Check what can only be checked on a machine with a GPU."""
 
 
 @main.command()
@@ -564,7 +564,7 @@ def simulation(model: Path, device: str, data: Path, images: int, answer: Path) 
 
 @contextlib.contextmanager
 def _one_line() -> Iterator[None]:
-    """Turn a stated failure into a line on stderr and exit status 1."""
+    """Report an expected error as one line on stderr, with exit status 1."""
     try:
         yield
     except (ReptrtError, StepError) as err:

@@ -1,4 +1,4 @@
-"""Split calibration images in two halves: one to calibrate with, the other to judge by."""
+"""Divide calibration images into two halves: one calibrates, the other judges."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from reptrt.graph.preprocess import read_preprocess
 
 
 def halves(net: Path, data: Path, folder: Path, seed: int) -> tuple[Path, Path]:
-    """Write the pixels of two random halves of a data set, in the size that the net takes."""
+    """Write two random halves of a data set as arrays in the net's input size; return the files."""
     dataset = open_dataset(data, read_preprocess(net_from_model(read_model(net))))
     x = np.concatenate(list(dataset.batches(256)))
     order = np.random.default_rng(seed).permutation(len(x))

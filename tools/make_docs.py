@@ -1,10 +1,10 @@
-"""Write the pages of docs/ that are made from the code: `make docs`.
+"""Write the pages of docs/ that are generated from the code (`make docs`).
 
     docs/commands.md   every command with its options, from click
     docs/lint.md       every lint rule, from the rule table and the docstrings of its checks
     docs/kernel.svg    README's picture: the weights of one layer of the demo net, in INT8 codes
 
-tests/house/test_docs.py makes them again and fails where a page is not what the code says.
+tests/house/test_docs.py generates them again and fails if a page differs.
 """
 
 import inspect
@@ -30,10 +30,8 @@ from reptrt.rewrite.split_identity import diagonal_of, without_diagonal
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 
 _ORDER = ("export", "calibrate", "lint", "build-engine", "inspect", "eval", "bench", "package")
-_JSON = {
-    "eval": "reptrt.judge.evaluate",
-    "bench": "reptrt.judge.bench_report",
-}  # they describe their JSON
+# The commands whose page describes their JSON, with the module whose docstring describes it.
+_JSON = {"eval": "reptrt.judge.evaluate", "bench": "reptrt.judge.bench_report"}
 _JSON_STARTS = "The JSON form of a report:"
 
 _COMMANDS = """\
@@ -41,13 +39,13 @@ _COMMANDS = """\
 
 <!-- Made from the code by `make docs`; do not edit. -->
 
-Results go to stdout, progress and logs to stderr (`reptrt -v COMMAND` logs more). Exit status 0:
-done; 1: a stated failure, one line on stderr with where, what was got, what was expected and what
-to do; 2: a command line that cannot be read; 130: stopped by Ctrl-C. Every command takes
-`--json F`; `-` writes the JSON to stdout instead of the text. Files are written whole or not at
-all, and each has a sidecar `FILE.json` that says what it was made from
-([architecture](architecture.md)). `--data` is a folder of images (flat, or a sub-folder for each
-class), an `.npz` with an array `x` (N, C, H, W) and optionally classes `y`, or an `.npy`.
+Results go to stdout, progress and logs to stderr (`reptrt -v COMMAND` logs more). The exit status
+is 0 after success; 1 after an error, with one line on stderr that says where, what was given, what
+was expected and what to do; 2 for a command line that cannot be parsed; 130 after Ctrl-C. Every
+command has the option `--json F`; `-` writes the JSON to stdout in place of the text. Files are
+written whole or not at all, and each has a sidecar `FILE.json` that says what it was made from
+([architecture](architecture.md)). `--data` is a folder of images (flat, or with a sub-folder for
+each class), an `.npz` with an array `x` (N, C, H, W) and optionally classes `y`, or an `.npy`.
 """
 
 _LINT = """\
@@ -55,10 +53,11 @@ _LINT = """\
 
 <!-- Made from the code by `make docs`; do not edit. -->
 
-`reptrt lint FILE.onnx` checks a Q/DQ graph, whoever wrote it, against these rules. An error is what
-TensorRT refuses or computes differently, a warning costs speed or accuracy, an info is worth
-knowing. QDQ0xx is the contract of Q and DQ nodes, QDQ1xx their placement, QDQ2xx what runs in float
-or too narrow, QDQ3xx numbers. An id is never given to another rule.
+`reptrt lint FILE.onnx` checks a Q/DQ graph of any tool against these rules. An error is something
+that TensorRT refuses or computes differently, a warning costs speed or accuracy, an info may be
+useful. The rules QDQ0xx are about what TensorRT accepts as Q and DQ nodes, QDQ1xx about their
+placement, QDQ2xx about layers that run in float or are too narrow, QDQ3xx about numbers. An id is
+never reused for another rule.
 """
 
 
@@ -111,7 +110,7 @@ def _one_line(text: str) -> str:
 
 
 def lint_page() -> str:
-    """Return docs/lint.md: every rule with why it is there and what to do."""
+    """Return docs/lint.md: every rule, its reason, and how to fix a graph that breaks it."""
     lines = [_LINT, "| id | name | severity |", "|---|---|---|"]
     for rule in RULES:
         lines.append(
@@ -153,7 +152,7 @@ FloatArray = npt.NDArray[np.floating]
 def kernel_picture() -> str:
     """Return docs/kernel.svg: |weight| / step of one layer, fused and with the identity split off.
 
-    A bar reaches from the 5th to the 95th percentile of a group of taps, its tick is the median.
+    A bar extends from the 5th to the 95th percentile of a group of taps; its tick is the median.
     """
     weight = _demo_weight(_LAYER)
     rest = without_diagonal(weight, diagonal_of(weight))
@@ -201,7 +200,7 @@ def _panel(title: str, weight: FloatArray, top: int) -> Iterator[str]:
 
 
 def _groups(weight: FloatArray) -> Mapping[str, tuple[str, FloatArray]]:
-    """Return |weight| in codes of each output channel's own step, by where it stands."""
+    """Return |weight| in steps of its output channel, by position in the kernel."""
     step = scale_from_amax(channel_amax(weight, 0), Grid.weight(8))
     codes = np.abs(weight) / step[:, None, None, None]
     is_diagonal = np.eye(len(weight), dtype=bool)
@@ -225,7 +224,7 @@ def _axis(y: int) -> Iterator[str]:
 
 
 def _x(codes: float) -> int:
-    """Return where a number of codes stands on the axis, which is logarithmic."""
+    """Return the x coordinate for a number of codes; the axis is logarithmic."""
     share = math.log(max(codes, _LOWEST) / _LOWEST) / math.log(_HIGHEST / _LOWEST)
     return round(_LEFT + share * (_RIGHT - _LEFT))
 

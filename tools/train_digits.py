@@ -1,11 +1,11 @@
-"""Train the RepVGG of the demo on the training part of the digits: about a minute on two cores.
+"""Train the demo's RepVGG on the training part of the digits, in about a minute on two cores.
 
     python tools/train_digits.py            writes reptrt/demo/digits_repvgg.pt
 
-SGD with a one-cycle rate, shifts by up to a pixel, label smoothing. The batch norms of the 3x3 and
-1x1 branches start at zero, as residual branches often do: each block starts as the identity, and
-after this short training the identity branch still carries the largest weights, as it does in
-published rep-nets after their long one.
+Training uses SGD with a one-cycle learning rate, shifts by up to a pixel, and label smoothing. The
+batch norms of the 3x3 and 1x1 branches start at zero, as is common for residual branches. Each
+block therefore starts as the identity, and after this short training the identity branch still has
+the largest weights, as in published rep-nets after long training.
 """
 
 import argparse
@@ -28,7 +28,7 @@ SMOOTHING = 0.05
 
 
 def main() -> None:
-    """Train, report the held-out accuracy, write the state dict in half precision."""
+    """Train, write the state dict in half precision, and print the held-out accuracy."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("-o", "--output", type=Path, default=digits.WEIGHTS)
     output = parser.parse_args().output
@@ -75,7 +75,7 @@ def train(net: nn.Module, data: digits.Digits) -> None:
 
 
 def shifted(x: torch.Tensor) -> torch.Tensor:
-    """Return the batch moved by -1, 0 or 1 pixel in each direction, one choice for all of it."""
+    """Return the batch moved by -1, 0 or 1 pixel in each direction, equally for all its images."""
     top, left = torch.randint(0, 3, (2,)).tolist()
     height, width = x.shape[2:]
     black = -digits.MEAN[0] / digits.STD[0]
@@ -89,7 +89,7 @@ def tensors(data: digits.Digits) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def half(value: torch.Tensor) -> torch.Tensor:
-    """Return floats in half precision: half the size to carry, and as accurate here."""
+    """Return a floating tensor in half precision, which halves the file and is accurate enough."""
     return value.half() if value.is_floating_point() else value
 
 

@@ -127,7 +127,7 @@ def test_peak_memory_is_the_rivals_own(files: Path, at: Any) -> None:
     ("runner", "why"),
     [
         ("fails", r"RuntimeError: no such thing / as this"),
-        ("writes_nothing", "exit 0, no file, no word"),
+        ("writes_nothing", "exit status 0, but no file and no message"),
     ],
 )
 def test_a_failure_is_a_row_with_its_reason(files: Path, at: Any, runner: str, why: str) -> None:

@@ -1,11 +1,12 @@
-"""AIMET on ONNX: cross-layer equalization and AdaRound, as its documentation lines them up.
+"""AIMET on ONNX: cross-layer equalization and AdaRound, in the order of its documentation.
 
-Per-channel symmetric weights and float biases are in its default configuration; activations are
-made symmetric and written as INT8 with zero point 0, which TensorRT needs, the logits stay float.
+Its default configuration has per-channel symmetric weights and float biases. Activations are made
+symmetric and written as INT8 with zero point 0, which TensorRT needs; the logits stay float.
 
-Options: ``equalize`` switches cross-layer equalization on; ``adaround`` gives the iterations of
-AdaRound for each layer (its documentation: 10,000 for 8-bit weights), none for nearest codes;
-``scheme`` of ranges is min_max (its default) or tf_enhanced (least squared error).
+Options: ``equalize`` switches cross-layer equalization on. ``adaround`` is the number of iterations
+of AdaRound for each layer (its documentation: 10,000 for 8-bit weights); without it, weights are
+rounded to nearest. ``scheme`` of ranges is min_max (its default) or tf_enhanced (least squared
+error).
 """
 
 import json
@@ -20,7 +21,7 @@ from job import Job, run
 
 
 def tensorrt_config(folder: Path) -> Path:
-    """Write its per-channel configuration, with symmetric activations; return where."""
+    """Write AIMET's per-channel configuration with symmetric activations; return its path."""
     config = json.loads(Path(get_path_for_per_channel_config()).read_text())
     config["defaults"]["ops"]["is_symmetric"] = "True"
     config["defaults"]["unsigned_symmetric"] = "False"

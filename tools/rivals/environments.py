@@ -1,4 +1,4 @@
-"""Make the virtual environments of the rivals, or find them made."""
+"""Make the virtual environments of the rivals, unless they exist."""
 
 import hashlib
 import json
@@ -12,7 +12,7 @@ from rivals.rows import Environment
 from reptrt.core.artifacts import write_json
 from reptrt.core.errors import ReptrtError
 
-_MADE = "reptrt-rival.json"  # in an environment that is complete: its key and its versions
+_MADE = "reptrt-rival.json"  # written into a complete environment: its key and versions
 
 
 class NotInstalledError(ReptrtError):
@@ -20,7 +20,7 @@ class NotInstalledError(ReptrtError):
 
 
 def make(environment: Environment, folder: Path) -> Path:
-    """Install an environment under a folder, unless it is there; return its Python.
+    """Install an environment under a folder, unless it exists there; return its Python.
 
     Raises:
         NotInstalledError: pip could not install a package; the message is its last line.
@@ -36,8 +36,8 @@ def make(environment: Environment, folder: Path) -> Path:
     if environment.without_dependencies:
         _run([*install, "--no-deps", *environment.without_dependencies])
     listed = _run([str(python), "-m", "pip", "list", "--format", "json"])
-    found = {package["name"].lower(): package["version"] for package in json.loads(listed)}
-    write_json(home / _MADE, {"key": _key(environment), "versions": found})
+    installed = {package["name"].lower(): package["version"] for package in json.loads(listed)}
+    write_json(home / _MADE, {"key": _key(environment), "versions": installed})
     return python
 
 

@@ -1,7 +1,7 @@
-"""Intel Neural Compressor 2.6, the last with ONNX, with its TensorRT backend's capabilities.
+"""Intel Neural Compressor 2.6, the last release with ONNX, configured for its TensorRT backend.
 
-Symmetric INT8 activations, per-channel symmetric weights, Q/DQ pairs, no accuracy-driven tuning
-(it would need labels).
+It writes Q/DQ pairs with symmetric INT8 activations and per-channel symmetric weights. Its tuning
+by accuracy is off, because it would need labels.
 
 Options: ``algorithm`` of activations is minmax, kl or percentile.
 """

@@ -1,9 +1,10 @@
-"""What the runners of `tools/compare_rivals.py` share; runs in every rival's own environment.
+"""The command line that the runners of `tools/compare_rivals.py` share.
 
     python ort.py MODEL IMAGES OUTPUT [OPTIONS]
 
-MODEL is the float ONNX file, IMAGES an .npy with its prepared inputs (N, C, H, W), OUTPUT the INT8
-ONNX file to write, OPTIONS a JSON object. The last line on stdout is a JSON object:
+It runs in the environment of each rival. MODEL is the float ONNX file, IMAGES an .npy with its
+preprocessed inputs (N, C, H, W), OUTPUT the INT8 ONNX file to write, OPTIONS a JSON object. The
+last line on stdout is a JSON object:
 
     {"seconds": 12.3, "peak_rss_mib": 456.7}
 
@@ -22,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-BATCH = 32  # images at a time, where a tool leaves it free; the same for all
+BATCH = 32  # batch size for every tool that does not prescribe one
 
 
 @dataclass(frozen=True)
@@ -35,11 +36,11 @@ class Job:
     options: Mapping[str, Any]
 
     def array(self) -> "np.ndarray[Any, Any]":
-        """Return all images, float32 (N, C, H, W), mapped: read from disk where they are used."""
+        """Return all images, float32 (N, C, H, W), mapped from disk and read when they are used."""
         return np.load(self.images, mmap_mode="r")
 
     def batches(self, size: int = BATCH) -> Iterator["np.ndarray[Any, Any]"]:
-        """Yield the images in order, ``size`` at a time, the last fewer."""
+        """Yield the images in order in batches of ``size``; the last batch may be smaller."""
         images = self.array()
         for start in range(0, len(images), size):
             yield np.ascontiguousarray(images[start : start + size])
@@ -48,7 +49,7 @@ class Job:
 def peak_rss_mib() -> float:
     """Return the largest resident memory of this process in MiB.
 
-    Linux counts `ru_maxrss` from before exec, so the starting process could show through.
+    On Linux, `ru_maxrss` includes the memory of the parent process before exec, hence VmHWM.
     """
     status = Path("/proc/self/status")
     if status.exists():
@@ -60,7 +61,7 @@ def peak_rss_mib() -> float:
 
 
 def run(quantize: Callable[[Job], None]) -> None:
-    """Do the job on the command line and print what it took."""
+    """Run the job that the command line describes; print its time and memory."""
     model, images, output, *options = sys.argv[1:]
     job = Job(Path(model), Path(images), Path(output), json.loads(options[0]) if options else {})
     started = time.perf_counter()

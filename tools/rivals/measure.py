@@ -1,4 +1,4 @@
-"""Run one row on one net and judge what it wrote."""
+"""Run one row on one net and judge the file that it wrote."""
 
 import hashlib
 import json
@@ -31,26 +31,26 @@ _PREPROCESS = "reptrt.preprocess"
 
 
 class RowError(ReptrtError):
-    """A rival that failed; the message says how."""
+    """A rival failed; the message says how."""
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What one row came to; None: not known, or ``why`` says that it failed."""
+    """The result of one row; values are None if they are not known or if the row failed."""
 
     name: str
     title: str
     is_rival: bool
     mark: str
-    why: str | None = None
+    why: str | None = None  # why the row failed; None: it did not
     seconds: float | None = None  # from float file and images to INT8 file, without imports
-    peak_rss_mib: float | None = None  # of the process that did it
+    peak_rss_mib: float | None = None  # of the process that wrote the file
     kib: float | None = None
     nodes: int | None = None
     layers: int | None = None  # convolutions and matrix products
     int8_layers: int | None = None
-    lint_errors: int | None = None  # what TensorRT refuses
-    lint_rules: tuple[str, ...] = ()  # broken by these
+    lint_errors: int | None = None  # number of defects for which TensorRT refuses the file
+    lint_rules: tuple[str, ...] = ()  # ids of the rules that they break
     top1: float | None = None  # fraction 0..1
     agreement: float | None = None  # fraction 0..1
     sqnr_db: float | None = None
@@ -59,14 +59,14 @@ class Result:
 
 @dataclass(frozen=True, slots=True)
 class Bench:
-    """Where and on what the rows of one net run."""
+    """The net that the rows run on, and the folders they use."""
 
     net: Path  # float ONNX
-    folder: Path  # of what is written for this net
+    folder: Path  # for everything that is written for this net
     environments: Path
     timeout: float  # seconds for one quantization
     bench_seconds: float = 2.0  # for each file and batch size
-    sources: Path = HERE  # of the runners
+    sources: Path = HERE  # folder of the runners
 
     @property
     def images(self) -> Path:
@@ -75,12 +75,12 @@ class Bench:
 
 
 def cached(path: Path, key: Sequence[Any], compute: Callable[[], Any]) -> Any:
-    """Return what is stored under the same key, or compute and store it."""
-    found = _stored(path, key)
-    if found is None:
-        found = compute()
-        _store(path, key, found)
-    return found
+    """Return the value that is stored under the same key, or compute and store it."""
+    value = _stored(path, key)
+    if value is None:
+        value = compute()
+        _store(path, key, value)
+    return value
 
 
 def _stored(path: Path, key: Sequence[Any]) -> Any | None:
@@ -99,7 +99,7 @@ def _digest(key: Sequence[Any]) -> str:
 
 
 def write_images(at: Bench, data: Path, number: int) -> None:
-    """Write the images that all rows get, float32 (N, C, H, W), as the net takes them."""
+    """Write the preprocessed images that all rows get, float32 (N, C, H, W)."""
     preprocess = read_preprocess(net_from_model(read_model(at.net)))
     dataset = open_dataset(data, preprocess, limit=number)
 
@@ -115,7 +115,7 @@ def write_images(at: Bench, data: Path, number: int) -> None:
 
 
 def quantize(at: Bench, row: Row) -> Result:
-    """Let a row's tool write its INT8 file, or find it written; return time, memory and graph.
+    """Let a row's tool write its INT8 file, unless it exists; return time, memory and graph.
 
     Raises:
         RowError: the tool failed or took too long.
@@ -152,8 +152,9 @@ def quantize(at: Bench, row: Row) -> Result:
 def judge(at: Bench, results: Sequence[Result], test: Path, limit: int | None) -> list[Result]:
     """Return results with top-1, agreement and SQNR of their files over test images.
 
-    All files that are not judged yet run side by side, so the images are decoded and the float net
-    runs once. If that fails, each runs alone, and those that fail say why.
+    All files that are not judged yet run side by side, so that the images are decoded only once and
+    the float net runs only once. If that fails, each file runs alone, and the result of a file that
+    fails has the reason.
     """
     shared = [sha256_of(at.net), str(test.resolve()), limit]
     files = {result.name: at.folder / f"{result.name}.onnx" for result in results if not result.why}
@@ -162,8 +163,8 @@ def judge(at: Bench, results: Sequence[Result], test: Path, limit: int | None) -
 
     def judged(paths: Sequence[Path]) -> None:
         report = evaluate(paths, test, EvaluateOptions(reference=at.net, limit=limit, threads=1))
-        for path, found in zip(paths, report.results, strict=True):
-            _store(_judged(path), keys[path.stem], found.to_dict())
+        for path, judgement in zip(paths, report.results, strict=True):
+            _store(_judged(path), keys[path.stem], judgement.to_dict())
 
     failed: dict[str, str] = {}
     try:
@@ -184,8 +185,8 @@ def _with_judgement(
         return result
     if result.name in failed:
         return replace(result, why=failed[result.name])
-    found = _stored(_judged(at.folder / f"{result.name}.onnx"), keys[result.name])
-    return replace(result, **{name: found[name] for name in ("top1", "agreement", "sqnr_db")})
+    judgement = _stored(_judged(at.folder / f"{result.name}.onnx"), keys[result.name])
+    return replace(result, **{name: judgement[name] for name in ("top1", "agreement", "sqnr_db")})
 
 
 def _judged(path: Path) -> Path:
@@ -236,7 +237,7 @@ def _run(at: Bench, row: Row, python: Path, output: Path) -> dict[str, Any]:
     paths = [str(path.resolve()) for path in (at.net, at.images, output)]
     script = str(at.sources / f"{row.runner}.py")
     command = [str(python.absolute()), script, *paths, json.dumps(dict(row.options))]
-    with tempfile.TemporaryDirectory() as folder:  # some leave files where they run
+    with tempfile.TemporaryDirectory() as folder:  # some tools leave files in the current folder
         try:
             done = subprocess.run(
                 command, cwd=folder, capture_output=True, text=True, timeout=at.timeout, check=False
@@ -246,14 +247,16 @@ def _run(at: Bench, row: Row, python: Path, output: Path) -> dict[str, Any]:
     (at.folder / f"{row.name}.log").write_text(done.stdout + done.stderr)
     if done.returncode != 0 or not output.exists():
         output.unlink(missing_ok=True)
-        raise RowError(_last_line(done.stderr) or f"exit {done.returncode}, no file, no word")
+        raise RowError(
+            _last_line(done.stderr) or f"exit status {done.returncode}, but no file and no message"
+        )
     _copy_preprocess(at.net, output)
     took: dict[str, Any] = json.loads(_last_line(done.stdout))
     return took
 
 
 def _copy_preprocess(net: Path, output: Path) -> None:
-    """Say in a file how its images are prepared, as the float net does: `evaluate` asks for it."""
+    """Copy the preprocessing metadata of the float net into a file, for `evaluate`."""
     model = onnx.load(output)
     if any(prop.key == _PREPROCESS for prop in model.metadata_props):
         return
@@ -270,7 +273,7 @@ def _last_line(text: str) -> str:
 
 
 def _own_digest() -> str:
-    """Return the sha256 of this package's sources: other code, other rows."""
+    """Return the sha256 of this package's sources, so that a change of code is a new key."""
     digest = hashlib.sha256()
     for path in sorted(Path(reptrt.__path__[0]).rglob("*.py")):
         digest.update(path.read_bytes())

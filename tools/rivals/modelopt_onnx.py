@@ -1,7 +1,7 @@
-"""NVIDIA ModelOpt: `modelopt.onnx.quantization.quantize` in its own defaults for INT8.
+"""NVIDIA ModelOpt: `modelopt.onnx.quantization.quantize` with its defaults for INT8.
 
-Options: ``method`` is max or entropy (its default). Calibration runs on the CPU. What is not INT8
-stays FP32, as in every other row, where its default would be FP16.
+Options: ``method`` is max or entropy (its default). Calibration runs on the CPU. Layers outside
+INT8 stay FP32 as in every other row; its default would be FP16.
 """
 
 import numpy as np

@@ -1,8 +1,9 @@
-"""NNCF on ONNX, with what its documentation gives for accuracy.
+"""NNCF on ONNX, with the options that its documentation recommends for accuracy.
 
-Performance preset (symmetric, zero point 0), per-channel weights, bias correction, one image at a
-time, as its bias correction wants. Behind a ReLU it writes UINT8, for CPUs; it refuses to be forced
-to INT8 there ("incompatible with HW capabilities"), so TensorRT cannot take its files.
+These are the performance preset (symmetric, zero point 0), per-channel weights and bias correction,
+with one image at a time, as its bias correction needs. Behind a ReLU it writes UINT8 codes, for
+CPUs; it cannot be forced to INT8 there ("incompatible with HW capabilities"), so TensorRT refuses
+its files.
 
 Options: ``accurate`` corrects biases on the activations of the quantized net
 (``fast_bias_correction=False``) instead of by its fast estimate.

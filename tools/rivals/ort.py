@@ -1,12 +1,14 @@
 """onnxruntime.quantization, with the options its documentation and examples give for TensorRT.
 
-Symmetric INT8 activations and weights, weights per channel, float biases, pairs before the layers
-and none behind Conv, Gemm, MatMul and Add, after `quant_pre_process`. Its calibrators are fed a
-batch at a time, as in its examples, so that they need not keep the activations of all images.
+These are symmetric INT8 activations and weights, weights per channel, float biases, and Q/DQ pairs
+before the layers but not behind Conv, Gemm, MatMul and Add, after `quant_pre_process`. Its
+calibrators get one batch at a time, as in its examples, so that they do not have to keep the
+activations of all images.
 
-Options: ``method`` is MinMax, Entropy or Percentile; ``num_bins`` of the histogram (of Entropy, the
-default 128 cannot clip: it is as many as codes); ``unsigned`` takes UINT8 activations with a zero
-point and INT32 biases instead, which is its advice for CPUs with VNNI.
+Options: ``method`` is MinMax, Entropy or Percentile. ``num_bins`` is the number of bins of the
+histogram (Entropy cannot clip with its default of 128 bins, which are as many as codes).
+``unsigned`` uses UINT8 activations with a zero point and INT32 biases, which it recommends for CPUs
+with VNNI.
 """
 
 from pathlib import Path
@@ -47,7 +49,7 @@ class OneBatch(CalibrationDataReader):
 
 
 def calibrate(job: Job, prepared: Path, folder: Path) -> Path:
-    """Write the ranges of all activations; return where."""
+    """Write the ranges of all activations; return the path of the file."""
     extra = {name: job.options[name] for name in ("num_bins",) if name in job.options}
     calibrator = create_calibrator(
         prepared,

@@ -1,7 +1,6 @@
-"""Reptrt's own calibrate, under the same conditions as the others.
+"""Reptrt's own calibrate, under the same conditions as the other tools.
 
-Options: ``recipe``, ``max_overhead``, and ``plain`` for what a quantizer does that knows nothing of
-branches.
+Options: ``recipe``, ``max_overhead``, and ``plain`` for plain INT8 without preparation.
 """
 
 from dataclasses import replace

@@ -1,10 +1,10 @@
-"""What is compared: environments to install, and one row for each tool and setting."""
+"""The rows that are compared, one for each tool and setting, and the environments they need."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-# What AIMET's documentation recommends for 8-bit weights, of each layer.
+# The number for each layer that AIMET's documentation recommends for 8-bit weights.
 ADAROUND_ITERATIONS = 10_000
 
 
@@ -14,19 +14,19 @@ class Environment:
 
     name: str
     packages: tuple[str, ...]
-    without_dependencies: tuple[str, ...] = ()  # installed last, what they name is left out
+    without_dependencies: tuple[str, ...] = ()  # installed last, without their dependencies
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
     """One tool with one setting."""
 
-    name: str  # of its files
-    title: str  # in the table
+    name: str  # name of its files
+    title: str  # title in the table
     runner: str  # script in this folder, without .py
-    environment: Environment | None = None  # None: the Python that compares
+    environment: Environment | None = None  # None: the current Python
     options: Mapping[str, Any] = field(default_factory=dict)
-    mark: str = ""  # why the row is no like for like
+    mark: str = ""  # a footnote: why the row cannot be compared directly with the others
 
     @property
     def is_rival(self) -> bool:
@@ -39,11 +39,12 @@ NNCF = Environment(
     "nncf", ("nncf==3.4.0", "openvino==2026.4.1", "onnx==1.23.2", "onnxruntime==1.32.0")
 )
 AIMET = Environment("aimet", ("torch<2.14", "aimet-onnx==2.42.0", "onnxruntime==1.32.0"))
-# Its last release with ONNX; 3.x has PyTorch, TensorFlow and JAX only. It does not name six.
+# The last release with ONNX; 3.x has PyTorch, TensorFlow and JAX only. It needs six, undeclared.
 INC = Environment(
     "inc", ("neural-compressor==2.6", "numpy<2", "onnx==1.16.2", "onnxruntime==1.19.2", "six")
 )
-# What nvidia-modelopt[onnx] names, but onnxruntime without -gpu, and without cupy: both need CUDA.
+# The dependencies of nvidia-modelopt[onnx] without those that need CUDA: onnxruntime in place of
+# onnxruntime-gpu, and no cupy.
 MODELOPT = Environment(
     "modelopt",
     (

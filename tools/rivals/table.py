@@ -1,23 +1,23 @@
-"""The results of one net as a table in Markdown, and who is first in each column."""
+"""The results of one net as a Markdown table, and the best row of each column."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from rivals.measure import Result
 
-_JITTER = 0.05  # of latencies of equal graphs, from run to run
-_NAMES = 0.01  # of file sizes: nodes are named longer or shorter
+_JITTER = 0.05  # relative difference of latencies of equal graphs between runs
+_NAMES = 0.01  # relative difference of file sizes that comes from the lengths of node names
 
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """One column: its title, its text, and its value where being first means something."""
+    """One column: its title, its text, and its value if rows can be ranked by it."""
 
     title: str
     text: Callable[[Result], str]
     value: Callable[[Result], float | None] | None = None
     more_is_better: bool = False
-    margin: float = 0.0  # relative; less than this apart is level
+    margin: float = 0.0  # relative difference up to which two rows are equal
 
 
 def _number(form: str, value: float | None, unit: str = "") -> str:
@@ -71,12 +71,12 @@ def table(results: Sequence[Result], batches: Sequence[int]) -> list[str]:
 
 
 def firsts(results: Sequence[Result], batches: Sequence[int]) -> list[dict[str, object]]:
-    """Return, for each column, the best of our rows and the best of the rivals'.
+    """Return, for each column, the best of our rows and the best of the rivals' rows.
 
-    Only files that TensorRT takes count: no failure, no lint errors.
+    Only files that TensorRT accepts are compared: rows without a failure or lint errors.
     """
     fit = [result for result in results if result.why is None and not result.lint_errors]
-    found: list[dict[str, object]] = []
+    best_rows: list[dict[str, object]] = []
     for column in columns(batches):
         ours = _best([r for r in fit if not r.is_rival], column)
         rival = _best([r for r in fit if r.is_rival], column)
@@ -84,7 +84,7 @@ def firsts(results: Sequence[Result], batches: Sequence[int]) -> list[dict[str, 
             continue
         (mine, our_row), (other, their_row) = ours, rival
         lead = (other - mine if column.more_is_better else mine - other) / (abs(mine) or 1.0)
-        found.append(
+        best_rows.append(
             {
                 "column": column.title,
                 "ours": [our_row.title, column.text(our_row)],
@@ -92,14 +92,14 @@ def firsts(results: Sequence[Result], batches: Sequence[int]) -> list[dict[str, 
                 "rival_is_first": lead > column.margin,
             }
         )
-    return found
+    return best_rows
 
 
 def _best(results: Sequence[Result], column: Column) -> tuple[float, Result] | None:
     if column.value is None:
         return None
-    known = [(column.value(result), result) for result in results]
-    valued = [(value, result) for value, result in known if value is not None]
+    pairs = [(column.value(result), result) for result in results]
+    valued = [(value, result) for value, result in pairs if value is not None]
     if not valued:
         return None
     pick = max if column.more_is_better else min
