@@ -1,1 +1,1 @@
-"""Ratios of speed, measured side by side: ``make benchmark``."""
+"""Benchmarks that compare times side by side; run them with ``make benchmark``."""

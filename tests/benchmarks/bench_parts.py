@@ -1,4 +1,4 @@
-"""Parts beside the library function that comes nearest, and graphs beside each other."""
+"""Time parts of reptrt beside similar functions of libraries, and graphs beside each other."""
 
 import subprocess
 import sys
@@ -50,9 +50,9 @@ QUANTIZERS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 @pytest.mark.benchmark(group="learned step, forward and backward")
 @pytest.mark.parametrize("whose", QUANTIZERS)
 def test_fake_quantize(benchmark: BenchmarkFixture, whose: str) -> None:
-    found = benchmark(with_gradient(QUANTIZERS[whose]))
-    wanted = torch.fake_quantize_per_tensor_affine(X, 0.02, 0, GRID.qmin, GRID.qmax)
-    torch.testing.assert_close(found, wanted)
+    actual = benchmark(with_gradient(QUANTIZERS[whose]))
+    expected = torch.fake_quantize_per_tensor_affine(X, 0.02, 0, GRID.qmin, GRID.qmax)
+    torch.testing.assert_close(actual, expected)
 
 
 @pytest.mark.benchmark(group="histogram of 2^19 values")
@@ -116,9 +116,9 @@ STARTS = {
 
 
 @pytest.mark.benchmark(group="start of the command line")
-@pytest.mark.parametrize("what", STARTS)
-def test_start(benchmark: BenchmarkFixture, what: str) -> None:
-    command = [sys.executable, "-c", STARTS[what]]
+@pytest.mark.parametrize("program", STARTS)
+def test_start(benchmark: BenchmarkFixture, program: str) -> None:
+    command = [sys.executable, "-c", STARTS[program]]
     done = benchmark.pedantic(
         lambda: subprocess.run(command, check=True, capture_output=True), rounds=7, warmup_rounds=1
     )

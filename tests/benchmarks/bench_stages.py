@@ -1,4 +1,4 @@
-"""Stages beside the step that a rival, or a plain pass over the images, would need anyway."""
+"""Time stages beside the same step of a rival, or beside a plain pass over the images."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -98,8 +98,8 @@ def test_reptrt(
 
 
 @pytest.mark.benchmark(group="passes over the images")
-@pytest.mark.parametrize("what", ["forward alone", "histograms", "statistics per channel"])
-def test_pass(benchmark: BenchmarkFixture, net: Net, dataset: Dataset, what: str) -> None:
+@pytest.mark.parametrize("kind", ["forward alone", "histograms", "statistics per channel"])
+def test_pass(benchmark: BenchmarkFixture, net: Net, dataset: Dataset, kind: str) -> None:
     tensors = [activation.tensor for activation in place(net.copy()).activations]
     graph = TorchGraph(net, torch.device("cpu"))
 
@@ -114,4 +114,4 @@ def test_pass(benchmark: BenchmarkFixture, net: Net, dataset: Dataset, what: str
         "statistics per channel": lambda: collect_channels(graph, dataset, tensors),
     }
     with torch.inference_mode():
-        assert benchmark.pedantic(passes[what], rounds=ROUNDS, warmup_rounds=1)
+        assert benchmark.pedantic(passes[kind], rounds=ROUNDS, warmup_rounds=1)

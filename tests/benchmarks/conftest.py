@@ -1,4 +1,4 @@
-"""A RepVGG of the size of CIFAR-10 images with random weights, and images for it."""
+"""A RepVGG with random weights for images of the size of CIFAR-10, and such images."""
 
 from pathlib import Path
 
@@ -33,19 +33,19 @@ FORMS = {
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
-    """Threads of a busy machine say more about the machine than about the code."""
+    """Use one thread, because several threads make times depend on the load of the machine."""
     torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the files of this run lie."""
+    """The folder for the files of this run."""
     return tmp_path_factory.mktemp("benchmarks")
 
 
 @pytest.fixture(scope="session")
 def images(folder: Path) -> Path:
-    """Smooth random images: the first layers see edges, not noise."""
+    """Smooth random images, so that the first layers see edges and not noise."""
     rng = np.random.default_rng(0)
     coarse = rng.integers(0, 256, (IMAGES, 3, 8, 8), dtype=np.uint8)
     np.savez(folder / "x.npz", x=coarse.repeat(4, axis=2).repeat(4, axis=3))
@@ -67,7 +67,7 @@ def net(float_file: Path) -> Net:
 
 @pytest.fixture(scope="session")
 def dataset(net: Net, images: Path) -> Dataset:
-    """The images as the net takes them."""
+    """The images in the input form of the net."""
     return open_dataset(images, read_preprocess(net))
 
 

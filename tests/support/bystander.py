@@ -1,4 +1,4 @@
-"""Watches what reading a file does to the process: imports, calls of the system, pickle lookups."""
+"""Record what reading a file does in the process: imports, system calls, pickle lookups."""
 
 import sys
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ _WATCHED = (
     *("ctypes.", "webbrowser.", "urllib.", "code.__new__", "marshal."),
 )
 _HARMLESS = ("os.scandir", "os.listdir")
-for _encoding in ("cp437", "raw_unicode_escape"):  # imported on the first use: not an event
+for _encoding in ("cp437", "raw_unicode_escape"):  # their import at the first use is no event
     "".encode(_encoding)
 _events: list[str] | None = None
 

@@ -1,7 +1,7 @@
-"""TensorRT modules that have exactly the names of a real release, and record what is called.
+"""Fake TensorRT modules with exactly the names of a real release, which record all calls.
 
-``tensorrt_api.json`` holds the names of classes and enums as the bindings wheels of each release
-show them. A name that is not in the record raises AttributeError, on reading and on setting.
+``tensorrt_api.json`` contains the names of classes and enums in the bindings wheels of each
+release. To read or set another name raises AttributeError.
 """
 
 import enum
@@ -221,8 +221,8 @@ class FakeTensorrt(types.ModuleType):
         shape: list[int] = []
         addresses: dict[str, int] = {}
 
-        def set_input_shape(name: str, wanted: tuple[int, ...]) -> bool:
-            shape[:] = wanted
+        def set_input_shape(name: str, new_shape: tuple[int, ...]) -> bool:
+            shape[:] = new_shape
             return True
 
         def execute(stream: int) -> bool:
@@ -246,7 +246,7 @@ class FakeTensorrt(types.ModuleType):
 
 
 class FakeCuda(types.ModuleType):
-    """``pycuda.driver`` with memory in a dictionary; what is taken must be given back."""
+    """``pycuda.driver`` with memory in a dictionary; all allocated memory must be freed."""
 
     class Error(Exception):
         pass

@@ -1,7 +1,7 @@
-"""Random small nets whose activations have UINT8 pairs, in arithmetic that float32 does exactly.
+"""Random small nets with UINT8 activations whose arithmetic is exact in float32.
 
-All scales are powers of two, weights and biases are multiples of small ones: then no sum is
-rounded, and graphs that compute the same give the same codes, ties included.
+All scales are powers of two, and weights and biases are multiples of small powers of two. No sum is
+rounded, so equivalent graphs give the same codes, also for ties.
 """
 
 from collections.abc import Collection
@@ -69,21 +69,21 @@ def unsigned(
     Returns the net and the tensors that have full range.
     """
     placement = place(net)
-    wanted = [
+    full_range = [
         a.tensor
         for a in placement.activations
         if a.tensor not in leave and full_range_obstacle(net, placement, a.tensor) is None
     ]
     weights = _exact_weights(net, placement) if exact else quantize_weights(net, placement, WEIGHTS)
-    scales = _scales(net, placement, x, wanted, bits, exact)
+    scales = _scales(net, placement, x, full_range, bits, exact)
     quantized = net.copy()
     grid = Grid.activation(bits)
-    insert_qdq(quantized, plan_from_placement(placement, scales, weights, grid, wanted))
-    return quantized, wanted
+    insert_qdq(quantized, plan_from_placement(placement, scales, weights, grid, full_range))
+    return quantized, full_range
 
 
 def _scales(
-    net: Net, placement: Placement, x: np.ndarray, wanted: list[str], bits: int, exact: bool
+    net: Net, placement: Placement, x: np.ndarray, full_range: list[str], bits: int, exact: bool
 ) -> dict[str, float]:
     names = [activation.tensor for activation in placement.activations]
     probe = with_outputs(model_from_net(net.copy()), names)
@@ -91,7 +91,7 @@ def _scales(
     scales: dict[str, float] = {}
     for activation in placement.activations:
         grid = Grid.activation(bits)
-        grid = grid.full_range if activation.tensor in wanted else grid
+        grid = grid.full_range if activation.tensor in full_range else grid
         group = [a.tensor for a in placement.activations if a.group == activation.group]
         amax = max(float(np.abs(values[name]).max()) for name in group)
         scale = scale_from_amax(max(amax, 1e-3), grid)
@@ -101,13 +101,13 @@ def _scales(
 
 def _exact_weights(net: Net, placement: Placement) -> dict[str, QuantizedWeight]:
     nodes = {node.name: node for node in net.graph.nodes}
-    found = {}
+    weights = {}
     for weight in placement.weights:
         values = constant_value(nodes[weight.node].inputs[1])
         scale = _power_of_two(scale_from_amax(channel_amax(values, weight.axis), WEIGHTS))
         codes = quantize(values, scale, WEIGHTS, weight.axis)
-        found[weight.node] = QuantizedWeight(codes, scale, weight.axis)
-    return found
+        weights[weight.node] = QuantizedWeight(codes, scale, weight.axis)
+    return weights
 
 
 def _power_of_two(scale: np.ndarray) -> np.ndarray:

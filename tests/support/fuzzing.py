@@ -1,9 +1,9 @@
-"""Damaged inputs through the command line, in a process of its own: a crash is a finding too.
+"""Run commands on damaged inputs, in a separate process so that a crash is found too.
 
     python -m tests.support.fuzzing FOLDER SEED KIND=NUMBER...  3> LINES
 
-makes good inputs in FOLDER, then damages one of them NUMBER times for each KIND and runs a command
-on it. Every case is a line of JSON before it starts and one after it: {"case", "problems", ...}.
+makes good inputs in FOLDER. It then damages one of them NUMBER times for each KIND and runs a
+command on it. It writes a line of JSON before and after every case: {"case", "problems", ...}.
 """
 
 import contextlib
@@ -93,20 +93,20 @@ def cut(content: bytes, rng: random.Random) -> bytes:
 
 
 def blank(content: bytes, rng: random.Random) -> bytes:
-    """Write zeros over a part, as a disk does that lost a block."""
+    """Overwrite a part with zeros, as after the loss of a disk block."""
     start = rng.randrange(len(content))
     stop = min(len(content), start + rng.choice([1, 8, 64, 512]))
     return content[:start] + bytes(stop - start) + content[stop:]
 
 
 def shift(content: bytes, rng: random.Random) -> bytes:
-    """Put bytes in, or take some out."""
+    """Insert or remove bytes."""
     at, number = rng.randrange(len(content)), rng.choice([1, 4, 50])
     return content[:at] + rng.choice([rng.randbytes(number) + content[at:], content[at + number :]])
 
 
 def noise(content: bytes, rng: random.Random) -> bytes:
-    """Return something else altogether."""
+    """Return random bytes."""
     return rng.randbytes(rng.choice([0, 1, 10, 1000]))
 
 
@@ -116,7 +116,7 @@ def damage(content: bytes, rng: random.Random) -> bytes:
 
 
 def damage_graph(content: bytes, rng: random.Random) -> bytes:
-    """Return an ONNX file whose bytes are fine and whose content is not."""
+    """Return an ONNX file that can be parsed but has a defect in its graph."""
     model = onnx.load_model_from_string(content)
     ways = [
         lose_node,
@@ -222,7 +222,7 @@ def damage_json(content: bytes, rng: random.Random) -> bytes:
 
 
 def paths_in(content: object) -> Iterator[tuple[str | int, ...]]:
-    """Yield where every value of JSON content is."""
+    """Yield the path of every value in JSON content."""
     yield ()
     entries = content.items() if isinstance(content, dict) else []
     entries = enumerate(content[:4]) if isinstance(content, list) else entries
@@ -241,7 +241,7 @@ class Case:
         self.inputs, self.folder, self.rng = inputs, folder, rng
 
     def put(self, name: str, change: Damage | None = None) -> Path:
-        """Copy an input, damaged if so wanted."""
+        """Copy an input, damaged by ``change`` if it is not None."""
         content, target = (self.inputs / name).read_bytes(), self.folder / name
         target.parent.mkdir(exist_ok=True)
         target.write_bytes(content if change is None else change(content, self.rng))
@@ -252,7 +252,7 @@ class Case:
 
     @property
     def output(self) -> list[object]:
-        """Where to write; half of the time there is something already."""
+        """The option for the output file; half of the time, the file exists already."""
         target = self.folder / "o.onnx"
         if self.rng.random() < 0.5:
             target.write_bytes(b"of before")
@@ -294,8 +294,8 @@ def onnx_graph(case: Case) -> list[object]:
 
 def other_kind(case: Case) -> list[object]:
     """Give the INT8 file where a float one is expected, an image for a net, and so on."""
-    given = ["q.onnx", "f.onnx", "d.npz", "new.pt", "png/0.png", "e.engine", "run/run.json"]
-    name = case.rng.choice([name for name in given if (case.inputs / name).exists()])
+    names = ["q.onnx", "f.onnx", "d.npz", "new.pt", "png/0.png", "e.engine", "run/run.json"]
+    name = case.rng.choice([name for name in names if (case.inputs / name).exists()])
     target = case.folder / case.rng.choice(["m.onnx", "m.engine", Path(name).name])
     target.write_bytes((case.inputs / name).read_bytes())
     return on_model(case, target)
@@ -339,7 +339,7 @@ def sidecar(case: Case) -> list[object]:
 
 
 def record(case: Case) -> list[object]:
-    """Change the record of a run, or what a stage found."""
+    """Damage the record of a run, or the report of one of its stages."""
     shutil.copytree(case.inputs / "run", case.folder / "run")
     names = ["run.json"] * 3 + ["calibrate.json", "report.json", "eval.json", "diagnosis.json"]
     case.put(f"run/{case.rng.choice(names)}", case.rng.choice([damage, *[damage_json] * 3]))
@@ -363,7 +363,7 @@ KINDS = {
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder, hidden and temporary ones included."""
+    """Return the bytes of every file below a folder, including hidden and temporary files."""
     paths = (path for path in folder.rglob("*") if path.is_file())
     return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
@@ -371,27 +371,27 @@ def contents(folder: Path) -> dict[str, bytes]:
 def problems_of(
     arguments: list[object], result: Result, before: object, after: object
 ) -> list[str]:
-    """Return what a command did that it must not do."""
-    found = []
+    """Return what a command did wrong."""
+    problems = []
     raised = result.exception
     if raised is not None and not isinstance(raised, SystemExit):
         lines = traceback.format_exception(raised)
         return [f"traceback: {''.join(lines[-3:])}"]
     if result.exit_code not in (0, 1):
-        found.append(f"exit status {result.exit_code}")
-    findings = arguments[0] in ("lint", "replay") and not result.stderr  # found, not failed
+        problems.append(f"exit status {result.exit_code}")
+    findings = arguments[0] in ("lint", "replay") and not result.stderr  # status 1 is no error
     if result.exit_code == 1 and not findings:
         lines = result.stderr.splitlines()
-        notes = lines[:-1] if arguments[0] == "build-engine" else []  # what TensorRT says before
+        notes = lines[:-1] if arguments[0] == "build-engine" else []  # messages of TensorRT
         if lines[len(notes) :] != lines[-1:] or not lines[-1].startswith("error: "):
-            found.append(f"not one line on stderr: {result.stderr}")
+            problems.append(f"not one line on stderr: {result.stderr}")
         if result.stdout:
-            found.append(f"stdout: {result.stdout}")
+            problems.append(f"stdout: {result.stdout}")
     if result.exit_code and after != before:
-        found.append("files were left or changed")
+        problems.append("files were left or changed")
     if any(name.endswith(".part") for name in after):  # type: ignore[attr-defined]
-        found.append("a temporary file was left")
-    return found
+        problems.append("a temporary file was left")
+    return problems
 
 
 def run_case(inputs: Path, folder: Path, kind: str, seed: str) -> dict[str, object]:
@@ -408,7 +408,7 @@ def run_case(inputs: Path, folder: Path, kind: str, seed: str) -> dict[str, obje
 
 
 def say(content: dict[str, object]) -> None:
-    """Write a line at once: whoever reads it knows which case a crash ended."""
+    """Write a line without buffering, so that the reader knows in which case a crash happened."""
     os.write(3, (json.dumps(content) + "\n").encode())
 
 

@@ -1,4 +1,4 @@
-"""Small things that many tests need: where real material lives, tools, onnxruntime as oracle."""
+"""Helpers of many tests: paths of trained nets, loading of tools, onnxruntime as the oracle."""
 
 import importlib.util
 import sys
@@ -42,7 +42,7 @@ def ort_run(
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = 1
-    if may_saturate():  # a CPU without VNNI: exact products need weights as UINT8
+    if may_saturate():  # on a CPU without VNNI, products are exact with UINT8 weights only
         options.add_session_config_entry("session.x64quantprecision", "1")
     if not optimize:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL

@@ -1,7 +1,8 @@
-"""What the engine inspector says of one small net, as 10.x and as 11.x write it.
+"""The engine inspector's JSON for one small net, in the forms of TensorRT 10.x and 11.x.
 
-The net: ``conv0`` (INT8, fused with its ReLU), a reformat, ``conv1`` whose DequantizeLinear runs on
-its own, ``narrow`` with 8 channels, ``conv3`` with an FP16 kernel; all planned INT8.
+The net consists of ``conv0`` (INT8, fused with its ReLU), a reformat, ``conv1`` whose
+DequantizeLinear runs separately, ``narrow`` with 8 channels, and ``conv3`` with an FP16 kernel. All
+convolutions are planned in INT8.
 """
 
 import json

@@ -1,10 +1,10 @@
-"""Runs that are killed: one process imports everything once and forks every attempt.
+"""Kill runs and start them again; one process imports everything once and forks for every run.
 
     python -m tests.support.killing FOLDER KILLS
 
-makes KILLS runs in FOLDER/0, FOLDER/1, ... that are killed (SIGKILL) at moments spread over the
-duration of a run and then started again, and two undisturbed ones with the next numbers. Prints
-JSON: {"seconds": duration of a run, "kills": [{"after": seconds, "found": [files]}]}.
+makes KILLS runs in FOLDER/0, FOLDER/1, ... Each is killed (SIGKILL) at a moment within the duration
+of a run and then started again. Two undisturbed runs get the next numbers. Prints JSON: {"seconds":
+duration of a run, "kills": [{"after": seconds, "found": [files]}]}.
 """
 
 import json
@@ -45,7 +45,7 @@ def start(folder: Path, number: int) -> int:
     except BaseException:
         traceback.print_exc()
     finally:
-        os._exit(status)  # without this process's own clean-up, which belongs to the first
+        os._exit(status)  # skips the clean-up handlers, which belong to the parent process
 
 
 def finish(process: int) -> None:
@@ -56,7 +56,7 @@ def finish(process: int) -> None:
 
 
 def kill_after(seconds: float, process: int) -> bool:
-    """Kill a process after a while; return whether it was still at work."""
+    """Kill a process after some seconds; return whether it was still running."""
     time.sleep(seconds)
     os.kill(process, signal.SIGKILL)
     _, status = os.waitpid(process, 0)
@@ -68,7 +68,7 @@ def kill_after(seconds: float, process: int) -> bool:
 
 
 def kill_runs(folder: Path, kills: int) -> dict[str, object]:
-    """Make the undisturbed run and the killed ones."""
+    """Make the undisturbed runs and the killed ones."""
     torch.set_num_threads(1)
     weight = torch.zeros(1, requires_grad=True)
     weight.sum().backward()
@@ -84,9 +84,9 @@ def kill_runs(folder: Path, kills: int) -> dict[str, object]:
     for index in range(kills):
         after = whole * (index + rng.random()) / kills
         hit = kill_after(after, start(folder, index))
-        found = sorted(p.name for p in (folder / str(index)).glob("*")) if hit else ["finished"]
+        files = sorted(p.name for p in (folder / str(index)).glob("*")) if hit else ["finished"]
         finish(start(folder, index))
-        done.append({"after": after, "found": found})
+        done.append({"after": after, "found": files})
     return {"seconds": whole, "kills": done}
 
 

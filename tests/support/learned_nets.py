@@ -52,7 +52,7 @@ def write_net(path: Path, model: onnx.ModelProto) -> Path:
 
 
 def write_images(path: Path, count: int, seed: int = 0, size: int = SIZE) -> Path:
-    """Write ramps of colour with a little noise as uint8 pixels: neighbours are alike."""
+    """Write ramps of colour with a little noise as uint8 pixels; neighbours are similar."""
     rng = np.random.default_rng(seed)
     colour, across, down = rng.uniform(-1, 1, (3, count, 3, 1, 1))
     at = np.linspace(-1, 1, size)
@@ -64,7 +64,7 @@ def write_images(path: Path, count: int, seed: int = 0, size: int = SIZE) -> Pat
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Case:
-    """A net, quantized to nearest, and what its reconstruction needs."""
+    """A net quantized to nearest, with everything that its reconstruction needs."""
 
     model: onnx.ModelProto
     net: Net  # Q/DQ, without affines
@@ -90,9 +90,9 @@ class Case:
 
     def sqnr(self, net: Net, x: np.ndarray) -> float:
         """Return the SQNR of a net's first output by onnxruntime, in dB."""
-        (wanted,) = ort_run(self.model, {"x": x}).values()
+        (expected,) = ort_run(self.model, {"x": x}).values()
         (got,) = ort_run(model_from_net(net.copy()), {"x": x}, optimize=False).values()
-        return float(10 * np.log10(np.square(wanted).sum() / np.square(got - wanted).sum()))
+        return float(10 * np.log10(np.square(expected).sum() / np.square(got - expected).sum()))
 
 
 def nearest(model: onnx.ModelProto, path: Path, *, weight_bits: int = 8, bits: int = 8) -> Case:
@@ -107,8 +107,8 @@ def nearest(model: onnx.ModelProto, path: Path, *, weight_bits: int = 8, bits: i
     values = ort_run(with_outputs(model, names), {"x": x}, optimize=False) | {"x": x}
     amax: dict[int, float] = {}
     for activation in placement.activations:
-        found = float(np.abs(values[activation.tensor]).max())
-        amax[activation.group] = max(amax.get(activation.group, 0.0), found)
+        largest = float(np.abs(values[activation.tensor]).max())
+        amax[activation.group] = max(amax.get(activation.group, 0.0), largest)
     codes, grid = Grid.activation(bits), Grid.weight(weight_bits)
     scales = {a.tensor: float(scale_from_amax(amax[a.group], codes)) for a in placement.activations}
     reference = net.copy()

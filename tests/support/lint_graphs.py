@@ -1,4 +1,4 @@
-"""Small Q/DQ graphs, each right but for one defect."""
+"""Small Q/DQ graphs, each with a single defect."""
 
 import importlib.util
 from collections.abc import Callable
@@ -34,9 +34,9 @@ def findings(model: onnx.ModelProto) -> LintReport:
 
 
 def rules(report: LintReport, *severities: str) -> list[str]:
-    """Return the rules broken, errors and warnings unless other severities are asked for."""
-    wanted = severities or ("error", "warning")
-    return [finding.rule for finding in report.findings if finding.severity in wanted]
+    """Return the broken rules of the given severities, by default of errors and warnings."""
+    shown = severities or ("error", "warning")
+    return [finding.rule for finding in report.findings if finding.severity in shown]
 
 
 def quantized(
@@ -165,7 +165,7 @@ def one_conv(
     opset: int = 19,
     **weight: object,
 ) -> onnx.ModelProto:
-    """Return one INT8 convolution with ReLU; ``weight_axis``, ``weight_scale``... its weight's."""
+    """Return one INT8 convolution with ReLU; ``weight_axis=...`` sets the axis of its weight."""
     g = QdqGraph(opset=opset)
     x = g.qdq("x", scale, zero_point, axis)
     options = {name.removeprefix("weight_"): value for name, value in weight.items()}
@@ -316,13 +316,13 @@ def arithmetic_on_codes() -> onnx.ModelProto:
 def pair_before(op: str) -> onnx.ModelProto:
     """Return Conv, Q/DQ, and then ReLU, Sigmoid or BatchNormalization."""
     g = QdqGraph()
-    one = g.constant(np.ones(C, np.float32))
-    more = (one,) * 4 if op == "BatchNormalization" else ()
+    ones = g.constant(np.ones(C, np.float32))
+    more = (ones,) * 4 if op == "BatchNormalization" else ()
     return g.model(g.conv(g.qdq(g.node(op, g.qdq(g.conv(g.qdq("x"))), *more))))
 
 
 def residual(*, main: bool, skip: bool, relu: bool = False, split: bool = False) -> onnx.ModelProto:
-    """Return conv(conv(x)) + x, with Q/DQ on the inputs of the Add as asked for."""
+    """Return conv(conv(x)) + x, with Q/DQ on the main or the skip input of the Add, or on both."""
     g = QdqGraph()
     x = g.block("x")
     x_dq = g.qdq(x)

@@ -1,4 +1,4 @@
-"""Small float networks written node by node, as anybody's exporter could have written them."""
+"""Small float networks written node by node, as any exporter could write them."""
 
 from collections.abc import Collection, Sequence
 
@@ -12,7 +12,7 @@ Array = np.ndarray
 
 
 class Builder:
-    """Collects nodes; every method returns the name of the tensor it made, which is the node's."""
+    """Collects nodes; every method returns the name of its output tensor, also the node's name."""
 
     def __init__(self, channels: int = 3, size: int = 8, seed: int = 0) -> None:
         self.nodes: list[onnx.NodeProto] = []
@@ -80,7 +80,7 @@ class Builder:
 
 
 def give_identity(net: Net, layers: Collection[str]) -> Net:
-    """Add 1 to what each channel of a layer takes of itself, as an identity branch does."""
+    """Add 1 to the weight from each channel of a layer to itself, as an identity branch does."""
     for node in net.graph.nodes:
         if node.name in layers and node.op == "Conv":
             weight = constant_of(node.inputs[1]).copy()
@@ -98,7 +98,7 @@ def plain_chain(size: int = 8) -> onnx.ModelProto:
 
 
 def padded_chain() -> onnx.ModelProto:
-    """Zero Pads of their own before convolutions that pad nothing."""
+    """Zero-padding by separate Pad nodes before convolutions without padding."""
     b = Builder()
     pads = b.constant("pads", np.array([0, 0, 1, 1, 0, 0, 1, 1], dtype=np.int64))
     first = b.relu(b.conv(b.node("Pad", ["x", pads], "pad1"), 8, "c1", pads=[0] * 4))

@@ -21,7 +21,7 @@ def ints(*values: int) -> Array:
 
 @dataclass(frozen=True)
 class Case:
-    """One node: its computed inputs, its constant ones, attributes, opset."""
+    """One node with its computed inputs, constant inputs, attributes and opset."""
 
     op: str
     x: tuple[Array, ...]

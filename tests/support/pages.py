@@ -1,6 +1,6 @@
 """README, CONTRIBUTING and docs/ as data: their blocks, commands, inline code and links.
 
-A comment in the line before a fence speaks about the block:
+A comment in the line before a block says how the tests treat it:
 
     <!-- not run: REASON -->     a block that is not run; its commands must still parse
     <!-- file: NAME -->          a block that is a file which later blocks read
@@ -39,13 +39,13 @@ class Page(NamedTuple):
 
     @property
     def blocks(self) -> list[Block]:
-        found = []
+        blocks = []
         for match in _BLOCK.finditer(self.text):
             kind, _, value = (match["note"] or "").partition(": ")
             assert kind in ("", "not run", "file"), f"{self.name}: {match['note']}"
             skipped, file = (value if kind == name else None for name in ("not run", "file"))
-            found.append(Block(match["language"], match["text"], skipped, file))
-        return found
+            blocks.append(Block(match["language"], match["text"], skipped, file))
+        return blocks
 
     @property
     def prose(self) -> str:
@@ -64,7 +64,7 @@ class Page(NamedTuple):
 
     @property
     def anchors(self) -> set[str]:
-        """What GitHub makes of the headings."""
+        """The anchors that GitHub generates from the headings."""
         titles = re.findall(r"^#+ (.+)$", self.prose, re.MULTILINE)
         return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 

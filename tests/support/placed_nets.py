@@ -1,4 +1,4 @@
-"""Nets of random blocks and activation functions, to see where Q/DQ pairs go."""
+"""Nets of random blocks and activation functions, for tests of where Q/DQ pairs are placed."""
 
 from collections.abc import Callable, Mapping
 
@@ -129,7 +129,7 @@ def _pools(b: Builder, x: str, n: str, act: Activation) -> str:
 
 
 def _pyramid(b: Builder, x: str, n: str, act: Activation) -> str:
-    """Down and up again: a nearest Resize, concatenated with what it came from."""
+    """Downsample and upsample with a nearest Resize, then concatenate with the block's input."""
     y = act(b, b.conv(x, WIDTH, f"{n}.a", strides=[2, 2]))
     scales = b.constant(f"{n}.scales", np.float32([1, 1, 2, 2]))
     y = b.node("Resize", [y, "", scales], f"{n}.up", mode="nearest")

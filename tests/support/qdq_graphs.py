@@ -1,4 +1,4 @@
-"""Small Q/DQ graphs as TensorRT wants them, written node by node."""
+"""Small Q/DQ graphs in the form that TensorRT expects, written node by node."""
 
 from pathlib import Path
 

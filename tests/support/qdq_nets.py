@@ -1,4 +1,4 @@
-"""Float networks quantized without calibration: amax of what onnxruntime computes on one batch."""
+"""Float networks quantized without calibration, with amax from onnxruntime on one batch."""
 
 import numpy as np
 import onnx
@@ -21,9 +21,9 @@ def with_outputs(model: onnx.ModelProto, names: list[str]) -> onnx.ModelProto:
     """The same model with inner tensors as further outputs."""
     probe = onnx.ModelProto()
     probe.CopyFrom(model)
-    known = {value.name for value in probe.graph.output}
-    known |= {value.name for value in probe.graph.input}
-    probe.graph.output.extend(onnx.ValueInfoProto(name=n) for n in names if n not in known)
+    present = {value.name for value in probe.graph.output}
+    present |= {value.name for value in probe.graph.input}
+    probe.graph.output.extend(onnx.ValueInfoProto(name=n) for n in names if n not in present)
     return probe
 
 
@@ -37,8 +37,8 @@ def quantized(
     values = ort_run(with_outputs(model, names), {"x": x}, optimize=False) | {"x": x}
     amax: dict[int, float] = {}
     for activation in placement.activations:
-        found = float(np.abs(values[activation.tensor]).max())
-        amax[activation.group] = max(amax.get(activation.group, 0.0), found)
+        largest = float(np.abs(values[activation.tensor]).max())
+        amax[activation.group] = max(amax.get(activation.group, 0.0), largest)
     grid = Grid.activation(bits)
     scales = {a.tensor: float(scale_from_amax(amax[a.group], grid)) for a in placement.activations}
     weights = quantize_weights(net, placement, Grid.weight(bits))
@@ -47,7 +47,7 @@ def quantized(
 
 
 def residual_net() -> onnx.ModelProto:
-    """Every kind of pair: blocks with and without downsampling, MaxPool, Concat, SE, head."""
+    """A net with every kind of pair: residual blocks, MaxPool, Concat, squeeze-excite, head."""
     b = Builder()
     y = b.relu(b.conv("x", 8, "stem"))
     y = b.node("MaxPool", [y], "pool1", kernel_shape=[2, 2], strides=[2, 2])

@@ -1,4 +1,4 @@
-"""Plans of random rep-nets for hypothesis; a plan's repr is Python that makes the same net."""
+"""Plans of random rep-nets for hypothesis; the repr of a plan is code that makes the same net."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -54,7 +54,7 @@ class Plan:
 
     @property
     def fused_parameters(self) -> int:
-        """How many weights and biases are left when every block is one convolution."""
+        """Number of weights and biases when every block is fused into one convolution."""
         total, inputs, size = 0, self.channels, SIZE
         for block in self.blocks:
             widest = max(range(len(block.kernels)), key=lambda i: block.kernels[i])
@@ -149,7 +149,7 @@ class RepNet(nn.Module):
 
 
 def norm(channels: int) -> nn.BatchNorm2d:
-    """A batch norm as after training: no two channels alike."""
+    """A batch norm with different random statistics in each channel, as after training."""
     made = nn.BatchNorm2d(channels)
     nn.init.uniform_(made.weight, 0.5, 1.5)
     nn.init.normal_(made.bias, std=0.3)
@@ -174,7 +174,8 @@ def block_plans(draw: st.DrawFn, inputs: int, size: int, activations: Sequence[s
         divisors = [g for g in divisors if g < inputs]
     groups = draw(st.sampled_from(divisors))
     others = draw(st.lists(st.sampled_from([k for k in (1, 3) if k <= widest]), max_size=3))
-    finer = [g for g in divisors if g % groups == 0]  # their kernels have zeros where it has taps
+    # The fused kernel has `groups` groups, so every branch needs a multiple of that number.
+    finer = [g for g in divisors if g % groups == 0]
     grouped = [draw(st.sampled_from(finer)) for _ in others]
     stride = draw(st.sampled_from([1, 1, 2])) if size >= 4 else 1
     kept = stride == 1 and outputs == inputs

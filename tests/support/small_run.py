@@ -1,4 +1,4 @@
-"""A run of a small net, quick enough to be made anew in a test."""
+"""A run of a small net that is fast enough to be made in each test."""
 
 from pathlib import Path
 
@@ -54,7 +54,7 @@ def make_run(source: str, data: Path, folder: Path, *more: object) -> Path:
 
 
 def reptrt(*arguments: object) -> Result:
-    """Run a command; an exception that is not stated is raised."""
+    """Run a command; raise an exception that the command line does not report as an error."""
     result = CliRunner().invoke(main, [str(argument) for argument in arguments])
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception

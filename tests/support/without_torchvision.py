@@ -1,4 +1,4 @@
-"""Lets timm be imported where torchvision is not installed: the models need none of its code."""
+"""Import timm where torchvision is not installed; timm's models do not need its code."""
 
 import importlib.util
 import sys
@@ -14,7 +14,7 @@ _PARTS = (
 
 
 class _Anything(type):
-    """A class whose every attribute is another such class: base classes, enums, functions."""
+    """A class whose attributes are such classes too; they stand for base classes and functions."""
 
     def __getattr__(cls, name: str) -> "_Anything":
         if name.startswith("__"):
@@ -33,7 +33,7 @@ class _Empty(ModuleType):
 
 
 def import_timm() -> ModuleType:
-    """Import timm, with empty modules in the place of torchvision; skip the test without timm."""
+    """Import timm with empty modules in place of torchvision; skip the test without timm."""
     if importlib.util.find_spec("timm") is None:
         pytest.skip("timm is not installed")
     if "timm" not in sys.modules and importlib.util.find_spec("torchvision") is None:
