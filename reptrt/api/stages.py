@@ -23,6 +23,7 @@ from reptrt.pipeline import (
     calibrate_net,
     calibration_images,
     export_net,
+    float_model,
 )
 from reptrt.sources.options import ArchitectureOptions
 from reptrt.sources.source import Source
@@ -132,7 +133,7 @@ def calibrate(
     calibrating = changed(
         options or CalibrateOptions(), changes, ("net", "data", "name", "options")
     )
-    model = model_from(net, "net")
+    model = float_model(model_from(net, "net"))
     images = images_from(data, limit=calibrating.images, labels=False, parameter="data")
     if options is None and "images" not in changes:
         calibrating = at_most_all(calibrating, images)

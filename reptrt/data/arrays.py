@@ -19,6 +19,7 @@ IntArray = npt.NDArray[np.int64]
 
 BLOCK = 256  # images at a time in passes over all of them; bounds their memory
 _MARGIN = 0.05  # of the range of prepared pixels: floats this far beyond it are accepted
+_BRIGHTEST = 255.0  # value of a pixel
 _LARGEST = 20.0  # prepared floats are hardly ever larger; pixels 0..255 are
 _BROKEN_FILE = (  # what numpy and zipfile raise on damaged bytes
     *(OSError, ValueError, EOFError, SyntaxError, OverflowError, MemoryError, NotImplementedError),
@@ -136,6 +137,8 @@ def checked_labels(where: str, labels: AnyArray, num_images: int) -> IntArray:
 def _checked_images(name: str, images: AnyArray, preprocess: Preprocess) -> AnyArray:
     size = (preprocess.channels, preprocess.height, preprocess.width)
     expected = f"expected (N, {', '.join(map(str, size))})"
+    if preprocess.layout == "NHWC":
+        expected += f" or NHWC (N, {', '.join(map(str, (*size[1:], size[0])))})"
     if images.ndim != 4:
         hint = "; one image is a batch of one: images[None]" if images.ndim == 3 else ""
         raise DataError(f"{name}: images have shape {images.shape}, {expected}{hint}")
@@ -155,6 +158,11 @@ def _checked_images(name: str, images: AnyArray, preprocess: Preprocess) -> AnyA
         raise DataError(
             f"{name}: images are {images.dtype}, expected uint8 pixels or network-ready floats"
         )
+    if preprocess.values == "bytes" and images.dtype != np.uint8:
+        raise DataError(
+            f"{name}: images are {images.dtype}, expected uint8: the input of the net is UINT8 and "
+            "takes pixels 0..255"
+        )
     return images
 
 
@@ -168,6 +176,10 @@ def _doubt(lowest: float, highest: float, whole: bool, preprocess: Preprocess) -
     mean, std = np.asarray(preprocess.mean), np.asarray(preprocess.std)
     low, high = float((-mean / std).min()), float(((1 - mean) / std).max())
     got = f"floats between {lowest:.3g} and {highest:.3g} are taken as the network's input as they "
+    if preprocess.values == "pixels":
+        if lowest < 0 or not 1 < highest <= _BRIGHTEST:
+            return f"{got}are, but the net takes pixels 0..255 and scales them itself"
+        return None
     if preprocess == Preprocess.plain(*(preprocess.channels, preprocess.height, preprocess.width)):
         if lowest >= 0 and highest > _LARGEST and whole:
             return f"{got}are, but look like pixels 0..255; pass those as uint8"

@@ -2,7 +2,8 @@
 
 A uint8 pixel p of channel c becomes (p / 255 - mean[c]) / std[c], computed in float32 in this order
 (bit for bit what torchvision's ToTensor and Normalize give). Float arrays are the network's input
-already and stay as they are, so nothing is ever normalized twice.
+already and stay as they are, so nothing is ever normalized twice. Pixels stay 0..255 for a network
+that scales them itself, and a network that takes (N, H, W, C) gets its images so.
 """
 
 import hashlib
@@ -41,9 +42,12 @@ class Dataset:
     labels: IntArray | None  # (length,), read-only; None: the data has no labels
     preprocess: Preprocess
     source: PixelSource
+    num_classes: int | None = None  # number of class folders; None: labels came otherwise
 
     def batches(self, size: int) -> Iterator[Float32Array]:
-        """Yield the images in order, float32 (n, C, H, W), ``size`` at a time, the last fewer.
+        """Yield the images in order, float32, ``size`` at a time, the last fewer.
+
+        A batch is (n, C, H, W), or (n, H, W, C) for a network of that layout.
 
         Raises:
             ConfigError: ``size`` is not positive.
@@ -112,10 +116,11 @@ def open_dataset(
         name, listed = str(images), list_images(images)
         taken = _sample(name, len(listed.paths), limit, seed)
         source: PixelSource = ImageFiles(images, [listed.paths[i] for i in taken], preprocess)
-        all_labels = listed.labels
+        all_labels, num_classes = listed.labels, listed.num_classes
     else:
         arrays = images if isinstance(images, Arrays) else load_arrays(images)
         arrays, name, all_labels = arrays.checked(preprocess), arrays.name, arrays.labels
+        num_classes = None
         taken = _sample(name, len(arrays.images), limit, seed)
         source = ArrayImages(arrays, taken, preprocess)
     if labels and all_labels is None:
@@ -125,16 +130,21 @@ def open_dataset(
     kept = None if all_labels is None else all_labels[taken]
     if kept is not None:
         kept.flags.writeable = False
-    return Dataset(name, len(taken), kept, preprocess, source)
+    return Dataset(name, len(taken), kept, preprocess, source, num_classes)
 
 
 def network_input(pixels: AnyArray, preprocess: Preprocess) -> Float32Array:
-    """Return (p / 255 - mean) / std of uint8 pixels (n, C, H, W) in float32; floats are kept."""
+    """Return (p / 255 - mean) / std of uint8 pixels (n, C, H, W) in float32; floats are kept.
+
+    A network that scales pixels itself gets them as they are, one of layout NHWC gets (n, H, W, C).
+    """
     values: Float32Array = pixels.astype(np.float32, order="C")
-    if pixels.dtype == np.uint8:
+    if pixels.dtype == np.uint8 and preprocess.values == "normalized":
         values /= np.float32(255.0)
         values -= np.asarray(preprocess.mean, np.float32)[:, None, None]
         values /= np.asarray(preprocess.std, np.float32)[:, None, None]
+    if preprocess.layout == "NHWC":
+        return np.ascontiguousarray(values.transpose(0, 2, 3, 1))
     return values
 
 

@@ -27,6 +27,10 @@ IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".
 CACHE_BYTES = 512 << 20  # decoded pixels up to this size are kept for the next pass
 MAX_THREADS = 16
 THREADED_PIXELS = 128 * 128  # below this, threads only fight for the interpreter lock (measured)
+_PARTS = {  # what folders of the parts of a data set are called
+    *("train", "training", "val", "valid", "validation", "test", "testing", "eval", "dev"),
+    *("calib", "calibration", "holdout"),
+}
 NAMED = 5  # files, or sizes, that a message names
 
 _MODES = {1: "L", 3: "RGB"}  # channels -> PIL mode
@@ -45,6 +49,7 @@ class ImageList:
 
     paths: tuple[Path, ...]
     labels: npt.NDArray[np.int64] | None  # (n,): index of the sorted class folder; None if flat
+    num_classes: int | None = None  # number of class folders; None if flat
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +63,8 @@ def list_images(folder: Path) -> ImageList:
     Names that start with a dot are skipped. Class folders are searched to any depth.
 
     Raises:
-        DataError: no images, or images both in the folder and in its sub-folders.
+        DataError: no images, images both in the folder and in its sub-folders, or sub-folders that
+            are the parts of a data set (train, test...).
     """
     entries = _visible(folder)
     classes = [path for path in entries if path.is_dir()]
@@ -77,7 +83,28 @@ def list_images(folder: Path) -> ImageList:
         )
     if flat:
         return ImageList(flat, None)
-    return ImageList(nested, np.repeat(np.arange(len(classes)), [len(paths) for paths in below]))
+    _refuse_parts(folder, [path for path, images in zip(classes, below, strict=True) if images])
+    labels = np.repeat(np.arange(len(classes)), [len(paths) for paths in below])
+    return ImageList(nested, labels, len(classes))
+
+
+def _refuse_parts(folder: Path, classes: Sequence[Path]) -> None:
+    """Refuse sub-folders that are parts of a data set, each with class folders of its own.
+
+    They are known by their names, or because all of them hold the same sub-folders. Neither is true
+    of classes: a data set may have a class "train", but hardly a class "test" beside it.
+    """
+    parts = [path for path in classes if path.name.lower().rstrip("0123456789_-") in _PARTS]
+    if len(parts) < 2:
+        inside = [{path.name for path in _visible(part) if path.is_dir()} for part in classes]
+        is_repeated = len(inside) > 1 < len(inside[0]) and all(d == inside[0] for d in inside)
+        parts = list(classes) if is_repeated else []
+    if parts:
+        names = ", ".join(f"{path.name}/" for path in parts[:NAMED])
+        raise DataError(
+            f"{folder}: {names} are parts of a data set, not classes; give one of them, such as "
+            f"{parts[0]}"
+        )
 
 
 class ImageFiles:
@@ -103,7 +130,7 @@ class ImageFiles:
         if preprocess.channels not in _MODES:
             raise DataError(
                 f"{folder}: image files have 1 or 3 channels, the net takes {preprocess.channels}; "
-                "give an .npz or .npy of arrays (N, C, H, W)"
+                f"give an .npz or .npy of arrays (N, C, H, W){_layout_hint(preprocess)}"
             )
         self._folder = folder
         self._paths = tuple(paths)
@@ -153,6 +180,16 @@ class ImageFiles:
 
     def _verify(self, path: Path) -> None:
         self._decode(path)
+
+
+def _layout_hint(preprocess: Preprocess) -> str:
+    if preprocess.width not in _MODES:
+        return ""
+    sizes = f"{preprocess.channels}, {preprocess.height}, {preprocess.width}"
+    return (
+        f"; if its input (N, {sizes}) is NHWC, export it with (N, C, H, W), or with a Transpose "
+        "of the input alone in front"
+    )
 
 
 def resized(image: Image.Image, height: int, width: int, resize: Resize) -> Image.Image:

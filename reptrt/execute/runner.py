@@ -24,8 +24,9 @@ from reptrt.core.choices import Device, RunnerKind
 from reptrt.core.errors import ArtifactError, ConfigError, DataError, MissingDependencyError
 from reptrt.execute.code_sums import SUMS
 from reptrt.execute.lowering import lower
+from reptrt.graph.input_form import cast_for_input
 from reptrt.graph.model import Model, label_of, proto_of
-from reptrt.graph.net import bytes_from_model
+from reptrt.graph.net import bytes_from_model, used_inputs
 from reptrt.trt.machine import may_saturate
 
 AnyArray = npt.NDArray[Any]
@@ -37,6 +38,7 @@ _PROVIDERS: dict[Device, list[str]] = {
 }
 # Would multiply the integer weights of `reptrt.execute.code_sums` by their scales.
 _INEXACT = ["ConvMulFusion"]
+_CAST_INPUTS = {"tensor(float16)": np.float16, "tensor(uint8)": np.uint8}
 _LOG_FATAL = 4  # errors are raised as exceptions; logging them would print them twice
 
 
@@ -120,23 +122,26 @@ class OrtRunner:
         if len(inputs) != 1:
             raise ArtifactError(f"{self._where}: {len(inputs)} inputs, expected one image batch")
         self.input_name: str = inputs[0].name
+        self._dtype = _CAST_INPUTS.get(inputs[0].type)
         self.input_shape = [size if isinstance(size, int) else None for size in inputs[0].shape]
         self.output_names: list[str] = [output.name for output in self._session.get_outputs()]
 
     def run(self, batch: AnyArray) -> dict[str, AnyArray]:
-        """Return every output for a float32 batch (n, C, H, W), by name.
+        """Return every output for a float32 batch (n, C, H, W), by name; float16 ones as float32.
 
         Raises:
             DataError: onnxruntime rejects the batch, or fails on it.
         """
+        cast = batch if self._dtype is None else cast_for_input(batch, self._dtype)
         try:
-            outputs = self._session.run(self.output_names, {self.input_name: batch})
+            outputs = self._session.run(self.output_names, {self.input_name: cast})
         except _ort_failures() as err:
             raise DataError(
                 f"{self._where}: onnxruntime failed on a {batch.dtype} batch {batch.shape}, "
                 f"input {self.input_name} is {self.input_shape} ({_reason(err)})"
             ) from err
-        return dict(zip(self.output_names, outputs, strict=True))
+        wide = (o.astype(np.float32) if o.dtype == np.float16 else o for o in outputs)
+        return dict(zip(self.output_names, wide, strict=True))
 
     def __enter__(self) -> "OrtRunner":
         return self
@@ -250,12 +255,47 @@ def _runnable_bytes(model: bytes | Path | Model, where: str) -> bytes:
     proto = _model_proto(model)
     try:
         with np.errstate(all="ignore"):  # scales of 0 or 1e38: onnxruntime judges them
-            return bytes_from_model(lower(proto))
+            return bytes_from_model(_without_unused_inputs(lower(proto)))
     except (ValueError, LookupError, TypeError) as err:
         _session(where, bytes_from_model(proto), _session_options(threads=1), "cpu")
         raise ArtifactError(
             f"{where}: the constants of a layer do not fit each other ({err}); export it anew"
         ) from err
+
+
+def _without_unused_inputs(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Return a model without the inputs that no node reads, for which there are no images."""
+    if len(model.graph.input) == 1:
+        return model
+    pruned = onnx.ModelProto()
+    pruned.CopyFrom(model)
+    del pruned.graph.input[:]
+    pruned.graph.input.extend(used_inputs(model.graph))
+    return pruned
+
+
+def refuse_unrunnable(model: onnx.ModelProto, where: str, source: onnx.ModelProto) -> None:
+    """Open a model in onnxruntime exactly as it will be written, and close it again.
+
+    Args:
+        model: what a stage made.
+        where: what messages call it.
+        source: what it was made from. If onnxruntime refuses that too, because its operators are
+            those of another runtime, nothing can be said and nothing is refused.
+
+    Raises:
+        ArtifactError: onnxruntime refuses the model, but not its source.
+    """
+    options = _session_options(threads=1)
+    options.graph_optimization_level = _onnxruntime().GraphOptimizationLevel.ORT_DISABLE_ALL
+    try:
+        _session(where, bytes_from_model(model), options, "cpu")
+    except ArtifactError as refusal:
+        try:
+            _session(where, bytes_from_model(source), options, "cpu")
+        except ArtifactError:
+            return
+        raise ArtifactError(f"{refusal}, but not its source; nothing was written") from refusal
 
 
 def _label(model: bytes | Path | Model) -> str:

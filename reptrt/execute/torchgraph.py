@@ -14,9 +14,13 @@ Other batch sizes may give other bits, because convolutions select their kernels
 batch of one in particular). A sub-graph gives the bits of the whole graph. On CUDA, runs use IEEE
 float32 (no TF32) and cuDNN's deterministic kernels; run a training step inside `exact_math` to get
 the same for its gradients.
+
+A graph whose batch size is fixed runs any number of images: it runs its own batch size again and
+again, and the results are joined, unless it computes the same from all images at once.
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from difflib import get_close_matches
 from types import MappingProxyType
@@ -38,6 +42,7 @@ Override = Callable[[Tensor], Tensor]
 Observer = Callable[[Tensor], None]
 
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
+_SAME = 1e-5  # of the largest value: what another batch size may change
 
 
 class TorchGraph(torch.nn.Module):
@@ -70,6 +75,7 @@ class TorchGraph(torch.nn.Module):
         self._nodes = frozenset(step.name for step in self._program.steps)
         self._names = frozenset(name for step in self._program.steps for name in step.outputs)
         self._names |= self._program.inputs.keys() | self.constants.keys()
+        self._declared = {name: t.shape for name, t in source.graph.tensors().items() if t.shape}
         self.to(device)
 
     @property
@@ -154,6 +160,18 @@ class TorchGraph(torch.nn.Module):
             RewriteError: some of the nodes cannot be run (one message names all of them), or a
                 node cannot run on the shapes of its inputs.
         """
+        if (parts := self._num_parts(inputs)) > 1 and not self._takes_any_batch:
+            return self._run_parts(parts, inputs, outputs, overrides, replace, observe)
+        return self._run(inputs, outputs, overrides, replace, observe)
+
+    def _run(
+        self,
+        inputs: Mapping[str, Tensor],
+        outputs: Sequence[str],
+        overrides: Mapping[str, Override] = _NOTHING,
+        replace: Mapping[str, Callable[..., Any]] = _NOTHING,
+        observe: Mapping[str, Observer] = _NOTHING,
+    ) -> dict[str, Tensor]:
         plan = self._plan(frozenset(inputs), frozenset(outputs), frozenset(observe))
         self._check("overrides", overrides)
         self._check_nodes(replace)
@@ -178,6 +196,80 @@ class TorchGraph(torch.nn.Module):
                 for name in last_read:
                     del values[name]
         return {name: _present(values[name]) for name in outputs}
+
+    def _run_parts(
+        self,
+        parts: int,
+        inputs: Mapping[str, Tensor],
+        outputs: Sequence[str],
+        overrides: Mapping[str, Override],
+        replace: Mapping[str, Callable[..., Any]],
+        observe: Mapping[str, Observer],
+    ) -> dict[str, Tensor]:
+        """Run in parts of the graph's own batch size; the last repeats its last image."""
+        names = list(dict.fromkeys((*outputs, *observe)))
+        results: dict[str, list[Tensor]] = {name: [] for name in names}
+        for index in range(parts):
+            part = {
+                name: value if name in self.constants else _part(value, index, self._rows(name))
+                for name, value in inputs.items()
+            }
+            for name, value in self._run(part, names, overrides, replace).items():
+                results[name].append(value)
+        images = max(
+            value.shape[0] / self._rows(name)
+            for name, value in inputs.items()
+            if name not in self.constants
+        )
+        joined = {
+            name: values[0] if name in self.constants else _joined(values, images)
+            for name, values in results.items()
+        }
+        for name, observer in observe.items():
+            observer(joined[name])
+        return {name: joined[name] for name in outputs}
+
+    def _num_parts(self, inputs: Mapping[str, Tensor]) -> int:
+        """Return how many batches of a fixed size the given tensors hold; 1 if it is free."""
+        if self._fixed_batch is None:
+            return 1
+        return max(
+            (
+                -(-value.shape[0] // self._rows(name))
+                for name, value in inputs.items()
+                if name not in self.constants and value.dim()
+            ),
+            default=1,
+        )
+
+    def _rows(self, name: str) -> int:
+        """Return the first size that a tensor has at the graph's own batch size."""
+        first = self._declared.get(name, (None,))[0]
+        return first if isinstance(first, int) and first > 0 else self._fixed_batch or 1
+
+    @functools.cached_property
+    def _fixed_batch(self) -> int | None:
+        shape = next(iter(self._program.inputs.values()), ())
+        return shape[0] if shape and isinstance(shape[0], int) and shape[0] > 0 else None
+
+    @functools.cached_property
+    def _takes_any_batch(self) -> bool:
+        """Whether two batches at once give what one after the other gives, on random images."""
+        (name, shape), *others = self._program.inputs.items()
+        if others or not all(isinstance(size, int) for size in shape):
+            return False
+        generator = torch.Generator().manual_seed(0)
+        images = torch.rand((2 * shape[0], *shape[1:]), generator=generator)
+        outputs = self.comparable_names
+        try:
+            with torch.no_grad():
+                apart = [self._run({name: x}, outputs) for x in torch.split(images, shape[0])]
+                at_once = self._run({name: images}, outputs)
+        except RewriteError:
+            return False
+        return all(
+            _is_close(at_once[output], [part[output] for part in apart]) for output in outputs
+        )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "TorchGraph":
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -285,6 +377,37 @@ def compute(step: Step, arguments: Sequence[Tensor | None]) -> Any:
             f"node {step.name} ({step.op}): cannot run on shapes {shapes} ({reason}); if the graph "
             "was exported for one batch size, export it with a dynamic one"
         ) from err
+
+
+def _part(value: Tensor, index: int, rows: int) -> Tensor:
+    """Return a part of a tensor by its first axis, filled up with its last row."""
+    if not value.dim():
+        return value
+    part = value[index * rows : (index + 1) * rows]
+    missing = rows - part.shape[0]
+    return torch.cat([part, part[-1:].expand(missing, *part.shape[1:])]) if missing else part
+
+
+def _joined(values: Sequence[Tensor], images: float) -> Tensor:
+    """Return the results of parts in one tensor, without those of images that were filled up.
+
+    Args:
+        values: the result of each part.
+        images: how many parts were given; the last may be broken.
+    """
+    if not values[0].dim():
+        return values[0]
+    return torch.cat(list(values))[: round(images * values[0].shape[0])]
+
+
+def _is_close(at_once: Tensor, apart: Sequence[Tensor]) -> bool:
+    if not apart[0].dim():
+        return False
+    expected = torch.cat(list(apart))
+    if at_once.shape != expected.shape:
+        return False
+    tolerance = _SAME * float(expected.abs().amax()) if expected.numel() else 0.0
+    return bool(((at_once - expected).abs() <= tolerance).all())
 
 
 def _nearest_name(name: str, names: Collection[str]) -> str:

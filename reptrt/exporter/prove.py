@@ -59,7 +59,7 @@ def probe_images(preprocess: Preprocess, batch: int, seed: int = 0) -> npt.NDArr
     """Return seeded images as preprocessing makes them: pixels of 0..255, half of them in patches.
 
     Even images are noise by pixel, odd ones noise in patches of 8 x 8 pixels, so that deep layers
-    see contrast too. float32 (batch, C, H, W).
+    see contrast too. float32 (batch, C, H, W), or (batch, H, W, C) for a net of that layout.
     """
     generator = np.random.default_rng(seed)
     shape = (preprocess.channels, preprocess.height, preprocess.width)
@@ -68,8 +68,12 @@ def probe_images(preprocess: Preprocess, batch: int, seed: int = 0) -> npt.NDArr
         image[:] = generator.integers(0, 256, shape)
     for image in pixels[1::2]:
         image[:] = image[:, ::8, ::8].repeat(8, axis=1).repeat(8, axis=2)[:, : shape[1], : shape[2]]
-    mean, std = (np.asarray(v).reshape(-1, 1, 1) for v in (preprocess.mean, preprocess.std))
-    return np.asarray((pixels / 255.0 - mean) / std, dtype=np.float32)
+    if preprocess.values == "normalized":
+        mean, std = (np.asarray(v).reshape(-1, 1, 1) for v in (preprocess.mean, preprocess.std))
+        pixels = (pixels / 255.0 - mean) / std
+    if preprocess.layout == "NHWC":
+        pixels = pixels.transpose(0, 2, 3, 1)
+    return np.ascontiguousarray(pixels, dtype=np.float32)
 
 
 def block_outputs(net: Net, original: onnx.ModelProto, names: Sequence[str]) -> dict[str, str]:

@@ -192,6 +192,22 @@ def model_from_net(net: Net) -> onnx.ModelProto:
     return model
 
 
+def used_inputs(graph: onnx.GraphProto) -> list[onnx.ValueInfoProto]:
+    """Return the inputs of a graph that a node, a sub-graph or an output reads."""
+    names = _names_read(graph)
+    return [value for value in graph.input if value.name in names]
+
+
+def _names_read(graph: onnx.GraphProto) -> set[str]:
+    names = {value.name for value in graph.output}
+    for node in graph.node:
+        names.update(node.input)
+        for attribute in node.attribute:
+            for inner in (attribute.g, *attribute.graphs):
+                names |= _names_read(inner)
+    return names
+
+
 def bytes_from_model(model: onnx.ModelProto) -> bytes:
     """Serialize deterministically: the same model always gives the same bytes."""
     return bytes(model.SerializeToString(deterministic=True))

@@ -1,15 +1,17 @@
 """What turns an image into the network's input; travels inside the ONNX file as metadata."""
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, get_args
 
-from reptrt.core.choices import Resize
+from reptrt.core.choices import InputValues, Layout, Resize
 from reptrt.core.errors import ConfigError, ReptrtError, option
 from reptrt.core.options_json import options_from_json
+from reptrt.graph.input_form import layout_of, values_of
 from reptrt.graph.net import Net, get_json, set_json
 
 _KEY = "preprocess"
+_USUAL = {"values": "normalized", "layout": "NCHW"}
 CROP_FRACTION = 0.875  # the part of the resized shorter side that the centre crop keeps
 
 
@@ -24,6 +26,10 @@ class Preprocess:
     - ``stretch``: bilinear to (H, W), aspect ratio ignored;
     - ``crop``: scaled until it covers `crop_cover`, then the centre (H, W): the ImageNet
       convention.
+
+    ``values`` says what becomes of a pixel: ``normalized`` as above; ``pixels`` and ``bytes`` stay
+    0..255, for nets that scale them inside and take FLOAT or UINT8. ``layout`` NHWC moves the
+    channels behind the width at the very end.
     """
 
     channels: int
@@ -32,6 +38,8 @@ class Preprocess:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     resize: Resize = "none"
+    values: InputValues = "normalized"
+    layout: Layout = "NCHW"
 
     def __post_init__(self) -> None:
         for name in ("channels", "height", "width"):
@@ -47,10 +55,20 @@ class Preprocess:
             raise ConfigError(f"{option('mean')}: got {self.mean}, expected numbers")
         if not all(math.isfinite(value) and value > 0 for value in self.std):
             raise ConfigError(f"{option('std')}: got {self.std}, expected positive numbers")
+        plain = ((0.0,) * self.channels, (1.0,) * self.channels)
+        if self.values != "normalized" and (self.mean, self.std) != plain:
+            raise ConfigError(
+                f"{option('mean')}: got {self.mean}, {option('std')} {self.std}; expected neither: "
+                "the net takes pixels 0..255 and scales them itself"
+            )
         if self.resize not in get_args(Resize):
             raise ConfigError(
                 f"{option('resize')}: got {self.resize!r}, expected one of {get_args(Resize)}"
             )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON values; ``values`` and ``layout`` only where they are unusual."""
+        return {k: v for k, v in asdict(self).items() if (k, v) not in _USUAL.items()}
 
     @staticmethod
     def plain(channels: int, height: int, width: int) -> "Preprocess":
@@ -71,7 +89,7 @@ def crop_cover(height: int, width: int) -> tuple[int, int]:
 
 def write_preprocess(net: Net, preprocess: Preprocess) -> None:
     """Store the preprocessing in the net's metadata."""
-    set_json(net, _KEY, asdict(preprocess))
+    set_json(net, _KEY, preprocess.to_dict())
 
 
 def stored_preprocess(net: Net) -> Preprocess | None:
@@ -84,7 +102,10 @@ def stored_preprocess(net: Net) -> Preprocess | None:
 
 
 def read_preprocess(net: Net) -> Preprocess:
-    """Return the preprocessing stored in a net, or plain x / 255 at the size of its input.
+    """Return the preprocessing stored in a net, or what its input tells.
+
+    That is plain x / 255 at the size of the input; pixels as they are where the net scales them
+    itself; channels last where the net starts with a Transpose from NHWC.
 
     Raises:
         ArtifactError: what is stored is not what `write_preprocess` wrote.
@@ -100,11 +121,13 @@ def read_preprocess(net: Net) -> Preprocess:
             f"input {tensor.name}: shape is {list(shape)}, expected (N, C, H, W) with C, H, W "
             f"fixed; export the ONNX file with {option('input_size')}"
         )
-    return Preprocess.plain(*shape[1:])
+    layout = layout_of(net)
+    height_width_last = (shape[3], *shape[1:3]) if layout == "NHWC" else shape[1:]
+    return replace(Preprocess.plain(*height_width_last), values=values_of(net), layout=layout)
 
 
 def _from_json(stored: dict[str, Any]) -> Preprocess:
     try:
-        return options_from_json(Preprocess, {"resize": "none", **stored}, _KEY)
+        return options_from_json(Preprocess, {"resize": "none", **_USUAL, **stored}, _KEY)
     except ReptrtError as err:
         raise ValueError(str(err)) from err

@@ -73,9 +73,10 @@ def bench(
             _open(name, network, options, stack)
             for name, network in zip(names, different, strict=True)
         ]
+        batches = _own_batch(nets) if options.batches is None else options.batches
         for net in nets:
-            _check_shape(net, options.batches)
-        results, before, after = _time_all(nets, base, options)
+            _check_shape(net, batches)
+        results, before, after = _time_all(nets, base, batches, options)
     uses_ort = any(net.runner.name == "onnxruntime" for net in nets)
     return BenchReport(
         results=tuple(results),
@@ -101,7 +102,7 @@ def _open(name: str, network: Network, options: BenchOptions, stack: contextlib.
 
 
 def _time_all(
-    nets: Sequence[_Net], base: int | None, options: BenchOptions
+    nets: Sequence[_Net], base: int | None, batches: Sequence[int], options: BenchOptions
 ) -> tuple[list[Timing], Conditions, Conditions]:
     """Return the timings of open nets, and the machine's state before and after the measurement.
 
@@ -110,13 +111,14 @@ def _time_all(
     Args:
         nets: what to time.
         base: index of the net that ratios refer to.
-        options: batch sizes, seconds and seed.
+        batches: batch sizes to time.
+        options: seconds and seed.
     """
     on_gpu = any(net.on_gpu for net in nets)
     rng = np.random.default_rng(options.seed)
     results: list[Timing] = []
     before = None
-    for batch in options.batches:
+    for batch in batches:
         inputs = [_random_input(net.runner, batch, rng) for net in nets]
         for net, images in zip(nets, inputs, strict=True):
             _warm_up(net.runner, images, options.warmup_seconds)
@@ -126,6 +128,12 @@ def _time_all(
             results.append(_timing(net, batch, samples, None if base is None else times[base], rng))
     after = read_conditions(gpu=on_gpu)
     return results, before or after, after
+
+
+def _own_batch(nets: Sequence[_Net]) -> tuple[int]:
+    """Return the first batch size that a net has fixed; 1 if there is none."""
+    fixed = (net.runner.input_shape[0] for net in nets)
+    return (next((size for size in fixed if size is not None), 1),)
 
 
 def _check_shape(net: _Net, batches: Sequence[int]) -> None:

@@ -115,10 +115,11 @@ def evaluate(
     different = list(dict.fromkeys([*networks, *([] if reference is None else [reference])]))
     labels_of = dict(zip(different, unique_labels(different), strict=True))
     outputs: dict[Network, Float32Array] = {}
-    classes: npt.NDArray[np.int64] | None = None
+    labels: npt.NDArray[np.int64] | None = None
+    folders: int | None = None
     for preprocess, group in _by_preprocess(different, reference).items():
         dataset = open_dataset(images, preprocess, limit=options.limit, seed=options.seed)
-        classes = dataset.labels
+        labels, folders = dataset.labels, dataset.num_classes
         with contextlib.ExitStack() as stack:
             runners = [stack.enter_context(_open(network, options)) for network in group]
             group_outputs = run_dataset(runners, dataset, options.batch_size)
@@ -127,7 +128,7 @@ def evaluate(
     is_any = options.task == "any"
     return EvalReport(
         tuple(
-            _judge(labels_of[network], outputs[network], classes, expected, is_any)
+            _judge(labels_of[network], outputs[network], labels, folders, expected, is_any)
             for network in networks
         )
     )
@@ -199,6 +200,7 @@ def _judge(
     name: str,
     outputs: Float32Array,
     labels: npt.NDArray[np.int64] | None,
+    folders: int | None,
     reference: Float32Array | None,
     is_any: bool,
 ) -> FileResult:
@@ -208,6 +210,7 @@ def _judge(
         name: name of the network.
         outputs: outputs of the network.
         labels: class indices; None: the images have no labels.
+        folders: number of class folders that the labels come from; None: they have another source.
         reference: outputs of the reference; None: there is no reference.
         is_any: outputs are not scores of classes, whatever their shape.
     """
@@ -226,7 +229,7 @@ def _judge(
     is_classifier = not is_any and outputs.ndim > 1 and logits.shape[1] == outputs.shape[1]
     top1 = top5 = same_class = None
     if labels is not None and is_classifier:
-        _check_labels(name, labels, logits.shape[1])
+        _check_labels(name, labels, folders, logits.shape[1])
         top1, top5 = (top_k_accuracy(logits, labels, k) for k in (1, 5))
     if reference is not None and is_classifier:
         same_class = agreement(reference.reshape(logits.shape), logits)
@@ -241,9 +244,20 @@ def _judge(
     )
 
 
-def _check_labels(name: str, labels: npt.NDArray[np.int64], num_classes: int) -> None:
-    if labels.max() >= num_classes:
+def _check_labels(
+    name: str, labels: npt.NDArray[np.int64], folders: int | None, num_classes: int
+) -> None:
+    """Refuse labels that cannot be those of the net's classes."""
+    if folders is not None and folders != num_classes:
         raise DataError(
-            f"{name}: label {labels.max()} in the data, but the net has {num_classes} classes; "
-            "check the number of class folders"
+            f"{name}: the net has {num_classes} classes, the data {folders} class folders; a label "
+            "is the position of its folder, so there has to be one for each class: add the missing "
+            f"ones (they may be empty), give an .npz with labels y, or {option('task', 'any')}"
+        )
+    beyond = labels[labels >= num_classes]
+    if len(beyond):
+        raise DataError(
+            f"{name}: label {labels.max()} in the data, but the net has {num_classes} classes "
+            f"({len(beyond)} of {len(labels)} labels are beyond them); give labels 0 to "
+            f"{num_classes - 1}, or {option('task', 'any')}"
         )

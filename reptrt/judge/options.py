@@ -40,7 +40,11 @@ class EvaluateOptions(RunnerOptions):
 class BenchOptions(RunnerOptions):
     """Options of `bench`."""
 
-    batches: tuple[int, ...] = described((1,), "Batch sizes to time.", flag="--batch")
+    batches: tuple[int, ...] | None = described(
+        None,
+        "Batch sizes to time; default: the one that a file has fixed, or 1.",
+        flag="--batch",
+    )
     baseline: Path | None = described(None, "File that the ratios of latencies refer to.")
     min_seconds: float = described(
         2.0, "Seconds to measure each file at each batch size, in 10 rounds or more."
@@ -54,7 +58,7 @@ class BenchOptions(RunnerOptions):
     seed: int = 0  # for inputs, the order of runs and the bootstrap
 
     def __post_init__(self) -> None:
-        if not self.batches or min(self.batches) < 1:
+        if self.batches is not None and min(self.batches, default=0) < 1:
             raise ConfigError(
                 f"{option('batches')}: got {self.batches}, expected positive batch sizes"
             )

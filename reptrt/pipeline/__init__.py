@@ -12,7 +12,12 @@ from typing import TYPE_CHECKING
 from reptrt.core.lazy import lazily
 
 if TYPE_CHECKING:
-    from reptrt.pipeline.calibrating import calibrate, calibrate_net, calibration_images
+    from reptrt.pipeline.calibrating import (
+        calibrate,
+        calibrate_net,
+        calibration_images,
+        float_model,
+    )
     from reptrt.pipeline.exporting import export, export_net
     from reptrt.pipeline.options import (
         PLAIN_INT8,
@@ -40,6 +45,7 @@ __all__ = [
     "calibration_images",
     "export",
     "export_net",
+    "float_model",
     "prepare",
     "split_layers",
     "torch_device",
@@ -48,7 +54,12 @@ __all__ = [
 __getattr__ = lazily(
     __name__,
     {
-        "reptrt.pipeline.calibrating": ("calibrate", "calibrate_net", "calibration_images"),
+        "reptrt.pipeline.calibrating": (
+            "calibrate",
+            "calibrate_net",
+            "calibration_images",
+            "float_model",
+        ),
         "reptrt.pipeline.exporting": ("export", "export_net"),
         "reptrt.pipeline.options": (
             "PLAIN_INT8",

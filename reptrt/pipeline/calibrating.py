@@ -16,9 +16,11 @@ from reptrt.core.clock import Clock
 from reptrt.core.grid import Grid, scale_from_amax
 from reptrt.core.options_json import json_from_options
 from reptrt.data.dataset import Dataset, Images, open_dataset
+from reptrt.execute.runner import refuse_unrunnable
 from reptrt.execute.torchgraph import TorchGraph
+from reptrt.exporter.front_door import accept
 from reptrt.graph.layers import add_to_bias
-from reptrt.graph.model import Model, blaming
+from reptrt.graph.model import Model, blaming, label_of
 from reptrt.graph.net import Net, refuse_not_finite
 from reptrt.graph.placement import Placement
 from reptrt.graph.plan import QuantizedWeight, QuantPlan, plan_from_placement
@@ -84,7 +86,7 @@ def calibrate(
     refuse_overwriting(output, [model])
     clock = Clock()
     with blaming(model):
-        source = Model.read(model)
+        source = float_model(model)
         dataset = calibration_images(source, images, options)
     clock.lap("load")
     calibrated = calibrate_net(source, dataset, options, resume=output)
@@ -97,13 +99,25 @@ def calibrate(
     return replace(calibrated.report, path=output, seconds=seconds)
 
 
+def float_model(model: Path | Model) -> Model:
+    """Return a float model, read if it is a file, in the form that calibration expects.
+
+    Raises:
+        ArtifactError: the file cannot be read.
+        ConfigError: `reptrt.exporter.front_door.accept` refuses it.
+    """
+    source = Model.read(model) if isinstance(model, Path) else model
+    proto = accept(source.proto, label_of(source))
+    return Model(name=source.name, proto=proto, sha256=source.sha256, path=source.path)
+
+
 def calibration_images(
     model: Model, images: Images, options: CalibrateOptions, limit: int | None = None
 ) -> Dataset:
     """Return the sample of images that a model is calibrated on, prepared for it.
 
     Args:
-        model: a float model.
+        model: a float model, as `float_model` returns it.
         images: to sample from.
         options: the size of the sample and its seed.
         limit: the size of a smaller sample, which is part of the whole one.
@@ -126,7 +140,7 @@ def calibrate_net(
     """Quantize a float model to INT8, with scales measured on images.
 
     Args:
-        model: a float model; it is not changed.
+        model: a float model, as `float_model` returns it; it is not changed.
         dataset: calibration images, prepared for the model; all are used.
         options: of calibration.
         name: of the result; None: that of the model, "int8" and the recipe.
@@ -169,6 +183,7 @@ def _calibrate(
         clock.lap("learn")
     left_fp32 = _finish(net, plan, options)
     proto, sha256 = finished_model(net)
+    refuse_unrunnable(proto, name, model.proto)
     details = {
         "splits": [asdict(split) for split in prepared.splits],
         "left_fp32": [asdict(skip) for skip in left_fp32],

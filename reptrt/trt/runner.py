@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from reptrt.core.errors import ConfigError, DataError, EngineError
+from reptrt.graph.input_form import cast_for_input
 from reptrt.trt import binding, versions
 from reptrt.trt.file import OpenEngine, open_engine
 from reptrt.trt.messages import one_line
@@ -139,7 +140,8 @@ class TrtRunner:
         if batch.shape != self._shape:
             self._check_shape(batch.shape)
             self._allocate(batch.shape)
-        np.copyto(self._host[self.input_name], batch, casting="same_kind")
+        host = self._host[self.input_name]
+        np.copyto(host, cast_for_input(batch, host.dtype))
 
     def _check_shape(self, shape: tuple[int, ...]) -> None:
         low = high = self._dims

@@ -195,7 +195,7 @@ def _config(model: _Model) -> str:
         lines.append(f"dynamic_batching {{ max_queue_delay_microseconds: {delay} }}")
     parameters = {"reptrt.engine_sha256": model.record.sha256}
     if details.preprocess is not None:
-        parameters["reptrt.preprocess"] = json.dumps(asdict(details.preprocess), sort_keys=True)
+        parameters["reptrt.preprocess"] = json.dumps(details.preprocess.to_dict(), sort_keys=True)
     for key, value in parameters.items():
         lines.append(
             f"parameters {{ key: {_quoted(key)} value {{ string_value: {_quoted(value)} }} }}"
@@ -267,8 +267,12 @@ def _preprocessing(preprocess: Preprocess | None) -> str:
         "crop": f"Scale (bilinear, aspect ratio kept) until the image covers {cover}, then cut out "
         f"the centre {size}.",
     }[preprocess.resize]
+    order = "channels last" if preprocess.layout == "NHWC" else "channels first"
+    if preprocess.values != "normalized":
+        kind = "uint8" if preprocess.values == "bytes" else "float32"
+        return f"{resize} Pixels stay 0..255, as {kind}, {order} ({preprocess.channels})."
     return (
-        f"{resize} Then, per channel, (x / 255 - mean) / std as float32, channels first "
+        f"{resize} Then, per channel, (x / 255 - mean) / std as float32, {order} "
         f"({preprocess.channels}):\n\n"
         f"- mean {list(preprocess.mean)}\n- std {list(preprocess.std)}"
     )

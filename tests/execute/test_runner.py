@@ -88,7 +88,20 @@ def test_a_batch_that_does_not_fit_is_refused_in_one_line(net: Path) -> None:
 def two_inputs() -> onnx.ModelProto:
     model = classifier()
     model.graph.input.append(helper.make_tensor_value_info("x2", TensorProto.FLOAT, [1]))
+    model.graph.node.append(helper.make_node("Neg", ["x2"], ["y2"]))
+    model.graph.output.append(helper.make_tensor_value_info("y2", TensorProto.FLOAT, [1]))
     return model
+
+
+def test_an_input_that_no_node_reads_needs_no_data() -> None:
+    model = classifier()
+    model.graph.input.append(helper.make_tensor_value_info("x2", TensorProto.FLOAT, [1]))
+    with (
+        OrtRunner(model.SerializeToString()) as alone,
+        OrtRunner(classifier().SerializeToString()) as expected,
+    ):
+        for name, value in expected.run(IMAGES).items():
+            np.testing.assert_array_equal(alone.run(IMAGES)[name], value)
 
 
 def newer_ir() -> onnx.ModelProto:

@@ -499,17 +499,41 @@ def test_a_compiled_constant_cannot_be_changed() -> None:
     assert graph.run({}, ["shape"])["shape"].tolist() == [-1, 3]
 
 
-def test_a_fixed_batch_size_inside_the_graph_is_explained() -> None:
+def flattening_net(batch: int | str) -> onnx.ModelProto:
+    """Reshape to (1, -1), then MatMul: wrong or impossible for several images at once."""
     nodes = [
         helper.make_node("Reshape", ["x", "shape"], ["r"], name="reshape"),
         helper.make_node("MatMul", ["r", "w"], ["y"], name="head"),
     ]
     constants = {"shape": np.array([1, -1]), "w": np.ones((6, 2), np.float32)}
-    graph = TorchGraph(model_of(nodes, constants, x_shape=(1, 6)))
+    return model_of(nodes, constants, x_shape=(batch, 6))
+
+
+def test_a_fixed_batch_size_inside_the_graph_is_explained() -> None:
+    graph = TorchGraph(flattening_net("N"))
     assert graph(torch.ones(1, 6)).tolist() == [[6, 6]]
     message = r"^node head \(MatMul\): cannot run on shapes \[\[1, 12\], \[6, 2\]\] .*dynamic one$"
     with pytest.raises(RewriteError, match=message):
         graph(torch.ones(2, 6))
+
+
+def test_a_declared_batch_size_is_run_again_and_again() -> None:
+    graph = TorchGraph(flattening_net(1))
+    x, seen = torch.arange(18.0).reshape(3, 6), []
+    run = graph.run({"x": x}, ["y"], overrides={"x": torch.neg}, observe={"r": seen.append})
+    assert run["y"].tolist() == [[-total, -total] for total in x.sum(1).tolist()]
+    assert [value.tolist() for value in seen] == [(-x).tolist()]
+    assert graph.run({"r": x}, ["y"])["y"].tolist() == [[t, t] for t in x.sum(1).tolist()]
+
+
+def test_a_broken_last_batch_is_filled_up_and_cut() -> None:
+    nodes = [
+        helper.make_node("ReduceMean", ["x"], ["m"], axes=[0]),
+        helper.make_node("Sub", ["x", "m"], ["y"]),
+    ]
+    graph = TorchGraph(model_of(nodes, {}, x_shape=(2, 1)))
+    x = torch.tensor([[1.0], [3.0], [5.0]])
+    assert graph(x).tolist() == [[-1], [1], [0]]
 
 
 def test_forward_needs_exactly_one_input() -> None:

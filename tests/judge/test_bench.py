@@ -290,6 +290,14 @@ def test_a_fixed_batch_takes_no_other(net: Path, tmp_path: Path) -> None:
         bench([net, tmp_path / "fixed.onnx"], BenchOptions(batches=(1, 4), **QUICK))
 
 
+def test_the_fixed_batch_of_a_file_is_the_default(net: Path, tmp_path: Path) -> None:
+    onnx.save(classifier(batch=4), tmp_path / "fixed.onnx")
+    report = bench([net, tmp_path / "fixed.onnx"], BenchOptions(**QUICK))
+    assert [result.batch for result in report.results] == [4, 4]
+    (alone,) = bench([net], BenchOptions(**QUICK)).results
+    assert alone.batch == 1
+
+
 def test_a_free_image_size_cannot_be_timed(tmp_path: Path) -> None:
     model = classifier()
     for axis in (2, 3):

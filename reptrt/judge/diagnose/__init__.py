@@ -40,6 +40,7 @@ from reptrt.pipeline import (
     CalibrateReport,
     calibrate_net,
     calibration_images,
+    float_model,
     prepare,
     torch_device,
 )
@@ -70,7 +71,7 @@ def diagnose(
     if layer_images < 1:
         raise ConfigError(f"{option('layer_images')}: got {layer_images}, expected at least 1")
     started = time.perf_counter()
-    source = Model.read(model) if isinstance(model, Path) else model
+    source = float_model(model)
     dataset = calibration_images(source, images, options)
     plain = calibrate_net(source, dataset, _plain(options))
     method = calibrated or calibrate_net(source, dataset, options)

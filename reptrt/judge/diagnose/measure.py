@@ -26,7 +26,7 @@ from reptrt.graph.placement import Placement
 from reptrt.graph.plan import plan_from_placement
 from reptrt.graph.qdq import insert_qdq, quantize_weights
 from reptrt.graph.splits import Split, read_splits
-from reptrt.quantize.calib.collect import compute_batch
+from reptrt.quantize.calib.collect import COMPUTE_BATCH
 
 Float64Array = npt.NDArray[np.float64]
 
@@ -166,7 +166,7 @@ def layer_powers(
         origin: functools.partial(record, [probe for probe in probes if probe.origin == origin])
         for origin in {probe.origin: None for probe in probes}
     }
-    for batch in _batches(halves.exact, dataset, label):
+    for batch in _batches(dataset, label):
         halves.exact.run({halves.exact.input_names[0]: batch}, [], observe=observers)
     return sums
 
@@ -176,7 +176,7 @@ def closeness(
 ) -> tuple[Closeness, ...]:
     """Compare the first output of several graphs with that of the float graph over all images."""
     distances = tuple(Closeness() for _ in others)
-    for batch in _batches(exact, dataset, "corners"):
+    for batch in _batches(dataset, "corners"):
         reference = exact(batch)
         for graph, close in zip(others, distances, strict=True):
             close.add(reference, graph(batch))
@@ -198,7 +198,6 @@ def _power(values: Tensor) -> Float64Array:
     return np.asarray(norms.double().square().sum(0).cpu().numpy())
 
 
-def _batches(graph: TorchGraph, dataset: Dataset, label: str) -> "map[Tensor]":
-    size = compute_batch(graph)
-    num_batches = math.ceil(dataset.length / size)
-    return map(torch.from_numpy, track(dataset.batches(size), num_batches, label))
+def _batches(dataset: Dataset, label: str) -> "map[Tensor]":
+    num_batches = math.ceil(dataset.length / COMPUTE_BATCH)
+    return map(torch.from_numpy, track(dataset.batches(COMPUTE_BATCH), num_batches, label))

@@ -52,8 +52,6 @@ def collect(
         merged[name] = histogram if name not in merged else merged[name].merged(histogram)
 
     def add_up(name: str, count: int, value: Tensor) -> None:
-        if len(value) == 1:  # a net for one image may fold the batch: Reshape to [1, -1]
-            value = value.reshape(COMPUTE_BATCH, -1)
         total = value[:count].sum(0, keepdim=True, dtype=torch.float64)
         sums[name] = total if name not in sums else sums[name] + total
 
@@ -89,12 +87,6 @@ def watch(
         observers = {name: functools.partial(record_all, name, len(batch)) for name in records}
         x = torch.from_numpy(filled(batch))
         graph.run({graph.input_names[0]: x}, [], observe=observers)
-
-
-def compute_batch(graph: TorchGraph) -> int:
-    """Return how many images a graph runs at a time: 1 if it was exported for a single image."""
-    takes_one = graph.input_shapes[graph.input_names[0]][:1] == (1,)
-    return 1 if takes_one else COMPUTE_BATCH
 
 
 def filled(batch: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:

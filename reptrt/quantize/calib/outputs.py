@@ -15,7 +15,7 @@ from torch import Tensor
 
 from reptrt.data.dataset import Dataset
 from reptrt.execute.torchgraph import Override, TorchGraph
-from reptrt.quantize.calib.collect import compute_batch
+from reptrt.quantize.calib.collect import COMPUTE_BATCH
 
 _MOST_HELD_OUT = 64  # images
 _NOTHING: Mapping[str, Tensor] = MappingProxyType({})
@@ -55,7 +55,7 @@ class Outputs:
     @functools.cached_property
     def _exact(self) -> list[tuple[Tensor, dict[str, Tensor]]]:
         """Images and float outputs, batch by batch; computed at the first use."""
-        batches = self._dataset.batches(compute_batch(self._graph))
+        batches = self._dataset.batches(COMPUTE_BATCH)
         images = [torch.from_numpy(batch) for batch in batches]
         return [(x, self._run(self._graph, x)) for x in images]
 
