@@ -72,13 +72,13 @@ def proto_of(model: Network) -> onnx.ModelProto:
 
 @contextlib.contextmanager
 def blaming(model: Network) -> Iterator[None]:
-    """Say what is wrong with a model where work on it fails in a way that nobody foresaw.
+    """Raise an ArtifactError in place of an unexpected error if the model itself is invalid.
 
-    Rewrites take for granted that the nodes of a graph fit each other. Onnx's strict inference of
-    shapes knows, but refuses some models that everybody runs, so it is asked only then.
+    Rewrites assume that the nodes of a graph fit each other. ONNX's strict shape inference checks
+    that, but it rejects some models that all runtimes accept, so it is run only after an error.
 
     Raises:
-        ArtifactError: the model is to blame.
+        ArtifactError: the block failed, and the nodes of the model do not fit each other.
     """
     try:
         yield

@@ -213,8 +213,8 @@ def same_scale(
     """Whether two scales are equal, to the rounding of FP16; unknown scales are not."""
     if first is None or second is None or first.size != second.size:
         return False
-    one, other = first.astype(np.float64).ravel(), second.astype(np.float64).ravel()
-    return bool(np.allclose(one, other, rtol=1e-3, atol=0.0, equal_nan=True))
+    left, right = first.astype(np.float64).ravel(), second.astype(np.float64).ravel()
+    return bool(np.allclose(left, right, rtol=1e-3, atol=0.0, equal_nan=True))
 
 
 def scale_text(scale: npt.NDArray[np.generic] | None) -> str:
@@ -332,8 +332,8 @@ def _type_of(tensor: gs.Tensor) -> str | None:
 
 def _type_name(kind: npt.DTypeLike | int) -> str:
     """Return the name of a NumPy type or ONNX type code."""
-    known = onnx.helper.tensor_dtype_to_np_dtype(kind) if isinstance(kind, int) else np.dtype(kind)
-    return str(known)
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(kind) if isinstance(kind, int) else np.dtype(kind)
+    return str(dtype)
 
 
 def _float_name(kind: npt.DTypeLike | int) -> str | None:

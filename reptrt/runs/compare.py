@@ -80,7 +80,7 @@ class Comparison:
         of = sum(change.total for change in codes)
         share = f", in {number} of {of} values" if codes else ""
         lines.append(f"{len(self.weights)} of {self.num_layers} layers differ{share}")
-        for what, names in (
+        for title, names in (
             ("tensors only in A", self.tensors_only_a),
             ("tensors only in B", self.tensors_only_b),
             ("layers only in A", self.layers_only_a),
@@ -88,7 +88,7 @@ class Comparison:
         ):
             if names:
                 more = ", ..." if len(names) > _NAMED else ""
-                lines.append(f"{len(names)} {what}: {', '.join(names[:_NAMED])}{more}")
+                lines.append(f"{len(names)} {title}: {', '.join(names[:_NAMED])}{more}")
         return [f"{self.file}  {line}" for line in lines]
 
 

@@ -128,7 +128,7 @@ def ladder_of_run(folder: Path, data: Path | None = None, limit: int | None = No
 
 
 def _keep(folder: Path, manifest: Manifest, measured: Ladder) -> None:
-    """Write the ladder of a run, with what it is about, for the run's report."""
+    """Write the ladder of a run for its report, with the hashes of the files that it compares."""
     files = {r.file: r.sha256 for name, r in manifest.stages.items() if name in _JUDGED}
     content = {"files": files, "data": manifest.eval_data.sha256, **measured.to_dict()}
     try:
@@ -144,7 +144,7 @@ def climb(
     calib_data: Images,
     options: RunOptions,
 ) -> Ladder:
-    """Judge every rung between a source and what was made of it.
+    """Judge every rung between a source and the forms that the stages made of it.
 
     Args:
         source: the net, as it came.
@@ -259,8 +259,8 @@ def _rewritten(
         yield f"coarse-fine split ({_count(len(coarse), 'layer')})", whole
 
 
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _in_onnxruntime(name: str, model: onnx.ModelProto, options: RunOptions) -> Step:

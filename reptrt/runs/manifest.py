@@ -124,18 +124,18 @@ def check_made(folder: Path, manifest: Manifest) -> None:
             )
 
 
-def read_json(path: Path, what: str) -> Any:
+def read_json(path: Path, expected: str) -> Any:
     """Return the content of a JSON file.
 
     Raises:
-        ArtifactError: the file cannot be read; ``what`` says what was expected.
+        ArtifactError: the file cannot be read; ``expected`` describes its content in the message.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as err:
         reason = err.strerror if isinstance(err, OSError) else err
         raise ArtifactError(
-            f"{path}: cannot be read ({reason}), expected {what}; delete it and start a new run"
+            f"{path}: cannot be read ({reason}), expected {expected}; delete it and start a new run"
         ) from err
 
 

@@ -73,8 +73,8 @@ class EngineSummary(Result):
             "size": f"{details.size_bytes / _MIB:.1f} MiB",
             "seconds": f"{self.seconds:.1f}",
         }
-        for what, value in rows.items():
-            table.add_row(what, value)
+        for name, value in rows.items():
+            table.add_row(name, value)
         return table
 
     def __str__(self) -> str:
@@ -169,7 +169,7 @@ def _targets(backend: Backend, options: BuildOptions) -> tuple[str, ...]:
 
 
 def _check_paths(source: Network, output: Path, options: BuildOptions) -> None:
-    """Check before the build what would make it fail at its end."""
+    """Check before the build what would otherwise make it fail only at its end."""
     for path in (output, options.timing_cache):
         if path is not None:
             require_folder(path)

@@ -177,7 +177,7 @@ def _load_average() -> float | None:
     return None
 
 
-def _clock_remark(what: str, before: float | None, after: float | None) -> list[str]:
+def _clock_remark(clock: str, before: float | None, after: float | None) -> list[str]:
     if not before or not after or abs(after / before - 1) < _CLOCK_CHANGE:
         return []
-    return [f"the {what} clock changed from {before:.0f} to {after:.0f} MHz"]
+    return [f"the {clock} clock changed from {before:.0f} to {after:.0f} MHz"]
