@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from sweep.rows import Row
 from torch import nn
@@ -16,11 +18,12 @@ from torch.nn.modules.conv import _ConvNd
 
 import reptrt
 from reptrt.core.metrics import sqnr_db
-from reptrt.exporter.prove import probe_images
-from reptrt.graph.preprocess import Preprocess
 
-_CALIBRATING, _JUDGING = 32, 16  # images
-_SETTLING = 8
+_SETTLING, _CALIBRATING, _JUDGING = 16, 32, 16  # images
+_CALIBRATING_SEED, _JUDGING_SEED = 1, 2
+_EQUAL_DB = 200.0  # shown for equal outputs
+
+Ratios = dict[str, float]
 
 T = TypeVar("T")
 
@@ -40,7 +43,8 @@ class Result:
     left: dict[str, int] = field(default_factory=dict)  # reason -> nodes that were left alone
     layers: int | None = None
     int8_layers: int | None = None
-    sqnr_db: dict[str, float] = field(default_factory=dict)  # by output
+    sqnr_db: Ratios = field(default_factory=dict)  # by output
+    input_sqnr_db: Ratios = field(default_factory=dict)  # of the float net, input rounded to INT8
     errors: int | None = None  # of lint
     warnings: dict[str, int] = field(default_factory=dict)  # rule -> findings
     engine: bool | None = None
@@ -73,11 +77,14 @@ def measure(row: Row, folder: Path, *, engine: bool) -> Result:
     result.norms = operators["BatchNormalization"]
     result.blocks = len(exported.report.proof.blocks)
     result.left = dict(Counter(skip.reason for skip in exported.report.skipped))
-    images = _images(row, _CALIBRATING, 1)
+    images = _images(row, _CALIBRATING, _CALIBRATING_SEED)
     int8 = _step(result, "calibrate", lambda: reptrt.calibrate(exported, images))
     if int8 is None:
         return result
-    result.sqnr_db = _step(result, "run", lambda: _ratios(exported, int8, row)) or {}
+    judging = _images(row, _JUDGING, _JUDGING_SEED)
+    inputs = (int8, judging), (exported, _rounded(judging))
+    ratios = _step(result, "run", lambda: [_ratios(exported, *pair, row) for pair in inputs])
+    result.sqnr_db, result.input_sqnr_db = ratios or ({}, {})
     report = _step(result, "lint", lambda: reptrt.lint(int8))
     if report is not None:
         result.layers, result.int8_layers = report.layers, report.int8_layers
@@ -108,8 +115,8 @@ def _step(result: Result, name: str, work: Callable[[], T]) -> T | None:
 def _settled(row: Row) -> nn.Module:
     """Return a net with random weights and batch norms that are not neutral.
 
-    Gains and shifts are random; means and variances are those of noise images, as training would
-    leave them: activations neither grow nor fade with depth.
+    Gains and shifts are random; means and variances are those of noise images, so that activations
+    neither grow nor fade with depth.
     """
     torch.manual_seed(0)
     module = row.build()
@@ -124,17 +131,32 @@ def _settled(row: Row) -> nn.Module:
     return module.eval()
 
 
-def _images(row: Row, count: int, seed: int) -> Any:
-    return probe_images(Preprocess.plain(*row.size), count, seed)
+def _images(row: Row, count: int, seed: int) -> npt.NDArray[np.float32]:
+    """Return noise with as much contrast at every scale, as photographs have; (count, C, H, W)."""
+    generator = np.random.default_rng(seed)
+    channels, height, width = row.size
+    images = np.zeros((count, *row.size))
+    scale = 1
+    while scale <= max(height, width):
+        shape = (count, channels, -(-height // scale), -(-width // scale))
+        patches = generator.standard_normal(shape).repeat(scale, axis=2).repeat(scale, axis=3)
+        images += patches[:, :, :height, :width]
+        scale *= 2
+    return np.asarray(images / images.std(), dtype=np.float32)
 
 
-def _ratios(exported: Any, int8: Any, row: Row) -> dict[str, float]:
-    """Return the SQNR of each output in dB, on images that calibration has not seen."""
-    images = _images(row, _JUDGING, 2)
+def _ratios(exported: Any, other: Any, images: npt.NDArray[np.float32], row: Row) -> Ratios:
+    """Return the SQNR of each output in dB: a net and its images against the exported net."""
     names = [value.name for value in exported.proto.graph.output]
-    pairs = [net(images) for net in (exported, int8)]
-    expected, outputs = ((out,) if not isinstance(out, tuple) else out for out in pairs)
+    outputs = (exported(_images(row, _JUDGING, _JUDGING_SEED)), other(images))
+    expected, compared = (out if isinstance(out, tuple) else (out,) for out in outputs)
     return {
-        name: round(min(sqnr_db(before, after), 200.0), 1)
-        for name, before, after in zip(names, expected, outputs, strict=True)
+        name: round(min(sqnr_db(before, after), _EQUAL_DB), 1)
+        for name, before, after in zip(names, expected, compared, strict=True)
     }
+
+
+def _rounded(images: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Return images rounded to the 255 symmetric codes of INT8."""
+    scale = np.abs(images).max() / 127
+    return np.asarray(np.rint(images / scale) * scale, dtype=np.float32)

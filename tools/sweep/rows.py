@@ -43,7 +43,9 @@ class Row:
 def rows() -> list[Row]:
     """Return every net, in the order of the table."""
     nets = [
-        Row(name, f"timm, {family}", partial(build_timm_net, name), (3, side, side), reparameterized)
+        Row(
+            name, f"timm, {family}", partial(build_timm_net, name), (3, side, side), reparameterized
+        )
         for family, names in _TIMM.items()
         for name in names
         for side in (_OTHER_SIZES.get(name, 64),)
@@ -59,3 +61,8 @@ def rows() -> list[Row]:
     for name, (build, family) in likes.items():
         nets.append(Row(name, family, build, (3, 96, 96), lookalikes.fused))
     return nets
+
+
+def _size(name: str) -> tuple[int, int, int]:
+    side = _OTHER_SIZES.get(name, 64)
+    return 3, side, side

@@ -8,15 +8,21 @@ _HEAD = """\
 
 <!-- Made by tools/sweep_models.py; do not edit. -->
 
-What `reptrt` does with other people's nets: nets of timm in their training form, and look-alikes of detectors and segmentation nets that are written in `tools/sweep/`. **All weights are random**
-(the batch norms' means and variances are measured on noise), calibration is the default with 32 noise images, and SQNR is measured on 16 others. So the table says what is fused, what
-runs in INT8 and what lint finds; the SQNR shows that nothing is broken, not what a trained net loses ([Results](results.md) does).
+What `reptrt` does with other people's nets: nets of timm in their training form, and look-alikes
+of detectors and segmentation nets, which are written in `tools/sweep/`. **All weights are random.**
+The batch norms' means and variances are measured on noise, calibration has its default options and
+32 noise images, and SQNR is measured on 16 others. So the table says what is fused, what runs in
+INT8 and what lint finds. A deep net with random weights amplifies any error, so its SQNR is not
+what a trained net loses ([Results](results.md) has that): beside it stands what the float net loses
+when nothing but its input is rounded to 8 bits.
 
 | column | meaning |
 |---|---|
-| convs, norms | convolutions and batch norms that are left: after the authors' own fusion (`reparameterize_model` of timm, `fuse()` of the detectors) -> in the exported file |
-| INT8 | layers with INT8 input and weight, of all convolutions and matrix products with a constant weight |
-| SQNR | in dB, float against INT8 file in onnxruntime; of several outputs, each by itself, the worst |
+| convs, norms | convolutions and batch norms, as `A -> B` where two numbers differ: after the \
+authors' own fusion (`reparameterize_model` of timm, `fuse()` of the detectors) and in our file |
+| INT8 | layers with INT8 input and weight, of all convolutions and products with a constant |
+| SQNR | in dB, of the INT8 file / of the float net with its input rounded to INT8; the worst \
+output, each measured by itself |
 | lint | errors / warnings |
 | engine | whether TensorRT-RTX builds it |
 | seconds | export + calibrate + build-engine |
@@ -48,7 +54,7 @@ def _row(cells: Sequence[str]) -> str:
 
 def _cells(result: Mapping[str, Any]) -> tuple[str, ...]:
     seconds = sum(result["seconds"].get(step, 0.0) for step in _TIMED)
-    ratios = result["sqnr_db"].values()
+    ratios = [min(result[key].values(), default=None) for key in ("sqnr_db", "input_sqnr_db")]
     warnings = sum(result["warnings"].values())
     layers = result["layers"]
     return (
@@ -58,7 +64,7 @@ def _cells(result: Mapping[str, Any]) -> tuple[str, ...]:
         _change(result["convs_theirs"], result["convs"]),
         _change(result["norms_theirs"], result["norms"]),
         "-" if layers is None else f"{result['int8_layers']} of {layers}",
-        f"{min(ratios):.1f}" if ratios else "-",
+        " / ".join("-" if ratio is None else f"{ratio:.1f}" for ratio in ratios),
         "-" if result["errors"] is None else f"{result['errors']} / {warnings}",
         {True: "yes", False: "no", None: "-"}[result["engine"]],
         f"{seconds:.0f}",
