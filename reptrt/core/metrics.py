@@ -1,5 +1,7 @@
 """Measures of accuracy, and of how close two outputs are."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 
@@ -15,16 +17,42 @@ def sqnr_db(reference: FloatArray, output: FloatArray) -> float:
     tenth of the signal, and each further 6 dB halves it. Equal arrays give +inf; a reference of
     zeros gives -inf.
     """
+    return db_from_powers(*powers(reference, output))
+
+
+def powers(reference: FloatArray, output: FloatArray) -> tuple[float, float]:
+    """Return the sums of reference^2 and of (reference - output)^2 over all elements."""
     signal = np.asarray(reference, dtype=np.float64)
     noise = np.sum(np.square(signal - np.asarray(output, dtype=np.float64)))
-    return db_from_powers(float(np.sum(np.square(signal))), float(noise))
+    return float(np.sum(np.square(signal))), float(noise)
 
 
 def db_from_powers(signal: float, noise: float) -> float:
     """Return 10 log10(signal / noise): +inf if noise is 0, -inf if only the signal is 0."""
     if noise == 0.0:
         return float("inf")
-    return float(10.0 * np.log10(signal / noise)) if signal > 0 else float("-inf")
+    ratio = signal / noise
+    return float(10.0 * np.log10(ratio)) if ratio > 0 else float("-inf")
+
+
+def db_of_outputs(outputs: Sequence[tuple[float, float]]) -> float:
+    """Return one SQNR in dB for several outputs, each in its own unit.
+
+        -10 log10( mean over outputs of noise / signal )
+
+    So boxes in pixels do not hide the error of scores. Of a single output it is its SQNR. Outputs
+    that are equal count with no error; if one of zeros has noise, the result is -inf.
+
+    Args:
+        outputs: the sums of squares (signal, noise) of each, at least one; see `powers`.
+    """
+    if len(outputs) == 1:
+        return db_from_powers(*outputs[0])
+    relative = [
+        0.0 if noise == 0.0 else noise / signal if signal > 0 else float("inf")
+        for signal, noise in outputs
+    ]
+    return db_from_powers(1.0, sum(relative) / len(relative))
 
 
 def top_k_accuracy(logits: FloatArray, labels: npt.NDArray[np.integer], k: int) -> float:

@@ -197,7 +197,10 @@ def outputs_in_parts(runner: Runner, batch: AnyArray) -> Iterator[dict[str, AnyA
         if missing:
             images = np.concatenate([images, np.repeat(images[-1:], missing, axis=0)])
         outputs = runner.run(images)
-        yield {name: output[: size - missing] for name, output in outputs.items()}
+        yield {
+            name: output[: size - missing] if missing and output.ndim else output
+            for name, output in outputs.items()
+        }
 
 
 def optimized_op_counts(model: bytes | Path | Model) -> Counter[str]:

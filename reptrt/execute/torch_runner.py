@@ -1,7 +1,7 @@
 """Run a torch module, or an ONNX graph in torch, with the contract of `execute.runner.Runner`."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from reptrt.execute.lowering import lower
+from reptrt.execute.module_outputs import flat_outputs
 from reptrt.execute.torchgraph import TorchGraph
 from reptrt.graph.net import Net, constant_of, net_from_model
 from reptrt.graph.quantized import activation_pairs
@@ -29,14 +30,14 @@ class TorchRunner:
 
     Args:
         name: the runtime, for reports.
-        forward: float32 (n, C, H, W) -> a tensor, or a tuple or list whose first entry is used.
+        forward: float32 (n, C, H, W) -> tensors, as `flat_outputs` takes them.
         device: where ``forward`` computes.
         batch: the number of images that ``forward`` takes; None: any number.
     """
 
     threads = None
     input_name = "input"
-    output_names = ("output",)
+    output_names: Sequence[str] = ()  # known after the first run
 
     def __init__(
         self,
@@ -52,12 +53,12 @@ class TorchRunner:
         self._device = device
 
     def run(self, batch: AnyArray) -> dict[str, AnyArray]:
-        """Return the first output for a float32 batch (n, C, H, W)."""
+        """Return the outputs by name for a float32 batch (n, C, H, W)."""
         with torch.inference_mode():
             result = self._forward(torch.from_numpy(np.ascontiguousarray(batch)).to(self._device))
-        while isinstance(result, tuple | list):
-            result = result[0]
-        return {self.output_names[0]: np.asarray(result.float().cpu().numpy())}
+        outputs = flat_outputs(result)
+        self.output_names = tuple(outputs)
+        return {name: np.asarray(value.float().cpu().numpy()) for name, value in outputs.items()}
 
     def __enter__(self) -> "TorchRunner":
         return self
@@ -80,11 +81,12 @@ def graph_runner(net: Net, device: torch.device, replace: Replacements = _NOTHIN
         replace: node name -> function of the node's inputs that runs in its place.
     """
     graph = TorchGraph(net, device)
-    (name,), output = graph.input_names, graph.output_names[0]
+    (name,) = graph.input_names
+    wanted = [output for output in graph.output_names if output in graph.comparable_names]
     batch = (net.graph.inputs[0].shape or [None])[0]
 
-    def forward(x: Tensor) -> Tensor:
-        return graph.run({name: x}, [output], replace=replace)[output]
+    def forward(x: Tensor) -> dict[str, Tensor]:
+        return graph.run({name: x}, wanted or graph.comparable_names, replace=replace)
 
     return TorchRunner("torch graph", forward, device, batch if isinstance(batch, int) else None)
 

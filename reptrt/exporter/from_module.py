@@ -5,7 +5,7 @@ import io
 import logging
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from reptrt.core.errors import ConfigError, option
-from reptrt.exporter.outputs import flat_outputs, flattening
+from reptrt.execute.module_outputs import flat_outputs, flattening
 from reptrt.graph.preprocess import Preprocess
 
 Exporter = Literal["torchscript", "dynamo"]
@@ -47,9 +47,9 @@ def onnx_from_module(
     reasons = []
     for exporter in settings.exporters:
         try:
-            names = _output_names(module, example)
+            outputs = _outputs(module, example)
             with _silence(), flattening(module):
-                model = _EXPORTERS[exporter](module, example, settings.opset, names)
+                model = _EXPORTERS[exporter](module, example, settings.opset, outputs)
             return onnx.shape_inference.infer_shapes(model)
         except Exception as err:  # the exporters raise whatever the user's forward raises
             reasons.append(str(err).strip().splitlines()[0] if str(err).strip() else repr(err))
@@ -67,14 +67,25 @@ def _remedy(reason: str) -> str:
     return f"check {option('input_size')} and that forward takes one image batch"
 
 
-def _output_names(module: nn.Module, example: torch.Tensor) -> list[str]:
-    """Return the names of a module's outputs, by running it once."""
+def _outputs(module: nn.Module, example: torch.Tensor) -> dict[str, bool]:
+    """Return the names of a module's outputs, and whether the first axis of each is the batch.
+
+    Raises:
+        ConfigError: the module returns no tensor.
+    """
     with torch.no_grad():
-        return list(flat_outputs(module(example)))
+        result = module(example)
+    outputs = flat_outputs(result)
+    if not outputs:
+        raise ConfigError(
+            f"forward returns {type(result).__name__} without a tensor in it, expected tensors, "
+            "also in tuples, lists, dicts, named tuples or dataclasses"
+        )
+    return {name: value.shape[:1] == example.shape[:1] for name, value in outputs.items()}
 
 
 def _export_torchscript(
-    module: nn.Module, example: torch.Tensor, opset: int, names: list[str]
+    module: nn.Module, example: torch.Tensor, opset: int, outputs: Mapping[str, bool]
 ) -> onnx.ModelProto:
     buffer: Any = io.BytesIO()  # torch takes a stream here; its stub does not say so
     torch.onnx.export(
@@ -84,16 +95,28 @@ def _export_torchscript(
         dynamo=False,
         opset_version=opset,
         input_names=["input"],
-        output_names=names,
-        dynamic_axes={name: {0: "N"} for name in ("input", *names)},
+        output_names=list(outputs),
+        dynamic_axes={
+            name: {0: "N"} for name, is_batch in {"input": True, **outputs}.items() if is_batch
+        },
         training=torch.onnx.TrainingMode.PRESERVE,  # eval mode, but batch norms left unfused
         do_constant_folding=True,  # explicit pads and reshapes need it
     )
-    return onnx.load_model_from_string(buffer.getvalue())
+    model = onnx.load_model_from_string(buffer.getvalue())
+    _restore_names(model, list(outputs))
+    return model
+
+
+def _restore_names(model: onnx.ModelProto, names: Sequence[str]) -> None:
+    """Give outputs their names back that were folded into constants and lost them, in place."""
+    for value, name in zip(model.graph.output, names, strict=True):
+        if value.name != name:
+            model.graph.node.append(onnx.helper.make_node("Identity", [value.name], [name]))
+            value.name = name
 
 
 def _export_dynamo(
-    module: nn.Module, example: torch.Tensor, opset: int, names: list[str]
+    module: nn.Module, example: torch.Tensor, opset: int, outputs: Mapping[str, bool]
 ) -> onnx.ModelProto:
     program = torch.onnx.export(
         module,
@@ -101,7 +124,7 @@ def _export_dynamo(
         dynamo=True,
         opset_version=opset,
         input_names=["input"],
-        output_names=names,
+        output_names=list(outputs),
         dynamic_shapes=({0: torch.export.Dim("N")},),
         verbose=False,
     )
@@ -111,7 +134,7 @@ def _export_dynamo(
 
 
 _EXPORTERS: Mapping[
-    Exporter, Callable[[nn.Module, torch.Tensor, int, list[str]], onnx.ModelProto]
+    Exporter, Callable[[nn.Module, torch.Tensor, int, Mapping[str, bool]], onnx.ModelProto]
 ] = {"torchscript": _export_torchscript, "dynamo": _export_dynamo}
 
 

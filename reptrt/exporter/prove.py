@@ -19,9 +19,9 @@ import torch
 from torch import nn
 
 from reptrt.core.errors import ReptrtError, RewriteError, option
+from reptrt.execute.module_outputs import flat_outputs
 from reptrt.execute.runner import OrtRunner
 from reptrt.execute.torchgraph import TorchGraph
-from reptrt.exporter.outputs import flat_outputs
 from reptrt.graph.net import Net
 from reptrt.graph.preprocess import Preprocess
 

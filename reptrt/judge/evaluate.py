@@ -3,17 +3,20 @@
 The JSON form of a report:
 
     {"results": [{"file": "m.int8.onnx", "images": 10000, "top1": 0.86, "top5": 0.99,
-                  "agreement": 0.98, "sqnr_db": 31.2, "identical": false}]}
+                  "agreement": 0.98, "sqnr_db": 31.2, "outputs": {"logits": 31.2},
+                  "identical": false}]}
 
-Fractions are 0..1. ``top1`` and ``top5`` are null without labels. ``agreement``, ``sqnr_db`` and
-``identical`` compare the outputs over all images with those of the reference; without a reference
-they are null. JSON has no infinity: if all outputs equal the reference's (as those of the reference
-itself do), ``sqnr_db`` is null and ``identical`` is true.
+Fractions are 0..1. ``top1`` and ``top5`` are null without labels; they and ``agreement`` are of the
+first output. ``agreement``, ``sqnr_db``, ``outputs`` and ``identical`` compare the outputs over all
+images with the reference's and are null without one. ``outputs`` holds the SQNR of each output;
+``sqnr_db`` is that of the only one, or the one of the mean relative error, in which each output
+counts in its own unit. JSON has no infinity: where every output equals the reference's (the
+reference itself, always) ``sqnr_db`` is null and ``identical`` is true.
 """
 
 import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,18 +26,24 @@ import numpy.typing as npt
 from rich.table import Table
 
 from reptrt.core.errors import ArtifactError, ConfigError, DataError, option
-from reptrt.core.metrics import agreement, sqnr_db, top_k_accuracy
-from reptrt.core.progress import track
+from reptrt.core.metrics import agreement, top_k_accuracy
 from reptrt.core.result import Result
-from reptrt.data.dataset import Dataset, Images, open_dataset
-from reptrt.execute.runner import Runner, open_runner, outputs_in_parts
+from reptrt.data.dataset import Images, open_dataset
+from reptrt.execute.runner import Runner, open_runner
 from reptrt.graph.model import Network, is_engine, proto_of, unique_labels
 from reptrt.graph.net import net_from_model
 from reptrt.graph.preprocess import Preprocess, read_preprocess
 from reptrt.judge.options import EvaluateOptions
+from reptrt.judge.outputs import (
+    Outputs,
+    first_of,
+    num_not_finite,
+    paired,
+    run_dataset,
+    sqnr_by_output,
+    total_sqnr_db,
+)
 from reptrt.trt.details import read_engine_record
-
-Float32Array = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,21 +55,27 @@ class FileResult:
     top1: float | None  # fraction 0..1
     top5: float | None  # fraction 0..1
     agreement: float | None  # fraction of images with the reference's arg max
-    sqnr_db: float | None  # outputs against the reference's; may be +inf
+    sqnr_db: float | None  # outputs against the reference's, each in its own unit; may be +inf
+    outputs: Mapping[str, float] | None  # output -> its SQNR in dB; may be +inf
     identical: bool | None  # whether every output equals the reference's
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON values; an infinite SQNR becomes null."""
-        finite = self.sqnr_db is not None and math.isfinite(self.sqnr_db)
+        outputs = self.outputs
         return {
             "file": self.file,
             "images": self.images,
             "top1": self.top1,
             "top5": self.top5,
             "agreement": self.agreement,
-            "sqnr_db": self.sqnr_db if finite else None,
+            "sqnr_db": _finite(self.sqnr_db),
+            "outputs": None if outputs is None else {n: _finite(db) for n, db in outputs.items()},
             "identical": self.identical,
         }
+
+
+def _finite(ratio: float | None) -> float | None:
+    return ratio if ratio is not None and math.isfinite(ratio) else None
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -87,6 +102,9 @@ class EvalReport(Result):
                 *("-" if value is None else f"{100 * value:.2f} %" for value in fractions),
                 "-" if result.sqnr_db is None else f"{result.sqnr_db:.2f}",
             )
+            several = result.outputs is not None and len(result.outputs) > 1
+            for name, ratio in (result.outputs or {}).items() if several else ():
+                table.add_row(f"  {name}", *("",) * 4, f"{ratio:.2f}")
         return table
 
 
@@ -114,7 +132,7 @@ def evaluate(
     reference = reference or options.reference
     different = list(dict.fromkeys([*networks, *([] if reference is None else [reference])]))
     labels_of = dict(zip(different, unique_labels(different), strict=True))
-    outputs: dict[Network, Float32Array] = {}
+    outputs: dict[Network, Outputs] = {}
     labels: npt.NDArray[np.int64] | None = None
     folders: int | None = None
     for preprocess, group in _by_preprocess(different, reference).items():
@@ -132,31 +150,6 @@ def evaluate(
             for network in networks
         )
     )
-
-
-def run_dataset(runners: Sequence[Runner], dataset: Dataset, batch_size: int) -> list[Float32Array]:
-    """Return the first output of every runner over all images, each (length, ...).
-
-    The images are decoded once for all runners.
-
-    Raises:
-        DataError: the images cannot be read, or a network refuses them.
-        ArtifactError: the first axis of an output is not the batch.
-    """
-    parts: list[list[Float32Array]] = [[] for _ in runners]
-    num_batches = -(-dataset.length // batch_size)
-    for batch in track(dataset.batches(batch_size), num_batches, "eval"):
-        for runner, part in zip(runners, parts, strict=True):
-            first = runner.output_names[0]
-            part += [outputs[first] for outputs in outputs_in_parts(runner, batch)]
-    outputs = [np.concatenate(part) for part in parts]
-    for runner, output in zip(runners, outputs, strict=True):
-        if len(output) != dataset.length:
-            raise ArtifactError(
-                f"output {runner.output_names[0]}: {len(output)} rows for {dataset.length} images; "
-                "expected the batch as its first axis"
-            )
-    return outputs
 
 
 def preprocess_of(network: Network, reference: Network | None = None) -> Preprocess:
@@ -198,13 +191,13 @@ def _by_preprocess(
 
 def _judge(
     name: str,
-    outputs: Float32Array,
+    outputs: Outputs,
     labels: npt.NDArray[np.int64] | None,
     folders: int | None,
-    reference: Float32Array | None,
+    reference: Outputs | None,
     is_any: bool,
 ) -> FileResult:
-    """Compare outputs (N, ...) with labels (N,) and reference outputs (N, ...).
+    """Compare the first output (N, ...) with labels (N,), and all outputs with the reference's.
 
     Args:
         name: name of the network.
@@ -214,34 +207,47 @@ def _judge(
         reference: outputs of the reference; None: there is no reference.
         is_any: outputs are not scores of classes, whatever their shape.
     """
-    bad = int((~np.isfinite(outputs).reshape(len(outputs), -1).all(axis=1)).sum())
+    first = first_of(outputs)
+    bad = num_not_finite(outputs)
     if bad:
         raise ArtifactError(
-            f"{name}: NaN or infinite outputs on {bad} of {len(outputs)} images; the net is broken "
+            f"{name}: NaN or infinite outputs on {bad} of {len(first)} images; the net is broken "
             "or expects inputs on another scale"
         )
-    if reference is not None and reference.shape != outputs.shape:
-        raise ConfigError(
-            f"{name}: outputs have shape {outputs.shape}, the reference's {reference.shape}; "
-            "they cannot be compared"
-        )
-    logits = outputs.reshape(len(outputs), -1)
-    is_classifier = not is_any and outputs.ndim > 1 and logits.shape[1] == outputs.shape[1]
+    if reference is not None:
+        _check_shapes(name, reference, outputs)
+    logits = first.reshape(len(first), -1)
+    is_classifier = not is_any and first.ndim > 1 and logits.shape[1] == first.shape[1]
     top1 = top5 = same_class = None
     if labels is not None and is_classifier:
         _check_labels(name, labels, folders, logits.shape[1])
         top1, top5 = (top_k_accuracy(logits, labels, k) for k in (1, 5))
     if reference is not None and is_classifier:
-        same_class = agreement(reference.reshape(logits.shape), logits)
+        same_class = agreement(first_of(reference).reshape(logits.shape), logits)
     return FileResult(
         file=name,
-        images=len(outputs),
+        images=len(first),
         top1=top1,
         top5=top5,
         agreement=same_class,
-        sqnr_db=None if reference is None else sqnr_db(reference, outputs),
-        identical=None if reference is None else np.array_equal(reference, outputs),
+        sqnr_db=None if reference is None else total_sqnr_db(reference, outputs),
+        outputs=None if reference is None else sqnr_by_output(reference, outputs),
+        identical=None if reference is None else _are_equal(reference, outputs),
     )
+
+
+def _check_shapes(name: str, reference: Outputs, outputs: Outputs) -> None:
+    for output, (expected, got) in paired(reference, outputs).items():
+        if got.shape != expected.shape:
+            raise ConfigError(
+                f"{name}: output {output} has shape {got.shape}, the reference's {expected.shape}; "
+                "they cannot be compared"
+            )
+
+
+def _are_equal(reference: Outputs, outputs: Outputs) -> bool:
+    pairs = paired(reference, outputs).values()
+    return all(np.array_equal(expected, got) for expected, got in pairs)
 
 
 def _check_labels(

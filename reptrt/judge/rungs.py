@@ -9,17 +9,22 @@ from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 from rich.table import Table
 
 from reptrt.core.errors import ArtifactError, DataError, EngineError, MissingDependencyError
-from reptrt.core.metrics import agreement, sqnr_db, top_k_accuracy
+from reptrt.core.metrics import agreement, top_k_accuracy
 from reptrt.core.result import Result
 from reptrt.data.dataset import Dataset
 from reptrt.execute.runner import Runner
-from reptrt.judge.evaluate import run_dataset
-
-Float32Array = npt.NDArray[np.float32]
+from reptrt.judge.outputs import (
+    Float32Array,
+    Outputs,
+    first_of,
+    num_not_finite,
+    paired,
+    run_dataset,
+    total_sqnr_db,
+)
 
 _BATCH = 64
 _NOT_COMPARED = ("-",) * 4
@@ -29,8 +34,8 @@ _NOT_COMPARED = ("-",) * 4
 class Distance:
     """The distance between the outputs of two rungs."""
 
-    max_difference: float  # in units of the output
-    sqnr_db: float | None  # None: all outputs are equal
+    max_difference: float  # of the first output, in its units
+    sqnr_db: float | None  # over all outputs, each in its own unit; None: they are equal
     agreement: float | None  # fraction of images with the same arg max; None: not a classifier
     top1_change: float | None  # change of the fraction; None: no labels, or not a classifier
 
@@ -53,7 +58,7 @@ class Ladder(Result):
 
     rungs: tuple[Rung, ...]
     images: int
-    largest_output: float  # largest output of the first rung, as a measure for differences
+    largest_output: float  # largest first output of the first rung, as a measure for differences
 
     def to_dict(self) -> dict[str, Any]:
         """Return the ladder as JSON values."""
@@ -97,8 +102,8 @@ def measure(steps: Iterable[Step], dataset: Dataset) -> Ladder:
         ReptrtError: a form cannot be run, and is not one that may fail.
     """
     rungs: list[Rung] = []
-    first: Float32Array | None = None
-    before: Float32Array | None = None
+    first: Outputs | None = None
+    before: Outputs | None = None
     for step in steps:
         try:
             with step.open() as runner:
@@ -114,28 +119,34 @@ def measure(steps: Iterable[Step], dataset: Dataset) -> Ladder:
         before = outputs
     if first is None:
         raise ArtifactError("no form of the net could be run")
-    return Ladder(tuple(rungs), dataset.length, float(np.abs(first).max(initial=0.0)))
+    return Ladder(tuple(rungs), dataset.length, _largest(first))
 
 
-def _check(step: Step, outputs: Float32Array, first: Float32Array) -> None:
-    bad = int((~np.isfinite(outputs).reshape(len(outputs), -1).all(axis=1)).sum())
+def _largest(outputs: Outputs) -> float:
+    return float(np.abs(first_of(outputs)).max(initial=0.0))
+
+
+def _check(step: Step, outputs: Outputs, first: Outputs) -> None:
+    bad, images = num_not_finite(outputs), len(first_of(outputs))
     where = f"{step.name} in {step.runs_in}"
     if bad:
         raise ArtifactError(
-            f"{where}: NaN or infinite outputs on {bad} of {len(outputs)} images; the net is "
+            f"{where}: NaN or infinite outputs on {bad} of {images} images; the net is "
             "broken, or its inputs are on another scale than it expects"
         )
-    if outputs.shape != first.shape:
-        raise ArtifactError(
-            f"{where}: outputs have shape {outputs.shape}, those of the first rung {first.shape}"
-        )
+    for name, (expected, got) in paired(first, outputs).items():
+        if got.shape != expected.shape:
+            raise ArtifactError(
+                f"{where}: output {name} has shape {got.shape}, that of the first rung "
+                f"{expected.shape}"
+            )
 
 
 def _rung(
     step: Step,
-    outputs: Float32Array,
-    first: Float32Array,
-    before: Float32Array | None,
+    outputs: Outputs,
+    first: Outputs,
+    before: Outputs | None,
     dataset: Dataset,
 ) -> Rung:
     if before is None:
@@ -149,20 +160,21 @@ def _rung(
     )
 
 
-def _distance(reference: Float32Array, outputs: Float32Array, dataset: Dataset) -> Distance:
-    ratio = sqnr_db(reference, outputs)
+def _distance(reference: Outputs, outputs: Outputs, dataset: Dataset) -> Distance:
+    ratio = total_sqnr_db(reference, outputs)
+    exact, got = first_of(reference), first_of(outputs)
     top1_before, top1 = _top1(reference, dataset), _top1(outputs, dataset)
-    rows, expected = _rows(outputs), _rows(reference)
+    rows, expected = _rows(got), _rows(exact)
     return Distance(
-        max_difference=float(np.abs(outputs.astype(np.float64) - reference).max(initial=0.0)),
+        max_difference=float(np.abs(got.astype(np.float64) - exact).max(initial=0.0)),
         sqnr_db=ratio if math.isfinite(ratio) else None,
         agreement=None if rows is None or expected is None else agreement(expected, rows),
         top1_change=None if top1_before is None or top1 is None else top1 - top1_before,
     )
 
 
-def _top1(outputs: Float32Array, dataset: Dataset) -> float | None:
-    rows, labels = _rows(outputs), dataset.labels
+def _top1(outputs: Outputs, dataset: Dataset) -> float | None:
+    rows, labels = _rows(first_of(outputs)), dataset.labels
     if rows is None or labels is None:
         return None
     if labels.max() >= rows.shape[1]:

@@ -75,6 +75,7 @@ class Made(Model):
 
         Returns:
             The output, in the type of ``images`` (array or tensor); a tuple if there are several.
+            An output whose first axis is not the batch is the one of the last images.
 
         Raises:
             DataError: the images do not fit the network.
@@ -86,7 +87,7 @@ class Made(Model):
             for outputs in outputs_in_parts(self._runner, batch):
                 for name, output in outputs.items():
                     parts[name].append(output)
-        results: list[Any] = [np.concatenate(part) for part in parts.values()]
+        results: list[Any] = [_joined(part, dataset.length) for part in parts.values()]
         if isinstance(images, torch.Tensor):
             results = [torch.from_numpy(result).to(images.device) for result in results]
         return results[0] if len(results) == 1 else tuple(results)
@@ -112,6 +113,12 @@ class Calibrated(Made):
     """An INT8 network: the float one with Q/DQ pairs and INT8 weights."""
 
     report: CalibrateReport = field(repr=False)
+
+
+def _joined(parts: list[AnyArray], length: int) -> AnyArray:
+    """Return what parts of the images gave as one array, or the last part if rows are no images."""
+    rows = sum(len(part) if part.ndim else 0 for part in parts)
+    return np.concatenate(parts) if rows == length else parts[-1]
 
 
 def finished_model(net: Net) -> tuple[Any, str]:

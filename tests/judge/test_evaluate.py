@@ -102,9 +102,55 @@ def test_the_reference_and_its_copy_are_identical_and_json_stays_valid(
 
 def test_without_a_reference_nothing_is_compared(nets: tuple[Path, Path], data: Path) -> None:
     row = evaluate([nets[1]], data, EvaluateOptions(threads=1)).to_dict()["results"][0]
-    assert set(row) == {"file", "images", "top1", "top5", "agreement", "sqnr_db", "identical"}
-    assert row["agreement"] is row["sqnr_db"] is row["identical"] is None
+    keys = {"file", "images", "top1", "top5", "agreement", "sqnr_db", "outputs", "identical"}
+    assert set(row) == keys
+    assert row["agreement"] is row["outputs"] is row["sqnr_db"] is row["identical"] is None
     assert row["top1"] is not None
+
+
+def detector(noise: tuple[float, float], names: tuple[str, str]) -> onnx.ModelProto:
+    """Boxes 1000 x and scores x / 1000, each with a constant relative error."""
+    nodes, constants = [], []
+    for name, factor, error in zip(names, (1e3, 1e-3), noise, strict=True):
+        value = np.asarray(factor * (1 + error), dtype=np.float32)
+        constants.append(onnx.numpy_helper.from_array(value, f"{name}.factor"))
+        nodes.append(helper.make_node("Mul", ["x", f"{name}.factor"], [name]))
+    shape = ["N", 3, 8, 8]
+    graph = helper.make_graph(
+        nodes,
+        "detector",
+        [helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape) for name in names],
+        constants,
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 19)], ir_version=9)
+    helper.set_model_props(model, {f"reptrt.{k}": json.dumps(v) for k, v in metadata(0).items()})
+    return model
+
+
+def test_every_output_counts_in_its_own_unit(data: Path, tmp_path: Path) -> None:
+    names = ("boxes", "scores")
+    exact = save(tmp_path / "float.onnx", detector((0, 0), names))
+    nets = [exact]
+    for index, noise in enumerate([(1e-3, 0.1), (0.1, 1e-3), (0.0, 0.1)]):
+        nets.append(save(tmp_path / f"{index}.onnx", detector(noise, names)))
+    options = EvaluateOptions(reference=exact, task="any", threads=1)
+    report = evaluate(nets, data, options)
+    same, *others = report.results
+    assert same.identical
+    for result, decibels in zip(others, [(60, 20), (20, 60), (np.inf, 20)], strict=True):
+        assert result.outputs == pytest.approx(dict(zip(names, decibels, strict=True)), abs=0.02)
+        assert result.sqnr_db == pytest.approx(20 + 10 * np.log10(2), abs=0.02)
+        assert result.identical is False  # the first output may be
+    assert others[2].to_dict()["outputs"]["boxes"] is None
+    assert all(name in str(report) for name in names)
+
+
+def test_outputs_are_matched_by_name(data: Path, tmp_path: Path) -> None:
+    exact = save(tmp_path / "float.onnx", detector((0, 0), ("boxes", "scores")))
+    other = save(tmp_path / "other.onnx", detector((0, 0.1), ("pixels", "scores")))
+    result = only(evaluate([other], data, EvaluateOptions(reference=exact, threads=1)))
+    assert result.outputs == pytest.approx({"boxes": np.inf, "scores": 20.0}, abs=0.02)
 
 
 def test_a_reference_beside_the_files_has_no_row(nets: tuple[Path, Path], data: Path) -> None:

@@ -104,6 +104,28 @@ def test_distances_are_those_of_numpy(tmp_path: Path) -> None:
             assert distance.max_difference == largest
 
 
+def test_every_output_counts_in_its_own_unit(tmp_path: Path) -> None:
+    rng = np.random.default_rng(1)
+    values = rng.normal(size=(20, 5)).astype(np.float32)
+    tables = [
+        {"boxes": 1e3 * values, "scores": values},
+        {"boxes": 1e3 * values, "scores": 1.1 * values},
+    ]
+
+    def opened(table: dict[str, np.ndarray]) -> Runner:
+        def forward(x: torch.Tensor) -> dict[str, torch.Tensor]:
+            rows = (x[:, 0, 0, 0] * 255).round().long()
+            return {name: torch.from_numpy(value)[rows] for name, value in table.items()}
+
+        return TorchRunner("table", forward, CPU)
+
+    steps = [Step(str(i), "numpy", lambda t=table: opened(t)) for i, table in enumerate(tables)]
+    distance = measure(steps, dataset(tmp_path, 20, None)).rungs[1].from_first
+    assert distance is not None
+    assert distance.max_difference == 0  # of the first output
+    assert distance.sqnr_db == pytest.approx(20 + 10 * np.log10(2), abs=0.01)
+
+
 def test_equal_outputs_have_no_sqnr(tmp_path: Path) -> None:
     table = np.eye(4, dtype=np.float32)
     found = measure(steps_of(table, table), dataset(tmp_path, 4, None))
@@ -232,13 +254,14 @@ def test_weights_alone_keep_the_relu_that_a_pair_stands_in_for(bits: int) -> Non
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_module_may_return_a_list() -> None:
+def test_a_module_may_return_any_containers() -> None:
     x = np.ones((2, 1, 2, 2), dtype=np.float32)
-    runner = TorchRunner("torch", lambda x: [(x.half() * 2, x), x], CPU)
+    runner = TorchRunner("torch", lambda x: [(x.half() * 2, x), {"boxes": x}], CPU)
     with runner:
-        (found,) = runner.run(x).values()
-    assert found.dtype == np.float32
-    np.testing.assert_array_equal(found, 2 * x)
+        outputs = runner.run(x)
+    assert list(outputs) == list(runner.output_names) == ["output", "output_1", "boxes"]
+    assert {value.dtype for value in outputs.values()} == {np.dtype(np.float32)}
+    np.testing.assert_array_equal(outputs["output"], 2 * x)
     with pytest.raises(ValueError, match="closed"):
         runner.run(x)
 

@@ -10,7 +10,7 @@ from torch import nn
 
 _TIMM = {
     "rep": (
-        *("repvgg_a0", "repvgg_d2se", "mobileone_s0", "mobileone_s4", "fastvit_t8"),
+        *("repvgg_a0", "mobileone_s0", "mobileone_s4", "fastvit_t8"),
         *("fastvit_sa12", "repvit_m0_9", "repghostnet_050", "ghostnetv3_050"),
     ),
     "mobile": (
@@ -22,7 +22,7 @@ _TIMM = {
     "classic": (
         *("resnet18", "seresnet18", "resnest14d", "skresnet18", "res2net50_26w_4s"),
         *("densenet121", "regnetx_002", "regnety_002", "hgnetv2_b0", "ese_vovnet19b_dw"),
-        *("cspdarknet53", "dla34", "gernet_s", "selecsls42b", "xception41", "dpn48b"),
+        *("cspresnet50", "dla34", "gernet_s", "selecsls42b", "xception41", "darknet17"),
         *("inception_v3", "convnext_atto", "poolformer_s12", "levit_128s"),
     ),
 }

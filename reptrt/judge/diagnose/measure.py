@@ -7,7 +7,7 @@ the deployed file. Only sums of squares are kept, so the memory is one batch of 
 import functools
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from reptrt.core.grid import Grid
-from reptrt.core.metrics import agreement, db_from_powers
+from reptrt.core.metrics import agreement, db_from_powers, db_of_outputs
 from reptrt.core.progress import track
 from reptrt.data.dataset import Dataset
 from reptrt.execute.torchgraph import TorchGraph
@@ -84,18 +84,22 @@ class Powers:
 
 @dataclass(slots=True)
 class Closeness:
-    """The distance of a net's first output to the float net's, summed batch by batch."""
+    """How close a net's outputs are to the float net's, summed up batch by batch."""
 
     images: int = 0
-    signal: float = 0.0
-    noise: float = 0.0
-    same_class: float | None = 0.0  # number of images; None: the net is not a classifier
+    powers: dict[str, tuple[float, float]] = field(default_factory=dict)  # signal, noise
+    same_class: float | None = 0.0  # images; None: the output is not one row of scores an image
 
-    def add(self, reference: Tensor, output: Tensor) -> None:
-        """Add a batch (N, ...)."""
+    def add(self, references: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
+        """Add a batch of outputs (N, ...) by name; the first one decides about classes."""
+        for name, exact in references.items():
+            signal, noise = self.powers.get(name, (0.0, 0.0))
+            signal += float(exact.double().square().sum())
+            noise += float((exact.double() - outputs[name].double()).square().sum())
+            self.powers[name] = (signal, noise)
+        first = next(iter(references))
+        reference, output = references[first], outputs[first]
         self.images += len(reference)
-        self.signal += float(reference.double().square().sum())
-        self.noise += float((reference.double() - output.double()).square().sum())
         if reference.dim() < 2 or reference[0].numel() != reference.shape[1]:
             self.same_class = None
         if self.same_class is not None:
@@ -104,8 +108,8 @@ class Closeness:
 
     @property
     def sqnr_db(self) -> float:
-        """SQNR over all images."""
-        return db_from_powers(self.signal, self.noise)
+        """SQNR over all images, each output in its own unit; see `db_of_outputs`."""
+        return db_of_outputs(list(self.powers.values()))
 
     @property
     def agreement(self) -> float | None:
@@ -174,13 +178,14 @@ def layer_powers(
 def closeness(
     exact: TorchGraph, others: Sequence[TorchGraph], dataset: Dataset
 ) -> tuple[Closeness, ...]:
-    """Compare the first output of several graphs with that of the float graph over all images."""
-    distances = tuple(Closeness() for _ in others)
+    """Compare the outputs of several graphs with the float one's over all images."""
+    results = tuple(Closeness() for _ in others)
+    names = exact.comparable_names
     for batch in _batches(dataset, "corners"):
-        reference = exact(batch)
-        for graph, close in zip(others, distances, strict=True):
-            close.add(reference, graph(batch))
-    return distances
+        reference = exact.run({exact.input_names[0]: batch}, names)
+        for graph, close in zip(others, results, strict=True):
+            close.add(reference, graph.run({graph.input_names[0]: batch}, names))
+    return results
 
 
 def _probe(layer: str, nodes: Mapping[str, gs.Node], split: Split | None) -> Probe:

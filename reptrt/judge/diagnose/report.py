@@ -57,7 +57,7 @@ class Corner:
 
     name: str  # "W8A32": 8-bit weights, float activations
     prepared: bool  # True: calibrated with the given options; False: plain INT8
-    sqnr_db: float  # of the first output
+    sqnr_db: float  # over all outputs, each in its own unit
     agreement: float | None  # fraction of images with the same arg max; None: not a classifier
 
 

@@ -1,9 +1,13 @@
 """The error that quantization makes in the outputs of a net, on held-out images.
 
 It judges choices that theory leaves open (a threshold rule and its margin, whether biases are
-corrected): the choice with the least sum of (quantized output - float output)^2 is made. Images
-that were used to measure ranges never exceed them, so a comparison of thresholds has to clip
-activations to the ranges that were measured without the held-out images.
+corrected): the choice with the least error is made, which is the sum over outputs of
+
+    sum (quantized output - float output)^2 / sum (float output)^2
+
+so that outputs in large units, boxes in pixels, do not outvote scores. Images that were used to
+measure ranges never exceed them, so a comparison of thresholds has to clip activations to the
+ranges that were measured without the held-out images.
 """
 
 import functools
@@ -67,6 +71,8 @@ class Outputs:
     ) -> float:
         """Return the squared error of another graph's outputs, summed over images and outputs.
 
+        Several outputs count each in units of its own power, a single one as it is.
+
         Args:
             graph: a graph with the same input and outputs.
             constants: name -> value, for constants of that graph to replace.
@@ -76,11 +82,22 @@ class Outputs:
         for x, exact in self._exact:
             outputs = self._run(graph, x, constants, overrides)
             total += sum(
-                float((outputs[name] - value).square().sum())
-                for name, value in exact.items()
-                if value.is_floating_point()
+                float((outputs[name] - exact[name]).square().sum()) / unit
+                for name, unit in self._units.items()
             )
         return total
+
+    @functools.cached_property
+    def _units(self) -> dict[str, float]:
+        """The power of each real-valued output, in which its error is measured; 1 for one alone."""
+        powers: dict[str, float] = {}
+        for _, exact in self._exact:
+            for name, value in exact.items():
+                if value.is_floating_point():
+                    powers[name] = powers.get(name, 0.0) + float(value.double().square().sum())
+        if len(powers) == 1:
+            return dict.fromkeys(powers, 1.0)
+        return {name: power or 1.0 for name, power in powers.items()}
 
     def _run(
         self,

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 def flat_outputs(result: Any) -> dict[str, Tensor]:
     """Return the tensors in a result by name, depth first; everything else is dropped.
 
-    The first unnamed tensor is ``output``, the following are ``output_1``, ``output_2``...; what
-    lies in a mapping or a dataclass is named after its key or field, joined by dots.
+    What lies in a mapping, a dataclass or a named tuple is named after its key or field, what lies
+    in a list below one of these after its index, joined by dots. Tensors without any name are
+    ``output``, ``output_1``, ``output_2``...
 
-    >>> list(flat_outputs((torch.zeros(1), {"boxes": torch.zeros(1)})))
-    ['output', 'boxes']
+    >>> list(flat_outputs((torch.zeros(1), {"boxes": torch.zeros(1), "scores": [torch.zeros(1)]})))
+    ['output', 'boxes', 'scores.0']
     """
     named: dict[str, Tensor] = {}
     for path, tensor in _walk(result, ()):
@@ -35,9 +36,12 @@ def _walk(value: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], 
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
         for entry in dataclasses.fields(value):
             yield from _walk(getattr(value, entry.name), (*path, entry.name))
+    elif isinstance(value, tuple) and hasattr(value, "_fields"):
+        for name, part in zip(value._fields, value, strict=True):
+            yield from _walk(part, (*path, name))
     elif isinstance(value, tuple | list):
-        for part in value:
-            yield from _walk(part, path)
+        for index, part in enumerate(value):
+            yield from _walk(part, (*path, str(index)) if path else path)
 
 
 @contextlib.contextmanager
