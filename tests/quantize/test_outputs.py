@@ -1,5 +1,6 @@
 """Choices by the outputs: threshold auto, against every choice computed in onnxruntime."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -8,16 +9,20 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 import pytest
+import torch
 
+import reptrt
 from reptrt.data.dataset import open_dataset
+from reptrt.execute.torchgraph import TorchGraph
 from reptrt.graph.net import model_from_net, net_from_model
 from reptrt.graph.placement import place
 from reptrt.graph.plan import plan_from_placement
-from reptrt.graph.preprocess import read_preprocess
+from reptrt.graph.preprocess import Preprocess, read_preprocess
 from reptrt.graph.qdq import insert_qdq
+from reptrt.judge.diagnose.measure import closeness
 from reptrt.pipeline import CalibrateOptions, CalibrateReport, calibrate, prepare
 from reptrt.quantize.calib.options import ThresholdOptions
-from reptrt.quantize.calib.outputs import stride_of
+from reptrt.quantize.calib.outputs import Outputs, stride_of
 from tests.support.helpers import ort_run
 from tests.support.learned_nets import SIZE, rep_net, write_images, write_net
 from tests.support.qdq_nets import with_outputs
@@ -71,6 +76,32 @@ def error_of(
         quantize.inputs[0] = limited
     (found,) = ort_run(model_from_net(net), {"x": x}, optimize=False).values()
     return float(np.square(found.astype(float) - exact).sum())
+
+
+class Heads(torch.nn.Module):
+    """Boxes in large and scores in small units."""
+
+    def __init__(self, gains: tuple[float, float]) -> None:
+        super().__init__()
+        self.gains = gains
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"boxes": x * (1e3 * self.gains[0]), "scores": x * (1e-3 * self.gains[1])}
+
+
+def test_every_output_counts_in_its_own_unit(tmp_path: Path) -> None:
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).integers(0, 256, (9, 3, 4, 4), np.uint8))
+    dataset = open_dataset(tmp_path / "x.npy", Preprocess.plain(3, 4, 4))
+    graphs = [
+        TorchGraph(reptrt.export(Heads(gains), input_size=(3, 4, 4)).to_net())
+        for gains in ((1.0, 1.0), (1.01, 1.0), (1.0, 1.1))
+    ]
+    outputs = Outputs(graphs[0], dataset)
+    errors = [outputs.error(graph) for graph in graphs]
+    assert errors == pytest.approx([0, 0.01**2, 0.1**2], rel=1e-3)
+    results = closeness(graphs[0], graphs, dataset)
+    decibels = [math.inf, 40 + 10 * math.log10(2), 20 + 10 * math.log10(2)]
+    assert [result.sqnr_db for result in results] == pytest.approx(decibels, abs=0.01)
 
 
 def scales_of(report: CalibrateReport, margin: float = 1.0) -> dict[str, float]:

@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 import reptrt
+from reptrt.core.errors import ReptrtError
 from reptrt.core.metrics import sqnr_db
 
 _SETTLING, _CALIBRATING, _JUDGING = 16, 32, 16  # images
@@ -105,7 +106,7 @@ def _step(result: Result, name: str, work: Callable[[], T]) -> T | None:
         return work()
     except Exception as err:  # whatever a net or an exporter raises is a row of the table
         text = " ".join(str(err).split()) or repr(err)
-        kind = "" if isinstance(err, reptrt.ReptrtError) else f"{type(err).__name__}: "
+        kind = "" if isinstance(err, ReptrtError) else f"{type(err).__name__}: "
         result.failed[name] = kind + text
         return None
     finally:
