@@ -211,7 +211,7 @@ class TorchGraph(torch.nn.Module):
         results: dict[str, list[Tensor]] = {name: [] for name in names}
         for index in range(parts):
             part = {
-                name: value if name in self.constants else _part(value, index, self._rows(name))
+                name: _part(value, index, self._rows(name)) if name in self._per_image else value
                 for name, value in inputs.items()
             }
             for name, value in self._run(part, names, overrides, replace).items():
@@ -219,10 +219,10 @@ class TorchGraph(torch.nn.Module):
         images = max(
             value.shape[0] / self._rows(name)
             for name, value in inputs.items()
-            if name not in self.constants
+            if name in self._per_image
         )
         joined = {
-            name: values[0] if name in self.constants else _joined(values, images)
+            name: _joined(values, images) if name in self._per_image else values[0]
             for name, values in results.items()
         }
         for name, observer in observe.items():
@@ -237,7 +237,7 @@ class TorchGraph(torch.nn.Module):
             (
                 -(-value.shape[0] // self._rows(name))
                 for name, value in inputs.items()
-                if name not in self.constants and value.dim()
+                if name in self._per_image and value.dim()
             ),
             default=1,
         )
@@ -246,6 +246,15 @@ class TorchGraph(torch.nn.Module):
         """Return the first size that a tensor has at the graph's own batch size."""
         first = self._declared.get(name, (None,))[0]
         return first if isinstance(first, int) and first > 0 else self._fixed_batch or 1
+
+    @functools.cached_property
+    def _per_image(self) -> frozenset[str]:
+        """The tensors that depend on the graph's inputs; all others are the same for all images."""
+        names = set(self._program.inputs)
+        for step in self._program.steps:
+            if not names.isdisjoint(step.inputs):
+                names.update(step.outputs)
+        return frozenset(names)
 
     @functools.cached_property
     def _fixed_batch(self) -> int | None:

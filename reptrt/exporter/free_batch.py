@@ -3,25 +3,27 @@
 Tools that simplify a graph for one batch size B write B where a Reshape or Resize had "as many
 images as there are". Each such constant is replaced by a form for any batch: a Reshape target's B
 by 0 ("as in the input", allowzero = 0), or by -1 where the batch is part of an axis; the sizes of a
-Resize keep the axes behind the batch. The result counts only if onnxruntime computes the same from
-two batches at once as the original does from one after the other; otherwise the file's own batch is
-used.
+Resize by scales, where these are exact. The result counts only if onnxruntime computes the same
+from two batches at once as the original does from one after the other; otherwise the file's own
+batch is used.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnx
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, numpy_helper
 
 from reptrt.core.errors import ReptrtError
 from reptrt.execute.runner import OrtRunner
 from reptrt.graph.net import first_free
 
+_INDEX = {"Reshape": 1, "Resize": 3}  # the input that can hold the batch: target, sizes
+_FREE_INDEX = {"Reshape": 1, "Resize": 2}  # and the one that takes its place: target, scales
 _TOLERANCE = 1e-5  # of the largest value; other batch sizes may sum in another order
-_RESIZE_AXES_OPSET = 18  # the first with axes
 _LOG = logging.getLogger(__name__)
 
 Outputs = dict[str, npt.NDArray[np.floating]]
@@ -70,25 +72,20 @@ def _freed(model: onnx.ModelProto, batch: int) -> tuple[onnx.ModelProto, tuple[s
     graph = freed.graph
     constants, shapes = _constants(graph), _shapes(model)
     taken = {*constants, *(name for node in graph.node for name in (*node.input, *node.output))}
-    opset = max(entry.version for entry in freed.opset_import if entry.domain in ("", "ai.onnx"))
     changed = []
     for node in graph.node:
-        index = {"Reshape": 1, "Resize": 3}.get(node.op_type, -1)
-        value = constants.get(node.input[index]) if 0 < index < len(node.input) else None
+        index = _INDEX.get(node.op_type, len(node.input))
+        value = constants.get(node.input[index]) if index < len(node.input) else None
         if value is None or value.ndim != 1 or not value.size or value[0] < 1 or value[0] % batch:
             continue
-        if node.op_type == "Reshape":
-            free = _free_target(value, batch, shapes.get(node.input[0]), shapes.get(node.output[0]))
-            _remove_attribute(node, "allowzero")
-        elif opset >= _RESIZE_AXES_OPSET and not any(a.name == "axes" for a in node.attribute):
-            free = value[1:]
-            node.attribute.append(helper.make_attribute("axes", list(range(1, len(value)))))
-        else:
+        free = _free_constant(node, value, batch, shapes)
+        if free is None:
             continue
         name = first_free(f"{node.input[index]}.free", taken)
         taken.add(name)
         graph.initializer.append(numpy_helper.from_array(free, name))
-        node.input[index] = name
+        node.input[index] = ""
+        node.input[_FREE_INDEX[node.op_type]] = name
         changed.append(node.name or node.output[0])
     del graph.value_info[:]
     for info in (graph.input[0], *graph.output):
@@ -96,6 +93,23 @@ def _freed(model: onnx.ModelProto, batch: int) -> tuple[onnx.ModelProto, tuple[s
         if dims and dims[0].dim_value == batch:
             dims[0].dim_param = "N"
     return onnx.shape_inference.infer_shapes(freed, data_prop=True), tuple(changed)
+
+
+def _free_constant(
+    node: onnx.NodeProto,
+    value: npt.NDArray[np.int64],
+    batch: int,
+    shapes: Mapping[str, Sequence[int]],
+) -> npt.NDArray[Any] | None:
+    """Return the target of a Reshape or the scales of a Resize for any batch; None: not known."""
+    before, after = shapes.get(node.input[0]), shapes.get(node.output[0])
+    kept = [attribute for attribute in node.attribute if attribute.name != "allowzero"]
+    if node.op_type == "Reshape":
+        del node.attribute[:]
+        node.attribute.extend(kept)
+        return _free_target(value, batch, before, after)
+    has_axes = any(attribute.name == "axes" for attribute in node.attribute)
+    return None if has_axes else _scales(value, before)
 
 
 def _free_target(
@@ -118,10 +132,14 @@ def _free_target(
     return np.array([-1, *rest], dtype=np.int64)  # the batch is a part of this axis, or of another
 
 
-def _remove_attribute(node: onnx.NodeProto, name: str) -> None:
-    kept = [attribute for attribute in node.attribute if attribute.name != name]
-    del node.attribute[:]
-    node.attribute.extend(kept)
+def _scales(
+    sizes: npt.NDArray[np.int64], before: Sequence[int] | None
+) -> npt.NDArray[np.float32] | None:
+    """Return the scales of a Resize to fixed sizes; None if float32 does not hold them exactly."""
+    if before is None or not all(before) or len(before) != len(sizes):
+        return None
+    scales = np.asarray(sizes / np.asarray(before), dtype=np.float32)
+    return scales if np.array_equal(scales * np.asarray(before, np.float64), sizes) else None
 
 
 def _shapes(model: onnx.ModelProto) -> dict[str, tuple[int, ...]]:

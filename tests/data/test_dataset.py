@@ -51,6 +51,35 @@ def class_folder(tmp_path: Path) -> Path:
 # --- folders -----------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("names", "parts"),
+    [
+        (("train", "test"), ("train", "test")),
+        (("train2017/cat", "val2017/cat", "extra/cat"), ("train2017", "val2017")),
+        (("a/cat", "a/dog", "b/cat", "b/dog"), ("a", "b")),
+    ],
+)
+def test_the_folder_above_the_parts_of_a_data_set(
+    tmp_path: Path, names: tuple[str, ...], parts: tuple[str, ...]
+) -> None:
+    for name in names:
+        save(tmp_path / name / "0.png", pixels(8, 8, 3))
+    listed = ", ".join(f"{part}/" for part in sorted(parts))
+    message = f"{listed} are parts of a data set, not classes; give one of them, such as .*"
+    with pytest.raises(DataError, match=message + sorted(parts)[0]):
+        open_dataset(tmp_path, RGB8)
+
+
+@pytest.mark.parametrize(
+    "names", [("train", "car"), ("a/cat", "a/dog", "b/car"), ("all/cat", "all/dog")]
+)
+def test_classes_that_look_like_parts(tmp_path: Path, names: tuple[str, ...]) -> None:
+    """One class called train, classes in groups, and a folder around the class folders."""
+    for name in names:
+        save(tmp_path / name / "0.png", pixels(8, 8, 3))
+    assert open_dataset(tmp_path, RGB8).length == len(names)
+
+
 def test_a_flat_folder_is_read_in_name_order_and_normalized(tmp_path: Path) -> None:
     images = {name: pixels(8, 8, 3) for name in ("b.png", "a.PNG", "c.bmp", "d.tif", "e.ppm")}
     for name, image in images.items():

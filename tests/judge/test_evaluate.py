@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -253,6 +254,23 @@ def test_more_labels_than_classes(tmp_path: Path, data: Path) -> None:
         DataError, match=r"few.onnx: label 9 in the data, but the net has 4 classes"
     ):
         evaluate([path], data, EvaluateOptions(threads=1))
+
+
+def test_class_folders_are_counted(tmp_path: Path) -> None:
+    """A label is the position of its folder, which says nothing if some are missing."""
+    path = save(tmp_path / "six.onnx", classifier(classes=6))
+    folder = tmp_path / "images"
+    for number in range(5):
+        (folder / f"class{number}").mkdir(parents=True)
+        image = Image.fromarray(PIXELS[number].transpose(1, 2, 0))
+        image.save(folder / f"class{number}" / "0.png")
+    options = EvaluateOptions(threads=1)
+    message = r"six.onnx: the net has 6 classes, the data 5 class folders; .*task='any'"
+    with pytest.raises(DataError, match=message):
+        evaluate([path], folder, options)
+    assert only(evaluate([path], folder, replace(options, task="any"))).top1 is None
+    (folder / "class5").mkdir()  # no images of it, but its place is known
+    assert only(evaluate([path], folder, options)).top1 is not None
 
 
 def test_outputs_of_another_shape_than_the_reference(
