@@ -65,9 +65,12 @@ def proto_of(model: Network) -> onnx.ModelProto:
     """Return the ONNX model of a file or of a value, not to be changed.
 
     Raises:
-        ArtifactError: the file cannot be read.
+        ArtifactError: the file cannot be read, or is not the one its sidecar was written for.
     """
-    return read_model(model) if isinstance(model, Path) else model.proto
+    if not isinstance(model, Path):
+        return model.proto
+    read_sidecar(model)
+    return read_model(model)
 
 
 @contextlib.contextmanager

@@ -55,6 +55,11 @@ class Preprocess:
             raise ConfigError(f"{option('mean')}: got {self.mean}, expected numbers")
         if not all(math.isfinite(value) and value > 0 for value in self.std):
             raise ConfigError(f"{option('std')}: got {self.std}, expected positive numbers")
+        if max(self.mean) > 1 and max(self.std) > 1:
+            raise ConfigError(
+                f"{option('mean')}: got {self.mean}, {option('std')} {self.std}, which are those "
+                "of pixels 0..255; expected those of pixels 0..1: divide both by 255"
+            )
         plain = ((0.0,) * self.channels, (1.0,) * self.channels)
         if self.values != "normalized" and (self.mean, self.std) != plain:
             raise ConfigError(
@@ -65,6 +70,15 @@ class Preprocess:
             raise ConfigError(
                 f"{option('resize')}: got {self.resize!r}, expected one of {get_args(Resize)}"
             )
+
+    @property
+    def doubt(self) -> str | None:
+        """Why mean and std are hardly those of pixels 0..1; None if they may be."""
+        if max(self.mean) > 1:
+            return f"mean {self.mean} is above 1, the largest pixel"
+        if max(self.std) > 1:
+            return f"std {self.std} is above 1, the whole range of pixels"
+        return None
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON values; ``values`` and ``layout`` only where they are unusual."""

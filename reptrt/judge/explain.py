@@ -19,7 +19,7 @@ from reptrt.core.errors import ReptrtError
 from reptrt.execute.runner import optimized_nodes
 from reptrt.graph.intent import planned_int8
 from reptrt.graph.model import Network, is_engine, proto_of, unique_labels
-from reptrt.graph.net import net_from_model, read_model
+from reptrt.graph.net import net_from_model
 from reptrt.graph.splits import read_splits
 from reptrt.judge.bench_report import BenchReport, Explanation, Timing
 from reptrt.judge.cost import LayerCost, layer_costs
@@ -142,7 +142,7 @@ def _engine_evidence(path: Path, batch: int) -> Evidence:
     files = ((path.parent / name, sha256) for name, sha256 in record.parents.items())
     sources = [file for file, sha256 in files if file.is_file() and sha256_of(file) == sha256]
     if sources:
-        facts = replace(_graph_evidence(read_model(sources[0]), batch), planned=facts.planned)
+        facts = replace(_graph_evidence(proto_of(sources[0]), batch), planned=facts.planned)
     else:
         unknown.append("the ONNX file that the engine was built from is not beside it")
     facts = replace(facts, fp32_rest=record.details.rest.state == "fp32")

@@ -1,6 +1,7 @@
 """export: a source as one fused float ONNX file, proved equal."""
 
 import contextlib
+import logging
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, replace
@@ -25,6 +26,8 @@ from reptrt.pipeline.reports import ExportReport
 from reptrt.pipeline.values import Exported, Origin, finished_model
 from reptrt.sources.module import deployable_copy, state_sha256
 from reptrt.sources.source import Source, implied_preprocess, module_from_source
+
+_LOG = logging.getLogger(__name__)
 
 
 def export(source: Source, output: Path, options: ExportOptions) -> ExportReport:
@@ -122,6 +125,8 @@ def _from_module(module: nn.Module, options: ExportOptions) -> _Original:
 
 
 def _fused(original: _Original, options: ExportOptions, name: str, started: float) -> Exported:
+    if (doubt := original.preprocess.doubt) is not None:
+        _LOG.warning("%s: images are divided by 255 first; divide mean and std too", doubt)
     net, merged = fuse(original.model, original.preprocess)
     proto, sha256 = finished_model(net)
     blocks = block_outputs(net, original.model, merged.changed)

@@ -10,7 +10,8 @@ from rich.table import Table
 from reptrt.core.artifacts import Sidecar, read_sidecar, sha256_of
 from reptrt.core.errors import ArtifactError, ConfigError
 from reptrt.core.result import Result
-from reptrt.graph.net import Net, net_from_model, read_model
+from reptrt.graph.model import proto_of
+from reptrt.graph.net import Net, net_from_model
 from reptrt.runs.compare import Change, Comparison, WeightChange, changes, compare_nets, ratio_text
 from reptrt.runs.manifest import STAGES, Manifest, check_made, read_finished, read_json
 from reptrt.runs.run import FLOAT_FILE, INT8_FILE
@@ -123,7 +124,7 @@ def _diff_files(a: Path, b: Path) -> DiffReport:
 
 
 def _net(path: Path) -> Net:
-    return net_from_model(read_model(path))
+    return net_from_model(proto_of(path))
 
 
 def _asked(manifest: Manifest) -> dict[str, Any]:

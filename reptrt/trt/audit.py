@@ -8,7 +8,7 @@ from typing import Any
 
 from reptrt.core.errors import ConfigError, EngineError
 from reptrt.graph.intent import planned_int8
-from reptrt.graph.net import read_model
+from reptrt.graph.model import proto_of
 from reptrt.trt.inspect import Inspection, inspect_engine
 from reptrt.trt.inspector import UNKNOWN, Layer
 
@@ -73,7 +73,7 @@ def audit(path: Path, onnx_path: Path | None = None) -> Audit:
     """
     if path.suffix.lower() == ".onnx":
         raise ConfigError(f"{path}: an audit is of an engine; give the .engine file")
-    planned = None if onnx_path is None else planned_int8(read_model(onnx_path))
+    planned = None if onnx_path is None else planned_int8(proto_of(onnx_path))
     inspection = inspect_engine(path)
     planned = inspection.planned if planned is None else planned
     if planned is None:

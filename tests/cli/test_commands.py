@@ -723,3 +723,32 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     monkeypatch.setattr("reptrt.pipeline.exporting.require_folder", lambda _: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run("export", "repvgg", "-o", tmp_path / "o.onnx")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("lint", "{}"),
+        ("inspect", "{}"),
+        ("eval", "{}", "--data", "x.npz"),
+        ("eval", "n.onnx", "--data", "x.npz", "--reference", "{}"),
+        ("bench", "{}"),
+        ("calibrate", "{}", "--data", "x.npz", "-o", "out.onnx"),
+        ("export", "{}", "-o", "out.onnx"),
+        ("build-engine", "{}", "-o", "out.engine"),
+        ("diff", "n.onnx", "{}"),
+    ],
+)
+def test_a_file_that_is_not_the_one_of_its_sidecar_is_refused_by_every_command(
+    command: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    onnx.save(plain_chain(), "n.onnx")
+    np.savez("x.npz", x=np.zeros((4, 3, 8, 8), np.uint8))
+    assert run("export", "n.onnx", "-o", "m.onnx").exit_code == 0
+    onnx.save(plain_chain(), "m.onnx")
+    before = set(tmp_path.iterdir())
+    done = run(*(argument.format("m.onnx") for argument in command))
+    assert (done.exit_code, done.stdout) == (1, "")
+    assert re.fullmatch(r"error: m\.onnx: sha256 is \w+\.\.\., its sidecar says .*\n", done.stderr)
+    assert set(tmp_path.iterdir()) == before

@@ -23,7 +23,17 @@ from reptrt.judge.diagnose import diagnose
 from reptrt.judge.diagnose.report import Diagnosis, LayerDiagnosis
 from reptrt.judge.evaluate import evaluate
 from reptrt.judge.options import EvaluateOptions
-from reptrt.pipeline import CalibrateOptions, ExportOptions, Source, calibrate, export, prepare
+from reptrt.pipeline import (
+    CalibrateOptions,
+    ExportOptions,
+    Source,
+    calibrate,
+    calibrate_net,
+    calibration_images,
+    export,
+    float_model,
+    prepare,
+)
 from reptrt.quantize.calib.options import ThresholdOptions
 from tests.rewrite.test_splits import conv_net, rep_weight
 from tests.support.helpers import ort_run
@@ -479,8 +489,25 @@ def test_a_report_of_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     other, others_data, _ = save(residual_net(), tmp_path / "other")
     report = calibrate(other, others_data, tmp_path / "q.onnx", PLAIN)
-    with pytest.raises(ConfigError, match=r"calibrated: was calibrated from another model or"):
+    with pytest.raises(ConfigError, match=r"calibrated: was calibrated from another model than"):
         diagnose(file, data, PLAIN, report)
+
+
+def test_a_calibration_on_other_images_or_with_other_options_is_refused(tmp_path: Path) -> None:
+    file, data, pixels = save(plain_chain(), tmp_path)
+    report = calibrate(file, data, tmp_path / "q.onnx", PLAIN)
+    net = float_model(file)
+    made = calibrate_net(net, calibration_images(net, data, PLAIN), PLAIN)
+    np.savez(tmp_path / "others.npz", x=255 - pixels)
+    others = tmp_path / "others.npz"
+    for calibrated in (report, made):
+        with pytest.raises(ConfigError, match=f"calibrated: .* on other images than the {COUNT} "):
+            diagnose(file, others, PLAIN, calibrated)
+        changed = replace(PLAIN, correct_bias=True, weight_bits=4)
+        with pytest.raises(ConfigError, match=r"other options \(correct_bias, weight_bits\); pass"):
+            diagnose(file, data, changed, calibrated)
+        moved = replace(PLAIN, memory_budget=1.0)  # changes no number
+        assert diagnose(file, data, moved, calibrated).images == COUNT
 
 
 def test_no_images_for_the_layers_is_refused(tmp_path: Path) -> None:

@@ -205,9 +205,42 @@ def test_a_file_with_external_data(tmp_path: Path) -> None:
         export(Source(str(source)), tmp_path / "again.onnx", ExportOptions())
 
 
+def test_mean_and_std_of_pixels_up_to_255_are_refused(tmp_path: Path) -> None:
+    options = ExportOptions(input_size=SIZE, mean=(123.7, 116.3, 103.5), std=(58.4, 57.1, 57.4))
+    source = Source("repvgg", architecture=ARCHITECTURES["repvgg"])
+    with pytest.raises(ConfigError, match=r"mean: got \(123.7, .* pixels 0..1: divide both by 255"):
+        export(source, tmp_path / "M.onnx", options)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("mean", "std", "warning"),
+    [
+        ((0.0,) * 3, (1.0,) * 3, None),
+        ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), None),
+        ((104 / 255, 117 / 255, 123 / 255), (1 / 255,) * 3, None),  # pixels 0..255 inside
+        ((-1.0,) * 3, (0.5,) * 3, None),
+        ((104.0, 117.0, 123.0), (1.0,) * 3, "mean (104.0, 117.0, 123.0) is above 1, the largest"),
+        ((0.5,) * 3, (255.0,) * 3, "std (255.0, 255.0, 255.0) is above 1, the whole range"),
+    ],
+)
+def test_mean_and_std_that_are_hardly_meant_are_reported(
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    warning: str | None,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    source = Source("repvgg", architecture=ARCHITECTURES["repvgg"])
+    export(source, tmp_path / "M.onnx", ExportOptions(input_size=SIZE, mean=mean, std=std))
+    warnings = [record.getMessage() for record in caplog.records if "above 1" in record.message]
+    assert len(warnings) == (warning is not None)
+    assert warning is None or warnings[0].startswith(warning)
+
+
 def test_an_exported_file_is_a_source_again(tmp_path: Path) -> None:
     output, again = tmp_path / "M.onnx", tmp_path / "again.onnx"
-    options = ExportOptions(input_size=SIZE, mean=(0.1, 0.2, 0.3), std=(1.0, 2.0, 3.0))
+    options = ExportOptions(input_size=SIZE, mean=(0.1, 0.2, 0.3), std=(0.25, 0.5, 1.0))
     export(Source("repvgg", architecture=ARCHITECTURES["repvgg"]), output, options)
     report = export(Source(str(output)), again, ExportOptions())
     assert report.proof.blocks == ()
@@ -215,7 +248,7 @@ def test_an_exported_file_is_a_source_again(tmp_path: Path) -> None:
     first, second = (onnx.load(str(path)) for path in (output, again))
     assert first.graph.initializer == second.graph.initializer
     assert read_preprocess(net_from_model(second)) == Preprocess(
-        *SIZE, mean=(0.1, 0.2, 0.3), std=(1.0, 2.0, 3.0)
+        *SIZE, mean=(0.1, 0.2, 0.3), std=(0.25, 0.5, 1.0)
     )
     names = [set(read_provenance(net_from_model(model))) for model in (first, second)]
     assert names[0] == names[1] != set()

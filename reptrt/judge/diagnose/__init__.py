@@ -11,14 +11,17 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
+from reptrt.core.artifacts import read_sidecar
 from reptrt.core.errors import ConfigError, option
+from reptrt.core.options_json import json_from_options
 from reptrt.data.dataset import Dataset, Images
 from reptrt.execute.torchgraph import TorchGraph
-from reptrt.graph.model import Model
+from reptrt.graph.model import Model, label_of
 from reptrt.graph.net import Net, constant_value, weighted_nodes
 from reptrt.graph.placement import Placement, place
 from reptrt.graph.provenance import read_provenance
@@ -45,6 +48,8 @@ from reptrt.pipeline import (
     torch_device,
 )
 
+_RESOURCES = ("device", "memory_budget")
+
 
 def diagnose(
     model: Path | Model,
@@ -66,6 +71,7 @@ def diagnose(
         layer_images: the number of images on which the layers are measured.
 
     Raises:
+        ConfigError: ``calibrated`` was made from another model, other images or other options.
         ReptrtError: the model or the images cannot be used.
     """
     if layer_images < 1:
@@ -73,9 +79,10 @@ def diagnose(
     started = time.perf_counter()
     source = float_model(model)
     dataset = calibration_images(source, images, options)
+    if calibrated is not None:
+        _check_origin(calibrated, source, dataset, options)
     plain = calibrate_net(source, dataset, _plain(options))
-    method = calibrated or calibrate_net(source, dataset, options)
-    report, int8 = _report_and_model(method)
+    report, int8 = _report_and_model(calibrated or calibrate_net(source, dataset, options))
     few = calibration_images(source, images, options, min(layer_images, options.images))
     net, device = source.to_net(), torch_device(options.device)
     with torch.inference_mode():
@@ -99,6 +106,50 @@ def diagnose(
         layers=_layers((net, prepared), (before, after), options),
         seconds=time.perf_counter() - started,
     )
+
+
+def _check_origin(
+    calibrated: Calibrated | CalibrateReport,
+    model: Model,
+    dataset: Dataset,
+    options: CalibrateOptions,
+) -> None:
+    """Refuse an INT8 model that calibration with the given arguments would not return."""
+    origin = _origin_of(calibrated)
+    if origin is None:
+        return
+    parents = set(origin[0].values())
+    asked, used = _effective(json_from_options(options)), _effective(origin[1])
+    changed = sorted(
+        name for name in asked.keys() | used.keys() if asked.get(name) != used.get(name)
+    )
+    if model.sha256 not in parents:
+        reason = f"from another model than {label_of(model)}"
+    elif dataset.digest() not in parents:
+        reason = f"on other images than the {dataset.length} given"
+    elif changed:
+        reason = f"with other options ({', '.join(map(option, changed))})"
+    else:
+        return
+    raise ConfigError(
+        f"{option('calibrated')}: was calibrated {reason}; pass what calibrate returned for the "
+        "same arguments, or nothing"
+    )
+
+
+def _origin_of(
+    calibrated: Calibrated | CalibrateReport,
+) -> tuple[Mapping[str, str], Mapping[str, Any]] | None:
+    """Return the parents and options of a calibration; None for a file without a sidecar."""
+    if isinstance(calibrated, Calibrated):
+        return calibrated.origin.parents, calibrated.origin.options
+    sidecar = None if calibrated.path is None else read_sidecar(calibrated.path)
+    return None if sidecar is None else (sidecar.parents, sidecar.options)
+
+
+def _effective(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options that decide the result, not where and in how much memory it is made."""
+    return {name: value for name, value in options.items() if name not in _RESOURCES}
 
 
 def _report_and_model(calibrated: Calibrated | CalibrateReport) -> tuple[CalibrateReport, Model]:

@@ -19,7 +19,8 @@ import numpy as np
 import numpy.typing as npt
 
 from reptrt.core.grid import Grid, channel_amax, scale_from_amax
-from reptrt.graph.net import Net, net_from_model, read_model
+from reptrt.graph.model import proto_of
+from reptrt.graph.net import Net, net_from_model
 from reptrt.graph.provenance import Branch, read_provenance
 from reptrt.graph.quantized import layer_weights
 from reptrt.graph.splits import read_splits
@@ -57,7 +58,7 @@ def weight_ranges(float_onnx: Path, int8_onnx: Path, weight_bits: int) -> tuple[
     Raises:
         ArtifactError: a file cannot be read.
     """
-    fused, quantized = (net_from_model(read_model(path)) for path in (float_onnx, int8_onnx))
+    fused, quantized = (net_from_model(proto_of(path)) for path in (float_onnx, int8_onnx))
     splits = {split.layer: split for split in read_splits(quantized)}
     after, branches = layer_weights(quantized), read_provenance(fused)
     grid, groups = Grid.weight(weight_bits), _groups(fused)
