@@ -61,7 +61,7 @@ class Flow:
         return node.op in SUMS and not joins_one_tensor(node, self._order)
 
     def origin(self, node: gs.Node, index: int) -> tuple[gs.Tensor, tuple[str, int]]:
-        """Return the tensor at which an input is quantized, and who reads it on the way.
+        """Return the tensor at which an input is quantized, and its first reader on the way there.
 
         That is where its values were made, in front of nodes that only move them. A node of which
         some output stays in float (one half of a Split goes to the caller) is not passed: the pair

@@ -1,8 +1,9 @@
 """Where Q/DQ pairs go: TensorRT's placement rules, as a plan that calibration and qdq share.
 
-0. A tensor gets a pair only if its value reaches a layer or pool that runs in INT8: past Concat,
-   residual sums, pointwise nodes and nodes that move values (`reptrt.graph.flow`). What a detector
-   does with its boxes and scores behind the last layer stays in float.
+0. A tensor gets a pair only if its value reaches a layer or pool that runs in INT8, possibly
+   through Concat, residual sums, pointwise nodes and nodes that move values
+   (`reptrt.graph.flow`). The nodes with which a detector decodes boxes and scores behind the last
+   layer stay in float.
 1. A weighted layer with a constant weight (Conv, ConvTranspose, Gemm, MatMul) gets its input and
    its weight quantized; never its bias, and nothing between it and its activation function.
 2. A pool that averages (AveragePool, GlobalAveragePool, ReduceMean over both spatial axes) gets its

@@ -1,43 +1,29 @@
-"""calibrate: a float ONNX file and images to an INT8 one."""
+"""calibrate: from a float ONNX file and images to an INT8 file.
+
+float net -> prepare -> quantities_of -> QuantPlan -> insert_qdq -> learn -> finish -> INT8 net
+"""
 
 import logging
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
-import torch
-from torch import Tensor
-
 from reptrt.core.artifacts import package_versions, refuse_overwriting, require_folder
-from reptrt.core.choices import Threshold
 from reptrt.core.clock import Clock
-from reptrt.core.grid import Grid, scale_from_amax
 from reptrt.core.options_json import json_from_options
 from reptrt.data.dataset import Dataset, Images, open_dataset
 from reptrt.execute.runner import refuse_unrunnable
-from reptrt.execute.torchgraph import TorchGraph
 from reptrt.exporter.front_door import accept
-from reptrt.graph.layers import add_to_bias
 from reptrt.graph.model import Model, blaming, label_of
 from reptrt.graph.net import Net, refuse_not_finite
-from reptrt.graph.placement import Placement
-from reptrt.graph.plan import QuantizedWeight, QuantPlan, plan_from_placement
+from reptrt.graph.plan import QuantPlan, plan_from_placement
 from reptrt.graph.preprocess import read_preprocess
-from reptrt.graph.qdq import insert_qdq, quantize_weights
-from reptrt.graph.splits import read_splits
+from reptrt.graph.qdq import insert_qdq
 from reptrt.pipeline.options import CalibrateOptions
-from reptrt.pipeline.preparing import Prepared, prepare, torch_device
-from reptrt.pipeline.reports import CalibrateReport, TensorScale
+from reptrt.pipeline.preparing import prepare, torch_device
+from reptrt.pipeline.quantities import quantities_of
+from reptrt.pipeline.reports import CalibrateReport
 from reptrt.pipeline.values import Calibrated, Origin, finished_model
-from reptrt.quantize.calib.bias import bias_errors, deployed_weights
-from reptrt.quantize.calib.collect import Statistics, collect, merge_groups
-from reptrt.quantize.calib.histogram import NUM_BINS, Histogram
-from reptrt.quantize.calib.options import ThresholdOptions
-from reptrt.quantize.calib.outputs import Outputs, parts
-from reptrt.quantize.calib.saturation import without_dead_values
-from reptrt.quantize.calib.thresholds import amax_from_histogram
 from reptrt.quantize.choose import full_range_of
 from reptrt.quantize.reconstruct.driver import Quantized, reconstruct
 from reptrt.quantize.reconstruct.options import LearnOptions, ReconstructReport
@@ -52,13 +38,6 @@ from reptrt.rewrite.to_fp16 import log_left_fp32, to_fp16
 
 _LOG = logging.getLogger(__name__)
 
-Float64Array = npt.NDArray[np.float64]
-
-_REPORTED_BINS = 64  # more than half of them are used
-_MERGED = NUM_BINS // _REPORTED_BINS
-_WIDER = 2 ** (1 / 8)  # one step of the search for a margin
-_WIDEST = 4.0  # where it ends
-
 
 def calibrate(
     model: Path,
@@ -69,7 +48,7 @@ def calibrate(
 ) -> CalibrateReport:
     """Quantize a float ONNX file and write the INT8 file with its sidecar.
 
-    A learned calibration that was interrupted goes on where it stopped.
+    A learned calibration that was interrupted continues where it stopped.
 
     Args:
         model: a float ONNX file.
@@ -171,8 +150,8 @@ def _calibrate(
     clock.lap("prepare")
     placement, full_range = prepared.placement, full_range_of(prepared.ranges)
     reference = net.copy()
-    tensors, rule, margin, weights = _quantities(net, prepared, dataset, options, clock)
-    scales = {tensor.tensor: tensor.scale for tensor in tensors}
+    quantities = quantities_of(net, prepared, dataset, options, clock)
+    scales, weights = quantities.activations.by_tensor, quantities.weights
     plan = plan_from_placement(placement, scales, weights, options.grids[0], full_range)
     insert_qdq(net, plan)
     parents = {model.name: model.sha256, Path(dataset.name).name: dataset.digest()}
@@ -197,9 +176,9 @@ def _calibrate(
         layers=len(placement.weights),
         excluded=placement.excluded,
         float_nodes=placement.float_nodes,
-        threshold=rule,
-        margin=margin,
-        tensors=tensors,
+        threshold=quantities.activations.rule,
+        margin=quantities.activations.margin,
+        tensors=quantities.activations.tensors,
         equalized=prepared.equalized,
         splits=prepared.splits,
         decisions=prepared.decisions,
@@ -227,166 +206,6 @@ def _finish(net: Net, plan: QuantPlan, options: CalibrateOptions) -> tuple[Skipp
     return left_fp32
 
 
-def _quantities(
-    net: Net, prepared: Prepared, dataset: Dataset, options: CalibrateOptions, clock: Clock
-) -> tuple[tuple[TensorScale, ...], Threshold, float, dict[str, QuantizedWeight]]:
-    """Return the scales of activations, by which rule and margin, and the codes of weights.
-
-    The biases of ``net`` are corrected, if that is asked for and helps.
-    """
-    placement = prepared.placement
-    with torch.inference_mode():
-        graph = TorchGraph(net, torch_device(options.device))
-        seen = _collect(graph, net, placement, dataset, options)
-        clock.lap("collect")
-        _, judges = parts(dataset)
-        outputs = Outputs(graph, judges)
-        histograms = without_dead_values(net, seen.histograms)
-        chosen = _thresholds(net, prepared, histograms, outputs, options)
-        clock.lap("thresholds")
-        weights = quantize_weights(net, placement, options.grids[1])
-        if options.correct_bias:
-            _correct_biases(net, graph, seen.means, outputs, weights)
-            clock.lap("biases")
-    return *chosen, weights
-
-
-def _collect(
-    graph: TorchGraph, net: Net, placement: Placement, dataset: Dataset, options: CalibrateOptions
-) -> Statistics:
-    inputs = {node.name: node.inputs[0].name for node in net.graph.nodes if node.inputs}
-    means = {inputs[weight.node] for weight in placement.weights} if options.correct_bias else ()
-    return collect(graph, dataset, [a.tensor for a in placement.activations], means)
-
-
-def _thresholds(
-    net: Net,
-    prepared: Prepared,
-    histograms: Mapping[str, Histogram],
-    outputs: Outputs,
-    options: CalibrateOptions,
-) -> tuple[tuple[TensorScale, ...], Threshold, float]:
-    """Return the scales of all activations, the rule, and by how much they are wider than by it.
-
-    Of auto: the rule that keeps the outputs nearest, then the margin that does, as long as they
-    come nearer in steps of an eighth of an octave.
-    """
-    grid = options.grids[0]
-    placement, full_range = prepared.placement, full_range_of(prepared.ranges)
-
-    def error(tensors: tuple[TensorScale, ...]) -> float:
-        """Of a net with quantized activations and float weights, ranges not the judges'."""
-        trial = net.copy()
-        scales = {tensor.tensor: tensor.scale for tensor in tensors}
-        floats = replace(placement, weights=())
-        insert_qdq(trial, plan_from_placement(floats, scales, {}, grid, full_range))
-        limits = {
-            tensor.tensor: _clamp(tensor.amax * prepared.without_judges[tensor.tensor])
-            for tensor in tensors
-            if tensor.tensor in prepared.without_judges
-        }
-        return outputs.error(TorchGraph(trial, torch_device(options.device)), overrides=limits)
-
-    candidates = [
-        (_tensor_scales(placement, histograms, rule, grid, full_range), rule.rule)
-        for rule in options.threshold.candidates
-    ]
-    if len(candidates) == 1:
-        return *candidates[0], 1.0
-    errors = [error(tensors) for tensors, _ in candidates]
-    least = min(errors)
-    tensors, rule = candidates[errors.index(least)]
-    margin, kept = 1.0, tensors
-    while margin < _WIDEST:
-        wider = tuple(tensor.widened(margin * _WIDER) for tensor in tensors)
-        if (now := error(wider)) >= least:
-            break
-        margin, kept, least = margin * _WIDER, wider, now
-    return kept, rule, margin
-
-
-def _clamp(limits: Float64Array) -> Callable[[Tensor], Tensor]:
-    """Return a function that clamps the channels of (N, C, ...) to limits (C,)."""
-
-    def clamp(x: Tensor) -> Tensor:
-        if x.dim() < 2 or x.shape[1] != len(limits):
-            return x  # a net for one image that folds the batch
-        limit = torch.from_numpy(limits).to(x).reshape(1, -1, *[1] * (x.dim() - 2))
-        return torch.minimum(torch.maximum(x, -limit), limit)
-
-    return clamp
-
-
-def _tensor_scales(
-    placement: Placement,
-    histograms: Mapping[str, Histogram],
-    threshold: ThresholdOptions,
-    grid: Grid,
-    full_range: Collection[str],
-) -> tuple[TensorScale, ...]:
-    groups = merge_groups(placement.activations, histograms)
-    tensors = []
-    for activation in placement.activations:
-        histogram = histograms[activation.tensor]
-        total = int(histogram.counts.sum()) + histogram.zeros
-        codes = grid.full_range if activation.tensor in full_range else grid
-        kept = amax_from_histogram(groups[activation.group], threshold, codes)
-        tensors.append(
-            TensorScale(
-                tensor=activation.tensor,
-                maximum=histogram.maximum,
-                amax=kept,
-                scale=float(scale_from_amax(kept, codes)),
-                zeros=histogram.zeros / total,
-                bins=_bins(histogram),
-                bin_width=histogram.width * _MERGED,
-            )
-        )
-    return tuple(tensors)
-
-
-def _bins(histogram: Histogram) -> tuple[int, ...]:
-    """Return the counts of neighbouring bins together, up to the largest value."""
-    counts = histogram.counts.reshape(-1, _MERGED).sum(axis=1)
-    last = np.flatnonzero(counts)
-    return tuple(counts[: last[-1] + 1].tolist()) if len(last) else ()
-
-
-def _correct_biases(
-    net: Net,
-    graph: TorchGraph,
-    means: Mapping[str, Tensor],
-    outputs: Outputs,
-    weights: Mapping[str, QuantizedWeight],
-) -> None:
-    """Take the mean error of every quantized weight out of its layer's bias, if that helps.
-
-    Args:
-        net: changed.
-        graph: the same net.
-        means: E[x] of every layer's input.
-        outputs: of the same net.
-        weights: node name -> codes and scales.
-    """
-    errors = bias_errors(graph, means, weights)
-    corrected = net.copy()
-    _subtract(corrected, errors)
-    deployed = deployed_weights(graph, weights)
-    trial = TorchGraph(corrected, graph.placement.device)
-    if outputs.error(trial, deployed) < outputs.error(graph, deployed):
-        _subtract(net, errors)
-    else:
-        _LOG.info("biases stay as they are: correcting them does not help this net")
-
-
-def _subtract(net: Net, errors: Mapping[str, Float64Array]) -> None:
-    """Subtract errors from the biases of layers, of split ones from the part that has it."""
-    nodes = {node.name: node for node in net.graph.nodes}
-    holders = {split.side: split.main for split in read_splits(net)}
-    for name, error in errors.items():
-        add_to_bias(net, nodes[holders.get(name, name)], -error)
-
-
 def _finished_units(
     output: Path | None, options: CalibrateOptions, parents: Mapping[str, str]
 ) -> Finished:
@@ -404,7 +223,7 @@ def _learn(
     learning: LearnOptions,
     finished: Finished,
 ) -> tuple[ReconstructReport, QuantPlan]:
-    """Learn the constants of a Q/DQ graph; affines come and, unless kept, go."""
+    """Learn the constants of a Q/DQ graph; fold learned affines unless they are to be kept."""
     if learning.affine:
         insert_affine(net)
     report, plan = reconstruct(

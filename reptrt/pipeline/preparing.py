@@ -1,4 +1,4 @@
-"""What is done to a float graph before it is quantized: equalize, split, choose code ranges."""
+"""Prepare a float graph for quantization: equalize, split, choose which tensors get full range."""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -45,8 +45,10 @@ class Prepared:
     ranges: tuple[RangeDecision, ...]  # of all activations that can take all codes
     overhead: float  # extra multiply-accumulates that were chosen, of the net's own
     placement: Placement  # where Q/DQ pairs go in the net as it is now
-    without_judges: Mapping[str, Float64Array]  # tensor -> by how much each channel's range would
-    # be smaller without the images that judge, (C,), at most 1
+    without_judges: Mapping[
+        str, Float64Array
+    ]  # tensor -> range of each channel without the judging
+    # images / range with them, (C,), at most 1
 
 
 def prepare(net: Net, dataset: Dataset, options: CalibrateOptions) -> Prepared:
@@ -59,56 +61,83 @@ def prepare(net: Net, dataset: Dataset, options: CalibrateOptions) -> Prepared:
     """
     net.graph.cleanup(remove_unused_graph_inputs=False)  # nodes that lead to no output
     placement = place(net, options.exclude, options.float_nodes)
+    # Rewrites name the parts of a layer after it: later placements match today's names exactly.
     in_float = (exactly(placement.excluded), exactly(placement.float_nodes))
     layers = {
         node.name: node.inputs[0].name
         for node in weighted_nodes(net.graph)
         if node.name not in placement.excluded
     }
-    linked = [link.tensor.name for link in find_links(net)[0]] if options.equalize else []
-    stats: dict[str, ChannelStats] = {}
-    shares: dict[str, Float64Array] = {}
-    if options.equalize or options.split == "auto" or options.full_range or options.is_auto:
-        quantized = (activation.tensor for activation in placement.activations)
-        tensors = sorted({*layers.values(), *linked, *quantized})
-        with torch.inference_mode():
-            graph = TorchGraph(net, torch_device(options.device))
-            stats, shares = _statistics(graph, dataset, tensors, linked)
-    inputs = {layer: stats[name] for layer, name in layers.items() if name in stats}
-    equalized = 0
-    if options.equalize:
-        report, grown = equalize(net, {name: channels.maximum for name, channels in stats.items()})
-        equalized = len(report.changed)
-        inputs = {
-            layer: channels.scaled(grown[layer]) if layer in grown else channels
-            for layer, channels in inputs.items()
-        }
-    choice = choose(
-        net,
-        inputs,
-        _choose_options(options),
-        _can_have_full_range(net, place(net, *in_float)) if options.full_range else (),
-    )
+    stats, shares = _measure(net, placement, layers, dataset, options)
+    inputs, equalized = _equalize(net, layers, stats, options)
+    possible = _can_have_full_range(net, place(net, *in_float)) if options.full_range else ()
+    choice = choose(net, inputs, _choose_options(options), possible)
     total = num_macs(net)
-    if options.split == "auto":
-        decisions = choice.splits
-        split_layers(net, {decision.layer: decision.form for decision in decisions}, options)
-        whole = [decision for decision in decisions if decision.form == "none"]
-        left_whole = tuple(Skipped(decision.layer, decision.reason) for decision in whole)
-    else:
-        decisions = ()
-        left_whole = _split_as_asked(net, layers, options)
-    possible = set(_can_have_full_range(net, place(net, *in_float))) if choice.ranges else set()
+    decisions = choice.splits if options.split == "auto" else ()
+    left_whole = _split(net, layers, decisions, options)
+    placement = place(net, *in_float)  # of the net with its splits
+    still_possible = _can_have_full_range(net, placement) if choice.ranges else ()
     ranges = tuple(
-        replace(decision, full=decision.full and decision.tensor in possible)
+        replace(decision, full=decision.full and decision.tensor in still_possible)
         for decision in choice.ranges
     )
     extra = replace(choice, ranges=ranges).extra_macs
     overhead = extra / total if total else 0.0
-    placement = place(net, *in_float)
     return Prepared(
         equalized, read_splits(net), decisions, left_whole, ranges, overhead, placement, shares
     )
+
+
+def _measure(
+    net: Net,
+    placement: Placement,
+    layers: Mapping[str, str],
+    dataset: Dataset,
+    options: CalibrateOptions,
+) -> tuple[dict[str, ChannelStats], dict[str, Float64Array]]:
+    """Return what `_statistics` does, of every tensor that a decision needs; empty if none does."""
+    if not (options.equalize or options.split == "auto" or options.full_range or options.is_auto):
+        return {}, {}
+    linked = [link.tensor.name for link in find_links(net)[0]] if options.equalize else []
+    quantized = (activation.tensor for activation in placement.activations)
+    tensors = sorted({*layers.values(), *linked, *quantized})
+    with torch.inference_mode():
+        graph = TorchGraph(net, torch_device(options.device))
+        return _statistics(graph, dataset, tensors, linked)
+
+
+def _equalize(
+    net: Net,
+    layers: Mapping[str, str],
+    stats: Mapping[str, ChannelStats],
+    options: CalibrateOptions,
+) -> tuple[dict[str, ChannelStats], int]:
+    """Equalize the net if asked for; return the statistics of every layer's input afterwards.
+
+    The second result is the number of tensors that were equalized.
+    """
+    inputs = {layer: stats[name] for layer, name in layers.items() if name in stats}
+    if not options.equalize:
+        return inputs, 0
+    report, grown = equalize(net, {name: channels.maximum for name, channels in stats.items()})
+    scaled = {
+        layer: inputs[layer].scaled(factor) for layer, factor in grown.items() if layer in inputs
+    }
+    return inputs | scaled, len(report.changed)
+
+
+def _split(
+    net: Net,
+    layers: Collection[str],
+    decisions: Collection[Decision],
+    options: CalibrateOptions,
+) -> tuple[Skipped, ...]:
+    """Split layers as decided, or as asked for; return those left whole with the reason."""
+    if options.split != "auto":
+        return _split_as_asked(net, layers, options)
+    split_layers(net, {decision.layer: decision.form for decision in decisions}, options)
+    whole = [decision for decision in decisions if decision.form == "none"]
+    return tuple(Skipped(decision.layer, decision.reason) for decision in whole)
 
 
 def _choose_options(options: CalibrateOptions) -> ChooseOptions:
@@ -126,7 +155,10 @@ def _choose_options(options: CalibrateOptions) -> ChooseOptions:
 def _statistics(
     graph: TorchGraph, dataset: Dataset, tensors: Sequence[str], equalized: Collection[str]
 ) -> tuple[dict[str, ChannelStats], dict[str, Float64Array]]:
-    """Return statistics over all images, and what part of the ranges is not the judges'."""
+    """Return the statistics of tensors over all images, and a ratio of ranges per channel.
+
+    The ratio is the range without the judging images / the range with them, (C,), at most 1.
+    """
     others, judges = parts(dataset)
     without = collect_channels(graph, others, tensors)
     alone = collect_channels(graph, judges, tensors)

@@ -53,7 +53,7 @@ class Leaf:
     summand: Summand
     steps: tuple[Step, ...]
     stopped: str | None = None  # why the way up ended at a linear node
-    beyond: tuple[gs.Tensor, ...] = ()  # what it would have reached had it not
+    beyond: tuple[gs.Tensor, ...] = ()  # the tensors above the node that stopped it
 
     def step_at(self, source: gs.Tensor) -> Step | None:
         """Return the step whose source is the given tensor, the summand's factor included."""
@@ -84,7 +84,7 @@ class _Progress:
 def fuse_branches(net: Net) -> RewriteReport:
     """Replace each sum of linear branches of one tensor by one convolution."""
     net.graph.toposort()
-    # By tensor: a sum is replaced by other nodes and keeps its output.
+    # Keyed by tensor, because a sum that is replaced by other nodes keeps its output.
     order = {t.name: i for i, node in enumerate(net.graph.nodes) for t in node.outputs}
     progress = _Progress(net, order, read_provenance(net))
     for root in sum_roots(net.graph):
@@ -167,7 +167,7 @@ def _climb(graph: gs.Graph, summand: Summand, known: Mapping[str, Branches]) -> 
 
 
 def _layout(node: gs.Node, below: Step) -> Layout | None:
-    """Return the layout of what a node reads; what lies below it knows it if the graph does not."""
+    """Return the layout of a node's input; if the graph does not say, that of the step below it."""
     if below.linear is None:
         return layout_of(data_input(node))
     return layout_behind(below.linear)

@@ -246,7 +246,7 @@ def _add_behind(net: Net, around: Surroundings, pair: _ShiftedPair) -> list[str]
 
 
 def _append_add(net: Net, node: gs.Node, value: Float64Array) -> str:
-    """Add a constant behind a node; the sum takes over the output's name and consumers."""
+    """Add a constant behind a node; the Add's result gets the old name and consumers."""
     result = node.outputs[0]
     role = "border" if value.ndim else "offset"
     name = net.fresh_name(f"{node.name}.{role}")

@@ -82,7 +82,8 @@ def without_diagonal(weight: FloatArray, diagonal: FloatArray | float) -> FloatA
 def factor_of(weight: FloatArray, grid: Grid, form: SplitForm) -> FloatArray | None:
     """Return what x is multiplied with in the skip: (O,), or () of the scalar form.
 
-    None: no positive scalar is better than none. It is to be the scale of a pair.
+    None: no positive scalar reduces the steps of the rest. A scalar factor must be positive because
+    it becomes the scale of a Q/DQ pair.
     """
     if form == "identity":
         return diagonal_of(weight)
@@ -94,7 +95,7 @@ def best_scalar(weight: FloatArray, grid: Grid) -> float:
     """Return the d0 >= 0 with the least sum of squared steps of the rest, sum_o (amax_o / qmax)^2.
 
     The rounding error of an output channel is uniform with variance step^2 / 12. Candidates are 0
-    and the diagonal's own quantiles: the optimum moves with no finer structure than that.
+    and the quantiles of the diagonal; finer candidates hardly change the sum.
     """
     diagonal = diagonal_of(weight)
     others = channel_amax(without_diagonal(weight, diagonal), 0)

@@ -15,8 +15,8 @@ class ChooseOptions:
     weights: Grid  # codes of weights
     max_overhead: float  # extra multiply-accumulates allowed, as a fraction of the net's own
     splits: bool = True  # whether layers may be split
-    # precision of a split layer's two summands; with INT8 summands only the scalar identity is
-    # considered: its skip is not rounded and the bounds of its rest are known
+    # precision of a split layer's two summands; with INT8 summands only the scalar identity split
+    # is considered, because its skip is not rounded and its other summand has known bounds
     precision: SplitPrecision = "float"
     # whether the rounding of weights will be learned; that removes most of the weight noise, so
     # fewer splits pay and full range goes before them

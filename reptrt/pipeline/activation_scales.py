@@ -1,0 +1,177 @@
+"""The scales of activations: a threshold rule and a margin, chosen by the outputs where asked for.
+
+`--threshold auto` compares rules by the outputs of the judging images (`quantize.calib.outputs`).
+It takes the rule with the least error, then widens all thresholds together in steps of an eighth
+of an octave as long as the error falls (ours).
+"""
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from reptrt.core.choices import Threshold
+from reptrt.core.grid import Grid, scale_from_amax
+from reptrt.execute.torchgraph import TorchGraph
+from reptrt.graph.net import Net
+from reptrt.graph.placement import Placement
+from reptrt.graph.plan import plan_from_placement
+from reptrt.graph.qdq import insert_qdq
+from reptrt.pipeline.options import CalibrateOptions
+from reptrt.pipeline.preparing import Prepared, torch_device
+from reptrt.pipeline.reports import TensorScale
+from reptrt.quantize.calib.collect import merge_groups
+from reptrt.quantize.calib.histogram import NUM_BINS, Histogram
+from reptrt.quantize.calib.options import ThresholdOptions
+from reptrt.quantize.calib.outputs import Outputs
+from reptrt.quantize.calib.thresholds import amax_from_histogram
+from reptrt.quantize.choose import full_range_of
+
+Float64Array = npt.NDArray[np.float64]
+
+_REPORTED_BINS = 64  # more than half of them are used
+_MERGED = NUM_BINS // _REPORTED_BINS
+_WIDER = 2 ** (1 / 8)  # one step of the search for a margin
+_WIDEST = 4.0  # where the search ends
+
+
+@dataclass(frozen=True, slots=True)
+class ActivationScales:
+    """The scales of all activations, and how they were chosen."""
+
+    tensors: tuple[TensorScale, ...]
+    rule: Threshold
+    margin: float  # factor by which the thresholds of the rule were widened; 1 for a given rule
+
+    @property
+    def by_tensor(self) -> dict[str, float]:
+        """Tensor -> scale."""
+        return {tensor.tensor: tensor.scale for tensor in self.tensors}
+
+    def widened(self, factor: float) -> "ActivationScales":
+        """Return the same scales with all thresholds multiplied by a factor."""
+        tensors = tuple(tensor.widened(factor) for tensor in self.tensors)
+        return replace(self, tensors=tensors, margin=self.margin * factor)
+
+
+def choose_scales(
+    net: Net,
+    prepared: Prepared,
+    histograms: Mapping[str, Histogram],
+    outputs: Outputs,
+    options: CalibrateOptions,
+) -> ActivationScales:
+    """Return the scales of all activations.
+
+    Args:
+        net: the prepared float net; not changed.
+        prepared: its placement and full ranges.
+        histograms: tensor -> histogram of |x|.
+        outputs: judges a net by its outputs; used where there is more than one candidate rule.
+        options: of calibration.
+    """
+    grid, full_range = options.grids[0], full_range_of(prepared.ranges)
+    candidates = [
+        ActivationScales(
+            _tensor_scales(prepared.placement, histograms, rule, grid, full_range), rule.rule, 1.0
+        )
+        for rule in options.threshold.candidates
+    ]
+    if len(candidates) == 1:
+        return candidates[0]
+
+    def error(scales: ActivationScales) -> float:
+        return _error(net, prepared, scales, outputs, options)
+
+    errors = [error(scales) for scales in candidates]
+    least = min(errors)
+    return _with_margin(candidates[errors.index(least)], least, error)
+
+
+def _with_margin(
+    chosen: ActivationScales, least: float, error: Callable[[ActivationScales], float]
+) -> ActivationScales:
+    """Return the scales widened in equal steps as long as the error of the outputs falls."""
+    best, margin = chosen, 1.0
+    while margin < _WIDEST:
+        margin *= _WIDER
+        wider = chosen.widened(margin)
+        if (now := error(wider)) >= least:
+            break
+        best, least = wider, now
+    return best
+
+
+def _error(
+    net: Net,
+    prepared: Prepared,
+    scales: ActivationScales,
+    outputs: Outputs,
+    options: CalibrateOptions,
+) -> float:
+    """Return the error of the outputs with quantized activations and float weights.
+
+    Values are clamped to the ranges that calibration would have seen without the judging images:
+    images that were used to measure ranges never exceed them, other images do.
+    """
+    trial = net.copy()
+    floats = replace(prepared.placement, weights=())
+    full_range = full_range_of(prepared.ranges)
+    plan = plan_from_placement(floats, scales.by_tensor, {}, options.grids[0], full_range)
+    insert_qdq(trial, plan)
+    limits = {
+        tensor.tensor: _clamp(tensor.amax * prepared.without_judges[tensor.tensor])
+        for tensor in scales.tensors
+        if tensor.tensor in prepared.without_judges
+    }
+    return outputs.error(TorchGraph(trial, torch_device(options.device)), overrides=limits)
+
+
+def _clamp(limits: Float64Array) -> Callable[[Tensor], Tensor]:
+    """Return a function that clamps the channels of (N, C, ...) to limits (C,)."""
+
+    def clamp(x: Tensor) -> Tensor:
+        if x.dim() < 2 or x.shape[1] != len(limits):
+            return x  # a net for one image that folds the batch
+        limit = torch.from_numpy(limits).to(x).reshape(1, -1, *[1] * (x.dim() - 2))
+        return torch.minimum(torch.maximum(x, -limit), limit)
+
+    return clamp
+
+
+def _tensor_scales(
+    placement: Placement,
+    histograms: Mapping[str, Histogram],
+    threshold: ThresholdOptions,
+    grid: Grid,
+    full_range: Collection[str],
+) -> tuple[TensorScale, ...]:
+    groups = merge_groups(placement.activations, histograms)
+    tensors = []
+    for activation in placement.activations:
+        histogram = histograms[activation.tensor]
+        total = int(histogram.counts.sum()) + histogram.zeros
+        codes = grid.full_range if activation.tensor in full_range else grid
+        kept = amax_from_histogram(groups[activation.group], threshold, codes)
+        tensors.append(
+            TensorScale(
+                tensor=activation.tensor,
+                maximum=histogram.maximum,
+                amax=kept,
+                scale=float(scale_from_amax(kept, codes)),
+                zeros=histogram.zeros / total,
+                bins=_bins(histogram),
+                bin_width=histogram.width * _MERGED,
+            )
+        )
+    return tuple(tensors)
+
+
+def _bins(histogram: Histogram) -> tuple[int, ...]:
+    """Return the counts of neighbouring bins together, up to the largest value."""
+    counts = histogram.counts.reshape(-1, _MERGED).sum(axis=1)
+    last = np.flatnonzero(counts)
+    return tuple(counts[: last[-1] + 1].tolist()) if len(last) else ()

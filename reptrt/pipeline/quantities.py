@@ -1,0 +1,111 @@
+"""The numbers of a calibration: scales of activations, codes of weights, corrected biases."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from reptrt.core.clock import Clock
+from reptrt.data.dataset import Dataset
+from reptrt.execute.torchgraph import TorchGraph
+from reptrt.graph.layers import add_to_bias
+from reptrt.graph.net import Net
+from reptrt.graph.placement import Placement
+from reptrt.graph.plan import QuantizedWeight
+from reptrt.graph.qdq import quantize_weights
+from reptrt.graph.splits import read_splits
+from reptrt.pipeline.activation_scales import ActivationScales, choose_scales
+from reptrt.pipeline.options import CalibrateOptions
+from reptrt.pipeline.preparing import Prepared, torch_device
+from reptrt.quantize.calib.bias import bias_errors, deployed_weights
+from reptrt.quantize.calib.collect import Statistics, collect
+from reptrt.quantize.calib.outputs import Outputs, parts
+from reptrt.quantize.calib.saturation import without_dead_values
+
+_LOG = logging.getLogger(__name__)
+
+Float64Array = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Quantities:
+    """What a quantized net computes with."""
+
+    activations: ActivationScales
+    weights: dict[str, QuantizedWeight]  # layer -> codes and scales
+
+
+def quantities_of(
+    net: Net, prepared: Prepared, dataset: Dataset, options: CalibrateOptions, clock: Clock
+) -> Quantities:
+    """Return the scales of activations and the codes of weights.
+
+    Args:
+        net: the prepared float net; its biases are corrected if that is asked for and helps.
+        prepared: what was done to the net, and where pairs go.
+        dataset: calibration images.
+        options: of calibration.
+        clock: laps "collect", "thresholds" and "biases" are added.
+    """
+    placement = prepared.placement
+    with torch.inference_mode():
+        graph = TorchGraph(net, torch_device(options.device))
+        seen = _collect(graph, net, placement, dataset, options)
+        clock.lap("collect")
+        _, judges = parts(dataset)
+        outputs = Outputs(graph, judges)
+        histograms = without_dead_values(net, seen.histograms)
+        activations = choose_scales(net, prepared, histograms, outputs, options)
+        clock.lap("thresholds")
+        weights = quantize_weights(net, placement, options.grids[1])
+        if options.correct_bias:
+            _correct_biases(net, graph, seen.means, outputs, weights)
+            clock.lap("biases")
+    return Quantities(activations, weights)
+
+
+def _collect(
+    graph: TorchGraph, net: Net, placement: Placement, dataset: Dataset, options: CalibrateOptions
+) -> Statistics:
+    inputs = {node.name: node.inputs[0].name for node in net.graph.nodes if node.inputs}
+    means = {inputs[weight.node] for weight in placement.weights} if options.correct_bias else ()
+    return collect(graph, dataset, [a.tensor for a in placement.activations], means)
+
+
+def _correct_biases(
+    net: Net,
+    graph: TorchGraph,
+    means: Mapping[str, Tensor],
+    outputs: Outputs,
+    weights: Mapping[str, QuantizedWeight],
+) -> None:
+    """Take the mean error of every quantized weight out of its layer's bias, if that helps.
+
+    Args:
+        net: changed.
+        graph: the same net.
+        means: E[x] of every layer's input.
+        outputs: of the same net.
+        weights: node name -> codes and scales.
+    """
+    errors = bias_errors(graph, means, weights)
+    corrected = net.copy()
+    _subtract(corrected, errors)
+    deployed = deployed_weights(graph, weights)
+    trial = TorchGraph(corrected, graph.placement.device)
+    if outputs.error(trial, deployed) < outputs.error(graph, deployed):
+        _subtract(net, errors)
+    else:
+        _LOG.info("biases stay as they are: correcting them does not help this net")
+
+
+def _subtract(net: Net, errors: Mapping[str, Float64Array]) -> None:
+    """Subtract errors from the biases of layers, of split ones from the part that has it."""
+    nodes = {node.name: node for node in net.graph.nodes}
+    holders = {split.side: split.main for split in read_splits(net)}
+    for name, error in errors.items():
+        add_to_bias(net, nodes[holders.get(name, name)], -error)
