@@ -45,10 +45,8 @@ class Prepared:
     ranges: tuple[RangeDecision, ...]  # of all activations that can take all codes
     overhead: float  # extra multiply-accumulates that were chosen, of the net's own
     placement: Placement  # where Q/DQ pairs go in the net as it is now
-    without_judges: Mapping[
-        str, Float64Array
-    ]  # tensor -> range of each channel without the judging
-    # images / range with them, (C,), at most 1
+    # tensor -> range of each channel without the judging images / range with them, (C,), at most 1
+    without_judges: Mapping[str, Float64Array]
 
 
 def prepare(net: Net, dataset: Dataset, options: CalibrateOptions) -> Prepared:
@@ -121,9 +119,10 @@ def _equalize(
         return inputs, 0
     report, grown = equalize(net, {name: channels.maximum for name, channels in stats.items()})
     scaled = {
-        layer: inputs[layer].scaled(factor) for layer, factor in grown.items() if layer in inputs
+        layer: channels.scaled(grown[layer]) if layer in grown else channels
+        for layer, channels in inputs.items()
     }
-    return inputs | scaled, len(report.changed)
+    return scaled, len(report.changed)
 
 
 def _split(

@@ -19,7 +19,7 @@ from reptrt.graph.plan import QuantizedWeight
 from reptrt.graph.preprocess import Preprocess, read_preprocess, write_preprocess
 from reptrt.graph.qdq import quantize_weights
 from reptrt.graph.splits import read_splits
-from reptrt.pipeline import CalibrateOptions, calibrate, calibrating
+from reptrt.pipeline import CalibrateOptions, calibrate, quantities
 from reptrt.quantize.calib.bias import bias_errors, deployed_weights
 from reptrt.quantize.calib.collect import collect
 from reptrt.quantize.calib.options import ThresholdOptions
@@ -451,7 +451,7 @@ def test_a_correction_that_does_harm_leaves_no_trace(
     helped = calibrated(tmp_path, model, options)
     assert STAYS not in caplog.messages
     plain = calibrated(tmp_path, model, replace(options, correct_bias=False))
-    monkeypatch.setattr(calibrating, "bias_errors", wrong)
+    monkeypatch.setattr(quantities, "bias_errors", wrong)
     with caplog.at_level(logging.INFO):
         found = calibrated(tmp_path, model, options)
     assert found == plain != helped
