@@ -203,7 +203,8 @@ def test_no_memory_on_the_device_is_one_line(
     monkeypatch.setattr("reptrt.pipeline.calibrate", full)
     line = refused("calibrate", model, "--data", tmp_path, "-o", tmp_path / "o.onnx")
     assert line == (
-        "error: the memory of the device is used up; end other programs that use it, or give --device cpu"
+        "error: the memory of the device is used up; end other programs that use it, or give "
+        "--device cpu"
     )
 
 

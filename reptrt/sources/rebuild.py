@@ -15,25 +15,13 @@ import numpy as np
 import torch
 
 _SYSTEM = {  # no checkpoint calls anything in these modules: a file that does is not trusted
-    *(
-        "os",
-        "posix",
-        "nt",
-        "sys",
-        "subprocess",
-        "commands",
-        "shutil",
-        "socket",
-        "runpy",
-        "importlib",
-        "pty",
-    ),
-    *("ctypes", "webbrowser", "marshal"),
+    *("os", "posix", "nt", "sys", "subprocess", "commands", "shutil", "socket", "runpy"),
+    *("importlib", "pty", "ctypes", "webbrowser", "marshal"),
 }
 _SYSTEM_CALLS = {
     *("builtins.eval", "builtins.exec", "builtins.compile", "builtins.open", "builtins.input"),
     *("builtins.__import__", "builtins.breakpoint", "io.open", "_io.open", "_io.FileIO"),
-    *("_pickle.load", "_pickle.loads", "cPickle.load", "cPickle.loads"),
+    *("_pickle.load", "_pickle.loads", "pickle.load", "pickle.loads"),
 }
 
 
