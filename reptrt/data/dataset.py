@@ -3,7 +3,7 @@
 A uint8 pixel p of channel c becomes (p / 255 - mean[c]) / std[c], computed in float32 in this order
 (bit for bit what torchvision's ToTensor and Normalize give). Float arrays are the network's input
 already and stay as they are, so nothing is ever normalized twice. Pixels stay 0..255 for a network
-that scales them itself, and a network that takes (N, H, W, C) gets its images so.
+that scales them itself, and a network that takes (N, H, W, C) gets images in that layout.
 """
 
 import hashlib

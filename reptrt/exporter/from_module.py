@@ -35,7 +35,7 @@ def onnx_from_module(
 ) -> onnx.ModelProto:
     """Export a torch module in eval mode with a dynamic batch, batch norms unfused.
 
-    torch's TorchScript exporter is asked first (an order of magnitude faster, and it leaves the
+    torch's TorchScript exporter is tried first (an order of magnitude faster, and it leaves the
     batch norms for us to fold in float64); where torch no longer has it, or it fails, the dynamo
     exporter. Outputs in dicts, dataclasses and nested tuples become outputs of the graph, named
     after where they lie.

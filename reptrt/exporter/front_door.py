@@ -1,4 +1,4 @@
-"""The front door: a float ONNX file that anybody wrote, in the form that every stage expects.
+"""Bring a float ONNX file of any exporter into the form that every stage expects.
 
 `export` and `calibrate` bring files in through `accept`. A model that is in this form already, as
 every model that reptrt exported, comes back unchanged. In this order:

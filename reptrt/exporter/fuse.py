@@ -32,7 +32,7 @@ def fuse(model: onnx.ModelProto, preprocess: Preprocess) -> tuple[Net, RewriteRe
 def merge_linear(net: Net) -> RewriteReport:
     """Absorb affines and fuse branches in turn until nothing changes any more.
 
-    One makes work for the other: a batch norm behind a rep block can be absorbed once the block is
+    Each enables the other: a batch norm behind a rep block can be absorbed once the block is
     one convolution, and that convolution can be a branch of a larger block.
 
     Returns:

@@ -190,7 +190,10 @@ def _exact_runs(
     x: npt.NDArray[np.float32],
     tensors: Sequence[str],
 ) -> dict[str, Arrays]:
-    """Return tensors of the source in float64, by its graph and by torch; what cannot run lacks."""
+    """Return tensors of the source in float64, computed by its graph and by torch.
+
+    A runtime that cannot run the network has no entry.
+    """
     images = torch.from_numpy(x).double()
     runs: dict[str, Arrays] = {}
     with contextlib.suppress(ReptrtError):  # an operator that TorchGraph does not have

@@ -108,7 +108,7 @@ def exactly(names: Iterable[str]) -> tuple[str, ...]:
 
 
 class _Readers:
-    """Collects who wants which tensor quantized, at the tensor where its values were made."""
+    """Collects, for each tensor to be quantized, the node inputs that read its quantized value."""
 
     def __init__(self, flow: Flow) -> None:
         self._flow = flow

@@ -203,7 +203,7 @@ def _groups(net: Net, tensors: Collection[str]) -> dict[str, int]:
 
 
 def _origin(tensor: gs.Tensor) -> str | None:
-    """Return the tensor whose pair a tensor comes from, past what moves values; None: float."""
+    """Return the tensor whose pair a tensor comes from, or None; nodes may move values between."""
     node = maker(tensor)
     while node is not None and moves_values(node):
         node = maker(node.inputs[0])

@@ -165,7 +165,7 @@ def _with_channels(source: Source, options: ExportOptions) -> Source:
 
 
 def _as_asked(base: Preprocess, options: ExportOptions) -> Preprocess:
-    """Return the preprocessing that the source implies, with what was asked for in its place."""
+    """Return the preprocessing that the source implies, overridden by the given options."""
     asked = {"mean": options.mean, "std": options.std, "resize": options.resize}
     changes: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
     return replace(base, **changes)

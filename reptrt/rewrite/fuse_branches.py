@@ -52,7 +52,7 @@ class Leaf:
 
     summand: Summand
     steps: tuple[Step, ...]
-    stopped: str | None = None  # why the way up ended at a linear node
+    stopped: str | None = None  # why the branch could not be followed past a linear node
     beyond: tuple[gs.Tensor, ...] = ()  # the tensors above the node that stopped it
 
     def step_at(self, source: gs.Tensor) -> Step | None:
@@ -128,7 +128,7 @@ def _fuse_sum(progress: _Progress, root: gs.Node, leaves: list[Leaf]) -> None:
 
 
 def _stopped(every: Sequence[Leaf], left: Sequence[Leaf]) -> list[Skipped]:
-    """Return the leaves that stayed behind though they start where another leaf does."""
+    """Return the branches that were not merged although another one starts at the same tensor."""
     return [
         Skipped(leaf.summand.tensor.name, leaf.stopped)
         for leaf in left
@@ -191,7 +191,7 @@ def _inherited(node: gs.Node, below: Step, known: Mapping[str, Branches]) -> Bra
 
 
 def _linear_sources(graph: gs.Graph, node: gs.Node) -> tuple[gs.Tensor, ...]:
-    """Return the tensors above a linear node, as far as the way up is linear."""
+    """Return the tensors before a linear node that only linear nodes separate from it."""
     tensors = [data_input(node)]
     while is_private(graph, tensors[-1]) and (above := producer(tensors[-1])) is not None:
         if linear_of(above, layout_of(data_input(above))) is None:

@@ -127,7 +127,7 @@ def _stacked(node: gs.Node) -> tuple[Summand, ...]:
 
 
 def _only_axis(node: gs.Node, rank: int) -> int | None:
-    """Return the one axis that an Unsqueeze or a reduction is about; None if there are others."""
+    """Return the single axis of an Unsqueeze or a reduction; None if it has several."""
     value = constant_value(node.inputs[1]) if len(node.inputs) > 1 else node.attrs.get("axes")
     axes = np.asarray([] if value is None else value).reshape(-1)
     return int(axes[0]) % rank if axes.size == 1 else None

@@ -20,7 +20,7 @@ _AVERAGES = ("AveragePool", "GlobalAveragePool", "ReduceMean")
 
 @dataclass(frozen=True, slots=True)
 class Readers:
-    """The consumers of x' = x - c, and the nodes that have to add what they lack."""
+    """The consumers of x' = x - c, and the nodes whose biases compensate for c."""
 
     layers: list[gs.Node] = field(default_factory=list)  # Conv or Gemm: in its own bias
     factors: list[tuple[gs.Node, gs.Node]] = field(default_factory=list)  # Mul, node with a bias
