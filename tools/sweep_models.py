@@ -50,9 +50,11 @@ def main(output: Path, only: str, again: bool, engine: bool, page_path: Path | N
             write_json(output, {"nets": results, "versions": package_versions()})
             click.echo(f"{row.name:24s} {_said(result)}", err=True)
     if page_path is not None:
-        order = [row.name for row in rows() if row.name in results]
-        content = json.loads(output.read_text())
-        write_bytes(page_path, page([results[n] for n in order], content["versions"]).encode())
+        names = [row.name for row in rows()]
+        missing = [name for name in names if name not in results]
+        measured = [results[name] for name in names if name in results]
+        versions = json.loads(output.read_text())["versions"]
+        write_bytes(page_path, page(measured, versions, missing).encode())
 
 
 def _said(result: dict[str, Any]) -> str:

@@ -32,12 +32,15 @@ _TITLES = ("net", "from", "input", "convs", "norms", "INT8", "SQNR", "lint", "en
 _TIMED = ("export", "calibrate", "build-engine")
 
 
-def page(results: Sequence[Mapping[str, Any]], versions: Mapping[str, str]) -> str:
+def page(
+    results: Sequence[Mapping[str, Any]], versions: Mapping[str, str], missing: Sequence[str]
+) -> str:
     """Return the page in Markdown.
 
     Args:
         results: of `measure`, as JSON values.
         versions: name -> version of the packages that the results are from.
+        missing: nets of the tool that have not been measured.
     """
     lines = [_HEAD, _row(_TITLES), "|---|---|---|" + "---:|" * (len(_TITLES) - 3)]
     lines += [_row(_cells(result)) for result in results]
@@ -45,6 +48,8 @@ def page(results: Sequence[Mapping[str, Any]], versions: Mapping[str, str]) -> s
     shown = ("reptrt", "torch", "onnxruntime", "timm", "tensorrt-rtx")
     names = [f"{name} {versions[name]}" for name in shown if name in versions]
     lines.append(f"Measured with {', '.join(names)} on 2 cores that did other work too.")
+    if missing:
+        lines += ["", f"Not measured yet: {', '.join(missing)}."]
     return "\n".join(lines) + "\n"
 
 
