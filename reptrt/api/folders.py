@@ -1,18 +1,20 @@
 """run, report and ladder, as a program calls them."""
 
 import os
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from reptrt.api.networks import path_from
-from reptrt.api.stages import at_most_all, source_from
+from reptrt.api.stages import source_from
 from reptrt.core.errors import ConfigError, option
-from reptrt.core.keywords import changed, takes
+from reptrt.core.keywords import options_from, parameters, takes, unknown
+from reptrt.data.dataset import Images
 from reptrt.data.from_user import images_from
 from reptrt.judge.rungs import Ladder
+from reptrt.pipeline import at_most_all
 from reptrt.runs import ladder as ladders
 from reptrt.runs import run as runs
 from reptrt.runs.options import RunOptions
@@ -22,6 +24,7 @@ from reptrt.sources.options import ArchitectureOptions
 from reptrt.sources.source import Source
 
 _ARCHITECTURE = tuple(item.name for item in fields(ArchitectureOptions))
+_OF_RUNS_ONLY = ("batches", "diagnose", "bench_seconds")
 
 
 @takes(RunOptions, ArchitectureOptions)
@@ -52,6 +55,7 @@ def run(
         ReptrtError: a stage failed; what was finished stays.
     """
     running, architecture = _options(options, changes, ("source", "data", "output", "eval_data"))
+    calibrated_on = path_from(data, "data")
     made_of = source_from(source, weights, architecture)
     if isinstance(made_of, nn.Module):
         raise ConfigError(
@@ -59,9 +63,10 @@ def run(
             " a name, FILE.py:FACTORY or an .onnx file"
         )
     judged_on = None if eval_data is None else path_from(eval_data, "eval_data")
-    return runs.run(
-        made_of, path_from(data, "data"), path_from(output, "output"), running, judged_on
-    )
+    folder = path_from(output, "output")
+    if options is None and "images" not in changes:
+        running = _with_fewer_images(running, calibrated_on)
+    return runs.run(made_of, calibrated_on, folder, running, judged_on)
 
 
 def report(
@@ -80,7 +85,7 @@ def report(
     return write_report(path_from(folder, "folder"), target)
 
 
-@takes(RunOptions, ArchitectureOptions, without=("batches", "diagnose", "bench_seconds"))
+@takes(RunOptions, ArchitectureOptions, without=_OF_RUNS_ONLY)
 def ladder(
     source: nn.Module | Source | str | os.PathLike[str],
     data: Any = None,
@@ -106,7 +111,8 @@ def ladder(
     Raises:
         ReptrtError: a stage failed, or a form other than the engine cannot be run.
     """
-    climbing, architecture = _options(options, changes, ("source", "data", "calib_data"))
+    others = ("source", "data", "calib_data")
+    climbing, architecture = _options(options, changes, others, without=_OF_RUNS_ONLY)
     if isinstance(source, str | os.PathLike) and Path(source).is_dir():
         asked = [name for name in (*changes, *architecture) if name != "eval_limit"]
         asked += [
@@ -128,17 +134,34 @@ def ladder(
         calib_data, limit=climbing.calibrate.images, labels=False, parameter="calib_data"
     )
     if options is None and "images" not in changes:
-        fewer = at_most_all(climbing.calibrate, calibrated_on)
-        climbing = changed(climbing, {"calibrate": fewer})
+        climbing = _with_fewer_images(climbing, calibrated_on)
     made_of = source_from(source, weights, architecture)
     return ladders.ladder(made_of, images, calibrated_on, climbing)
 
 
+def _with_fewer_images(options: RunOptions, data: Images) -> RunOptions:
+    """Return options that calibrate on all images if there are fewer than the default."""
+    return replace(options, calibrate=at_most_all(options.calibrate, data))
+
+
 def _options(
-    options: RunOptions | None, changes: dict[str, Any], others: tuple[str, ...]
+    options: RunOptions | None,
+    changes: dict[str, Any],
+    others: tuple[str, ...],
+    without: tuple[str, ...] = (),
 ) -> tuple[RunOptions, dict[str, Any]]:
-    """Return the options of a run, and what the changes say of the architecture."""
+    """Return the options of a run, and what the changes say of the architecture.
+
+    Args:
+        options: the value of the parameter ``options``.
+        changes: the keyword arguments.
+        others: names of the caller's own parameters.
+        without: names of options that the caller does not take.
+    """
     architecture = {name: changes[name] for name in _ARCHITECTURE if name in changes}
     rest = {name: value for name, value in changes.items() if name not in architecture}
-    names = (*others, "weights", "options", *_ARCHITECTURE)
-    return changed(options or RunOptions(), rest, names), architecture
+    names = (*others, "weights", *_ARCHITECTURE)
+    for name in rest:
+        if name in without:
+            raise unknown(name, [n for n in (*parameters(RunOptions), *names) if n not in without])
+    return options_from(RunOptions, options, rest, names), architecture

@@ -5,9 +5,8 @@ from dataclasses import replace
 from typing import Any
 
 from reptrt.api.networks import NetworkLike, model_from, network_from, networks_from
-from reptrt.api.stages import at_most_all
 from reptrt.core.errors import ConfigError, option
-from reptrt.core.keywords import changed, takes
+from reptrt.core.keywords import checked, options_from, takes
 from reptrt.data.from_user import images_from
 from reptrt.graph.model import Network
 from reptrt.judge import bench as benches
@@ -18,7 +17,7 @@ from reptrt.judge.diagnose.report import Diagnosis
 from reptrt.judge.evaluate import EvalReport
 from reptrt.judge.explain import explain_all
 from reptrt.judge.options import BenchOptions, EvaluateOptions
-from reptrt.pipeline import Calibrated, CalibrateOptions
+from reptrt.pipeline import Calibrated, CalibrateOptions, at_most_all
 from reptrt.trt.inspect import Inspection
 from reptrt.trt.inspect import inspect as inspect_network
 
@@ -48,8 +47,8 @@ def evaluate(
     Raises:
         ReptrtError: a network or an image cannot be used, or outputs cannot be compared.
     """
-    others = ("nets", "data", "reference", "options")
-    judging = changed(options or EvaluateOptions(), changes, others)
+    others = ("nets", "data", "reference")
+    judging = options_from(EvaluateOptions, options, changes, others)
     networks = networks_from(nets, "nets")
     first = _first(networks, reference, judging.reference, "reference")
     images = images_from(
@@ -79,7 +78,7 @@ def bench(
     Raises:
         ReptrtError: a network cannot be opened or fails, or cannot take a batch size.
     """
-    timing = changed(options or BenchOptions(), changes, ("nets", "baseline", "options"))
+    timing = options_from(BenchOptions, options, changes, ("nets", "baseline"))
     networks = networks_from(nets, "nets")
     first = _first(networks, baseline, timing.baseline, "baseline")
     if first is not None and first not in networks:
@@ -120,8 +119,9 @@ def diagnose(
     Raises:
         ReptrtError: the network, the images or an option cannot be used.
     """
-    others = ("net", "data", "calibrated", "layer_images", "options")
-    calibrating = changed(options or CalibrateOptions(), changes, others)
+    others = ("net", "data", "calibrated", "layer_images")
+    calibrating = options_from(CalibrateOptions, options, changes, others)
+    layer_images = checked("layer_images", layer_images, int)
     if calibrated is not None and not isinstance(calibrated, Calibrated):
         raise ConfigError(
             f"{option('calibrated')}: got {type(calibrated).__name__}, expected what "

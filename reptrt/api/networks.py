@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from reptrt.core.errors import ConfigError, option
-from reptrt.graph.model import Model, Network
+from reptrt.graph.model import Model, Network, is_engine
 
 NetworkLike = str | os.PathLike[str] | Model
 """The path of an .onnx or .engine file; or what `export` and `calibrate` return."""
@@ -66,7 +66,7 @@ def model_from(value: Any, parameter: str) -> Model:
     network = network_from(value, option(parameter))
     if isinstance(network, Model):
         return network
-    if network.suffix.lower() == ".engine":
+    if is_engine(network):
         raise ConfigError(f"{option(parameter)}: got the engine {network}, {_EXPECTED}")
     return Model.read(network)
 

@@ -1,16 +1,14 @@
 """export, calibrate, lint, build_engine and package, as a program calls them."""
 
 import os
-from dataclasses import fields, replace
+from dataclasses import fields
 from typing import Any
 
 from torch import nn
 
 from reptrt.api.networks import NetworkLike, model_from, network_from, path_from
 from reptrt.core.errors import ConfigError, option
-from reptrt.core.keywords import changed, takes
-from reptrt.data.arrays import Arrays
-from reptrt.data.dataset import Images
+from reptrt.core.keywords import changed, checked, options_from, takes
 from reptrt.data.from_user import images_from
 from reptrt.graph.model import Model
 from reptrt.linter import LintReport
@@ -20,6 +18,7 @@ from reptrt.pipeline import (
     CalibrateOptions,
     Exported,
     ExportOptions,
+    at_most_all,
     calibrate_net,
     calibration_images,
     export_net,
@@ -64,8 +63,9 @@ def export(
             differs from the source by more than the tolerance.
     """
     architecture = {key: changes.pop(key) for key in _ARCHITECTURE if key in changes}
-    others = ("source", "weights", "name", "options", *_ARCHITECTURE)
-    exporting = changed(options or ExportOptions(), changes, others)
+    others = ("source", "weights", "name", *_ARCHITECTURE)
+    exporting = options_from(ExportOptions, options, changes, others)
+    name = checked("name", name, str | None)
     return export_net(source_from(source, weights, architecture), exporting, name=name)
 
 
@@ -130,22 +130,14 @@ def calibrate(
     Raises:
         ReptrtError: the network, the images or an option cannot be used.
     """
-    calibrating = changed(
-        options or CalibrateOptions(), changes, ("net", "data", "name", "options")
-    )
+    calibrating = options_from(CalibrateOptions, options, changes, ("net", "data", "name"))
+    name = checked("name", name, str | None)
     model = float_model(model_from(net, "net"))
     images = images_from(data, limit=calibrating.images, labels=False, parameter="data")
     if options is None and "images" not in changes:
         calibrating = at_most_all(calibrating, images)
     dataset = calibration_images(model, images, calibrating)
     return calibrate_net(model, dataset, calibrating, name=name)
-
-
-def at_most_all(options: CalibrateOptions, images: Images) -> CalibrateOptions:
-    """Return options that take all images in memory if there are fewer than the default."""
-    if isinstance(images, Arrays) and 0 < len(images.images) < options.images:
-        return replace(options, images=len(images.images))
-    return options
 
 
 def lint(net: NetworkLike) -> LintReport:
@@ -180,7 +172,7 @@ def build_engine(
     Raises:
         ReptrtError: there is no TensorRT, it refuses the network, or an option cannot be used.
     """
-    building = changed(options or BuildOptions(), changes, ("net", "output", "options"))
+    building = options_from(BuildOptions, options, changes, ("net", "output"))
     return build(network_from(net, option("net")), path_from(output, "output"), building)
 
 
@@ -203,5 +195,5 @@ def package(
     Raises:
         ReptrtError: the engine or an option cannot be used.
     """
-    packing = changed(options or PackageOptions(), changes, ("engine", "output", "options"))
+    packing = options_from(PackageOptions, options, changes, ("engine", "output"))
     return write_package(path_from(engine, "engine"), path_from(output, "output"), packing)

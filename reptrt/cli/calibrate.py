@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from reptrt.cli.command import Command, emit
 from reptrt.cli.fields import PATH, FieldOptions
@@ -27,7 +28,7 @@ def calibrate(
     """Quantize the float ONNX file MODEL to INT8, with scales measured on images."""
     from reptrt import pipeline
 
-    options = CALIBRATE.value(values)
+    options = with_fewer_images(CALIBRATE.value(values), data)
     diagnoses: list[Any] = []
 
     def measure(calibrated: Any) -> None:
@@ -37,6 +38,7 @@ def calibrate(
 
     report = pipeline.calibrate(model, data, output, options, measure if diagnose else None)
     text, content = _summary(report, options.recipe), report.to_dict()
+    text += fewer_images_line(options, data)
     for diagnosis in diagnoses:
         from reptrt.core.result import text_of
 
@@ -44,6 +46,31 @@ def calibrate(
         text = "\n".join([text, "", *tables, *diagnosis.to_lines()])
         content |= {"diagnosis": diagnosis.to_dict()}
     emit(text, content, json_path)
+
+
+def with_fewer_images(options: Any, data: Path) -> Any:
+    """Return options that take all images if the default asks for more than there are.
+
+    Args:
+        options: of calibration.
+        data: calibration images.
+    """
+    from reptrt.pipeline import at_most_all
+
+    return at_most_all(options, data) if _is_default_number() else options
+
+
+def fewer_images_line(options: Any, data: Path) -> str:
+    """Return a line that says so where `with_fewer_images` took fewer images, else nothing."""
+    default = CALIBRATE.kind().images
+    if not _is_default_number() or options.images == default:
+        return ""
+    return f"\n{data}: fewer images than the default {default}, all {options.images} were used"
+
+
+def _is_default_number() -> bool:
+    source = click.get_current_context().get_parameter_source("images")
+    return source is ParameterSource.DEFAULT
 
 
 def _summary(report: Any, recipe: str) -> str:

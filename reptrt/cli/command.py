@@ -68,11 +68,11 @@ def _json_target(ctx: click.Context, param: click.Parameter, value: str | None) 
     """Refuse, before any work, a JSON file that cannot be written or that has another meaning."""
     if value is None or value == "-":
         return value
-    from reptrt.core.artifacts import require_folder
+    from reptrt.core.artifacts import ENGINE_SUFFIXES, ONNX_SUFFIXES, require_folder
 
     path = Path(value)
     require_folder(path)
-    if path.suffix == ".json" and Path(path.stem).suffix in (".onnx", ".engine"):
+    if path.suffix == ".json" and Path(path.stem).suffix in (*ONNX_SUFFIXES, *ENGINE_SUFFIXES):
         raise ConfigError(
             f"{option('json_path')} {path}: is the sidecar of {path.stem}; give another name"
         )

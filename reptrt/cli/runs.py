@@ -8,7 +8,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from reptrt.cli.calibrate import CALIBRATE
+from reptrt.cli.calibrate import CALIBRATE, fewer_images_line, with_fewer_images
 from reptrt.cli.command import Command, emit
 from reptrt.cli.export import ARCHITECTURE, EXPORT, source_of, weights_option
 from reptrt.cli.fields import PATH, FieldOptions
@@ -39,17 +39,18 @@ def run(
     """Take SOURCE through all stages into one folder; continue a run that was stopped."""
     from reptrt.runs.run import run as run_all
 
-    options = _with_stages(_RUN.value(values), values)
+    options = _with_stages(_RUN.value(values), values, data)
     report = run_all(source_of(source, values), data, output, options, eval_data)
-    emit(str(report), report.to_dict(), json_path)
+    text = str(report) + fewer_images_line(options.calibrate, data)
+    emit(text, report.to_dict(), json_path)
 
 
-def _with_stages(options: Any, values: dict[str, Any]) -> Any:
+def _with_stages(options: Any, values: dict[str, Any], data: Path) -> Any:
     """Return options of a run with the options of its stages."""
     return replace(
         options,
         export=EXPORT.value(values),
-        calibrate=CALIBRATE.value(values),
+        calibrate=with_fewer_images(CALIBRATE.value(values), data),
         build=_BUILD.value(values),
     )
 
@@ -93,15 +94,17 @@ def ladder(
     """
     from reptrt.runs import ladder as rungs
 
+    line = ""
     if Path(source).is_dir():
         _refuse_given(("source", "data", "eval_limit", "json_path"), f"{source} is a run")
         climbed = rungs.ladder_of_run(Path(source), data, values["eval_limit"])
     elif data is None or calib_data is None:
         raise click.UsageError("SOURCE needs --data and --calib-data")
     else:
-        options = _with_stages(_LADDER.value(values), values)
+        options = _with_stages(_LADDER.value(values), values, calib_data)
         climbed = rungs.ladder(source_of(source, values), data, calib_data, options)
-    emit(str(climbed), climbed.to_dict(), json_path)
+        line = fewer_images_line(options.calibrate, calib_data)
+    emit(str(climbed) + line, climbed.to_dict(), json_path)
 
 
 def _refuse_given(allowed: Sequence[str], why: str) -> None:

@@ -34,6 +34,9 @@ _RECORDED_PACKAGES = (
     "tensorrt-rtx",
 )
 
+ONNX_SUFFIXES = (".onnx",)
+ENGINE_SUFFIXES = (".engine", ".plan")
+
 
 @dataclass(frozen=True, slots=True)
 class Sidecar:
@@ -75,6 +78,32 @@ def require_folder(path: Path) -> None:
         raise ArtifactError(f"{path}: folder {path.parent} does not exist; create it first")
     if path.is_dir():
         raise ArtifactError(f"{path}: is a folder, expected a file name")
+
+
+def require_suffix(path: Path, suffixes: tuple[str, ...], what: str) -> None:
+    """Raise an error if an output has another suffix than its kind of file.
+
+    An output whose name belongs to another kind of file is nearly always a mistake, and writing it
+    could destroy images or a network.
+
+    Args:
+        path: the file that would be written.
+        suffixes: those that are accepted, in lower case.
+        what: is written, for the message.
+
+    Raises:
+        ArtifactError: the suffix is another one.
+    """
+    if path.suffix.lower() not in suffixes:
+        raise ArtifactError(
+            f"{path}: expected a name that ends in {' or '.join(suffixes)} for {what}; give "
+            f"another {option('output')}"
+        )
+
+
+def is_engine_file(path: Path) -> bool:
+    """Return whether a path is named as an engine is."""
+    return path.suffix.lower() in ENGINE_SUFFIXES
 
 
 def refuse_overwriting(path: Path, sources: Iterable[Path]) -> None:

@@ -46,6 +46,27 @@ def descriptions(kind: type) -> dict[str, Description]:
     return {name: data[_KEY] for name, data in metadata.items() if _KEY in data}
 
 
+def check_bounds(options: Any) -> None:
+    """Check every field of a dataclass against the bounds in its description; None is accepted.
+
+    Dataclasses with such fields call this in ``__post_init__``, so that a program meets the same
+    bounds as the command line.
+
+    Raises:
+        ConfigError: a value lies beyond a bound or is NaN; the message names the option.
+    """
+    for name, description in descriptions(type(options)).items():
+        value = getattr(options, name)
+        low, high = description.minimum, description.maximum
+        if value is None or (low is None and high is None):
+            continue
+        if (low is None or value >= low) and (high is None or value <= high):
+            continue
+        expected = f"{low} to {high}" if None not in (low, high) else None
+        expected = expected or (f"{high} or less" if low is None else f"{low} or more")
+        raise ConfigError(f"{option(name)}: got {value}, expected {expected}")
+
+
 def require_at_least(least: float, options: Any, *names: str) -> None:
     """Check that options are not below a bound; None, the default of some options, is accepted.
 

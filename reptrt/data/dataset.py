@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from reptrt.core.errors import ConfigError, DataError
+from reptrt.core.errors import ConfigError, DataError, option
 from reptrt.data.arrays import BLOCK, ArrayImages, Arrays, load_arrays
 from reptrt.data.images import ImageFiles, list_images
 from reptrt.graph.preprocess import Preprocess
@@ -93,6 +93,7 @@ def open_dataset(
     limit: int | None = None,
     seed: int = 0,
     labels: bool = False,
+    parameter: str = "limit",
 ) -> Dataset:
     """Prepare images for a network.
 
@@ -105,23 +106,24 @@ def open_dataset(
             images, which depends on ``seed`` and the names alone; kept in order. None takes all.
         seed: for the sample.
         labels: whether labels are required.
+        parameter: the name of the option that sets ``limit``, for messages.
 
     Raises:
         ConfigError: ``limit`` is not positive.
         DataError: the images cannot be used; the message says which and what to do.
     """
     if limit is not None and limit < 1:
-        raise ConfigError(f"number of images: got {limit}, expected at least 1")
+        raise ConfigError(f"{option(parameter)}: got {limit}, expected at least 1")
     if isinstance(images, Path) and images.is_dir():
         name, listed = str(images), list_images(images)
-        taken = _sample(name, len(listed.paths), limit, seed)
+        taken = _sample(name, len(listed.paths), limit, seed, parameter)
         source: PixelSource = ImageFiles(images, [listed.paths[i] for i in taken], preprocess)
         all_labels, num_classes = listed.labels, listed.num_classes
     else:
         arrays = images if isinstance(images, Arrays) else load_arrays(images)
         arrays, name, all_labels = arrays.checked(preprocess), arrays.name, arrays.labels
         num_classes = None
-        taken = _sample(name, len(arrays.images), limit, seed)
+        taken = _sample(name, len(arrays.images), limit, seed, parameter)
         source = ArrayImages(arrays, taken, preprocess)
     if labels and all_labels is None:
         raise DataError(
@@ -131,6 +133,17 @@ def open_dataset(
     if kept is not None:
         kept.flags.writeable = False
     return Dataset(name, len(taken), kept, preprocess, source, num_classes)
+
+
+def count_images(images: Images) -> int:
+    """Return how many images there are.
+
+    Raises:
+        DataError: the folder or file cannot be read.
+    """
+    if isinstance(images, Path) and images.is_dir():
+        return len(list_images(images).paths)
+    return len((images if isinstance(images, Arrays) else load_arrays(images)).images)
 
 
 def network_input(pixels: AnyArray, preprocess: Preprocess) -> Float32Array:
@@ -163,12 +176,12 @@ class SelectedImages:
         return selected
 
 
-def _sample(name: str, total: int, limit: int | None, seed: int) -> IntArray:
+def _sample(name: str, total: int, limit: int | None, seed: int, parameter: str) -> IntArray:
     """Return the sorted indices of the images to take."""
     if limit is None:
         return np.arange(total, dtype=np.int64)
     if limit > total:
         raise DataError(
-            f"{name}: got {total} images, expected {limit}; add images or ask for fewer"
+            f"{name}: got {total} images, expected {limit}; add images or lower {option(parameter)}"
         )
     return np.sort(np.random.default_rng(seed).permutation(total)[:limit]).astype(np.int64)

@@ -20,8 +20,9 @@ import numpy.typing as npt
 import onnx
 from google.protobuf.message import DecodeError
 
+from reptrt.core.artifacts import is_engine_file
 from reptrt.core.choices import Device, RunnerKind
-from reptrt.core.errors import ArtifactError, ConfigError, DataError, MissingDependencyError
+from reptrt.core.errors import ArtifactError, ConfigError, DataError, MissingDependencyError, option
 from reptrt.execute.code_sums import SUMS
 from reptrt.execute.lowering import lower
 from reptrt.graph.input_form import cast_for_input
@@ -157,7 +158,7 @@ def open_runner(
     threads: int | None = None,
     device: Device = "cpu",
 ) -> Runner:
-    """Open an .onnx file or a model in memory in onnxruntime, or an .engine file in TensorRT.
+    """Open an .onnx file or a model in memory in onnxruntime, or an engine in TensorRT.
 
     Args:
         model: a file, whose suffix selects the runtime; or a model in memory.
@@ -170,13 +171,13 @@ def open_runner(
         ArtifactError: the file cannot be used.
         MissingDependencyError: the runtime is not installed.
     """
-    engine = model if isinstance(model, Path) and model.suffix.lower() == ".engine" else None
+    engine = model if isinstance(model, Path) and is_engine_file(model) else None
     if engine is not None and runner == "ort":
         raise ConfigError(f"{engine}: an engine cannot run in onnxruntime; give the .onnx file")
     if engine is None and runner == "tensorrt":
         where = label_of(model)
         raise ConfigError(
-            f"{where}: not an .engine file; make one with: reptrt build-engine {where}"
+            f"{where}: not an .engine or .plan file; make one with: reptrt build-engine {where}"
         )
     if engine is not None:
         from reptrt.trt.runner import TrtRunner
@@ -329,7 +330,7 @@ def _session(where: str, content: bytes, options: Any, device: Device) -> Any:
     available = ort.get_available_providers()
     if providers[0] not in available:
         raise ConfigError(
-            f"device {device}: this onnxruntime has no {providers[0]}, only "
+            f"{option('device')}: got {device}, this onnxruntime has no {providers[0]}, only "
             f"{', '.join(available)}; install onnxruntime-gpu in place of onnxruntime, or use the "
             "cpu"
         )
@@ -343,8 +344,8 @@ def _session(where: str, content: bytes, options: Any, device: Device) -> Any:
         ) from err
     if providers[0] not in session.get_providers():
         raise ConfigError(
-            f"device {device}: {providers[0]} could not start on this machine; check the driver "
-            "and the CUDA libraries, or use the cpu"
+            f"{option('device')}: got {device}, {providers[0]} could not start on this machine; "
+            "check the driver and the CUDA libraries, or use the cpu"
         )
     return session
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import onnx
 
-from reptrt.core.artifacts import read_sidecar, sha256_of
+from reptrt.core.artifacts import is_engine_file, read_sidecar, sha256_of
 from reptrt.core.errors import ArtifactError
 from reptrt.graph.net import Net, first_free, net_from_model, read_model
 
@@ -58,7 +58,7 @@ def unique_labels(networks: Sequence[Network]) -> list[str]:
 
 def is_engine(network: Network) -> bool:
     """Return whether a network is the file of an engine."""
-    return isinstance(network, Path) and network.suffix.lower() == ".engine"
+    return isinstance(network, Path) and is_engine_file(network)
 
 
 def proto_of(model: Network) -> onnx.ModelProto:

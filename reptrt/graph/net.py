@@ -18,6 +18,7 @@ from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import DecodeError, Message
 from onnx_graphsurgeon.logger import G_LOGGER
 
+from reptrt.core.artifacts import is_engine_file
 from reptrt.core.errors import ArtifactError, RewriteError
 
 Parsed = TypeVar("Parsed")
@@ -119,13 +120,16 @@ def read_model(path: Path) -> onnx.ModelProto:
     Raises:
         ArtifactError: the file is missing, truncated, not ONNX, or its external data is gone.
     """
+    if is_engine_file(path):
+        raise ArtifactError(f"{path}: is a TensorRT engine, expected an ONNX file")
     try:
         model = onnx.load(str(path), format="protobuf")  # whatever the suffix
         onnx.checker.check_model(model, full_check=False)
         _check_content(model)
     except FileNotFoundError as err:
         missing = Path(err.filename or path)
-        raise ArtifactError(f"{path}: {missing.name} does not exist; check the path") from err
+        which = f"{path}" if missing == path else f"{path}: {missing.name}"
+        raise ArtifactError(f"{which} does not exist; check the path") from err
     except (DecodeError, onnx.checker.ValidationError, *_DAMAGE) as err:
         reason = str(err).strip().splitlines()[0] if str(err).strip() else type(err).__name__
         raise ArtifactError(f"{path}: not a readable ONNX file ({reason})") from err

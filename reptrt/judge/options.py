@@ -34,6 +34,7 @@ class EvaluateOptions(RunnerOptions):
 
     def __post_init__(self) -> None:
         require_at_least(1, self, "limit", "batch_size", "threads")
+        require_at_least(0, self, "seed")
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,4 +64,4 @@ class BenchOptions(RunnerOptions):
                 f"{option('batches')}: got {self.batches}, expected positive batch sizes"
             )
         require_at_least(1, self, "threads")
-        require_at_least(0, self, "min_seconds", "warmup_seconds")
+        require_at_least(0, self, "min_seconds", "warmup_seconds", "seed")

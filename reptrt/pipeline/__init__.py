@@ -13,6 +13,7 @@ from reptrt.core.lazy import lazily
 
 if TYPE_CHECKING:
     from reptrt.pipeline.calibrating import (
+        at_most_all,
         calibrate,
         calibrate_net,
         calibration_images,
@@ -40,6 +41,7 @@ __all__ = [
     "Prepared",
     "Source",
     "TensorScale",
+    "at_most_all",
     "calibrate",
     "calibrate_net",
     "calibration_images",
@@ -55,6 +57,7 @@ __getattr__ = lazily(
     __name__,
     {
         "reptrt.pipeline.calibrating": (
+            "at_most_all",
             "calibrate",
             "calibrate_net",
             "calibration_images",

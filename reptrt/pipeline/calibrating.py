@@ -8,10 +8,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from reptrt.core.artifacts import package_versions, refuse_overwriting, require_folder
+from reptrt.core.artifacts import (
+    ONNX_SUFFIXES,
+    package_versions,
+    refuse_overwriting,
+    require_folder,
+    require_suffix,
+)
 from reptrt.core.clock import Clock
 from reptrt.core.options_json import json_from_options
-from reptrt.data.dataset import Dataset, Images, open_dataset
+from reptrt.data.dataset import Dataset, Images, count_images, open_dataset
 from reptrt.execute.runner import refuse_unrunnable
 from reptrt.exporter.front_door import accept
 from reptrt.graph.model import Model, blaming, label_of
@@ -62,7 +68,8 @@ def calibrate(
         ReptrtError: the model or the images cannot be used; nothing is written.
     """
     require_folder(output)
-    refuse_overwriting(output, [model])
+    refuse_overwriting(output, [model, *([images] if isinstance(images, Path) else [])])
+    require_suffix(output, ONNX_SUFFIXES, "a network")
     clock = Clock()
     with blaming(model):
         source = float_model(model)
@@ -105,7 +112,18 @@ def calibration_images(
         DataError: the images do not fit the model, or there are too few.
     """
     preprocess = read_preprocess(model.to_net())
-    return open_dataset(images, preprocess, limit=limit or options.images, seed=options.seed)
+    size = limit or options.images
+    return open_dataset(images, preprocess, limit=size, seed=options.seed, parameter="images")
+
+
+def at_most_all(options: CalibrateOptions, images: Images) -> CalibrateOptions:
+    """Return options that take all images if there are fewer than the options ask for.
+
+    Raises:
+        DataError: the images cannot be read.
+    """
+    total = count_images(images)
+    return replace(options, images=total) if 0 < total < options.images else options
 
 
 def calibrate_net(

@@ -11,7 +11,14 @@ from typing import Any, NamedTuple
 import onnx
 from torch import nn
 
-from reptrt.core.artifacts import read_sidecar, refuse_overwriting, require_folder, sha256_of
+from reptrt.core.artifacts import (
+    ONNX_SUFFIXES,
+    read_sidecar,
+    refuse_overwriting,
+    require_folder,
+    require_suffix,
+    sha256_of,
+)
 from reptrt.core.errors import ConfigError, option
 from reptrt.core.options_json import json_from_options
 from reptrt.exporter.from_file import model_from_file
@@ -43,6 +50,7 @@ def export(source: Source, output: Path, options: ExportOptions) -> ExportReport
     """
     require_folder(output)
     refuse_overwriting(output, source.files)
+    require_suffix(output, ONNX_SUFFIXES, "a network")
     exported = export_net(source, options)
     exported.save(output)
     return replace(exported.report, path=output)

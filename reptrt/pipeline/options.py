@@ -15,7 +15,7 @@ from reptrt.core.choices import (
     TorchDevice,
 )
 from reptrt.core.errors import ConfigError, option
-from reptrt.core.option_fields import described, require_at_least
+from reptrt.core.option_fields import check_bounds, described, require_at_least
 from reptrt.quantize.calib.options import ThresholdOptions
 from reptrt.quantize.reconstruct.options import LearnOptions
 
@@ -50,7 +50,15 @@ class ExportOptions:
         1e-4,
         "Largest difference that fusion may make to any block or output, as a fraction of its "
         "largest value.",
+        minimum=0,
     )
+
+    def __post_init__(self) -> None:
+        check_bounds(self)
+        if self.input_size is not None and min(self.input_size) < 1:
+            raise ConfigError(
+                f"{option('input_size')}: got {self.input_size}, expected positive numbers"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +134,7 @@ class CalibrateOptions:
         "Type in the file of everything that is not INT8; build-engine makes it fp16 by itself.",
     )
     device: TorchDevice = described("cpu", "Device that calibration images are run on.")
-    seed: int = described(0, "Seed for sampling calibration images and for learning.")
+    seed: int = described(0, "Seed for sampling calibration images and for learning.", minimum=0)
 
     def __post_init__(self) -> None:
         for name in ("weight_bits", "activation_bits"):
@@ -138,12 +146,18 @@ class CalibrateOptions:
                 "summands lie before the ReLU, where equalized channels have no common range; give "
                 f"{option('equalize', False)} too, or {option('split_precision', 'float')}"
             )
+        if self.iterations is not None and self.recipe == "fast" and self.learning is None:
+            raise ConfigError(
+                f"{option('iterations')}: nothing is learned with {option('recipe', self.recipe)}; "
+                f"give {option('recipe', 'balanced')} or {option('recipe', 'accurate')} too"
+            )
         if self.keep_affine and (self.learning is None or not self.learning.affine):
             raise ConfigError(
                 f"{option('keep_affine')}: no gains and shifts are learned; give "
                 f"{option('qprep', True)} too, or a recipe that learns"
             )
-        require_at_least(1, self, "images", "iterations")
+        check_bounds(self)
+        require_at_least(1, self, "images")
         require_at_least(0, self, "max_overhead")
         if not 0 < self.memory_budget < float("inf"):
             got = self.memory_budget

@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +12,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from reptrt.core.artifacts import require_folder, write_artifact
+from reptrt.core.artifacts import ONNX_SUFFIXES, require_folder, require_suffix, write_artifact
+from reptrt.core.errors import ConfigError, option
 from reptrt.data.dataset import open_dataset
 from reptrt.data.from_user import images_from
 from reptrt.execute.runner import OrtRunner, outputs_in_parts
@@ -45,14 +47,19 @@ class Made(Model):
 
     origin: Origin
 
-    def save(self, path: str | Path) -> Path:
+    def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the ONNX file and its sidecar, whole or not at all; return the path.
 
         Raises:
-            ArtifactError: the folder does not exist, or the disk refused the bytes.
+            ConfigError: ``path`` is not a path.
+            ArtifactError: the name does not end in .onnx, the folder does not exist, or the disk
+                refused the bytes.
         """
+        if not isinstance(path, str | os.PathLike):
+            raise ConfigError(f"{option('path')}: got {type(path).__name__}, expected a path")
         path = Path(path)
         require_folder(path)
+        require_suffix(path, ONNX_SUFFIXES, "a network")
         write_artifact(
             path,
             bytes_from_model(self.proto),

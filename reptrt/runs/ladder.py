@@ -62,6 +62,7 @@ _NEAREST: Mapping[str, Any] = {  # options of calibrate that learn nothing
     "rounding": "nearest",
     "qprep": False,
     "keep_affine": False,
+    "iterations": None,
 }
 
 

@@ -17,7 +17,12 @@ from typing import Any, TypeVar
 import onnx
 from rich.table import Table
 
-from reptrt.core.artifacts import require_folder
+from reptrt.core.artifacts import (
+    ENGINE_SUFFIXES,
+    refuse_overwriting,
+    require_folder,
+    require_suffix,
+)
 from reptrt.core.errors import ConfigError, EngineError, option
 from reptrt.core.options_json import json_from_options
 from reptrt.core.result import Result
@@ -173,8 +178,11 @@ def _check_paths(source: Network, output: Path, options: BuildOptions) -> None:
     for path in (output, options.timing_cache):
         if path is not None:
             require_folder(path)
-    if isinstance(source, Path) and output.resolve() == source.resolve():
-        raise ConfigError(f"output {output}: is the ONNX file itself; name another file")
+    read = [source if isinstance(source, Path) else source.path, options.timing_cache]
+    refuse_overwriting(output, [path for path in read if path is not None])
+    require_suffix(output, ENGINE_SUFFIXES, "an engine")
+    if isinstance(source, Path) and options.timing_cache is not None:
+        refuse_overwriting(options.timing_cache, [source])
 
 
 def _run_cancellable(work: Callable[[threading.Event], _T]) -> _T:

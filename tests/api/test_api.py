@@ -275,6 +275,42 @@ def test_results_print_and_convert(net: Any, int8: Any) -> None:
     assert len(repr(int8)) < 100
 
 
+def test_the_default_number_of_images_is_all_of_fewer(net: Any, int8: Any, tmp_path: Path) -> None:
+    np.savez(tmp_path / "images.npz", x=PIXELS)
+    np.save(tmp_path / "images.npy", PIXELS)
+    for name in ("images.npz", "images.npy"):
+        assert reptrt.calibrate(net, tmp_path / name).sha256 == int8.sha256
+    with pytest.raises(DataError, match=r"got 96 images, expected 97; .* or lower images"):
+        reptrt.calibrate(net, tmp_path / "images.npz", images=97)
+
+
+def test_arrays_and_tensors_are_tuples(module: nn.Module, net: Any) -> None:
+    again = reptrt.export(
+        module,
+        input_size=torch.Size((3, 16, 16)),
+        mean=np.array(MEAN),
+        std=torch.tensor(STD, dtype=torch.float64),
+    )
+    assert again.sha256 == net.sha256
+
+
+def test_what_a_call_reads_is_not_overwritten(net: Any, tmp_path: Path) -> None:
+    np.save(tmp_path / "images.npy", PIXELS)
+    data = (tmp_path / "images.npy").rename(tmp_path / "images.npy.onnx")
+    model = net.save(tmp_path / "a.onnx")
+    for output in (data, model):
+        with pytest.raises(ArtifactError, match="is the file it would be made from"):
+            calibrate(model, data, output, CalibrateOptions(images=8))
+    with pytest.raises(ArtifactError, match=r"expected a name that ends in \.onnx"):
+        calibrate(model, data, tmp_path / "b.npz", CalibrateOptions(images=8))
+    with pytest.raises(ArtifactError, match=r"expected a name that ends in \.onnx"):
+        export(Source(str(model)), tmp_path / "b.npz", ExportOptions())
+    with pytest.raises(ArtifactError, match=r"expected a name that ends in \.engine or \.plan"):
+        reptrt.build_engine(net, model)
+    with pytest.raises(ArtifactError, match="is the file it would be made from"):
+        reptrt.build_engine(model, tmp_path / "a.engine", timing_cache=model)
+
+
 # What is no input --------------------------------------------------------------------------------
 
 WRONG: dict[str, Callable[[Any, nn.Module], Any]] = {
@@ -324,6 +360,74 @@ WRONG: dict[str, Callable[[Any, nn.Module], Any]] = {
         calibrated="a.onnx",  # type: ignore[arg-type]
     ),
     "calib_data: got None, expected images": lambda n, m: reptrt.ladder(m, PIXELS),
+    # Types and bounds of options
+    "options: got dict, expected CalibrateOptions": lambda n, m: reptrt.calibrate(
+        n,
+        PIXELS,
+        options={},  # type: ignore[arg-type]
+    ),
+    "options: got ExportOptions, expected BuildOptions": lambda n, m: reptrt.build_engine(
+        n,
+        "a.engine",
+        options=ExportOptions(),  # type: ignore[arg-type]
+    ),
+    "options: got int, expected EvaluateOptions": lambda n, m: reptrt.evaluate(
+        n,
+        PIXELS,
+        options=3,  # type: ignore[arg-type]
+    ),
+    "options: got int, expected RunOptions": lambda n, m: reptrt.ladder(m, options=1),  # type: ignore[arg-type]
+    "opset: got 99, expected 13 to 20": lambda n, m: reptrt.export(m, opset=99),
+    "tolerance: got -1.0, expected 0 or more": lambda n, m: reptrt.export(m, tolerance=-1),
+    "percentile: got 30.0, expected 50 to 100": lambda n, m: reptrt.calibrate(
+        n, PIXELS, percentile=30
+    ),
+    "seed: got -1, expected 0 or more": lambda n, m: reptrt.evaluate(n, PIXELS, seed=-1),
+    "layer_images: got 'x', expected": lambda n, m: reptrt.diagnose(
+        n,
+        PIXELS,
+        layer_images="x",  # type: ignore[arg-type]
+    ),
+    "name: got 3, expected a value of type str": lambda n, m: reptrt.calibrate(n, PIXELS, name=3),  # type: ignore[arg-type]
+    "input_size: got (3, -1, 16), expected positive": lambda n, m: reptrt.export(
+        m, input_size=(3, -1, 16)
+    ),
+    "input_size: got 16, expected a tuple of 3 integers": lambda n, m: reptrt.export(
+        m, input_size=16
+    ),
+    "input_size: got '3x16x16', expected a tuple of": lambda n, m: reptrt.export(
+        m, input_size="3x16x16"
+    ),
+    "mean: got 0.5, expected a tuple of numbers": lambda n, m: reptrt.export(m, mean=0.5),
+    "targets: got 'sm89', expected a tuple of texts": lambda n, m: reptrt.build_engine(
+        n, "a.engine", targets="sm89"
+    ),
+    "learn: got dict, expected LearnOptions": lambda n, m: reptrt.calibrate(
+        n, PIXELS, learn={"iterations": 3}
+    ),
+    "learn: got ExportOptions, expected": lambda n, m: reptrt.calibrate(
+        n, PIXELS, learn=ExportOptions()
+    ),
+    "iterations: nothing is learned with recipe='fast'": lambda n, m: reptrt.calibrate(
+        n, PIXELS, iterations=5
+    ),
+    "batches: there is no such parameter": lambda n, m: reptrt.ladder(
+        m, PIXELS, PIXELS, batches=(1,)
+    ),
+    "device: got cuda, ": lambda n, m: reptrt.bench(n, device="cuda"),
+    # Files that would be overwritten, and engines in place of networks
+    "path: got NoneType, expected a path": lambda n, m: n.save(None),
+    "images.npz: expected a name that ends in .onnx for a network": lambda n, m: n.save(
+        "images.npz"
+    ),
+    "a.onnx: expected a name that ends in .engine or .plan for an engine": lambda n, m: (
+        reptrt.build_engine(n, "a.onnx")
+    ),
+    "a.plan: is a TensorRT engine, expected an ONNX file": lambda n, m: reptrt.lint("a.plan"),
+    "a.engine: is a TensorRT engine, expected an ONNX file": lambda n, m: reptrt.build_engine(
+        "a.engine", "b.engine"
+    ),
+    "nope.onnx does not exist; check the path": lambda n, m: reptrt.lint("nope.onnx"),
 }
 
 
@@ -335,4 +439,4 @@ def test_what_cannot_be_used_is_named_in_one_line(
         WRONG[message](net, module)
     assert str(caught.value).startswith(message)
     assert "\n" not in str(caught.value)
-    assert isinstance(caught.value, ConfigError | DataError)
+    assert isinstance(caught.value, ConfigError | DataError | ArtifactError)

@@ -463,7 +463,7 @@ IMAGES: dict[Callable[[Path], Path], str] = {
     empty: "no images found",
     mixed_sizes: "images of 2 sizes: 9x8 (10 images, e.g. 00.png), 8x8 (10 images, e.g. 01.png)",
     unreadable: "of 20 images cannot be read: 03.png (empty file), 07.png (not an image)",
-    too_few: "got 5 images, expected 20; add images or ask for fewer",
+    too_few: "got 5 images, expected 20; add images or lower --images",
     no_folder: "does not exist; expected a folder of images, an .npz or an .npy",
     without_x: "holds images; expected an array named x",
     one_channel: "1 channels in an array (20, 1, 8, 8), expected (N, 3, 8, 8)",
@@ -480,6 +480,20 @@ def test_images(tmp_path: Path, model: Path, make: Callable[[Path], Path]) -> No
         tmp_path, "calibrate", model, "--data", source, "-n", 20, "-o", tmp_path / "o.onnx"
     )
     assert IMAGES[make] in line
+
+
+def test_fewer_images_than_the_default_are_all_used(
+    tmp_path: Path, model: Path, data: Path
+) -> None:
+    output = tmp_path / "o.onnx"
+    done = run("calibrate", model, "--data", data, "-o", output)
+    assert done.exit_code == 0, done.output
+    line = f"{data}: fewer images than the default 512, all 20 were used"
+    assert line in done.stdout.splitlines()
+    given = run("calibrate", model, "--data", data, "-o", output, "-n", 20)
+    assert "were used" not in given.stdout
+    ladder = ("ladder", model, "--data", data, "--calib-data", data)
+    assert line in run(*ladder).stdout.splitlines()
 
 
 # Where to write ----------------------------------------------------------------------------------

@@ -285,7 +285,7 @@ def test_paths_are_checked_before_the_build(source, tmp_path):
         build_engine(source, missing / "m.engine", RTX)
     with pytest.raises(ArtifactError, match="is a folder, expected a file name"):
         build_engine(source, tmp_path, RTX)
-    with pytest.raises(ConfigError, match="is the ONNX file itself"):
+    with pytest.raises(ArtifactError, match="is the file it would be made from"):
         build_engine(source, source, RTX)
     with pytest.raises(ArtifactError, match=r"nothere\.onnx does not exist"):
         build_engine(tmp_path / "nothere.onnx", tmp_path / "m.engine", RTX)

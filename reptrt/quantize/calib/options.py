@@ -5,7 +5,7 @@ from typing import get_args
 
 from reptrt.core.choices import Rule, Threshold
 from reptrt.core.errors import ConfigError, option
-from reptrt.core.option_fields import described
+from reptrt.core.option_fields import check_bounds, described
 
 _CANDIDATES: tuple[Rule, ...] = ("max", "percentile", "mse", "kl")
 
@@ -28,8 +28,7 @@ class ThresholdOptions:
         rules = get_args(Threshold)
         if self.rule not in rules:
             raise ConfigError(f"{option('threshold')}: got {self.rule!r}, expected one of {rules}")
-        if not 0 < self.percentile <= 100:
-            raise ConfigError(f"{option('percentile')}: got {self.percentile}, expected 0..100")
+        check_bounds(self)
 
     @property
     def candidates(self) -> tuple["ThresholdOptions", ...]:
