@@ -1,6 +1,5 @@
 """``reptrt calibrate`` and ``reptrt lint``."""
 
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,10 @@ CALIBRATE = FieldOptions("reptrt.pipeline.options:CalibrateOptions")
 def calibrate(
     model: Path, data: Path, output: Path, diagnose: bool, json_path: str | None, **values: Any
 ) -> None:
-    """Quantize the float ONNX file MODEL to INT8, with scales measured on images."""
+    """Quantize the float ONNX file MODEL to INT8.
+
+    The scales of activations are measured on the images of --data.
+    """
     from reptrt import pipeline
 
     options = with_fewer_images(CALIBRATE.value(values), data)
@@ -37,7 +39,7 @@ def calibrate(
         diagnoses.append(measured(model, data, options, calibrated))
 
     report = pipeline.calibrate(model, data, output, options, measure if diagnose else None)
-    text, content = _summary(report, options.recipe), report.to_dict()
+    text, content = str(report), report.to_dict()
     text += fewer_images_line(options, data)
     for diagnosis in diagnoses:
         from reptrt.core.result import text_of
@@ -73,37 +75,13 @@ def _is_default_number() -> bool:
     return source is ParameterSource.DEFAULT
 
 
-def _summary(report: Any, recipe: str) -> str:
-    """Return the lines that say what `calibrate` did."""
-    margin = f" x {report.margin:.2f}" if report.margin > 1 else ""
-    text = (
-        f"calibrate  {report.path}  {recipe}  {report.threshold}{margin}  "
-        f"{report.images} images  {report.layers} layers  {len(report.tensors)} tensors  "
-        f"{sum(report.seconds.values()):.1f} s"
-    )
-    forms = Counter(split.form for split in report.splits)
-    splits = ", ".join(f"{count} {form}" for form, count in forms.items()) or "none"
-    text += f"\n           {report.equalized} tensors equalized, splits: {splits}"
-    text += f", full range: {len(report.full_range)} of {len(report.tensors)} tensors"
-    if report.decisions or report.full_range:
-        text += f", overhead {100 * report.overhead:.1f} %"
-    for label, names in report.left_float.items():
-        text += f"\n           {label}: {names}"
-    if report.learned is not None:
-        units = report.learned.units
-        better = sum(unit.kept == "learned" for unit in units)
-        text += f"\n           learned: {better} of {len(units)} units better on held-out images"
-    if report.simulation:
-        text += f"\nsimulation only, no engine can run it: {report.simulation}"
-    return text
-
-
 @click.command(cls=Command)
 @click.argument("model", type=PATH)
 def lint(model: Path, json_path: str | None) -> None:
-    """Check whether TensorRT accepts the Q/DQ ONNX file MODEL, and whether it will run fast.
+    """Check the Q/DQ ONNX file MODEL for TensorRT.
 
-    Needs neither TensorRT nor a GPU. Exits with 1 if there are errors.
+    Lists what TensorRT refuses, what makes the engine slow and what costs accuracy. Needs neither
+    TensorRT nor a GPU. Exits with 1 if there are errors.
     """
     from reptrt.linter import lint as check
 

@@ -42,9 +42,10 @@ def build_engine(model: Path, output: Path, json_path: str | None, **values: Any
 def inspect(
     file: Path, audit: bool, plan: Path | None, strict: bool, json_path: str | None
 ) -> None:
-    """Show the layers of an engine or an ONNX file, and the precision of each.
+    """Show the layers of FILE and the precision of each.
 
-    An engine of tensorrt-rtx is read without a GPU, one of tensorrt on the GPU it was built for.
+    FILE is an ONNX file or an engine. An engine of tensorrt-rtx is read without a GPU, one of
+    tensorrt on the GPU it was built for.
     """
     from reptrt.core.result import text_of
     from reptrt.trt.audit import audit as check
@@ -71,7 +72,10 @@ def inspect(
     help="Model repository; created if it does not exist.",
 )
 def package(engine: Path, output: Path, json_path: str | None, **values: Any) -> None:
-    """Write ENGINE into a model repository of Triton Inference Server."""
+    """Write ENGINE into a Triton model repository.
+
+    Triton Inference Server then serves it, with a configuration that fits the engine.
+    """
     from reptrt.trt.triton import package as write
 
     report = write(engine, output, _PACKAGE.value(values))

@@ -37,25 +37,13 @@ def source_of(name: str, values: dict[str, Any]) -> Any:
 @click.option("-o", "--output", type=PATH, required=True, help="Float ONNX file to write.")
 @weights_option
 def export(source: str, output: Path, json_path: str | None, **values: Any) -> None:
-    """Write SOURCE as one fused float ONNX file, proved equal to the original.
+    """Write SOURCE as one fused float ONNX file.
 
-    SOURCE is a zoo name (repvgg, mobileone, repvgg_a0, ...), timm:NAME, FILE.py:FACTORY,
-    MODULE:FACTORY or an .onnx file, in train form or fused. Rep blocks are recognised by algebra,
-    not by name.
+    The file is proved equal to the original on noise images. SOURCE is a zoo name (repvgg,
+    mobileone, repvgg_a0, ...), timm:NAME, FILE.py:FACTORY, MODULE:FACTORY or an .onnx file, in
+    train form or fused. Rep blocks are recognised by algebra, not by name.
     """
     from reptrt import pipeline
 
     report = pipeline.export(source_of(source, values), output, EXPORT.value(values))
-    overall = report.proof.overall
-    lines = [
-        f"{block.name:32s} max difference {block.max_difference:.2e}"
-        for block in report.proof.blocks
-    ]
-    lines += [f"{skip.node:32s} left alone: {skip.reason}" for skip in report.skipped]
-    lines.append(
-        f"export  {report.path}  {len(report.proof.blocks)} blocks fused  "
-        f"{report.num_parameters / 1e6:.2f} M parameters  "
-        f"max |original - fused| {overall.max_difference:.2e} of {overall.max_value:.3g}  "
-        f"{report.seconds:.1f} s"
-    )
-    emit("\n".join(lines), report.to_dict(), json_path)
+    emit(str(report), report.to_dict(), json_path)

@@ -54,8 +54,8 @@ def _flag_in(group: click.Group, ctx: click.Context) -> Callable[[str], str]:
 def main(verbose: bool) -> None:
     """Re-parameterized CNNs from a PyTorch checkpoint to an accurate INT8 TensorRT engine.
 
-    One command a stage: export -> calibrate -> build-engine -> eval, bench. `reptrt run` does them
-    all.
+    One command per stage: export -> calibrate -> build-engine -> eval, bench. `reptrt run` does
+    them all.
     """
     # Threads that spin while they wait multiply the time on cores that are shared with other work.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

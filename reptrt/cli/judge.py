@@ -20,7 +20,10 @@ _BENCH = FieldOptions("reptrt.judge.options:BenchOptions")
     "--data", type=PATH, required=True, help="Images to judge on: a folder, an .npz or an .npy."
 )
 def evaluate(files: Sequence[Path], data: Path, json_path: str | None, **values: Any) -> None:
-    """Judge FILES on the same images: top-1, top-5, agreement and SQNR with a reference."""
+    """Measure the accuracy of FILES on the same images.
+
+    Prints top-1 and top-5 where the images have labels; agreement and SQNR with --reference.
+    """
     from reptrt.judge.evaluate import evaluate as judge
 
     report = judge(list(files), data, _EVALUATE.value(values))
@@ -30,9 +33,10 @@ def evaluate(files: Sequence[Path], data: Path, json_path: str | None, **values:
 @click.command(cls=Command, options=[_BENCH])
 @click.argument("files", type=PATH, nargs=-1, required=True)
 def bench(files: Sequence[Path], json_path: str | None, **values: Any) -> None:
-    """Time FILES side by side, in interleaved rounds: median and percentiles.
+    """Time FILES side by side, in interleaved rounds.
 
-    With --baseline, explain each file that is not clearly faster than the baseline.
+    Prints the median and percentiles of the latency. With --baseline, explain each file that is not
+    clearly faster than the baseline.
     """
     from reptrt.judge.bench import bench as measure
     from reptrt.judge.explain import explain_all

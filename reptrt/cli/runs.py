@@ -36,7 +36,10 @@ def run(
     json_path: str | None,
     **values: Any,
 ) -> None:
-    """Take SOURCE through all stages into one folder; continue a run that was stopped."""
+    """Take SOURCE through all stages into one folder.
+
+    A run that was stopped is continued when the same command is given again.
+    """
     from reptrt.runs.run import run as run_all
 
     options = _with_stages(_RUN.value(values), values, data)
@@ -59,7 +62,7 @@ def _with_stages(options: Any, values: dict[str, Any], data: Path) -> Any:
 @click.argument("folder", metavar="RUN_DIR", type=PATH)
 @click.option("-o", "--output", type=PATH, help="File to write; default: report.html in RUN_DIR.")
 def report(folder: Path, output: Path | None, json_path: str | None) -> None:
-    """Write the results of the run in RUN_DIR as one HTML file that loads nothing.
+    """Write the run in RUN_DIR as one self-contained HTML file.
 
     Only files in RUN_DIR are read. Each part that is missing is named, with the reason.
     """
@@ -85,12 +88,12 @@ def ladder(
     json_path: str | None,
     **values: Any,
 ) -> None:
-    """Judge every form of a net between checkpoint and engine on the same images.
+    """Judge every form of a net from checkpoint to engine.
 
-    Each rung is compared with the first (the loss so far) and with the rung before it (the loss of
-    this step alone). SOURCE is what `export` takes; it needs --data and --calib-data. RUN_DIR is
-    the folder of a finished `run`, whose options, images and files are used; only --data and
-    --limit may be given.
+    All forms run on the same images. Each rung is compared with the first (the loss so far) and
+    with the rung before it (the loss of this step alone). SOURCE is what `export` takes; it needs
+    --data and --calib-data. RUN_DIR is the folder of a finished `run`, whose options, images and
+    files are used; only --data and --limit may be given.
     """
     from reptrt.runs import ladder as rungs
 
@@ -127,10 +130,10 @@ def _refuse_given(allowed: Sequence[str], why: str) -> None:
 @click.option("--weights", type=PATH, help="Checkpoint, if it has moved.")
 @click.option("--source", help="ONNX file or factory, if it has moved.")
 def replay(folder: Path, output: Path | None, json_path: str | None, **values: Any) -> None:
-    """Repeat the run in RUN_DIR from its record and compare the files by sha256.
+    """Repeat the run in RUN_DIR and compare the files.
 
-    The inputs must have the same content; they may have moved. Exits with 1 if a file differs that
-    must be equal.
+    Everything is repeated from the record of the run; files are compared by sha256. The inputs must
+    have the same content; they may have moved. Exits with 1 if a file differs that must be equal.
     """
     from reptrt.runs.replay import Moved
     from reptrt.runs.replay import replay as repeat

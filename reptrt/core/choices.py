@@ -2,6 +2,8 @@
 
 from typing import Literal
 
+OPSETS = range(13, 21)  # that TensorRT 10.x and 11.x take
+
 Device = Literal["cpu", "cuda", "tensorrt"]  # execution provider of onnxruntime
 HighPrecision = Literal["fp32", "fp16"]  # reptrt.rewrite.to_fp16
 InputValues = Literal["normalized", "pixels", "bytes"]  # reptrt.graph.preprocess

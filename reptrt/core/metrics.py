@@ -55,6 +55,12 @@ def db_of_outputs(outputs: Sequence[tuple[float, float]]) -> float:
     return db_from_powers(1.0, sum(relative) / len(relative))
 
 
+def class_scores(output: FloatArray) -> FloatArray | None:
+    """Return the output of a classifier, (N, C) or (N, C, 1, ...), as (N, C); None for others."""
+    rows = output.reshape(len(output), -1)
+    return rows if output.ndim > 1 and rows.shape[1] == output.shape[1] else None
+
+
 def top_k_accuracy(logits: FloatArray, labels: npt.NDArray[np.integer], k: int) -> float:
     """Return the fraction of rows whose label is among the ``k`` largest logits; (N, C), (N,)."""
     k = min(k, logits.shape[1])

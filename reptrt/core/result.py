@@ -63,7 +63,7 @@ def text_of(table: Table) -> str:
     )
     with console.capture() as capture:
         console.print(table)
-    return capture.get().rstrip("\n")
+    return "\n".join(line.rstrip() for line in capture.get().rstrip("\n").split("\n"))
 
 
 def html_of(table: Table) -> str:

@@ -176,9 +176,7 @@ def open_runner(
         raise ConfigError(f"{engine}: an engine cannot run in onnxruntime; give the .onnx file")
     if engine is None and runner == "tensorrt":
         where = label_of(model)
-        raise ConfigError(
-            f"{where}: not an .engine or .plan file; make one with: reptrt build-engine {where}"
-        )
+        raise ConfigError(f"{where}: not an .engine or .plan file; build an engine from it first")
     if engine is not None:
         from reptrt.trt.runner import TrtRunner
 

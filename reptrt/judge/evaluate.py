@@ -26,7 +26,7 @@ import numpy.typing as npt
 from rich.table import Table
 
 from reptrt.core.errors import ArtifactError, ConfigError, DataError, option
-from reptrt.core.metrics import agreement, top_k_accuracy
+from reptrt.core.metrics import agreement, class_scores, top_k_accuracy
 from reptrt.core.result import Result
 from reptrt.data.dataset import Images, open_dataset
 from reptrt.execute.runner import Runner, open_runner
@@ -39,6 +39,7 @@ from reptrt.judge.outputs import (
     first_of,
     num_not_finite,
     paired,
+    refuse_labels_beyond,
     run_dataset,
     sqnr_by_output,
     total_sqnr_db,
@@ -216,13 +217,12 @@ def _judge(
         )
     if reference is not None:
         _check_shapes(name, reference, outputs)
-    logits = first.reshape(len(first), -1)
-    is_classifier = not is_any and first.ndim > 1 and logits.shape[1] == first.shape[1]
+    logits = None if is_any else class_scores(first)
     top1 = top5 = same_class = None
-    if labels is not None and is_classifier:
+    if labels is not None and logits is not None:
         _check_labels(name, labels, folders, logits.shape[1])
         top1, top5 = (top_k_accuracy(logits, labels, k) for k in (1, 5))
-    if reference is not None and is_classifier:
+    if reference is not None and logits is not None:
         same_class = agreement(first_of(reference).reshape(logits.shape), logits)
     return FileResult(
         file=name,
@@ -260,10 +260,4 @@ def _check_labels(
             "is the position of its folder, so there has to be one for each class: add the missing "
             f"ones (they may be empty), give an .npz with labels y, or {option('task', 'any')}"
         )
-    beyond = labels[labels >= num_classes]
-    if len(beyond):
-        raise DataError(
-            f"{name}: label {labels.max()} in the data, but the net has {num_classes} classes "
-            f"({len(beyond)} of {len(labels)} labels are beyond them); give labels 0 to "
-            f"{num_classes - 1}, or {option('task', 'any')}"
-        )
+    refuse_labels_beyond(name, labels, num_classes, f", or {option('task', 'any')}")

@@ -201,8 +201,9 @@ def _float_reasons(facts: Evidence, result: Timing) -> list[str]:
         )
     if facts.split_layers and (facts.misses or facts.passes):
         where = "onnxruntime" if result.runner == "onnxruntime" else "the engine"
+        layers = "1 layer is" if facts.split_layers == 1 else f"{facts.split_layers} layers are"
         lines.append(
-            f"{facts.split_layers} layers are split into two summands, which {where} adds in "
+            f"{layers} split into two summands, which {where} adds in "
             "float: compare with a file that is calibrated with split none"
         )
     if facts.islands:

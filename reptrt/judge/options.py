@@ -7,14 +7,24 @@ from reptrt.core.choices import Device, RunnerKind, Task
 from reptrt.core.errors import ConfigError, option
 from reptrt.core.option_fields import described, require_at_least
 
+BATCH = 64  # images that are run at a time
+
 
 @dataclass(frozen=True, slots=True)
 class RunnerOptions:
     """How files are run."""
 
-    runner: RunnerKind = described("auto", "Runtime; auto decides by the suffix of each file.")
-    device: Device = described("cpu", "Device of onnxruntime.")
-    threads: int | None = described(None, "CPU threads of onnxruntime.")
+    runner: RunnerKind = described(
+        "auto",
+        "Runtime: ort (onnxruntime) for .onnx files, tensorrt for .engine files; auto decides by "
+        "the suffix of each file.",
+    )
+    device: Device = described(
+        "cpu",
+        "Where onnxruntime runs: cpu, cuda, or tensorrt (its TensorRT provider, which builds an "
+        "engine from the .onnx file itself).",
+    )
+    threads: int | None = described(None, "CPU threads of onnxruntime; default: one for each core.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +39,7 @@ class EvaluateOptions(RunnerOptions):
         "Meaning of the outputs: classify for scores of classes; any compares only SQNR.",
     )
     limit: int | None = described(None, "Number of images, sampled from the data; default: all.")
-    batch_size: int = described(64, "Number of images that are run at a time.")
+    batch_size: int = described(BATCH, "Number of images that are run at a time.")
     seed: int = 0  # for sampling images
 
     def __post_init__(self) -> None:
@@ -53,9 +63,7 @@ class BenchOptions(RunnerOptions):
     warmup_seconds: float = described(
         0.5, "Seconds to warm up each file at each batch size before it is measured."
     )
-    host_copies: bool = described(
-        True, "Include copies between host and GPU in the latencies of engines."
-    )
+    host_copies: bool = described(True, "Include host-GPU copies in the time of engines.")
     seed: int = 0  # for inputs, the order of runs and the bootstrap
 
     def __post_init__(self) -> None:

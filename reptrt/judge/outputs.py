@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from reptrt.core.errors import ArtifactError
+from reptrt.core.errors import ArtifactError, DataError
 from reptrt.core.metrics import db_of_outputs, powers, sqnr_db
 from reptrt.core.progress import track
 from reptrt.data.dataset import Dataset
@@ -68,6 +68,29 @@ def num_not_finite(outputs: Outputs) -> int:
     for output in outputs.values():
         bad |= ~np.isfinite(output).reshape(length, -1).all(axis=1)
     return int(bad.sum())
+
+
+def refuse_labels_beyond(
+    name: str, labels: npt.NDArray[np.int64], num_classes: int, otherwise: str = ""
+) -> None:
+    """Refuse labels that are larger than the number of classes allows.
+
+    Args:
+        name: of the network or the data, for the message.
+        labels: (N,).
+        num_classes: of the network.
+        otherwise: what else the user can do, for the message.
+
+    Raises:
+        DataError: there are such labels.
+    """
+    beyond = labels[labels >= num_classes]
+    if len(beyond):
+        raise DataError(
+            f"{name}: label {labels.max()} in the data, but the net has {num_classes} classes "
+            f"({len(beyond)} of {len(labels)} labels are beyond them); give labels 0 to "
+            f"{num_classes - 1}{otherwise}"
+        )
 
 
 def paired(reference: Outputs, outputs: Outputs) -> dict[str, tuple[Float32Array, Float32Array]]:

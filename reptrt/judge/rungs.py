@@ -11,22 +11,22 @@ from typing import Any, NamedTuple
 import numpy as np
 from rich.table import Table
 
-from reptrt.core.errors import ArtifactError, DataError, EngineError, MissingDependencyError
-from reptrt.core.metrics import agreement, top_k_accuracy
+from reptrt.core.errors import ArtifactError, EngineError, MissingDependencyError
+from reptrt.core.metrics import agreement, class_scores, top_k_accuracy
 from reptrt.core.result import Result
 from reptrt.data.dataset import Dataset
 from reptrt.execute.runner import Runner
+from reptrt.judge.options import BATCH
 from reptrt.judge.outputs import (
-    Float32Array,
     Outputs,
     first_of,
     num_not_finite,
     paired,
+    refuse_labels_beyond,
     run_dataset,
     total_sqnr_db,
 )
 
-_BATCH = 64
 _NOT_COMPARED = ("-",) * 4
 
 
@@ -107,7 +107,7 @@ def measure(steps: Iterable[Step], dataset: Dataset) -> Ladder:
     for step in steps:
         try:
             with step.open() as runner:
-                outputs = run_dataset([runner], dataset, _BATCH)[0]
+                outputs = run_dataset([runner], dataset, BATCH)[0]
         except (EngineError, MissingDependencyError) as err:
             if not step.may_fail:
                 raise
@@ -164,7 +164,7 @@ def _distance(reference: Outputs, outputs: Outputs, dataset: Dataset) -> Distanc
     ratio = total_sqnr_db(reference, outputs)
     exact, got = first_of(reference), first_of(outputs)
     top1_before, top1 = _top1(reference, dataset), _top1(outputs, dataset)
-    rows, expected = _rows(got), _rows(exact)
+    rows, expected = class_scores(got), class_scores(exact)
     return Distance(
         max_difference=float(np.abs(got.astype(np.float64) - exact).max(initial=0.0)),
         sqnr_db=ratio if math.isfinite(ratio) else None,
@@ -174,21 +174,11 @@ def _distance(reference: Outputs, outputs: Outputs, dataset: Dataset) -> Distanc
 
 
 def _top1(outputs: Outputs, dataset: Dataset) -> float | None:
-    rows, labels = _rows(first_of(outputs)), dataset.labels
+    rows, labels = class_scores(first_of(outputs)), dataset.labels
     if rows is None or labels is None:
         return None
-    if labels.max() >= rows.shape[1]:
-        raise DataError(
-            f"{dataset.name}: label {labels.max()} in the data, but the net has {rows.shape[1]} "
-            "classes; check the number of class folders"
-        )
+    refuse_labels_beyond(dataset.name, labels, rows.shape[1])
     return top_k_accuracy(rows, labels, 1)
-
-
-def _rows(outputs: Float32Array) -> Float32Array | None:
-    """Return the outputs (N, classes, 1, ...) as (N, classes); None if they have another shape."""
-    rows = outputs.reshape(len(outputs), -1)
-    return rows if outputs.ndim > 1 and rows.shape[1] == outputs.shape[1] else None
 
 
 def _cells(distance: Distance | None) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import onnx_graphsurgeon as gs
 
+from reptrt.core.choices import OPSETS
 from reptrt.graph.net import producer
 from reptrt.graph.queries import (
     POINTWISE,
@@ -23,7 +24,6 @@ from reptrt.linter.rule import Defect
 from reptrt.linter.view import View, parameters_of
 
 _MIXED_OPERANDS = ("Pow", "Dropout", "BatchNormalization")  # whose operands may differ in type
-_OPSETS = range(13, 21)
 
 
 def activation_per_channel(view: View) -> Iterator[Defect]:
@@ -114,8 +114,8 @@ def opset_outside(view: View) -> Iterator[Defect]:
     FP16 scale. tensorrt_rtx parsed everything from 9 to 26.
     """
     opset = int(view.graph.opset)
-    if opset not in _OPSETS:
-        yield Defect("graph", f"opset {opset}", f"{_OPSETS.start} to {_OPSETS.stop - 1}")
+    if opset not in OPSETS:
+        yield Defect("graph", f"opset {opset}", f"{OPSETS.start} to {OPSETS.stop - 1}")
 
 
 def codes_read_as_numbers(view: View) -> Iterator[Defect]:
@@ -153,7 +153,7 @@ def simulated_bits(view: View) -> Iterator[Defect]:
     """The graph is no simulation of fewer than 8 bits.
 
     TensorRT has no such kernels: the engine would be as slow as INT8 and less accurate, and
-    `reptrt build-engine` refuses the file.
+    reptrt does not build it.
     """
     simulation = view.metadata.get("reptrt.simulation")
     if simulation:

@@ -287,8 +287,8 @@ RULES: tuple[Rule, ...] = (
         "info",
         coverage.float32_rest,
         cost="everything outside the INT8 layers runs in FP32, half as fast as in FP16",
-        mend="Nothing: reptrt build-engine makes the rest FP16; else calibrate with "
-        "--high-precision fp16",
+        mend="Nothing if reptrt builds the engine, which makes the rest FP16; else calibrate with "
+        "high precision fp16",
     ),
     Rule(
         "QDQ206",

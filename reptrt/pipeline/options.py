@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from reptrt.core.choices import (
+    OPSETS,
     HighPrecision,
     Recipe,
     Resize,
@@ -44,7 +45,10 @@ class ExportOptions:
         None, "What to do with images of another size than the input's."
     )
     opset: int = described(
-        19, "Opset of the ONNX file; scales in FP16 need 19.", minimum=13, maximum=20
+        19,
+        "Opset of the ONNX file; scales in FP16 need 19.",
+        minimum=min(OPSETS),
+        maximum=max(OPSETS),
     )
     tolerance: float = described(
         1e-4,
@@ -66,7 +70,10 @@ class CalibrateOptions:
     """Options of `calibrate`."""
 
     images: int = described(
-        512, "Number of calibration images, sampled from the data by --seed.", short="-n"
+        512,
+        "Number of calibration images, sampled from the data by --seed; by default fewer "
+        "if the data has fewer.",
+        short="-n",
     )
     recipe: Recipe = described(
         "fast",
@@ -78,7 +85,10 @@ class CalibrateOptions:
         True, "Give all channels of an activation the same range; adds no work to the net."
     )
     split: SplitMode = described(
-        "auto", "Form in which layers are split into two; auto decides for each layer."
+        "auto",
+        "Sum of two layers that replaces a layer whose weights lose too much: identity (a scaled "
+        "identity and the rest; identity-scalar: one factor for all channels), coarse-fine (large "
+        "steps and small steps), none; auto decides for each layer.",
     )
     split_precision: SplitPrecision = described(
         "float", "Precision of the two summands of a split layer."
@@ -95,16 +105,21 @@ class CalibrateOptions:
         True, "Subtract the mean error of quantized weights from the biases."
     )
     rounding: Rounding | None = described(
-        None, "How weights are rounded; default: as --recipe says."
+        None, "How weights are rounded; default: nearest for the recipe fast, else learned."
     )
     qprep: bool | None = described(
-        None, "Learn a gain and a shift for each channel; default: as --recipe says."
+        None,
+        "Learn a gain and a shift for each channel of an activation; default: only where the "
+        "recipe learns (balanced, accurate).",
     )
     keep_affine: bool = described(
         False, "Leave the learned gains and shifts in the graph as Mul and Add, for inspection."
     )
     iterations: int | None = described(
-        None, "Learning steps for each unit; default: as --recipe says.", minimum=1
+        None,
+        "Learning steps for each unit, a block of layers that are learned together; default: "
+        "40 for the recipe balanced, 100 for accurate.",
+        minimum=1,
     )
     memory_budget: float = described(
         4.0,
@@ -118,20 +133,21 @@ class CalibrateOptions:
     )
     exclude: tuple[str, ...] = described(
         (),
-        "Regular expression for names of layers (convolutions, matrix products) that stay in "
-        "float.",
+        "Layers (convolutions, matrix products) that stay in float: a regular expression, which "
+        "may match anywhere in the name; may be given several times.",
         metavar="REGEX",
     )
     float_nodes: tuple[str, ...] = described(
         (),
-        "Regular expression for names of nodes of any kind that stay in float, and with them "
-        "everything that is reached only through them.",
+        "Nodes of any kind that stay in float, and with them everything that is reached only "
+        "through them: a regular expression, as for --exclude; may be given several times.",
         metavar="REGEX",
         flag="--float",
     )
     high_precision: HighPrecision = described(
         "fp32",
-        "Type in the file of everything that is not INT8; build-engine makes it fp16 by itself.",
+        "Type in the file of everything that is not INT8; building an engine turns fp32 into fp16 "
+        "anyway, unless it is told not to.",
     )
     device: TorchDevice = described("cpu", "Device that calibration images are run on.")
     seed: int = described(0, "Seed for sampling calibration images and for learning.", minimum=0)

@@ -18,7 +18,7 @@ class RunOptions:
         None, "Number of images to judge on, sampled from the data; default: all."
     )
     batches: tuple[int, ...] = described((1, 8), "Batch sizes to time.", flag="--batch")
-    threads: int | None = described(None, "CPU threads of onnxruntime.")
+    threads: int | None = described(None, "CPU threads of onnxruntime; default: one for each core.")
     diagnose: bool = described(
         True, "Measure the effect of quantization on every layer, for the report."
     )

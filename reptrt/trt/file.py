@@ -76,7 +76,7 @@ def read_header(path: Path) -> PlanHeader:
     if start[:4] not in _TAGS or len(start) < _HEADER_BYTES:
         raise EngineError(
             f"{path}: not a TensorRT engine (it starts with {start[:4]!r}, expected "
-            f"{_TAGS[0]!r} or {_TAGS[1]!r}); make one with reptrt build-engine"
+            f"{_TAGS[0]!r} or {_TAGS[1]!r}); build one from an .onnx file"
         )
     size = int.from_bytes(start[16:24], "little")
     first, second, third, fourth = start[24:28]

@@ -228,7 +228,7 @@ def test_open_runner_takes_onnx_files(net: Path) -> None:
 
 def test_open_runner_refuses_the_other_kind(net: Path, tmp_path: Path) -> None:
     with pytest.raises(
-        ConfigError, match=r"not an .engine or .plan file; make one with: reptrt build-engine"
+        ConfigError, match=r"not an .engine or .plan file; build an engine from it first"
     ):
         open_runner(net, runner="tensorrt")
     with pytest.raises(ConfigError, match=r"an engine cannot run in onnxruntime"):

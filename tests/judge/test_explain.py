@@ -117,6 +117,8 @@ def test_split_layers_count_where_they_cost() -> None:
     )
     passes = Evidence(planned=10, split_layers=3, passes=("3 Q/DQ passes",))
     assert reasons(passes, device="A10")[0].startswith("3 layers are split into two summands")
+    single = Evidence(planned=10, split_layers=1, misses=("a",))
+    assert reasons(single)[1].startswith("1 layer is split into two summands")
     fused = Evidence(planned=10, split_layers=3)
     assert not any("split" in line for line in reasons(fused, device="A10"))
 

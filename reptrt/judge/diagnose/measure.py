@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from reptrt.core.grid import Grid
-from reptrt.core.metrics import agreement, db_from_powers, db_of_outputs
+from reptrt.core.metrics import agreement, class_scores, db_from_powers, db_of_outputs
 from reptrt.core.progress import track
 from reptrt.data.dataset import Dataset
 from reptrt.execute.torchgraph import TorchGraph
@@ -100,11 +100,11 @@ class Closeness:
         first = next(iter(references))
         reference, output = references[first], outputs[first]
         self.images += len(reference)
-        if reference.dim() < 2 or reference[0].numel() != reference.shape[1]:
+        expected, rows = (class_scores(tensor.cpu().numpy()) for tensor in (reference, output))
+        if expected is None or rows is None:
             self.same_class = None
-        if self.same_class is not None:
-            rows = [t.flatten(1).cpu().numpy() for t in (reference, output)]
-            self.same_class += agreement(rows[0], rows[1]) * len(reference)
+        elif self.same_class is not None:
+            self.same_class += agreement(expected, rows) * len(reference)
 
     @property
     def sqnr_db(self) -> float:
