@@ -1,5 +1,6 @@
 """The whole way on a net of three layers, in a few seconds: what runs before every commit."""
 
+import re
 from pathlib import Path
 
 import numpy as np
