@@ -18,20 +18,23 @@ from reptrt.core.lazy import lazily
 if TYPE_CHECKING:
     from reptrt.api.folders import ladder, report, run
     from reptrt.api.judging import bench, diagnose, evaluate, inspect
-    from reptrt.api.stages import build_engine, calibrate, export, lint, package
+    from reptrt.api.stages import build_engine, calibrate, export, lint, load, package
+    from reptrt.pipeline.options import PLAIN_INT8
 else:
     __getattr__ = lazily(
         __name__,
         {
             "reptrt.api.folders": ("ladder", "report", "run"),
             "reptrt.api.judging": ("bench", "diagnose", "evaluate", "inspect"),
-            "reptrt.api.stages": ("build_engine", "calibrate", "export", "lint", "package"),
+            "reptrt.api.stages": ("build_engine", "calibrate", "export", "lint", "load", "package"),
+            "reptrt.pipeline.options": ("PLAIN_INT8",),
         },
     )
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "PLAIN_INT8",
     "__version__",
     "bench",
     "build_engine",
@@ -42,6 +45,7 @@ __all__ = [
     "inspect",
     "ladder",
     "lint",
+    "load",
     "package",
     "report",
     "run",

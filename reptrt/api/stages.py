@@ -18,6 +18,7 @@ from reptrt.pipeline import (
     CalibrateOptions,
     Exported,
     ExportOptions,
+    Loaded,
     at_most_all,
     calibrate_net,
     calibration_images,
@@ -138,6 +139,22 @@ def calibrate(
         calibrating = at_most_all(calibrating, images)
     dataset = calibration_images(model, images, calibrating)
     return calibrate_net(model, dataset, calibrating, name=name)
+
+
+def load(path: str | os.PathLike[str]) -> Loaded:
+    """Return the network in an ONNX file as a value: it can be called, judged and saved again.
+
+    >>> int8 = reptrt.load("a0.int8.onnx")
+    >>> logits = int8(images)
+
+    Args:
+        path: the file, float or INT8.
+
+    Raises:
+        ConfigError: ``path`` is not a path.
+        ArtifactError: the file cannot be read, or is not the one its sidecar was written for.
+    """
+    return Loaded.load(path_from(path, "path"))
 
 
 def lint(net: NetworkLike) -> LintReport:

@@ -89,37 +89,62 @@ def _until(batches: Iterator[_Batch], limit: int | None) -> Iterator[_Batch]:
 
 def _batch(value: Any, where: str, with_labels: bool) -> _Batch | None:
     """Return an array, or a pair of images and labels, as a batch; None if it is neither."""
-    images = _array(value)
+    images = _array(value, where)
     if images is not None:
         return _Batch(_checked_rank(images, where), None)
     if not _is_sequence(value) or not value:
         return None
-    images, *others = map(_array, value)
+    images, *others = (_array(entry, where) for entry in value)
     if images is None or images.ndim != 4 or any(o is not None and o.ndim == 4 for o in others):
         return None  # several batches, perhaps
     if not others or not with_labels:
         return _Batch(images, None)
-    if len(others) > 1 or others[0] is None:
+    if len(others) > 1 or (_is_sequence(value[1]) and not _are_integers(value[1])):
         return None
-    return _Batch(images, checked_labels(f"{where}: labels", others[0], len(images)))
+    labels = others[0] if others[0] is not None else _list_of_labels(value[1], where)
+    return _Batch(images, checked_labels(f"{where}: labels", labels, len(images)))
+
+
+def _list_of_labels(value: Any, where: str) -> AnyArray:
+    """Return a list of integers as an array.
+
+    Raises:
+        DataError: anything else.
+    """
+    if _is_sequence(value):
+        return np.asarray(value, np.int64)
+    raise DataError(
+        f"{where}: labels are {_kind(value)}, expected class indices as an array, a tensor or a "
+        "list of integers; without labels, pass the images alone"
+    )
 
 
 def _is_sequence(value: Any) -> bool:
     return isinstance(value, tuple | list)
 
 
+def _are_integers(values: Iterable[Any]) -> bool:
+    return all(isinstance(value, int | np.integer) for value in values)
+
+
 def _checked_rank(images: AnyArray, where: str) -> AnyArray:
     if images.ndim != 4:
-        hint = "; one image is a batch of one: images[None]" if images.ndim == 3 else ""
+        hint = ""
+        if images.ndim == 3:
+            hint = "; one image is a batch of one: images[None]"
+            if ": batch " in where:
+                hint = "; stack single images into one array: numpy.stack(images)"
         raise DataError(f"{where}: shape {images.shape}, expected (N, C, H, W){hint}")
     return images
 
 
-def _array(value: Any) -> AnyArray | None:
+def _array(value: Any, where: str) -> AnyArray | None:
     """Return a numpy array or a torch tensor as an array; None for anything else."""
     if isinstance(value, np.ndarray):
         return value
     if type(value).__module__.partition(".")[0] == "torch" and hasattr(value, "detach"):
+        if str(value.layout) != "torch.strided":
+            raise DataError(f"{where}: got a tensor of layout {value.layout}, expected a dense one")
         tensor = value.detach().cpu()  # bfloat16 has no counterpart in numpy
         array: AnyArray = (tensor.float() if tensor.is_floating_point() else tensor).numpy()
         return array

@@ -122,6 +122,8 @@ def read_model(path: Path) -> onnx.ModelProto:
     """
     if is_engine_file(path):
         raise ArtifactError(f"{path}: is a TensorRT engine, expected an ONNX file")
+    if path.is_dir():
+        raise ArtifactError(f"{path}: is a folder, expected an ONNX file")
     try:
         model = onnx.load(str(path), format="protobuf")  # whatever the suffix
         onnx.checker.check_model(model, full_check=False)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     )
     from reptrt.pipeline.preparing import Prepared, prepare, split_layers, torch_device
     from reptrt.pipeline.reports import CalibrateReport, ExportReport, TensorScale
-    from reptrt.pipeline.values import Calibrated, Exported
+    from reptrt.pipeline.values import Calibrated, Exported, Loaded
     from reptrt.sources.source import Source
 
 __all__ = [
@@ -38,6 +38,7 @@ __all__ = [
     "ExportOptions",
     "ExportReport",
     "Exported",
+    "Loaded",
     "Prepared",
     "Source",
     "TensorScale",
@@ -71,7 +72,7 @@ __getattr__ = lazily(
         ),
         "reptrt.pipeline.preparing": ("Prepared", "prepare", "split_layers", "torch_device"),
         "reptrt.pipeline.reports": ("CalibrateReport", "ExportReport", "TensorScale"),
-        "reptrt.pipeline.values": ("Calibrated", "Exported"),
+        "reptrt.pipeline.values": ("Calibrated", "Exported", "Loaded"),
         "reptrt.sources.source": ("Source",),
     },
 )

@@ -153,6 +153,7 @@ class CalibrateOptions:
     seed: int = described(0, "Seed for sampling calibration images and for learning.", minimum=0)
 
     def __post_init__(self) -> None:
+        check_bounds(self)
         for name in ("weight_bits", "activation_bits"):
             if not 2 <= (bits := getattr(self, name)) <= 8:
                 raise ConfigError(f"{option(name)}: got {bits}, expected 2..8 (simulated in INT8)")
@@ -172,7 +173,6 @@ class CalibrateOptions:
                 f"{option('keep_affine')}: no gains and shifts are learned; give "
                 f"{option('qprep', True)} too, or a recipe that learns"
             )
-        check_bounds(self)
         require_at_least(1, self, "images")
         require_at_least(0, self, "max_overhead")
         if not 0 < self.memory_budget < float("inf"):

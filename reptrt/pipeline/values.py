@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import html
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,7 +13,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from reptrt.core.artifacts import ONNX_SUFFIXES, require_folder, require_suffix, write_artifact
+from reptrt.core.artifacts import (
+    ONNX_SUFFIXES,
+    read_sidecar,
+    require_folder,
+    require_suffix,
+    write_artifact,
+)
 from reptrt.core.errors import ConfigError, option
 from reptrt.data.dataset import open_dataset
 from reptrt.data.from_user import images_from
@@ -25,6 +32,7 @@ from reptrt.pipeline.reports import CalibrateReport, ExportReport
 AnyArray = npt.NDArray[Any]
 Batch = TypeVar("Batch", AnyArray, torch.Tensor)
 
+_WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 _BATCH = 64  # images at a time
 
 
@@ -103,9 +111,25 @@ class Made(Model):
     def _runner(self) -> OrtRunner:
         return OrtRunner(self)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the fields; the session of onnxruntime is opened again where it is needed."""
+        return {name: value for name, value in vars(self).items() if name != "_runner"}
+
     def __repr__(self) -> str:
-        size = self.proto.ByteSize() / 2**20
-        return f"<{type(self).__name__} {self.name}: {self.origin.artifact}, {size:.1f} MiB>"
+        graph = self.proto.graph
+        constants = {constant.name for constant in graph.initializer}
+        image = next(value for value in graph.input if value.name not in constants)
+        sizes = image.type.tensor_type.shape.dim[1:]
+        size = "x".join(str(dim.dim_value or "?") for dim in sizes)
+        layers = sum(node.op_type in _WEIGHTED for node in graph.node)
+        kib = self.proto.ByteSize() / 2**10
+        return f"<{type(self).__name__} {self.name}: {size}, {layers} layers, {kib:.0f} KiB>"
+
+    def _repr_html_(self) -> str:
+        """Return the network, and how it was made, as HTML; notebooks call this."""
+        report = getattr(self, "report", None)
+        line = f"<pre>{html.escape(repr(self))}</pre>"
+        return line if report is None else f"{line}\n{report._repr_html_()}"
 
 
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)
@@ -126,6 +150,29 @@ def _joined(parts: list[AnyArray], length: int) -> AnyArray:
     """Return what parts of the images gave as one array, or the last part if rows are no images."""
     rows = sum(len(part) if part.ndim else 0 for part in parts)
     return np.concatenate(parts) if rows == length else parts[-1]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
+class Loaded(Made):
+    """A network read from a file."""
+
+    @staticmethod
+    def load(path: Path) -> "Loaded":
+        """Read an ONNX file, with its origin where it has a sidecar.
+
+        Raises:
+            ArtifactError: the file cannot be read, or is not the one its sidecar was written for.
+        """
+        model, sidecar = Model.read(path), read_sidecar(path)
+        if sidecar is not None:
+            origin = Origin(sidecar.artifact, sidecar.parents, sidecar.options, sidecar.details)
+        else:
+            is_int8 = any(node.op_type == "QuantizeLinear" for node in model.proto.graph.node)
+            kind = "int8-onnx" if is_int8 else "float-onnx"
+            origin = Origin(kind, {model.name: model.sha256}, {}, {})
+        return Loaded(
+            name=model.name, proto=model.proto, sha256=model.sha256, path=path, origin=origin
+        )
 
 
 def finished_model(net: Net) -> tuple[Any, str]:

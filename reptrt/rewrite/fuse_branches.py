@@ -141,7 +141,7 @@ def _climb(graph: gs.Graph, summand: Summand, known: Mapping[str, Branches]) -> 
     """Follow one operand upwards while it stays an exact linear map."""
     tensor = summand.tensor
     steps = [Step(tensor)]
-    while (node := producer(tensor)) is not None:
+    while (node := producer(tensor)) is not None and node.inputs:
         below = steps[-1]
         linear = linear_of(node, _layout(node, below))
         if linear is None:
@@ -194,7 +194,7 @@ def _linear_sources(graph: gs.Graph, node: gs.Node) -> tuple[gs.Tensor, ...]:
     """Return the tensors before a linear node that only linear nodes separate from it."""
     tensors = [data_input(node)]
     while is_private(graph, tensors[-1]) and (above := producer(tensors[-1])) is not None:
-        if linear_of(above, layout_of(data_input(above))) is None:
+        if not above.inputs or linear_of(above, layout_of(data_input(above))) is None:
             break
         tensors.append(data_input(above))
     return tuple(tensors)

@@ -103,6 +103,12 @@ def _inner(module: nn.Module) -> nn.Module | None:
 
 
 def _refuse_unusable(module: nn.Module, name: str) -> None:
+    if isinstance(module, torch.jit.ScriptModule):
+        raise ConfigError(
+            f"{name}: is a TorchScript module; give the torch.nn.Module that it was made from"
+        )
+    if isinstance(module, nn.Sequential) and len(module) == 0:
+        raise ConfigError(f"{name}: is empty, expected a network with layers")
     tensors = (*module.parameters(), *module.buffers())
     if any(is_lazy(value) for value in tensors):
         raise ConfigError(

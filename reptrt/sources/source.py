@@ -32,6 +32,7 @@ from reptrt.sources.module import deployable
 _IMAGENET_SIZE = (3, 224, 224)
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _TIMM = "timm:"
+_CHECKPOINTS = (".pt", ".pth", ".ckpt", ".safetensors", ".bin")
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +118,11 @@ def implied_preprocess(source: Source, size: tuple[int, int, int] | None) -> Pre
 def _from_zoo(source: Source) -> nn.Module:
     import torch
 
+    if source.name.lower().endswith(_CHECKPOINTS):
+        raise ConfigError(
+            f"{source.name}: a checkpoint needs a network; give the network's name, such as "
+            f"repvgg_a0, and {option('weights', source.name)}"
+        )
     if source.name not in names() and (source.name.endswith(".py") or Path(source.name).exists()):
         raise ConfigError(
             f"{source.name}: expected a zoo name, timm:NAME, FILE.py:FACTORY, MODULE:FACTORY or an "

@@ -2,7 +2,10 @@
 
 import copy
 import json
+import pickle
+import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +174,50 @@ def test_files_and_values_mix(net: Any, int8: Any, tmp_path: Path) -> None:
     assert reptrt.inspect(int8).layers == reptrt.inspect(saved).layers
 
 
+def test_a_file_is_loaded_as_a_value(net: Any, int8: Any, tmp_path: Path) -> None:
+    path = int8.save(tmp_path / "a.int8.onnx")
+    loaded = reptrt.load(path)
+    assert repr(loaded).startswith("<Loaded a.int8.onnx: 3x16x16, 4 layers, ")
+    assert np.array_equal(loaded(PIXELS), int8(PIXELS))
+    again = pickle.loads(pickle.dumps(loaded))  # after a call: the session is left behind
+    assert np.array_equal(again(PIXELS[:2]), int8(PIXELS[:2]))
+    copied = loaded.save(tmp_path / "b.onnx")
+    first, second = read_sidecar(path), read_sidecar(copied)
+    assert first is not None
+    assert first == second
+    (tmp_path / "b.onnx.json").unlink()
+    assert reptrt.load(copied).origin.artifact == "int8-onnx"
+    float_file = net.save(tmp_path / "net.onnx")
+    (tmp_path / "net.onnx.json").unlink()
+    plain = reptrt.load(float_file)
+    assert plain.origin.artifact == "float-onnx"
+    again = reptrt.calibrate(plain, PIXELS, options=replace(reptrt.PLAIN_INT8, images=96))
+    assert again.report.splits == ()
+    for value in (loaded, net, int8):
+        assert repr(value).replace("<", "&lt;").replace(">", "&gt;") in value._repr_html_()
+    assert "<table>" in int8._repr_html_()
+
+
+def test_a_node_without_inputs_is_no_branch() -> None:
+    class Noisy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            noisy: torch.Tensor = self.conv(x) + torch.rand(1)
+            return noisy
+
+    assert "RandomUniform" in [
+        node.op_type for node in reptrt.export(Noisy(), input_size=(3, 16, 16)).proto.graph.node
+    ]
+
+
+def test_labels_may_be_a_list(net: Any) -> None:
+    as_list, as_array = (reptrt.evaluate(net, (PIXELS, y)) for y in (LABELS.tolist(), LABELS))
+    assert as_list.results[0].top1 == as_array.results[0].top1
+
+
 def test_models_of_one_name_are_told_apart(net: Any) -> None:
     other = reptrt.export(rep_net(), input_size=(3, 16, 16), mean=MEAN, std=STD, name=net.name)
     report = reptrt.evaluate([net, other], PIXELS)
@@ -311,6 +358,13 @@ def test_what_a_call_reads_is_not_overwritten(net: Any, tmp_path: Path) -> None:
         reptrt.build_engine(model, tmp_path / "a.engine", timing_cache=model)
 
 
+def scripted() -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        module: nn.Module = torch.jit.script(nn.Sequential(nn.Conv2d(3, 4, 3)).eval())  # type: ignore[no-untyped-call]
+    return module
+
+
 # What is no input --------------------------------------------------------------------------------
 
 WRONG: dict[str, Callable[[Any, nn.Module], Any]] = {
@@ -321,7 +375,7 @@ WRONG: dict[str, Callable[[Any, nn.Module], Any]] = {
     "nets: got no networks": lambda n, m: reptrt.bench([]),
     "reference: got the torch module": lambda n, m: reptrt.evaluate(n, PIXELS, reference=m),
     "data: got a dict, expected an array": lambda n, m: reptrt.calibrate(n, {"x": PIXELS}),
-    "data: batch 0 of a list is a tuple (ndarray, str)": lambda n, m: reptrt.evaluate(
+    "data: batch 0: labels are a str, expected class indices": lambda n, m: reptrt.evaluate(
         n, [(PIXELS, "labels")]
     ),
     "data: images have shape (96, 3, 16, 8), expected (N, 3, 16, 16)": lambda n, m: (
@@ -415,6 +469,29 @@ WRONG: dict[str, Callable[[Any, nn.Module], Any]] = {
         m, PIXELS, PIXELS, batches=(1,)
     ),
     "device: got cuda, ": lambda n, m: reptrt.bench(n, device="cuda"),
+    # Modules, images and labels
+    "RecursiveScriptModule: is a TorchScript module": lambda n, m: reptrt.export(
+        scripted(), input_size=(3, 16, 16)
+    ),
+    "Sequential: is empty, expected a network": lambda n, m: reptrt.export(
+        nn.Sequential(), input_size=(3, 16, 16)
+    ),
+    "weights.pt: a checkpoint needs a network; give": lambda n, m: reptrt.export("weights.pt"),
+    "data: got a tensor of layout torch.sparse_coo": lambda n, m: reptrt.calibrate(
+        n, torch.from_numpy(FLOATS).to_sparse()
+    ),
+    "data: labels are a NoneType, expected class": lambda n, m: reptrt.evaluate(n, (PIXELS, None)),
+    "data: labels is float64": lambda n, m: reptrt.evaluate(n, (PIXELS, LABELS + 0.5)),
+    "data: batch 0: shape (3, 16, 16), expected (N, C, H, W); stack": lambda n, m: reptrt.calibrate(
+        n, list(PIXELS)
+    ),
+    "Sequential int8 fast: is already quantized": lambda n, m: reptrt.calibrate(
+        reptrt.calibrate(n, PIXELS), PIXELS
+    ),
+    "nowhere: not the folder of a run": lambda n, m: reptrt.report("nowhere"),
+    "tests: is a folder, expected an ONNX file": lambda n, m: reptrt.lint("tests"),
+    "path: got int, expected a path": lambda n, m: reptrt.load(3),  # type: ignore[arg-type]
+    "a.plan: is a TensorRT engine, expected an ONNX": lambda n, m: reptrt.load("a.plan"),
     # Files that would be overwritten, and engines in place of networks
     "path: got NoneType, expected a path": lambda n, m: n.save(None),
     "images.npz: expected a name that ends in .onnx for a network": lambda n, m: n.save(

@@ -1,6 +1,7 @@
 """The public names, their signatures, and what a user's type checker sees of them."""
 
 import inspect
+import re
 import subprocess
 import sys
 from dataclasses import fields
@@ -9,6 +10,8 @@ from pathlib import Path
 import pytest
 
 import reptrt
+from reptrt.core.errors import ConfigError
+from reptrt.core.keywords import changed, parameters
 from reptrt.judge.options import BenchOptions, EvaluateOptions
 from reptrt.pipeline import CalibrateOptions, ExportOptions
 from reptrt.trt.options import BuildOptions, PackageOptions
@@ -24,6 +27,7 @@ SIGNATURES = {  # parameters before those that are fields of options
     "inspect": "net",
     "ladder": "source, data, calib_data, *, weights, options",
     "lint": "net",
+    "load": "path",
     "package": "engine, output, *, options",
     "report": "folder, output",
     "run": "source, data, output, *, eval_data, weights, options",
@@ -40,7 +44,7 @@ CHANGES = {
 
 
 def test_public_names_are_a_contract() -> None:
-    assert sorted(reptrt.__all__) == sorted(["__version__", *SIGNATURES])
+    assert sorted(reptrt.__all__) == sorted(["__version__", "PLAIN_INT8", *SIGNATURES])
     assert dir(reptrt) == sorted(reptrt.__all__)
     with pytest.raises(AttributeError, match="module 'reptrt' has no attribute 'exprot'"):
         reptrt.exprot  # type: ignore[attr-defined]  # noqa: B018
@@ -72,6 +76,30 @@ def test_nested_options_are_keyword_arguments_too() -> None:
     assert {"input_size", "recipe", "targets", "eval_limit", "widths"} <= set(
         inspect.signature(reptrt.run).parameters
     )
+
+
+def test_options_are_listed_in_wrapped_lines() -> None:
+    text = reptrt.calibrate.__doc__ or ""
+    options = text.partition("\nOptions:\n")[2].splitlines()
+    assert max(map(len, options)) <= 100
+    entries = re.split(r"\n    (?=\w+: )", "\n" + "\n".join(options))[1:]
+    assert len(entries) > 20
+    assert {" ".join(entry.split()).lower().count("default: ") for entry in entries} == {1}
+
+
+@pytest.mark.parametrize(
+    "kind", [BenchOptions, BuildOptions, CalibrateOptions, EvaluateOptions, ExportOptions]
+)
+def test_bounds_of_fields_hold_in_python(kind: type) -> None:
+    for name, parameter in parameters(kind).items():
+        description = parameter.description
+        for bound, step in (
+            (description and description.minimum, -1),
+            (description and description.maximum, 1),
+        ):
+            if bound is not None:
+                with pytest.raises(ConfigError, match=f"{name}: got "):
+                    changed(kind(), {name: bound + step})
 
 
 def test_every_function_is_documented() -> None:

@@ -90,9 +90,10 @@ def write_report(folder: Path, output: Path | None = None) -> ReportFile:
         ArtifactError: there is no record of a run, or the file cannot be written.
     """
     path = folder / REPORT_FILE if output is None else output
+    run = read_run(folder)
     require_folder(path)
     refuse_overwriting(path, [entry for entry in _inputs(folder) if entry.name != REPORT_FILE])
-    page = page_of(read_run(folder))
+    page = page_of(run)
     content = render(page).encode()
     write_bytes(path, content)
     states = tuple(SectionState(s.id, s.title, s.absent) for s in page.sections)
