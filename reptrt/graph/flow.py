@@ -17,7 +17,7 @@ from reptrt.graph.queries import (
     joins_one_tensor,
     moves,
     value_inputs,
-    value_of,
+    value_past_casts,
 )
 
 _RARELY_INT8 = ("Expand", "Tile", "Gather")  # not every TensorRT moves codes with these
@@ -77,7 +77,7 @@ class Flow:
         return (
             moves_values(node)
             and node.name not in self._float
-            and value_of(node.inputs[0]) is None
+            and value_past_casts(node.inputs[0]) is None
             and asked.isdisjoint(id(tensor) for tensor in node.outputs)
             and all(not t.outputs or id(t) in self._before for t in node.outputs)
         )

@@ -260,7 +260,7 @@ def producer(tensor: gs.Tensor) -> gs.Node | None:
     return tensor.inputs[0] if tensor.inputs else None
 
 
-def maker_of(tensor: gs.Tensor) -> gs.Node:
+def producer_of(tensor: gs.Tensor) -> gs.Node:
     """Return the node that computes a tensor.
 
     Raises:

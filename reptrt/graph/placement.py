@@ -32,7 +32,7 @@ from reptrt.core.errors import ConfigError, option
 from reptrt.graph.flow import Flow, tail_of
 from reptrt.graph.layers import output_axis
 from reptrt.graph.net import QUANTIZED_OPS, Net, constant_value, weighted_nodes
-from reptrt.graph.queries import SUMS, before_epilogue, is_private, value_inputs
+from reptrt.graph.queries import SUMS, before_epilogue, is_private_past_casts, value_inputs
 from reptrt.graph.splits import Split, read_splits
 
 
@@ -185,7 +185,7 @@ class _Rules:
         a layer and another skip.
         """
         node = before_epilogue(tensor, self._graph)
-        if node is None or not is_private(tensor, self._graph):
+        if node is None or not is_private_past_casts(self._graph, tensor):
             return None
         split = self._splits.get(node.name)
         layer = self._chosen.get(node.name if split is None else split.main)

@@ -17,10 +17,10 @@ import onnx_graphsurgeon as gs
 
 from reptrt.core.errors import CalibrationError
 from reptrt.core.grid import Grid, channel_amax, quantize, scale_from_amax
-from reptrt.graph.net import Net, constant_value, maker_of
+from reptrt.graph.net import Net, constant_value, producer_of
 from reptrt.graph.placement import Placement
 from reptrt.graph.plan import QuantizedActivation, QuantizedWeight, QuantPlan
-from reptrt.graph.queries import base, maker
+from reptrt.graph.queries import base, producer_past_casts
 
 _INT8 = Grid.activation(8)
 _WHOLE = (_INT8, _INT8.full_range)  # grids that saturation alone enforces
@@ -88,7 +88,7 @@ def update_qdq(net: Net, plan: QuantPlan) -> None:
                 bound.values = value
     nodes = {node.name: node for node in net.graph.nodes}
     for name, weight in plan.weights.items():
-        dequantize = maker_of(nodes[name].inputs[1])
+        dequantize = producer_of(nodes[name].inputs[1])
         dequantize.inputs[0].values, dequantize.inputs[1].values = weight.codes, weight.scale
 
 
@@ -108,7 +108,7 @@ class Pair:
 
 def pair_of(quantize: gs.Node) -> Pair:
     """Return the pair that a QuantizeLinear belongs to."""
-    clip = maker(quantize.inputs[0])
+    clip = producer_past_casts(quantize.inputs[0])
     readers = quantize.outputs[0].outputs
     return Pair(
         quantize,
@@ -126,8 +126,8 @@ def _inserted_pairs(net: Net, plan: QuantPlan) -> Iterator[tuple[str, Pair]]:
     nodes = {node.name: node for node in net.graph.nodes}
     for tensor, activation in plan.activations.items():
         node_name, index = activation.readers[0]
-        dequantize = maker_of(nodes[node_name].inputs[index])
-        yield tensor, pair_of(maker_of(dequantize.inputs[0]))
+        dequantize = producer_of(nodes[node_name].inputs[index])
+        yield tensor, pair_of(producer_of(dequantize.inputs[0]))
 
 
 def _is_simulation(clip: gs.Node) -> bool:

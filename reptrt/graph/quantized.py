@@ -29,11 +29,11 @@ from reptrt.graph.queries import (
     dequantize_before,
     given,
     is_quantize,
-    maker,
+    producer_past_casts,
     quantization_of,
     quantize_before,
     readers,
-    value_of,
+    value_past_casts,
 )
 from reptrt.graph.recentred import read_recentred
 
@@ -74,14 +74,16 @@ def activation_pairs(net: Net) -> Iterator[tuple[str, Pair]]:
     """
     recentred = {record.quantize: record.tensor for record in read_recentred(net)}
     for node in net.graph.nodes:
-        if is_quantize(node) and value_of(node.inputs[0]) is None:
+        if is_quantize(node) and value_past_casts(node.inputs[0]) is None:
             pair = pair_of(node)
             yield recentred.get(node.name) or pair.source.name, pair
 
 
 def activation_scales(net: Net) -> dict[str, Float64Array]:
     """Return tensor name -> scale, for every quantized activation whose scale is a constant."""
-    scales = {tensor: value_of(pair.quantize.inputs[1]) for tensor, pair in activation_pairs(net)}
+    scales = {
+        tensor: value_past_casts(pair.quantize.inputs[1]) for tensor, pair in activation_pairs(net)
+    }
     return {
         tensor: np.asarray(scale, dtype=np.float64)
         for tensor, scale in scales.items()
@@ -128,12 +130,12 @@ def _layer_weight(node: gs.Node) -> LayerWeight | None:
     floats = None if bias_values is None else np.asarray(bias_values, dtype=np.float64)
     dequantize = dequantize_before(node.inputs[1])
     if dequantize is None:
-        values = value_of(node.inputs[1])
+        values = value_past_casts(node.inputs[1])
         return None if values is None else LayerWeight(np.asarray(values), None, 0, floats)
-    scale, values = value_of(dequantize.inputs[1]), value_of(dequantize.inputs[0])
+    scale, values = value_past_casts(dequantize.inputs[1]), value_past_casts(dequantize.inputs[0])
     quantize = producer(base(dequantize.inputs[0]))
     if values is None and quantize is not None and is_quantize(quantize):
-        values = value_of(quantize.inputs[0])
+        values = value_past_casts(quantize.inputs[0])
     if values is None or scale is None:
         return None
     axis = int(dequantize.attrs.get("axis", 1))
@@ -159,7 +161,7 @@ def _readers(pair: Pair) -> Iterator[tuple[str, int]]:
     """Yield node name and input index of what reads the result of a pair."""
     scale = constant_of(pair.quantize.inputs[1])
     for dequantize in pair.dequantizes:
-        own = value_of(dequantize.inputs[1])
+        own = value_past_casts(dequantize.inputs[1])
         if own is not None and (own != scale).any():
             yield dequantize.name, 0
         else:
@@ -169,7 +171,7 @@ def _readers(pair: Pair) -> Iterator[tuple[str, int]]:
 
 def _quantized_weight(node: gs.Node) -> QuantizedWeight | None:
     """Return the INT8 codes of a layer's weight with a scale per output channel, or None."""
-    dequantize = maker(node.inputs[1])
+    dequantize = producer_past_casts(node.inputs[1])
     parameters = None if dequantize is None else quantization_of(dequantize)
     if (
         dequantize is None
@@ -178,7 +180,7 @@ def _quantized_weight(node: gs.Node) -> QuantizedWeight | None:
         or parameters.zero_point
     ):
         return None
-    codes = value_of(dequantize.inputs[0])
+    codes = value_past_casts(dequantize.inputs[0])
     axis = parameters.axis % codes.ndim if codes is not None else 0
     if codes is None or parameters.scale.size not in (1, codes.shape[axis]):
         return None
@@ -204,8 +206,8 @@ def _groups(net: Net, tensors: Collection[str]) -> dict[str, int]:
 
 def _origin(tensor: gs.Tensor) -> str | None:
     """Return the tensor whose pair a tensor comes from, or None; nodes may move values between."""
-    node = maker(tensor)
+    node = producer_past_casts(tensor)
     while node is not None and moves_values(node):
-        node = maker(node.inputs[0])
+        node = producer_past_casts(node.inputs[0])
     quantize = quantize_before(node)
     return None if quantize is None else pair_of(quantize).source.name

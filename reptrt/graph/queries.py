@@ -69,7 +69,7 @@ def moves(node: gs.Node) -> bool:
     """Whether a node changes no value, only places; zeros that a Pad adds are code 0."""
     if node.op == "Pad":
         fill = given(node, 2)
-        value = node.attrs.get("value", 0) if fill is None else value_of(fill)
+        value = node.attrs.get("value", 0) if fill is None else value_past_casts(fill)
         is_constant = node.attrs.get("mode", "constant") == "constant"
         return not is_constant or (value is not None and not np.any(value))
     if node.op == "Resize":
@@ -91,7 +91,7 @@ def value_inputs(node: gs.Node) -> list[tuple[int, gs.Tensor]]:
     return [
         (index, tensor)
         for index, tensor in list(numbered)[:count]
-        if not tensor.is_empty() and value_of(tensor) is None
+        if not tensor.is_empty() and value_past_casts(tensor) is None
     ]
 
 
@@ -118,12 +118,12 @@ def joins_one_tensor(node: gs.Node, order: Mapping[int, int]) -> bool:
     return True
 
 
-def value_of(tensor: gs.Tensor) -> npt.NDArray[np.generic] | None:
+def value_past_casts(tensor: gs.Tensor) -> npt.NDArray[np.generic] | None:
     """Return the value of a constant, casts looked through; None if it is not a known constant."""
     value = constant_value(tensor)
     maker = producer(tensor)
     if value is None and maker is not None and maker.op in LOOKED_THROUGH:
-        return value_of(maker.inputs[0])
+        return value_past_casts(maker.inputs[0])
     return value
 
 
@@ -141,7 +141,7 @@ def base(tensor: gs.Tensor) -> gs.Tensor:
     return tensor
 
 
-def maker(tensor: gs.Tensor) -> gs.Node | None:
+def producer_past_casts(tensor: gs.Tensor) -> gs.Node | None:
     """Return the node that computes a tensor, in front of casts."""
     return producer(base(tensor))
 
@@ -168,7 +168,9 @@ def readers(
 
 def quantize_before(node: gs.Node | None) -> gs.Node | None:
     """Return the QuantizeLinear whose codes a DequantizeLinear reads; None if there is none."""
-    source = maker(node.inputs[0]) if is_dequantize(node) and node is not None else None
+    source = (
+        producer_past_casts(node.inputs[0]) if is_dequantize(node) and node is not None else None
+    )
     return source if is_quantize(source) else None
 
 
@@ -197,12 +199,12 @@ def dequantize_before(tensor: gs.Tensor) -> gs.Node | None:
 
     Nodes that move values are passed, and a Concat whose inputs all have the same scale.
     """
-    node = maker(tensor)
+    node = producer_past_casts(tensor)
     while node is not None and moves(node):
-        node = maker(node.inputs[0])
+        node = producer_past_casts(node.inputs[0])
     if node is not None and node.op == "Concat":
         pairs = [dequantize_before(part) for part in node.inputs]
-        scales = [None if dq is None else value_of(dq.inputs[1]) for dq in pairs]
+        scales = [None if dq is None else value_past_casts(dq.inputs[1]) for dq in pairs]
         return pairs[0] if all(same_scale(scales[0], scale) for scale in scales) else None
     return node if is_dequantize(node) else None
 
@@ -250,8 +252,8 @@ def quantization_of(node: gs.Node) -> Quantization | None:
     """
     if not (is_quantize(node) or is_dequantize(node)) or node.attrs.get("block_size", 0):
         return None
-    scale, kind, tensor = value_of(node.inputs[1]), codes_type(node), given(node, 2)
-    zero_points = np.zeros(1, np.int8) if tensor is None else value_of(tensor)
+    scale, kind, tensor = value_past_casts(node.inputs[1]), codes_type(node), given(node, 2)
+    zero_points = np.zeros(1, np.int8) if tensor is None else value_past_casts(tensor)
     if scale is None or kind is None or zero_points is None or zero_points.size == 0:
         return None
     if (zero_points != zero_points.flat[0]).any():
@@ -303,7 +305,7 @@ def float_type(tensor: gs.Tensor) -> str | None:
     return _float_name(value.dtype)
 
 
-def is_private(tensor: gs.Tensor, graph: gs.Graph) -> bool:
+def is_private_past_casts(graph: gs.Graph, tensor: gs.Tensor) -> bool:
     """Whether a tensor has one consumer, behind casts, and is no output of the graph."""
     chain = base(tensor)
     asked = any(output is tensor or base(output) is chain for output in graph.outputs)
@@ -312,19 +314,19 @@ def is_private(tensor: gs.Tensor, graph: gs.Graph) -> bool:
 
 def before_epilogue(tensor: gs.Tensor, graph: gs.Graph) -> gs.Node | None:
     """Return the node whose kernel makes a tensor: BatchNormalization and constant factors fuse."""
-    node = maker(tensor)
+    node = producer_past_casts(tensor)
     while node is not None:
-        operands = [t for t in node.inputs if not t.is_empty() and value_of(t) is None]
+        operands = [t for t in node.inputs if not t.is_empty() and value_past_casts(t) is None]
         fuses = node.op == "BatchNormalization" or (node.op in _BINARY and len(operands) == 1)
-        if not (fuses and operands) or not is_private(operands[0], graph):
+        if not (fuses and operands) or not is_private_past_casts(graph, operands[0]):
             return node
-        node = maker(operands[0])
+        node = producer_past_casts(operands[0])
     return None
 
 
 def _type_of(tensor: gs.Tensor) -> str | None:
     """Return the type that a constant has or a tensor declares, None if unknown."""
-    value = value_of(tensor)
+    value = value_past_casts(tensor)
     if value is not None:
         return str(value.dtype)
     return None if tensor.dtype is None else _type_name(tensor.dtype)

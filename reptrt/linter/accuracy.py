@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from reptrt.graph.queries import is_quantize, label, maker, value_of
+from reptrt.graph.queries import is_quantize, label, producer_past_casts, value_past_casts
 from reptrt.linter.rule import Defect
 from reptrt.linter.view import View
 
@@ -18,7 +18,7 @@ def weight_per_tensor(view: View) -> Iterator[Defect]:
     has to cover its largest channel; the small ones keep a few codes only.
     """
     for layer in view.int8_layers:
-        scale = None if layer.weight is None else value_of(layer.weight.inputs[1])
+        scale = None if layer.weight is None else value_past_casts(layer.weight.inputs[1])
         channels = layer.channels
         if scale is not None and scale.size == 1 and channels is not None and channels[1] > 1:
             yield Defect(label(layer.node), "one scale for the weight", f"{channels[1]} scales")
@@ -50,7 +50,7 @@ def float_weight_codes(view: View) -> Iterator[Defect]:
     that TensorRT's rounding gives: learned rounding would be lost.
     """
     for layer in view.int8_layers:
-        source = None if layer.weight is None else maker(layer.weight.inputs[0])
+        source = None if layer.weight is None else producer_past_casts(layer.weight.inputs[0])
         if source is not None and is_quantize(source) and layer.has_constant_weight:
             got = f"{source.inputs[0].name} in float behind Q and DQ"
             yield Defect(label(layer.node), got, "INT8 codes behind DQ")

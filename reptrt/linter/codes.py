@@ -15,9 +15,9 @@ from reptrt.graph.queries import (
     is_integer_op,
     is_quantize,
     label,
-    maker,
+    producer_past_casts,
     readers,
-    value_of,
+    value_past_casts,
 )
 from reptrt.linter.rule import Defect
 from reptrt.linter.view import Parameters, View, codes_source
@@ -50,7 +50,7 @@ def codes_not_int8(view: View) -> Iterator[Defect]:
     for parameters in view.parameters:
         node = parameters.node
         kind = codes_type(node)
-        source = maker(node.inputs[0])
+        source = producer_past_casts(node.inputs[0])
         if kind in (None, "int8", "int32"):
             continue
         if source is not None and is_integer_op(source):  # that is QDQ009
@@ -90,7 +90,7 @@ def parameters_not_constant(view: View) -> Iterator[Defect]:
             tensor = given(parameters.node, index)
             if tensor is None or view.is_constant(tensor):
                 continue
-            source = maker(tensor)
+            source = producer_past_casts(tensor)
             if source is None or source.op != "DynamicQuantizeLinear":  # that is QDQ009
                 got = f"{role} {tensor.name} is computed at run time"
                 yield Defect(label(parameters.node), got, "a constant")
@@ -139,7 +139,7 @@ def int8_constant(view: View) -> Iterator[Defect]:
     seen: set[int] = set()
     for node in view.nodes:
         for index, tensor in enumerate(node.inputs):
-            values = value_of(tensor)
+            values = value_past_casts(tensor)
             if values is None or values.dtype != np.int8 or id(tensor) in seen:
                 continue
             if is_quantize(node) or (is_dequantize(node) and index) or is_integer_op(node):
@@ -163,7 +163,7 @@ def _feeds_convolution(node: gs.Node) -> bool:
 def _axis_size(parameters: Parameters) -> int | None:
     """Return the size of the quantized axis of a constant, None if it is not known."""
     node = parameters.node
-    values = value_of(codes_source(node) if is_dequantize(node) else node.inputs[0])
+    values = value_past_casts(codes_source(node) if is_dequantize(node) else node.inputs[0])
     if values is None or not -values.ndim <= parameters.axis < values.ndim:
         return None
     return int(values.shape[parameters.axis])

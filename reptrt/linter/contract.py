@@ -15,10 +15,10 @@ from reptrt.graph.queries import (
     is_dequantize,
     is_integer_op,
     label,
-    maker,
     moved_readers,
+    producer_past_casts,
     scale_text,
-    value_of,
+    value_past_casts,
 )
 from reptrt.linter.rule import Defect
 from reptrt.linter.view import View, parameters_of
@@ -33,7 +33,7 @@ def activation_per_channel(view: View) -> Iterator[Defect]:
     INT8 kernel for them. tensorrt_rtx parses them; the contract of TensorRT does not have them.
     """
     for node in view.activation_quantizes:
-        scale = value_of(node.inputs[1])
+        scale = value_past_casts(node.inputs[1])
         if scale is not None and scale.size > 1:
             yield Defect(label(node), f"{scale.size} scales (per channel)", "one scale")
 
@@ -47,7 +47,7 @@ def weight_axis(view: View) -> Iterator[Defect]:
     that its kernels did not expect (NVIDIA/TensorRT issue 1694).
     """
     for layer in view.layers:
-        if layer.weight is None or maker(layer.node.inputs[1]) is not layer.weight:
+        if layer.weight is None or producer_past_casts(layer.node.inputs[1]) is not layer.weight:
             continue
         parameters = parameters_of(layer.weight)
         scale = parameters.scale
@@ -142,9 +142,9 @@ def codes_from_elsewhere(view: View) -> Iterator[Defect]:
     Codes as graph input parse: whoever runs the engine has to quantize with just this scale.
     """
     for node in view.dequantizes:
-        source = maker(node.inputs[0])
+        source = producer_past_casts(node.inputs[0])
         if source is None and not view.is_constant(node.inputs[0]):
-            scale = scale_text(value_of(node.inputs[1]))
+            scale = scale_text(value_past_casts(node.inputs[1]))
             got = f"codes come in as {node.inputs[0].name}, scale {scale}"
             yield Defect(label(node), got, "a QuantizeLinear in the graph")
 

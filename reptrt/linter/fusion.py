@@ -16,11 +16,11 @@ from reptrt.graph.queries import (
     before_epilogue,
     dequantize_before,
     is_dequantize,
-    is_private,
+    is_private_past_casts,
     is_quantize,
     label,
-    maker,
     pair_readers,
+    producer_past_casts,
     quantize_before,
 )
 from reptrt.linter.rule import Defect
@@ -34,7 +34,7 @@ def split_activation(view: View) -> Iterator[Defect]:
     kernel early, rounds twice and keeps the negative half of the codes that ReLU throws away.
     """
     for node in view.activation_quantizes:
-        before = maker(node.inputs[0])
+        before = producer_past_casts(node.inputs[0])
         if before is None or before.op not in (*WEIGHTED_OPS, *SUMS, "BatchNormalization"):
             continue
         functions = dict.fromkeys(r.op for r, _ in pair_readers(node) if r.op in ACTIVATIONS)
@@ -49,7 +49,7 @@ def split_batchnorm(view: View) -> Iterator[Defect]:
     TensorRT folds the normalization into the convolution before it; not across a pair.
     """
     for node in view.activation_quantizes:
-        before = maker(node.inputs[0])
+        before = producer_past_casts(node.inputs[0])
         after = [r for r, _ in pair_readers(node) if r.op == "BatchNormalization"]
         if before is not None and before.op in WEIGHTED_OPS and after:
             got = f"Q/DQ between {before.op} and {label(after[0])}"
@@ -105,10 +105,12 @@ def split_pad(view: View) -> Iterator[Defect]:
     A Pad becomes the convolution's own padding, but not across a pair.
     """
     for layer in view.layers:
-        if layer.activation is None or layer.activation is not maker(layer.node.inputs[0]):
+        if layer.activation is None or layer.activation is not producer_past_casts(
+            layer.node.inputs[0]
+        ):
             continue
         quantize = quantize_before(layer.activation)
-        before = None if quantize is None else maker(quantize.inputs[0])
+        before = None if quantize is None else producer_past_casts(quantize.inputs[0])
         if quantize is not None and before is not None and before.op == "Pad":
             got = f"Q/DQ between {label(before)} and {label(layer.node)}"
             yield Defect(label(quantize), got, f"Q/DQ before {label(before)}, or pads in the layer")
@@ -131,7 +133,7 @@ def _float_skips(view: View) -> Iterator[tuple[gs.Node, gs.Tensor, bool]]:
 def _fuses(view: View, tensor: gs.Tensor) -> bool:
     """Whether a tensor is the output of an INT8 layer, or of a sum with one, for one reader."""
     node = before_epilogue(tensor, view.graph)
-    if node is None or not is_private(tensor, view.graph):
+    if node is None or not is_private_past_casts(view.graph, tensor):
         return False
     if any(layer.node is node for layer in view.int8_layers):
         return True
@@ -140,14 +142,14 @@ def _fuses(view: View, tensor: gs.Tensor) -> bool:
 
 def _splits(view: View, tensor: gs.Tensor) -> gs.Node | None:
     """Return the Q of a pair between a layer, or a sum with one, and the one sum that reads it."""
-    quantize = quantize_before(maker(tensor))
-    layer = None if quantize is None else maker(quantize.inputs[0])
+    quantize = quantize_before(producer_past_casts(tensor))
+    layer = None if quantize is None else producer_past_casts(quantize.inputs[0])
     if quantize is None or layer is None:
         return None
     if layer.op not in WEIGHTED_OPS and not _fuses(view, quantize.inputs[0]):
         return None
     chain = (quantize.inputs[0], quantize.outputs[0], tensor)
-    return quantize if all(is_private(part, view.graph) for part in chain) else None
+    return quantize if all(is_private_past_casts(view.graph, part) for part in chain) else None
 
 
 def _num_weights(view: View, tensor: gs.Tensor) -> int:
@@ -164,10 +166,10 @@ def _root(view: View, tensor: gs.Tensor) -> gs.Tensor:
         return _root(view, node.inputs[0])
     if node is not None and node.op in WEIGHTED_OPS:
         tensor = node.inputs[0]
-        node = maker(tensor)
+        node = producer_past_casts(tensor)
     while node is not None and (is_quantize(node) or is_dequantize(node) or _scales(view, node)):
         tensor = next(t for t in node.inputs if not view.is_constant(t))
-        node = maker(tensor)
+        node = producer_past_casts(tensor)
     return base(tensor)
 
 

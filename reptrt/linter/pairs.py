@@ -14,15 +14,15 @@ from reptrt.graph.queries import (
     is_dequantize,
     is_quantize,
     label,
-    maker,
     moved_readers,
     moves,
     pair_readers,
+    producer_past_casts,
     quantize_before,
     readers,
     same_scale,
     scale_text,
-    value_of,
+    value_past_casts,
 )
 from reptrt.linter.rule import Defect
 from reptrt.linter.view import View
@@ -40,9 +40,9 @@ def concat_scales(view: View) -> Iterator[Defect]:
         if node.op != "Concat" or id(node) not in view.between:
             continue
         sources = [dequantize_before(tensor) for tensor in node.inputs]
-        scales = [value_of(dq.inputs[1]) for dq in sources if dq is not None]
+        scales = [value_past_casts(dq.inputs[1]) for dq in sources if dq is not None]
         after = [r for r, _ in moved_readers(node.outputs[0]) if is_quantize(r)]
-        scales += [value_of(quantize.inputs[1]) for quantize in after] if scales else []
+        scales += [value_past_casts(quantize.inputs[1]) for quantize in after] if scales else []
         if any(not same_scale(scales[0], scale) for scale in scales[1:]):
             texts = dict.fromkeys(scale_text(scale) for scale in scales)
             yield Defect(label(node), f"scales {', '.join(texts)}", "one scale, inputs and output")
@@ -55,11 +55,11 @@ def requantized(view: View) -> Iterator[Defect]:
     scale on both sides of a MaxPool, Reshape or the like costs nothing and is not reported.
     """
     for node in view.activation_quantizes:
-        direct = maker(node.inputs[0])
+        direct = producer_past_casts(node.inputs[0])
         source = dequantize_before(node.inputs[0])
         if source is None or (direct is not None and direct.op == "Concat"):
             continue
-        first, second = value_of(source.inputs[1]), value_of(node.inputs[1])
+        first, second = value_past_casts(source.inputs[1]), value_past_casts(node.inputs[1])
         if direct is source or not same_scale(first, second):
             got = f"scale {scale_text(second)} after scale {scale_text(first)}"
             yield Defect(label(node), got, "one Q/DQ pair per tensor")
@@ -117,7 +117,7 @@ def pair_of_two_scales(view: View) -> Iterator[Defect]:
         source = quantize_before(node)
         if source is None:
             continue
-        first, second = value_of(source.inputs[1]), value_of(node.inputs[1])
+        first, second = value_past_casts(source.inputs[1]), value_past_casts(node.inputs[1])
         if first is None or second is None or same_scale(first, second):
             continue
         if any(reader.op not in SUMS for reader, _ in moved_readers(node.outputs[0])):
@@ -145,7 +145,7 @@ def quantized_gate(view: View) -> Iterator[Defect]:
     pair belongs behind the product.
     """
     for node in view.activation_quantizes:
-        before = maker(node.inputs[0])
+        before = producer_past_casts(node.inputs[0])
         after = [reader.op for reader, _ in pair_readers(node)]
         if before is None or before.op not in _GATES or not after:
             continue
@@ -166,7 +166,7 @@ def _several_scales(node: gs.Node | None, tensor: gs.Tensor) -> Iterator[Defect]
     if node is not None and (node.op in ("Cast", "Identity") or is_dequantize(node)):
         return  # casts belong to the tensor before them
     quantizes = [reader for reader, index in readers(tensor) if is_quantize(reader) and not index]
-    scales = [value_of(quantize.inputs[1]) for quantize in quantizes]
+    scales = [value_past_casts(quantize.inputs[1]) for quantize in quantizes]
     if any(not same_scale(scales[0], scale) for scale in scales[1:]):
         texts = dict.fromkeys(scale_text(scale) for scale in scales)
         yield Defect(label(quantizes[0]), f"{tensor.name} with scales {', '.join(texts)}", "one")
@@ -174,7 +174,7 @@ def _several_scales(node: gs.Node | None, tensor: gs.Tensor) -> Iterator[Defect]
 
 def _only_from(view: View, tensor: gs.Tensor) -> gs.Node | None:
     """Return the DQ of an activation if a tensor is only that, activated or moved."""
-    node = maker(tensor)
+    node = producer_past_casts(tensor)
     if node is None or view.is_constant(tensor):
         return None
     if is_dequantize(node):
@@ -186,5 +186,5 @@ def _only_from(view: View, tensor: gs.Tensor) -> gs.Node | None:
 
 
 def _is_int8(dequantize: gs.Node) -> bool:
-    values = value_of(dequantize.inputs[0])
+    values = value_past_casts(dequantize.inputs[0])
     return values is None or str(values.dtype) == "int8"

@@ -21,10 +21,10 @@ from reptrt.graph.queries import (
     is_integer_op,
     is_quantize,
     joins_one_tensor,
-    maker,
+    producer_past_casts,
     quantize_before,
     value_inputs,
-    value_of,
+    value_past_casts,
 )
 
 
@@ -231,8 +231,8 @@ class View:
 
     def _layer(self, node: gs.Node) -> Layer:
         weight = node.inputs[1]
-        direct = maker(weight)
-        values = value_of(codes_source(direct) if is_dequantize(direct) else weight)
+        direct = producer_past_casts(weight)
+        values = value_past_casts(codes_source(direct) if is_dequantize(direct) else weight)
         return Layer(
             node=node,
             activation=dequantize_before(node.inputs[0]),
@@ -247,8 +247,8 @@ def parameters_of(node: gs.Node) -> Parameters:
     zero_point = given(node, 2)
     return Parameters(
         node=node,
-        scale=value_of(node.inputs[1]),
-        zero_point=None if zero_point is None else value_of(zero_point),
+        scale=value_past_casts(node.inputs[1]),
+        zero_point=None if zero_point is None else value_past_casts(zero_point),
         axis=int(node.attrs.get("axis", 1)),
     )
 

@@ -30,8 +30,8 @@ from reptrt.graph.net import (
     Net,
     constant_value,
     is_private,
-    maker_of,
     producer,
+    producer_of,
 )
 from reptrt.graph.provenance import read_provenance, write_provenance
 from reptrt.rewrite.contract import RewriteReport, Skipped
@@ -134,7 +134,7 @@ def _absorb_before(net: Net, node: gs.Node, affine: LinearMap, layers: list[gs.N
         _set(net, layer, compose(_known(layer_of(layer)), own), shift_from)
     for tensor in _tensors_between(source, layers):
         tensor.name = net.fresh_name(f"{tensor.name}.scaled")
-    last = maker_of(source)
+    last = producer_of(source)
     _detach(node)
     last.outputs = [result]
     _scale_provenance(net, layers, scale)
@@ -142,7 +142,7 @@ def _absorb_before(net: Net, node: gs.Node, affine: LinearMap, layers: list[gs.N
 
 def _tensors_between(tensor: gs.Tensor, layers: list[gs.Node]) -> list[gs.Tensor]:
     """Return what sums read on the way down from layers to a tensor: its values change."""
-    node = maker_of(tensor)
+    node = producer_of(tensor)
     if any(node is layer for layer in layers):
         return []
     inner = [below for part in node.inputs for below in _tensors_between(part, layers)]

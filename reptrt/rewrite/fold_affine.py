@@ -20,7 +20,7 @@ import onnx_graphsurgeon as gs
 from reptrt.core.grid import along_axis
 from reptrt.graph.affines import Affine, read_affines, record_affines
 from reptrt.graph.layers import output_axis
-from reptrt.graph.net import Net, constant_of, constant_value, maker_of
+from reptrt.graph.net import Net, constant_of, constant_value, producer_of
 from reptrt.graph.plan import QuantizedWeight, QuantPlan
 from reptrt.graph.splits import Split, read_splits
 from reptrt.rewrite.contract import RewriteReport
@@ -59,7 +59,7 @@ class _Folding:
         mul, add = self._nodes[affine.mul], self._nodes[affine.add]
         gain = np.asarray(constant_of(mul.inputs[1]), dtype=np.float32).reshape(-1)
         shift = np.asarray(constant_of(add.inputs[1]), dtype=np.float32).reshape(-1)
-        last = maker_of(mul.inputs[0])
+        last = producer_of(mul.inputs[0])
         layer = self._nodes[split.main] if split else last
         if split is not None and last.name == split.sum:
             self._scale_side(self._nodes[split.side], gain, affine.layer)
@@ -92,7 +92,7 @@ class _Folding:
         scaled = _scaled(weight, gain)
         self.weights[node.name] = scaled
         zero_point = np.zeros(scaled.scale.shape, dtype=scaled.codes.dtype)
-        maker_of(node.inputs[1]).inputs = [
+        producer_of(node.inputs[1]).inputs = [
             self._constant(f"{prefix}.folded.codes", scaled.codes),
             self._constant(f"{prefix}.folded.scale", scaled.scale),
             self._constant(f"{prefix}.folded.zero_point", zero_point),

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from reptrt.core.grid import Grid
 from reptrt.graph.affines import read_affines
-from reptrt.graph.net import Net, constant_of, maker_of, model_from_net, net_from_model
+from reptrt.graph.net import Net, constant_of, model_from_net, net_from_model, producer_of
 from reptrt.graph.quantized import plan_from_net
 from reptrt.graph.splits import read_splits
 from reptrt.rewrite.fold_affine import fold_affine
@@ -58,7 +58,7 @@ def quantized_weights(net: Net) -> dict[str, tuple[np.ndarray, np.ndarray, int]]
     for node in net.graph.nodes:
         if node.op not in ("Conv", "Gemm") or isinstance(node.inputs[1], gs.Constant):
             continue
-        dequantize = maker_of(node.inputs[1])
+        dequantize = producer_of(node.inputs[1])
         codes, scale, zero_point = (constant_of(tensor) for tensor in dequantize.inputs)
         assert codes.dtype == zero_point.dtype == np.int8
         assert not zero_point.any()

@@ -22,9 +22,9 @@ from reptrt.graph.net import (
     Net,
     bytes_from_model,
     constant_of,
-    maker_of,
     model_from_net,
     net_from_model,
+    producer_of,
 )
 from reptrt.graph.splits import read_splits
 from reptrt.pipeline import CalibrateOptions, calibrate
@@ -86,7 +86,7 @@ def weights_of(net: Net) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     found = {}
     for node in net.graph.nodes:
         if node.op in ("Conv", "Gemm", "MatMul") and not isinstance(node.inputs[1], gs.Constant):
-            inputs = maker_of(node.inputs[1]).inputs
+            inputs = producer_of(node.inputs[1]).inputs
             found[node.name] = (constant_of(inputs[0]), constant_of(inputs[1]))
     return found
 

@@ -11,7 +11,7 @@ import torch
 from reptrt.execute.lowering import lower
 from reptrt.execute.runner import OrtRunner
 from reptrt.execute.torch_runner import graph_runner
-from reptrt.graph.net import constant_of, maker_of, net_from_model
+from reptrt.graph.net import constant_of, net_from_model, producer_of
 from reptrt.pipeline import CalibrateOptions, calibrate
 from reptrt.rewrite.round_biases import round_biases
 from tests.support.helpers import ort_run
@@ -22,10 +22,10 @@ from tests.support.qdq_nets import images, quantized, residual_net
 
 def grid_of(node: gs.Node) -> np.ndarray:
     """The step of a layer's INT32 sums, float64 (O,)."""
-    x = maker_of(node.inputs[0])
+    x = producer_of(node.inputs[0])
     while x.op != "DequantizeLinear":
-        x = maker_of(x.inputs[0])
-    step, scale = (constant_of(n.inputs[1]) for n in (x, maker_of(node.inputs[1])))
+        x = producer_of(x.inputs[0])
+    step, scale = (constant_of(n.inputs[1]) for n in (x, producer_of(node.inputs[1])))
     return np.float64(step) * scale.astype(np.float64)
 
 
