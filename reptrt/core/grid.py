@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-FloatArray = npt.NDArray[np.floating]
+from reptrt.core.arrays import FloatArray
+
 Codes = npt.NDArray[np.integer]  # INT8 or UINT8
 
 

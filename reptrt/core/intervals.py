@@ -4,9 +4,8 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
-Float64Array = npt.NDArray[np.float64]
+from reptrt.core.arrays import Float64Array
 
 RESAMPLES = 10_000
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-FloatArray = npt.NDArray[np.floating]
+from reptrt.core.arrays import FloatArray
 
 
 def sqnr_db(reference: FloatArray, output: FloatArray) -> float:

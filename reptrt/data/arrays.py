@@ -6,16 +6,12 @@ import zipfile
 import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from reptrt.core.arrays import AnyArray, IntArray
 from reptrt.core.errors import DataError
 from reptrt.graph.preprocess import Preprocess
-
-AnyArray = npt.NDArray[Any]
-IntArray = npt.NDArray[np.int64]
 
 BLOCK = 256  # images at a time in passes over all of them; bounds their memory
 _MARGIN = 0.05  # of the range of prepared pixels: floats this far beyond it are accepted

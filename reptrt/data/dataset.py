@@ -10,19 +10,16 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 
+from reptrt.core.arrays import AnyArray, Float32Array, IntArray
 from reptrt.core.errors import ConfigError, DataError, option
 from reptrt.data.arrays import BLOCK, ArrayImages, Arrays, load_arrays
 from reptrt.data.images import ImageFiles, list_images
 from reptrt.graph.preprocess import Preprocess
 
-AnyArray = npt.NDArray[Any]
-Float32Array = npt.NDArray[np.float32]
-IntArray = npt.NDArray[np.int64]
 Images = Path | Arrays  # a folder or an array file; or images in memory
 
 

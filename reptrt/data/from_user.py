@@ -11,13 +11,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
+from reptrt.core.arrays import AnyArray
 from reptrt.core.errors import DataError, option
 from reptrt.data.arrays import Arrays, checked_labels
 from reptrt.data.dataset import Images
-
-AnyArray = npt.NDArray[Any]
 
 _EXPECTED = (
     "expected an array or tensor (N, C, H, W), a pair of it and its labels, a DataLoader or other "

@@ -14,19 +14,16 @@ remaining product and sum of two float32 numbers are defined by IEEE 754. Ours.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnx_graphsurgeon as gs
 
+from reptrt.core.arrays import AnyArray, Float64Array
 from reptrt.core.grid import Grid, along_axis
 from reptrt.graph.layers import output_axis
 from reptrt.graph.net import constant_of, constant_value, producer
 from reptrt.graph.queries import given, is_dequantize, quantization_of
-
-AnyArray = npt.NDArray[Any]
-Float64Array = npt.NDArray[np.float64]
 
 SUMS = ".int8_sums"  # suffix of the name of a layer's sums
 _EXACT = 2**24  # integers up to here are float32 numbers

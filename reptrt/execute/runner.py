@@ -9,17 +9,16 @@ import os
 import re
 import sys
 import tempfile
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-import numpy.typing as npt
 import onnx
 from google.protobuf.message import DecodeError
 
+from reptrt.core.arrays import AnyArray
 from reptrt.core.artifacts import is_engine_file
 from reptrt.core.choices import Device, RunnerKind
 from reptrt.core.errors import ArtifactError, ConfigError, DataError, MissingDependencyError, option
@@ -29,8 +28,6 @@ from reptrt.graph.input_form import cast_for_input
 from reptrt.graph.model import Model, label_of, proto_of
 from reptrt.graph.net import bytes_from_model, used_inputs
 from reptrt.trt.machine import may_saturate
-
-AnyArray = npt.NDArray[Any]
 
 _PROVIDERS: dict[Device, list[str]] = {
     "cpu": ["CPUExecutionProvider"],
@@ -200,18 +197,6 @@ def outputs_in_parts(runner: Runner, batch: AnyArray) -> Iterator[dict[str, AnyA
             name: output[: size - missing] if missing and output.ndim else output
             for name, output in outputs.items()
         }
-
-
-def optimized_op_counts(model: bytes | Path | Model) -> Counter[str]:
-    """Count the operators that onnxruntime runs on the CPU, after its graph optimization.
-
-    A convolution that runs in INT8 appears as ``QLinearConv``, a float convolution as ``Conv``.
-
-    Raises:
-        ArtifactError: the model is not an ONNX file, or onnxruntime rejects it.
-        MissingDependencyError: onnxruntime is not installed.
-    """
-    return Counter(op for _, op in optimized_nodes(model))
 
 
 def optimized_nodes(model: bytes | Path | Model) -> list[tuple[str, str]]:

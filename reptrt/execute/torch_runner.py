@@ -6,12 +6,12 @@ from types import MappingProxyType
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnx
 import onnx_graphsurgeon as gs
 import torch
 from torch import Tensor, nn
 
+from reptrt.core.arrays import AnyArray
 from reptrt.execute.lowering import lower
 from reptrt.execute.module_outputs import flat_outputs
 from reptrt.execute.torchgraph import TorchGraph
@@ -19,7 +19,6 @@ from reptrt.graph.net import Net, constant_of, net_from_model
 from reptrt.graph.quantized import activation_pairs
 from reptrt.graph.recentred import read_recentred
 
-AnyArray = npt.NDArray[Any]
 Replacements = Mapping[str, Callable[..., Any]]
 
 _NOTHING: Replacements = MappingProxyType({})

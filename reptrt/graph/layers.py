@@ -7,9 +7,8 @@ import numpy as np
 import numpy.typing as npt
 import onnx_graphsurgeon as gs
 
+from reptrt.core.arrays import Float64Array
 from reptrt.graph.net import Net, constant_value, producer
-
-Float64Array = npt.NDArray[np.float64]
 
 
 def output_axis(node: gs.Node, rank: int = 2) -> int:

@@ -1,5 +1,9 @@
 """Read and write ONNX files as graphs, and the questions that every rewrite asks of a graph.
 
+Names of questions about a tensor: `producer` and `constant_value` return None where there is no
+answer, `producer_of` and `constant_of` raise. Those of `reptrt.graph.queries` that end with
+``past_casts`` look through casts, as TensorRT does.
+
 A `Net` is an onnx-graphsurgeon graph plus the model's ``metadata_props``, where reptrt keeps what a
 graph cannot express: the preprocessing, and the branch that each part of a kernel came from.
 """

@@ -6,12 +6,11 @@ A float graph gives float weights.
 
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnx_graphsurgeon as gs
 
+from reptrt.core.arrays import AnyArray, Float64Array
 from reptrt.core.grid import Grid
 from reptrt.graph.flow import moves_values
 from reptrt.graph.net import (
@@ -36,9 +35,6 @@ from reptrt.graph.queries import (
     value_past_casts,
 )
 from reptrt.graph.recentred import read_recentred
-
-AnyArray = npt.NDArray[Any]
-Float64Array = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True, eq=False)

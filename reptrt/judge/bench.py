@@ -14,10 +14,10 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
+from reptrt.core.arrays import Float32Array, Float64Array
 from reptrt.core.errors import ConfigError, option
-from reptrt.core.intervals import Float64Array, percentile_interval
+from reptrt.core.intervals import percentile_interval
 from reptrt.execute.runner import (
     EventTimer,
     Runner,
@@ -29,8 +29,6 @@ from reptrt.graph.model import Network, unique_labels
 from reptrt.judge.bench_report import BenchReport, Timing
 from reptrt.judge.options import BenchOptions
 from reptrt.trt.machine import Conditions, cpu_name, read_conditions, remarks
-
-Float32Array = npt.NDArray[np.float32]
 
 MIN_ROUNDS = 10
 

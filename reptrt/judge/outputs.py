@@ -8,13 +8,13 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
+from reptrt.core.arrays import Float32Array
 from reptrt.core.errors import ArtifactError, DataError
 from reptrt.core.metrics import db_of_outputs, powers, sqnr_db
 from reptrt.core.progress import track
 from reptrt.data.dataset import Dataset
 from reptrt.execute.runner import Runner, outputs_in_parts
 
-Float32Array = npt.NDArray[np.float32]
 Outputs = Mapping[str, Float32Array]  # each (images, ...), the first output first
 
 

@@ -9,10 +9,10 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from reptrt.core.arrays import Float64Array
 from reptrt.core.choices import Threshold
 from reptrt.core.grid import Grid, scale_from_amax
 from reptrt.execute.torchgraph import TorchGraph
@@ -29,8 +29,6 @@ from reptrt.quantize.calib.options import ThresholdOptions
 from reptrt.quantize.calib.outputs import Outputs
 from reptrt.quantize.calib.thresholds import amax_from_histogram
 from reptrt.quantize.choose import full_range_of
-
-Float64Array = npt.NDArray[np.float64]
 
 _REPORTED_BINS = 64  # more than half of them are used
 _MERGED = NUM_BINS // _REPORTED_BINS

@@ -4,9 +4,9 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
+from reptrt.core.arrays import Float64Array
 from reptrt.core.choices import SplitForm
 from reptrt.core.errors import ConfigError, option
 from reptrt.data.dataset import Dataset
@@ -30,8 +30,6 @@ from reptrt.rewrite.equalize import equalize, find_links, range_of_channels
 from reptrt.rewrite.recentre import full_range_obstacle
 from reptrt.rewrite.split_coarse_fine import split_coarse_fine
 from reptrt.rewrite.split_identity import split_identity
-
-Float64Array = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)

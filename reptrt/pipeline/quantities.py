@@ -4,11 +4,10 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from reptrt.core.arrays import Float64Array
 from reptrt.core.clock import Clock
 from reptrt.data.dataset import Dataset
 from reptrt.execute.torchgraph import TorchGraph
@@ -27,8 +26,6 @@ from reptrt.quantize.calib.outputs import Outputs, parts
 from reptrt.quantize.calib.saturation import without_dead_values
 
 _LOG = logging.getLogger(__name__)
-
-Float64Array = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True, eq=False)

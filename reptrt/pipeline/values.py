@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
+from reptrt.core.arrays import AnyArray
 from reptrt.core.artifacts import (
     ONNX_SUFFIXES,
     read_sidecar,
@@ -29,7 +29,6 @@ from reptrt.graph.net import Net, bytes_from_model, model_from_net
 from reptrt.graph.preprocess import read_preprocess
 from reptrt.pipeline.reports import CalibrateReport, ExportReport
 
-AnyArray = npt.NDArray[Any]
 Batch = TypeVar("Batch", AnyArray, torch.Tensor)
 
 _WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")

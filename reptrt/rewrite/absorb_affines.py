@@ -24,6 +24,7 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from reptrt.core.arrays import Float64Array
 from reptrt.core.errors import RewriteError
 from reptrt.graph.net import (
     WEIGHTED_OPS,
@@ -36,7 +37,7 @@ from reptrt.graph.net import (
 from reptrt.graph.provenance import read_provenance, write_provenance
 from reptrt.rewrite.contract import RewriteReport, Skipped
 from reptrt.rewrite.layers import layer_of, set_parameters
-from reptrt.rewrite.linear import Float64Array, LinearMap, compose, per_channel
+from reptrt.rewrite.linear import LinearMap, compose, per_channel
 from reptrt.rewrite.linear_nodes import affine_of, data_input, linear_of
 from reptrt.rewrite.sums import summands_of
 

@@ -3,12 +3,10 @@
 from collections.abc import Iterator
 
 import numpy as np
-import numpy.typing as npt
 import onnx_graphsurgeon as gs
 
+from reptrt.core.arrays import Float64Array
 from reptrt.graph.layers import dequantized_weight
-
-Float64Array = npt.NDArray[np.float64]
 
 
 def _input_size(node: gs.Node) -> tuple[int, int] | None:

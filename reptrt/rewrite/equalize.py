@@ -24,15 +24,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import onnx_graphsurgeon as gs
 
+from reptrt.core.arrays import Float64Array, FloatArray
 from reptrt.graph.net import Net, constant_value, is_private, producer, weighted_nodes
 from reptrt.rewrite.contract import RewriteReport, Skipped
 from reptrt.rewrite.linear import spread_over_kernel
-
-FloatArray = npt.NDArray[np.floating]
-Float64Array = npt.NDArray[np.float64]
 
 _HOMOGENEOUS = ("Relu", "LeakyRelu")
 _PER_CHANNEL = ("MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool")

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_graphsurgeon as gs
 
+from reptrt.core.arrays import Float32Array
 from reptrt.core.grid import along_axis
 from reptrt.graph.affines import Affine, read_affines, record_affines
 from reptrt.graph.layers import output_axis
@@ -24,8 +25,6 @@ from reptrt.graph.net import Net, constant_of, constant_value, producer_of
 from reptrt.graph.plan import QuantizedWeight, QuantPlan
 from reptrt.graph.splits import Split, read_splits
 from reptrt.rewrite.contract import RewriteReport
-
-FloatArray = npt.NDArray[np.float32]
 
 
 def fold_affine(net: Net, plan: QuantPlan) -> tuple[RewriteReport, QuantPlan]:
@@ -72,7 +71,7 @@ class _Folding:
         last.outputs = [add.outputs[0]]
         mul.outputs, add.outputs = [], []
 
-    def _scale_side(self, side: gs.Node, gain: FloatArray, layer: str) -> None:
+    def _scale_side(self, side: gs.Node, gain: Float32Array, layer: str) -> None:
         if side.op != "Mul":
             self._scale_weight(side, gain, f"{layer}.side")
             return
@@ -81,7 +80,7 @@ class _Folding:
         scaled = factor * gain.reshape(1, -1, 1, 1)
         side.inputs[index] = self._constant(f"{layer}.diagonal.folded", scaled)
 
-    def _scale_weight(self, node: gs.Node, gain: FloatArray, prefix: str) -> None:
+    def _scale_weight(self, node: gs.Node, gain: Float32Array, prefix: str) -> None:
         weight = self._plan.weights.get(node.name)
         if weight is None:
             values = constant_of(node.inputs[1])
@@ -102,7 +101,7 @@ class _Folding:
         return gs.Constant(self._net.fresh_name(name), value)
 
 
-def _scaled(weight: QuantizedWeight, gain: FloatArray) -> QuantizedWeight:
+def _scaled(weight: QuantizedWeight, gain: Float32Array) -> QuantizedWeight:
     """Return a quantized weight times one factor per output channel."""
     sign = along_axis(np.sign(gain), weight.codes.ndim, weight.axis).astype(weight.codes.dtype)
     scale = np.where(gain == 0, weight.scale, np.abs(gain) * weight.scale).astype(np.float32)

@@ -5,8 +5,9 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from reptrt.core.arrays import Float64Array
 from reptrt.graph.net import Net, constant_value
-from reptrt.rewrite.linear import Float64Array, LinearMap, regroup
+from reptrt.rewrite.linear import LinearMap, regroup
 
 COMPUTED_WEIGHTS = "its weights are not constant"
 

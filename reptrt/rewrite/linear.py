@@ -23,7 +23,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-Float64Array = npt.NDArray[np.float64]
+from reptrt.core.arrays import Float64Array
+
 Ints = tuple[int, ...]  # one value per spatial axis
 
 PADDED_SHIFT = "a convolution pads with zeros where the bias before it would have to continue"

@@ -7,10 +7,10 @@ import numpy as np
 import numpy.typing as npt
 import onnx_graphsurgeon as gs
 
+from reptrt.core.arrays import Float64Array
 from reptrt.graph.net import constant_value, producer
 from reptrt.rewrite.layers import has_input, layer_of, parameter
 from reptrt.rewrite.linear import (
-    Float64Array,
     Ints,
     LinearMap,
     average_pool,

@@ -9,12 +9,11 @@ import numpy as np
 import numpy.typing as npt
 import onnx_graphsurgeon as gs
 
+from reptrt.core.arrays import Float64Array
 from reptrt.graph.layers import set_constant, weight_sums
 from reptrt.graph.net import Net, constant_of, constant_value
 from reptrt.graph.qdq import Pair
 from reptrt.graph.recentred import Recentred
-
-Float64Array = npt.NDArray[np.float64]
 
 
 def offsets_of(

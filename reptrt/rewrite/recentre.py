@@ -34,6 +34,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_graphsurgeon as gs
 
+from reptrt.core.arrays import Float64Array
 from reptrt.core.errors import RewriteError
 from reptrt.graph.layers import add_to_bias, dequantized_weight
 from reptrt.graph.net import Net, producer
@@ -45,8 +46,6 @@ from reptrt.rewrite.borders import output_size, outside_sums, pads_of
 from reptrt.rewrite.contract import RewriteReport
 from reptrt.rewrite.offsets import move_pair, offsets_of, total
 from reptrt.rewrite.surroundings import ByIdentity, Readers, Surroundings
-
-Float64Array = npt.NDArray[np.float64]
 
 _HALF = np.finfo(np.float16)
 

@@ -18,16 +18,14 @@ float rounding, its value.
 from collections.abc import Collection
 
 import numpy as np
-import numpy.typing as npt
 import onnx_graphsurgeon as gs
 
+from reptrt.core.arrays import FloatArray
 from reptrt.core.choices import SplitPrecision
 from reptrt.core.grid import Grid
 from reptrt.graph.net import Net, constant_value, weighted_nodes
 from reptrt.graph.splits import Split, record_splits
 from reptrt.rewrite.contract import RewriteReport, Skipped
-
-FloatArray = npt.NDArray[np.floating]
 
 
 def split_coarse_fine(

@@ -17,17 +17,15 @@ position. Ensures: the output tensor keeps its name and, to float rounding, its 
 from collections.abc import Collection
 
 import numpy as np
-import numpy.typing as npt
 import onnx_graphsurgeon as gs
 
+from reptrt.core.arrays import FloatArray
 from reptrt.core.choices import SplitForm, SplitPrecision
 from reptrt.core.grid import Grid, along_axis, channel_amax
 from reptrt.graph.net import Net, constant_of, constant_value, weighted_nodes
 from reptrt.graph.splits import Split, record_splits
 from reptrt.rewrite.contract import RewriteReport, Skipped
 from reptrt.rewrite.split_coarse_fine import centre_of, centre_pads
-
-FloatArray = npt.NDArray[np.floating]
 
 NO_FACTOR = "no positive factor leaves smaller steps"
 

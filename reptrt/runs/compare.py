@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from reptrt.core.arrays import Float64Array
 from reptrt.core.errors import ArtifactError
 from reptrt.graph.net import Net
 from reptrt.graph.quantized import LayerWeight, activation_scales, layer_weights
@@ -14,7 +14,6 @@ from reptrt.graph.splits import read_splits
 
 _NAMED = 5  # names that a line lists
 _NEAR = 1.0005  # four digits do not tell smaller ratios from 1
-Float64Array = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,15 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from reptrt.core.arrays import AnyArray
 from reptrt.core.errors import ConfigError, DataError, EngineError
 from reptrt.graph.input_form import cast_for_input
 from reptrt.trt import binding, versions
 from reptrt.trt.file import OpenEngine, open_engine
 from reptrt.trt.messages import one_line
-
-AnyArray = npt.NDArray[Any]
 
 
 class TrtRunner:

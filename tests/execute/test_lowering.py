@@ -14,12 +14,12 @@ from onnx import numpy_helper
 
 from reptrt.core.grid import Grid
 from reptrt.execute.lowering import lower
-from reptrt.execute.runner import OrtRunner, optimized_nodes, optimized_op_counts
+from reptrt.execute.runner import OrtRunner, optimized_nodes
 from reptrt.execute.torch_runner import int8_runner
 from reptrt.execute.torchgraph import TorchGraph
 from reptrt.graph.net import model_from_net, net_from_model
 from reptrt.rewrite.split_coarse_fine import split_coarse_fine
-from tests.support.helpers import ort_run
+from tests.support.helpers import optimized_op_counts, ort_run
 from tests.support.onnx_nets import Builder, basic_block, padded_chain, plain_chain, without_names
 from tests.support.qdq_nets import images, quantized, residual_net, with_outputs
 

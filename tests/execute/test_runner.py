@@ -14,12 +14,11 @@ from reptrt.core.errors import ArtifactError, ConfigError, DataError, MissingDep
 from reptrt.execute.runner import (
     OrtRunner,
     open_runner,
-    optimized_op_counts,
     ort_version,
     usable_cores,
 )
 from reptrt.trt import machine as conditions
-from tests.support.helpers import ort_run
+from tests.support.helpers import optimized_op_counts, ort_run
 from tests.support.tiny_nets import classifier, quantized_conv
 
 IMAGES = np.random.default_rng(1).standard_normal((5, 3, 8, 8)).astype(np.float32)

@@ -14,7 +14,6 @@ from PIL import Image
 from reptrt.core.artifacts import read_sidecar, sha256_of
 from reptrt.core.choices import SplitMode
 from reptrt.core.errors import ArtifactError, CalibrationError, ConfigError, DataError, ReptrtError
-from reptrt.execute.runner import optimized_op_counts
 from reptrt.graph.net import net_from_model
 from reptrt.graph.preprocess import Preprocess, write_preprocess
 from reptrt.judge.evaluate import evaluate
@@ -23,7 +22,7 @@ from reptrt.pipeline import PLAIN_INT8, CalibrateOptions, ExportOptions, calibra
 from reptrt.quantize.calib.options import ThresholdOptions
 from reptrt.sources.options import ArchitectureOptions
 from reptrt.sources.source import Source
-from tests.support.helpers import SHARED, needs_shared, ort_run
+from tests.support.helpers import SHARED, needs_shared, optimized_op_counts, ort_run
 from tests.support.onnx_nets import Builder, basic_block, plain_chain, without_names
 from tests.support.qdq_nets import residual_net, with_outputs
 

@@ -15,7 +15,7 @@ from onnx import numpy_helper
 
 from reptrt.cli import main
 from reptrt.core.grid import Grid, dequantize, quantize
-from reptrt.execute.runner import OrtRunner, optimized_op_counts
+from reptrt.execute.runner import OrtRunner
 from reptrt.execute.torch_runner import float_activations, graph_runner
 from reptrt.graph.net import Net, constant_of, model_from_net, net_from_model, read_model
 from reptrt.graph.placement import place
@@ -29,7 +29,7 @@ from reptrt.quantize.choose import int8_obstacle
 from reptrt.rewrite.fold_skip_scale import fold_skip_scale
 from reptrt.rewrite.recentre import recentre
 from reptrt.rewrite.split_identity import split_identity
-from tests.support.helpers import ort_run
+from tests.support.helpers import optimized_op_counts, ort_run
 from tests.support.learned_nets import SIZE, rep_net, write_images, write_net
 from tests.support.qdq_nets import images
 

@@ -12,7 +12,7 @@ from onnx import numpy_helper
 from reptrt.core.errors import RewriteError
 from reptrt.core.metrics import sqnr_db
 from reptrt.execute.lowering import lower
-from reptrt.execute.runner import OrtRunner, optimized_op_counts
+from reptrt.execute.runner import OrtRunner
 from reptrt.execute.torchgraph import TorchGraph
 from reptrt.graph.net import Net, constant_value, model_from_net, net_from_model
 from reptrt.graph.placement import place
@@ -22,7 +22,7 @@ from reptrt.linter import lint_net
 from reptrt.rewrite.recentre import full_range_obstacle, padded_readers, recentre, round_scales
 from reptrt.rewrite.to_fp16 import to_fp16
 from tests.support.full_range_nets import Case, cases, on_grid, split_net, unsigned
-from tests.support.helpers import ort_run
+from tests.support.helpers import optimized_op_counts, ort_run
 from tests.support.lint_graphs import needs_rtx, refused_by_rtx
 from tests.support.onnx_nets import Builder, basic_block, plain_chain
 from tests.support.qdq_nets import images, with_outputs

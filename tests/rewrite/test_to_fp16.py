@@ -14,7 +14,7 @@ from onnx import TensorProto, numpy_helper
 from reptrt.core.errors import RewriteError
 from reptrt.core.metrics import sqnr_db
 from reptrt.execute.lowering import lower
-from reptrt.execute.runner import OrtRunner, optimized_op_counts
+from reptrt.execute.runner import OrtRunner
 from reptrt.graph.intent import planned_int8
 from reptrt.graph.net import model_from_net, net_from_model
 from reptrt.linter import lint_net
@@ -23,7 +23,7 @@ from reptrt.rewrite.contract import RewriteReport
 from reptrt.rewrite.to_fp16 import to_fp16
 from reptrt.trt.build import build_engine
 from reptrt.trt.options import BuildOptions
-from tests.support.helpers import SHARED, needs_shared, ort_run
+from tests.support.helpers import SHARED, needs_shared, optimized_op_counts, ort_run
 from tests.support.onnx_nets import Builder, basic_block, plain_chain
 from tests.support.qdq_nets import images, quantized, residual_net
 

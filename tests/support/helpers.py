@@ -2,6 +2,7 @@
 
 import importlib.util
 import sys
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
@@ -11,6 +12,8 @@ import onnx
 import onnxruntime
 import pytest
 
+from reptrt.execute.runner import optimized_nodes
+from reptrt.graph.model import Model
 from reptrt.trt.machine import may_saturate
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
@@ -51,3 +54,11 @@ def ort_run(
     )
     names = [output.name for output in session.get_outputs()]
     return dict(zip(names, session.run(names, dict(inputs)), strict=True))
+
+
+def optimized_op_counts(model: bytes | Path | Model) -> Counter[str]:
+    """Count the operators that onnxruntime runs on the CPU, after its graph optimization.
+
+    A convolution that runs in INT8 appears as ``QLinearConv``, a float convolution as ``Conv``.
+    """
+    return Counter(op for _, op in optimized_nodes(model))

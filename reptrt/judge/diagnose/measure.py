@@ -10,11 +10,11 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-import numpy.typing as npt
 import onnx_graphsurgeon as gs
 import torch
 from torch import Tensor
 
+from reptrt.core.arrays import Float64Array
 from reptrt.core.grid import Grid
 from reptrt.core.metrics import agreement, class_scores, db_from_powers, db_of_outputs
 from reptrt.core.progress import track
@@ -27,8 +27,6 @@ from reptrt.graph.plan import plan_from_placement
 from reptrt.graph.qdq import insert_qdq, quantize_weights
 from reptrt.graph.splits import Split, read_splits
 from reptrt.quantize.calib.collect import COMPUTE_BATCH
-
-Float64Array = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,13 +20,13 @@ import numpy as np
 import numpy.typing as npt
 import onnx_graphsurgeon as gs
 
+from reptrt.core.arrays import FloatArray
 from reptrt.core.grid import Grid, channel_amax, scale_from_amax
 from reptrt.graph.net import constant_value
 from reptrt.graph.provenance import Branch
 from reptrt.rewrite import split_identity
 from reptrt.rewrite.split_coarse_fine import centre_of
 
-FloatArray = npt.NDArray[np.floating]
 Mask = npt.NDArray[np.bool_]
 Source = Literal["branches", "kernel"]
 

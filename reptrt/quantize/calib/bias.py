@@ -13,15 +13,12 @@ form (ours).
 
 from collections.abc import Mapping
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from reptrt.core.arrays import Float64Array
 from reptrt.execute.torchgraph import TorchGraph
 from reptrt.graph.plan import QuantizedWeight
-
-Float64Array = npt.NDArray[np.float64]
 
 
 def bias_errors(

@@ -7,12 +7,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from reptrt.core.arrays import Float64Array
 from reptrt.data.dataset import Dataset
 from reptrt.execute.torchgraph import TorchGraph
 from reptrt.quantize.calib.collect import not_finite, watch
 from reptrt.quantize.calib.histogram import LARGEST
-
-Float64Array = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True, eq=False)

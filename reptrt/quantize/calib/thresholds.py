@@ -35,13 +35,11 @@ mae, which clips too much.
 from collections.abc import Callable, Mapping
 
 import numpy as np
-import numpy.typing as npt
 
+from reptrt.core.arrays import Float64Array
 from reptrt.core.grid import Grid
 from reptrt.quantize.calib.histogram import Histogram
 from reptrt.quantize.calib.options import ThresholdOptions
-
-FloatArray = npt.NDArray[np.float64]
 
 _SMALLEST = 2.0**-10  # of the maximum: the smallest threshold that is tried
 _COARSE, _FINE, _ZOOMS = 160, 17, 3
@@ -81,16 +79,16 @@ class _Density:
         steps = self._height * np.diff(powers, axis=1) / np.arange(1, 4)[:, None]
         self._below = np.concatenate([np.zeros((3, 1)), np.cumsum(steps, axis=1)], axis=1)
 
-    def moments(self, points: FloatArray) -> FloatArray:
+    def moments(self, points: Float64Array) -> Float64Array:
         """Return the integrals of p, x p, x^2 p from 0 to each point, shape (3, *points)."""
         index = np.minimum((points / self.width).astype(np.int64), len(self.counts) - 1)
         order = np.arange(1, 4).reshape(3, *[1] * points.ndim)
         partial = self._height[index] * (points**order - self.edges[index] ** order) / order
-        moments: FloatArray = self._below[:, index] + partial
+        moments: Float64Array = self._below[:, index] + partial
         return moments
 
 
-def _cells(density: _Density, amax: FloatArray, qmax: int, at: FloatArray) -> FloatArray:
+def _cells(density: _Density, amax: Float64Array, qmax: int, at: Float64Array) -> Float64Array:
     """Return the cell borders, at the multiples ``at`` of each step; the last is the maximum."""
     step = amax[:, None] / qmax
     borders = at[None, :] * step
@@ -98,7 +96,7 @@ def _cells(density: _Density, amax: FloatArray, qmax: int, at: FloatArray) -> Fl
     return np.asarray(np.minimum(borders, density.edges[-1]))
 
 
-def _mse(density: _Density, amax: FloatArray, qmax: int) -> FloatArray:
+def _mse(density: _Density, amax: Float64Array, qmax: int) -> Float64Array:
     """Return sum (x - k s)^2 for each threshold, from the moments of each cell."""
     codes = np.arange(qmax + 1.0)
     borders = _cells(density, amax, qmax, np.concatenate([[0.0], codes + 0.5]))
@@ -107,7 +105,7 @@ def _mse(density: _Density, amax: FloatArray, qmax: int) -> FloatArray:
     return np.asarray((m2 - 2 * values * m1 + values**2 * m0).sum(axis=1))
 
 
-def _mae(density: _Density, amax: FloatArray, qmax: int) -> FloatArray:
+def _mae(density: _Density, amax: Float64Array, qmax: int) -> Float64Array:
     """Return sum |x - k s| for each threshold; the sign differs below and above each code."""
     halves = np.arange(2 * qmax + 2) / 2.0  # 0, 1/2, 1, ..., qmax + 1/2
     borders = _cells(density, amax, qmax, halves)
@@ -118,7 +116,7 @@ def _mae(density: _Density, amax: FloatArray, qmax: int) -> FloatArray:
     return np.asarray((sign * (m1 - values * m0)).sum(axis=1))
 
 
-def _kl(density: _Density, amax: FloatArray, qmax: int) -> FloatArray:
+def _kl(density: _Density, amax: Float64Array, qmax: int) -> Float64Array:
     """Return KL(p || q_t) in nats, times the number of values and up to a constant."""
     at = np.concatenate([[0.0], np.arange(qmax + 1.0) + 0.5])
     borders = _cells(density, amax, qmax, at)
@@ -134,14 +132,14 @@ def _kl(density: _Density, amax: FloatArray, qmax: int) -> FloatArray:
     return np.asarray(tail - (mass * np.log(ratio)).sum(axis=1))
 
 
-_LOSSES: Mapping[str, Callable[[_Density, FloatArray, int], FloatArray]] = {
+_LOSSES: Mapping[str, Callable[[_Density, Float64Array, int], Float64Array]] = {
     "mse": _mse,
     "mae": _mae,
     "kl": _kl,
 }
 
 
-def _minimize(loss: Callable[[FloatArray], FloatArray], maximum: float) -> float:
+def _minimize(loss: Callable[[Float64Array], Float64Array], maximum: float) -> float:
     """Return the best threshold: a geometric search, then finer searches around the best."""
     candidates = maximum * np.geomspace(_SMALLEST, 1.0, _COARSE)
     for zoom in range(_ZOOMS + 1):
@@ -185,7 +183,7 @@ def _entropy(histogram: Histogram, num_levels: int) -> float:
     return float(min((best + 0.5) * merge * histogram.width, histogram.maximum))
 
 
-def _entropy_loss(counts: FloatArray, stop: int, num_levels: int) -> float:
+def _entropy_loss(counts: Float64Array, stop: int, num_levels: int) -> float:
     kept = counts[:stop]
     p = kept.copy()
     p[-1] += counts[stop:].sum()

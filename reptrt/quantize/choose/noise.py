@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import onnx_graphsurgeon as gs
 
+from reptrt.core.arrays import FloatArray
 from reptrt.core.choices import SplitForm
 from reptrt.core.grid import Grid, channel_amax
 from reptrt.graph.net import constant_value
@@ -16,8 +16,6 @@ from reptrt.quantize.choose.decisions import Option
 from reptrt.rewrite import split_coarse_fine as coarse_fine
 from reptrt.rewrite import split_identity as identity
 from reptrt.rewrite.linear import spread_over_kernel
-
-FloatArray = npt.NDArray[np.floating]
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from reptrt.core.arrays import FloatArray
 from reptrt.core.grid import Grid, channel_amax, scale_from_amax
 from reptrt.graph.model import proto_of
 from reptrt.graph.net import Net, net_from_model
@@ -25,7 +26,6 @@ from reptrt.graph.provenance import Branch, read_provenance
 from reptrt.graph.quantized import layer_weights
 from reptrt.graph.splits import read_splits
 
-FloatArray = npt.NDArray[np.floating]
 Mask = npt.NDArray[np.bool_]
 
 PARTS = ("identity", "1x1", "around")  # parts of a kernel, named after the branches
