@@ -10,6 +10,7 @@ import onnx
 from reptrt.core.artifacts import is_engine_file, read_sidecar, sha256_of
 from reptrt.core.errors import ArtifactError
 from reptrt.graph.net import Net, first_free, net_from_model, read_model
+from reptrt.graph.preprocess import Preprocess, read_preprocess
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -32,6 +33,11 @@ class Model:
         proto = read_model(path)
         sha256 = sha256_of(path) if sidecar is None else sidecar.sha256
         return Model(name=path.name, proto=proto, sha256=sha256, path=path)
+
+    @property
+    def preprocess(self) -> Preprocess:
+        """What turns an image into the model's input; see `read_preprocess`."""
+        return read_preprocess(self.to_net())
 
     def to_net(self) -> Net:
         """Return a new graph of the model, which may be changed."""

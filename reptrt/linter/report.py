@@ -63,7 +63,7 @@ class LintReport(Result):
         }
 
     def to_table(self) -> Table:
-        """Return the findings as a table for people, one row a rule."""
+        """Return the findings as a table for people: one row a rule, with the number of places."""
         table = Table(box=None, pad_edge=False)
         for title in ("rule", "severity", "where", "got", "expected"):
             table.add_column(title, overflow="fold")
@@ -71,7 +71,7 @@ class LintReport(Result):
             same = [finding for finding in self.findings if finding.rule == rule]
             table.add_row(
                 f"{rule} {same[0].name}",
-                same[0].severity,
+                same[0].severity if len(same) == 1 else f"{same[0].severity} x {len(same)}",
                 _some([finding.node for finding in same]),
                 _some([finding.got for finding in same]),
                 _some([finding.expected for finding in same]),

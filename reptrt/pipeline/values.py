@@ -26,7 +26,6 @@ from reptrt.data.from_user import images_from
 from reptrt.execute.runner import OrtRunner, outputs_in_parts
 from reptrt.graph.model import Model
 from reptrt.graph.net import Net, bytes_from_model, model_from_net
-from reptrt.graph.preprocess import read_preprocess
 from reptrt.pipeline.reports import CalibrateReport, ExportReport
 
 Batch = TypeVar("Batch", AnyArray, torch.Tensor)
@@ -95,7 +94,7 @@ class Made(Model):
             DataError: the images do not fit the network.
         """
         arrays = images_from(images, labels=False)
-        dataset = open_dataset(arrays, read_preprocess(self.to_net()))
+        dataset = open_dataset(arrays, self.preprocess)
         parts: dict[str, list[AnyArray]] = {name: [] for name in self._runner.output_names}
         for batch in dataset.batches(_BATCH):
             for outputs in outputs_in_parts(self._runner, batch):

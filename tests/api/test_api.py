@@ -517,3 +517,9 @@ def test_what_cannot_be_used_is_named_in_one_line(
     assert str(caught.value).startswith(message)
     assert "\n" not in str(caught.value)
     assert isinstance(caught.value, ConfigError | DataError | ArtifactError)
+
+
+def test_a_loaded_network_tells_its_preprocessing(net: Any, tmp_path: Path) -> None:
+    preprocess = reptrt.load(net.save(tmp_path / "net.onnx")).preprocess
+    assert (preprocess.mean, preprocess.std) == (MEAN, STD)
+    assert preprocess == net.preprocess

@@ -42,7 +42,7 @@ def test_it_is_stored_with_its_outputs(stored: Any) -> None:
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
     assert not [o for cell in cells for o in cell.outputs if o.output_type == "error"]
     assert len(outputs(stored, "image/png")) == 6
-    assert len(outputs(stored, "text/html")) == 6
+    assert len(outputs(stored, "text/html")) == 7
     text = NOTEBOOK.read_text()
     assert not re.search(r"/(home|root|tmp|work|Users)/|\\u001b\[", text)
 

@@ -192,6 +192,7 @@ def test_the_table_shows_each_rule_once_with_what_to_do():
         assert len(re.findall(f"^{rule} ", result.stdout, re.MULTILINE)) == 1
         assert len(re.findall(f"^{rule}: ", result.stdout, re.MULTILINE)) == 1
     assert "; 4 more" in result.stdout
+    assert re.search(r"^QDQ\d+ \S+ +\w+ x \d+ ", result.stdout, re.MULTILINE)
     last = result.stdout.splitlines()[-1]
     assert re.search(r"rep\.ort\.onnx  11 errors  5 warnings  3 infos  4 of 4 layers INT8", last)
 

@@ -90,7 +90,7 @@ def test_onnxruntime_form_and_torch_agree_with_the_folded_graph(full: bool) -> N
     expected = run(net, x)
     with OrtRunner(model_from_net(net).SerializeToString(), threads=1) as runner:
         lowered = next(iter(runner.run(x).values()))
-    by_torch = graph_runner(net, torch.device("cpu")).run(x)["output"]
+    by_torch = next(iter(graph_runner(net, torch.device("cpu")).run(x).values()))
     for got in (lowered, by_torch):
         # A sum near the middle of two codes may fall to either side.
         assert np.linalg.norm(got - expected) < 0.02 * np.linalg.norm(expected)
@@ -99,9 +99,9 @@ def test_onnxruntime_form_and_torch_agree_with_the_folded_graph(full: bool) -> N
 def test_without_rounding_the_skip_keeps_its_factor() -> None:
     """The simulation with float activations: a pair of two scales multiplies."""
     net, x = quantized_scalar(), images(4, 3, SIZE, seed=3)
-    unfolded = graph_runner(net, torch.device("cpu"), float_activations(net)).run(x)["output"]
+    unfolded = graph_runner(net, torch.device("cpu"), float_activations(net)).run(x)["head"]
     fold_skip_scale(net)
-    folded = graph_runner(net, torch.device("cpu"), float_activations(net)).run(x)["output"]
+    folded = graph_runner(net, torch.device("cpu"), float_activations(net)).run(x)["head"]
     np.testing.assert_allclose(folded, unfolded, rtol=0, atol=1e-5 * np.abs(unfolded).max())
 
 

@@ -66,7 +66,7 @@ def test_int8_kernels_and_torch_give_the_same_logits(tmp_path: Path) -> None:
             bias = constant_of(node.inputs[2]).astype(np.float64) / grid_of(node)
             assert np.abs(bias - np.rint(bias)).max() < 0.05
     x = 0.5 * images(500, 3, SIZE, seed=3)
-    by_torch = graph_runner(net_from_model(written), torch.device("cpu")).run(x)["output"]
+    by_torch = graph_runner(net_from_model(written), torch.device("cpu")).run(x)["head"]
     with OrtRunner(tmp_path / "o.onnx", threads=1) as runner:
         by_kernels = next(iter(runner.run(x).values()))
     same = (np.abs(by_kernels - by_torch) < 1e-4 * np.abs(by_torch).max()).all(axis=1)
