@@ -37,6 +37,7 @@ REASONS = {
 }
 LEAVES = {  # page -> files that its blocks must have left, each with its sidecar
     "README.md": ("digits.onnx", "my_net.onnx", "digits.int8.onnx", "digits.engine"),
+    "python.md": ("net.onnx", "net.int8.onnx", "net.engine"),
     "tutorial.md": ("a0.onnx", "a0.int8.onnx", "a0.engine"),
 }
 NOT_RUN_HERE = {"package", "replay"}  # named in the text: one needs a GPU's engine, one is slow
