@@ -565,6 +565,18 @@ def test_a_file_that_the_system_does_not_let_grow(tmp_path: Path, model: Path) -
     assert contents(tmp_path) == before
 
 
+def wait_for_map(pid: int, name: str) -> None:
+    """Wait until a process has mapped a file into its memory; 4 s where the system does not say."""
+    maps = Path(f"/proc/{pid}/maps")
+    if not maps.exists():
+        time.sleep(4)
+        return
+    deadline = time.monotonic() + 60
+    while name not in maps.read_text():
+        assert time.monotonic() < deadline, f"{name} is not mapped"
+        time.sleep(0.1)
+
+
 @pytest.mark.slow
 def test_ctrl_c(tmp_path: Path) -> None:
     b = Builder(size=64)
@@ -582,7 +594,7 @@ def test_ctrl_c(tmp_path: Path) -> None:
         text=True,
     )
     try:
-        time.sleep(4)  # long enough to be at work, on most machines; early is as good a moment
+        wait_for_map(process.pid, "d.npy")  # libraries are loaded, images are being read
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=60)
     finally:
