@@ -340,9 +340,16 @@ def with_weights(
 
 
 def squared_error(model: onnx.ModelProto, other: onnx.ModelProto, x: np.ndarray) -> float:
-    """Return the squared error over all outputs of two models, computed by onnxruntime."""
-    wanted, got = (ort_run(one, {"x": x}, optimize=False) for one in (model, other))
-    return sum(float(np.square(got[name] - wanted[name].astype(float)).sum()) for name in wanted)
+    """Return the error over all outputs of two models, computed by onnxruntime.
+
+    It is the squared error; with several outputs, that of each relative to the output's power.
+    """
+    exact, other_outputs = (ort_run(net, {"x": x}, optimize=False) for net in (model, other))
+    errors = [
+        (float(np.square(other_outputs[name] - y.astype(float)).sum()), np.square(y).sum())
+        for name, y in exact.items()
+    ]
+    return sum(error if len(errors) == 1 else error / float(power) for error, power in errors)
 
 
 @pytest.mark.parametrize("count", [1, 45, 64])
