@@ -58,6 +58,7 @@ NAMES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("exporter", ["torchscript", "dynamo"])
 @pytest.mark.parametrize("kind", list(NAMES))
 def test_outputs_by_name_with_a_free_batch(kind: str, exporter: Exporter) -> None:
@@ -89,6 +90,7 @@ class Constants(nn.Module):
         return {"map": y, "anchors": self.anchors * 1.0, "loss": y.mean()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("exporter", ["torchscript", "dynamo"])
 def test_only_outputs_with_the_batch_have_its_name(exporter: Exporter) -> None:
     module, settings = Constants().eval(), ExportSettings(exporters=(exporter,))

@@ -1,6 +1,7 @@
 """Random rep-nets in every form of sum, scaling and outer norm: one convolution a block."""
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 
@@ -12,6 +13,7 @@ from tests.support.helpers import ort_run
 from tests.support.random_nets import SIZE, Plan, plans
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(plan=plans())
 def test_every_block_becomes_one_convolution(plan: Plan) -> None:

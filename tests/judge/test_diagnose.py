@@ -408,6 +408,7 @@ def test_activations_can_be_the_limit(tmp_path: Path) -> None:
     assert layer.activation_sqnr_db < layer.weight_sqnr_db - 10
 
 
+@pytest.mark.slow
 def test_bits_exclusion_and_fp16(demo: tuple[Path, Path]) -> None:
     file, data = demo
     options = CalibrateOptions(

@@ -55,18 +55,21 @@ def _from_pair(graph: onnx.GraphProto, name: str) -> bool:
     return bool(maker.op_type == "DequantizeLinear")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_every_activation_function_in_residual_blocks(activation: str) -> None:
     blocks = [(block, activation) for block in ("residual", "excite", "two skips", "pools")]
     assert_placed_well(placed_net(blocks, "classes"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tail", TAILS)
 @pytest.mark.parametrize("block", BLOCKS)
 def test_every_block_in_front_of_every_tail(block: str, tail: str) -> None:
     assert_placed_well(placed_net([(block, "relu"), (block, "silu")], tail))
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(
     st.lists(st.tuples(st.sampled_from([*BLOCKS]), st.sampled_from([*ACTIVATIONS])), max_size=5),

@@ -140,6 +140,7 @@ def test_the_seed_chooses_the_images(tmp_path: Path, data: Path) -> None:
     assert written[0] == written[1] != written[2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", ["max", "percentile", "mse", "mae", "entropy", "kl"])
 def test_every_rule_writes_a_net_that_runs(tmp_path: Path, data: Path, rule: str) -> None:
     options = replace(PLAIN, threshold=ThresholdOptions(rule))  # type: ignore[arg-type]

@@ -188,6 +188,7 @@ BYTES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(BYTES))
 @pytest.mark.parametrize("exported", [False, True])
 def test_a_uint8_input_gets_bytes(tmp_path: Path, data: Path, name: str, exported: bool) -> None:
@@ -437,6 +438,7 @@ FIXED = {
 LEARNED = replace(PLAIN, learn=LearnOptions(iterations=4, batch=8))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(FIXED))
 @pytest.mark.parametrize("options", [PLAIN, LEARNED], ids=["plain", "learned"])
 def test_a_fixed_batch(

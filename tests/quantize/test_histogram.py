@@ -51,6 +51,7 @@ def test_counts_are_exact(values: np.ndarray) -> None:
         assert NUM_BINS * histogram.width <= 2 * histogram.maximum
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(parts=st.lists(arrays, min_size=1, max_size=6), data=st.data())
 def test_merging_in_any_order_is_counting_everything(

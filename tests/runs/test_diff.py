@@ -217,6 +217,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return one, other
 
 
+@pytest.mark.slow
 def test_two_runs(runs: tuple[Path, Path]) -> None:
     one, other = runs
     report = found(one, other)

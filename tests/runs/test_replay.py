@@ -50,6 +50,7 @@ def by_file(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {file["file"]: file for file in report["files"]}
 
 
+@pytest.mark.slow
 def test_a_run_is_reproduced(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)  # the record does not depend on where the command is given
     report = replayed(made / "run", "-o", tmp_path / "again")
@@ -65,6 +66,7 @@ def test_a_run_is_reproduced(made: Path, tmp_path: Path, monkeypatch: pytest.Mon
         assert again[name] == before[name]
 
 
+@pytest.mark.slow
 def test_paths_that_were_relative_are_found_from_anywhere(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -94,6 +96,7 @@ def test_latencies_and_engines_may_differ(copied: Path) -> None:
     assert found["bench.json"]["reasons"] == ["latencies differ between runs"]
 
 
+@pytest.mark.slow
 def test_other_versions_and_machines_are_named(copied: Path) -> None:
     record = record_of(copied)
     stages = record["stages"]
@@ -114,6 +117,7 @@ def test_other_versions_and_machines_are_named(copied: Path) -> None:
     assert report["eval.json"]["state"] == "equal"
 
 
+@pytest.mark.slow
 def test_a_factory_that_draws_anew_is_found(tmp_path: Path) -> None:
     source = write_factory(tmp_path, seeded=False, name="unseeded")
     run = make_run(source, write_data(tmp_path / "data.npz"), tmp_path / "run")

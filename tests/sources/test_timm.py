@@ -66,6 +66,7 @@ def test_weights_that_cannot_be_downloaded_give_one_line(timm, monkeypatch):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["timm:mobileone_s0", "timm:mobileone_s0.apple_in1k"], ids=str)
 def test_checkpoint_says_the_number_of_classes_and_replaces_pretrained_weights(
     timm, tmp_path, name
@@ -110,6 +111,7 @@ def test_what_timm_does_not_have_is_refused(timm, name, options, message):
         module_from_source(Source(name, architecture=ArchitectureOptions(**options)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["repvgg_a0", "mobileone_s0"], ids=str)
 def test_timm_net_is_exported_and_fused(timm, tmp_path, name):
     output = tmp_path / "m.onnx"

@@ -245,6 +245,7 @@ def test_huge_storages_are_refused_before_they_are_made(tmp_path: Path) -> None:
             read_checkpoint(tmp_path / "huge.pt")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("write", [as_plain, as_legacy, as_zip], ids=lambda write: write.__name__)
 def test_damage_anywhere_gives_a_refusal_or_a_state_dict(
     tmp_path: Path, write: Callable[[Path, bytes], Path]

@@ -123,6 +123,7 @@ def test_peak_memory_is_the_rivals_own(files: Path, at: Any) -> None:
     assert 180 < large - small < 230
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("runner", "why"),
     [
