@@ -272,6 +272,7 @@ def test_an_input_that_ends_tensorrt(tmp_path: Path) -> None:
         read_buildable(save(model, tmp_path / "m.onnx"))
 
 
+@pytest.mark.slow
 def test_a_record_whose_options_are_something_else(tmp_path: Path) -> None:
     run = make_run(write_factory(tmp_path), write_data(tmp_path / "x.npz"), tmp_path / "run")
     content = json.loads((run / "run.json").read_text())

@@ -57,6 +57,7 @@ def layer(
     return Net(gs.Graph(nodes, inputs=[x], outputs=[y], opset=19, ir_version=9, name="layer"))
 
 
+@pytest.mark.slow
 @given(
     seed=st.integers(0, 2**32 - 1),
     size=st.sampled_from([1, 3, 5]),

@@ -86,6 +86,7 @@ def test_logits_are_those_of_the_graph_as_written(name: str) -> None:
     assert np.abs(written).max() > 10 * tolerance
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gain", [1.0, 3.0], ids=["inside", "saturated"])
 @pytest.mark.parametrize("name", list(NETS))
 def test_torch_and_onnxruntime_give_the_same_bits(name: str, gain: float) -> None:

@@ -97,6 +97,7 @@ def layers(draw: st.DrawFn) -> tuple[onnx.ModelProto, np.ndarray]:
     return b.model(b.relu("layer")), images(3, 4, 6, seed=draw(st.integers(0, 99)))
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(case=layers(), how=st.sampled_from(SPLITS), codes=st.booleans(), seed=st.integers(0, 99))
 def test_in_and_out_again(

@@ -57,6 +57,7 @@ def from_file(net: Net) -> Net:
     return net_from_model(model_from_net(net.copy()))
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(case=cases(), bits=st.sampled_from([8, 8, 5]), full=st.booleans(), seed=st.integers(0, 99))
 def test_the_plan_of_a_graph_is_the_one_that_was_written(
@@ -69,6 +70,7 @@ def test_the_plan_of_a_graph_is_the_one_that_was_written(
     assert_same_plan(plan_from_net(from_file(net)), plan)
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(case=cases(), bits=st.sampled_from([8, 8, 5]), seed=st.integers(0, 99))
 def test_the_plan_goes_on_through_all_steps(case: Case, bits: int, seed: int) -> None:

@@ -63,6 +63,7 @@ def test_foreign_graphs(name):
     assert {finding.rule for finding in report.findings} == FOREIGN[name]
 
 
+@pytest.mark.slow
 @needs_rtx
 @pytest.mark.parametrize("name", FOREIGN)
 def test_foreign_graphs_have_errors_where_tensorrt_refuses_them(name):

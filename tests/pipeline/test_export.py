@@ -213,6 +213,7 @@ def test_mean_and_std_of_pixels_up_to_255_are_refused(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mean", "std", "warning"),
     [

@@ -302,6 +302,7 @@ def refused(model: onnx.ModelProto, folder: Path, data: Path, message: str) -> N
 # Old and new files -------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("opset", [9, 10, 11, 12, 13, 15, 17, 18, 19, 20, 21, 22, 23, 24, 25])
 def test_opsets(tmp_path: Path, data: Path, opset: int) -> None:
     b = Builder()

@@ -38,6 +38,7 @@ def reasons(folder: Path, **options: Any) -> dict[str, str]:
     return left
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("split", "precision", "expected"),
     [

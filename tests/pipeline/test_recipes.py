@@ -151,6 +151,7 @@ def test_kept_affines_compute_what_folded_ones_do(folder: Path, tmp_path: Path) 
         assert any((gain != 1).any() for gain in gains)
 
 
+@pytest.mark.slow
 def test_a_seed_is_the_result(folder: Path, tmp_path: Path) -> None:
     written = []
     for seed in (0, 0, 1):

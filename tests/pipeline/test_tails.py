@@ -58,6 +58,7 @@ def detector(tail: str) -> onnx.ModelProto:
     return helper.make_model(graph, opset_imports=opsets, ir_version=9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["fast", "balanced"])
 @pytest.mark.parametrize("tail", TAILS)
 def test_the_body_is_calibrated_by_what_the_tail_reads(

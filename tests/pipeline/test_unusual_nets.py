@@ -63,6 +63,7 @@ def transposed(groups: int) -> onnx.ModelProto:
     return b.model(b.conv(b.relu(y), 4, "c2"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("factor", [1.0, 1e-6, 0.0])
 def test_a_transposed_convolution_keeps_its_bias(groups: int, factor: float, tmp_path: Path):
@@ -79,6 +80,7 @@ def test_a_transposed_convolution_keeps_its_bias(groups: int, factor: float, tmp
         assert min(sqnr_db(written, lowered), sqnr_db(lowered, by_torch)) > 40
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("split", ["none", "coarse-fine", "identity"])
 def test_a_channel_without_weights_is_summed_as_codes_too(split: str, tmp_path: Path) -> None:
     b = Builder()

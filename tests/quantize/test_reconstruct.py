@@ -113,6 +113,7 @@ def test_learned_is_better_on_images_nobody_saw(
     assert sum(unit.kept == "learned" for unit in report.units) >= 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["rounding", "affine"])
 def test_rounding_and_affines_help_each_alone(
     case: Case, part: str, unseen: np.ndarray, tmp_path: Path

@@ -133,6 +133,7 @@ def absent(folder: Path) -> dict[str, str]:
 # The page ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_it_is_well_formed_and_every_link_leads_to_a_section(made: Path) -> None:
     page = Tree((made / "report.html").read_text())
     ids = [value for _, name, value in page.attributes if name == "id"]
@@ -450,6 +451,7 @@ def test_a_run_that_was_stopped(copied: Path) -> None:
     assert "The run was stopped." in tree_of(copied).text
 
 
+@pytest.mark.slow
 def test_a_run_without_diagnosis_and_what_an_earlier_one_left(tmp_path: Path) -> None:
     source, data = write_factory(tmp_path), write_data(tmp_path / "data.npz")
     run = make_run(source, data, tmp_path / "run")

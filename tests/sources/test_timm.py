@@ -26,6 +26,7 @@ def test_without_timm_the_message_says_how_to_install_it(monkeypatch):
         implied_preprocess(Source("timm:repvgg_a0"), None)
 
 
+@pytest.mark.slow
 def test_name_without_a_tag_is_the_architecture_with_seeded_weights(timm, caplog):
     first, again, other = (
         module_from_source(Source("timm:repvgg_a0", seed=seed)).state_dict() for seed in (0, 0, 1)

@@ -117,6 +117,7 @@ def test_a_rival_is_measured_and_judged(files: Path, at: Any) -> None:
     assert result.nodes == len(nodes)
 
 
+@pytest.mark.slow
 def test_peak_memory_is_the_rivals_own(files: Path, at: Any) -> None:
     small = measure.quantize(at, row("uses_memory", files, mib=1)).peak_rss_mib
     large = measure.quantize(at, row("uses_memory", files, mib=200)).peak_rss_mib
@@ -151,6 +152,7 @@ def test_a_file_that_cannot_be_judged_is_a_row_with_its_reason(files: Path, at: 
     assert "they cannot be compared" in judged[1].why
 
 
+@pytest.mark.slow
 def test_a_rival_that_takes_too_long_is_stopped(files: Path, at: Any) -> None:
     impatient = replace(at, timeout=1.0)
     assert tool.one_row(impatient, row("sleeps", files)).why == "took more than 1 s"

@@ -53,6 +53,7 @@ def states(steps: Sequence[Any]) -> dict[str, str]:
 NETS, RECIPES = ["fp32", "int8-nosplit-fp16"], ["fast"]
 
 
+@pytest.mark.slow
 def test_without_a_gpu_all_that_can_run_runs(check: Any) -> None:
     pytest.importorskip("tensorrt_rtx")
     steps = gpu_check.check_all(check, NETS, RECIPES, [1, 4], 16)

@@ -474,6 +474,7 @@ def test_tensorrt_builds_for_its_own_gpu_only(fake, source, output):
         build_engine(source, output, turing)
 
 
+@pytest.mark.slow
 def test_the_current_gpu_is_that_of_tensorrt_anyway(fake, source, output):
     assert build_engine(source, output, BuildOptions(targets=("current",))).details.targets == (
         "sm89",
