@@ -1,6 +1,7 @@
 """The public names, their signatures, and what a user's type checker sees of them."""
 
 import inspect
+import os
 import re
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from reptrt.judge.options import BenchOptions, EvaluateOptions
 from reptrt.pipeline import CalibrateOptions, ExportOptions
 from reptrt.trt.options import BuildOptions, PackageOptions
 from tests.house.test_imports import HEAVY, python
+from tests.support.pages import REPOSITORY
 
 SIGNATURES = {  # parameters before those that are fields of options
     "bench": "nets, *, baseline, options",
@@ -147,6 +149,7 @@ def mypy(program: str, folder: Path) -> subprocess.CompletedProcess[str]:
         capture_output=True,
         text=True,
         cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},  # mypy does not see editable installs
         timeout=600,
     )
 

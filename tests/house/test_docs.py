@@ -103,6 +103,7 @@ def run(block: Block, folder: Path) -> subprocess.CompletedProcess[str]:
         env={
             **os.environ,
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+            "PYTHONPATH": str(REPOSITORY),  # the folder's reptrt/ holds the demo's weights only
         },
         capture_output=True,
         text=True,
