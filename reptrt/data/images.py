@@ -21,7 +21,7 @@ from PIL import Image, UnidentifiedImageError
 
 from reptrt.core.choices import Resize
 from reptrt.core.errors import DataError, option
-from reptrt.graph.preprocess import Preprocess, crop_cover
+from reptrt.graph.preprocess import GREY, Preprocess, fit_of
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff"})
 CACHE_BYTES = 512 << 20  # decoded pixels up to this size are kept for the next pass
@@ -193,22 +193,17 @@ def _layout_hint(preprocess: Preprocess) -> str:
 
 
 def resized(image: Image.Image, height: int, width: int, resize: Resize) -> Image.Image:
-    """Return ``image`` at (height, width): bilinear with antialiasing, as Preprocess defines.
-
-    ``crop`` scales the image until it covers `crop_cover`, then cuts out the centre.
-    """
+    """Return ``image`` at (height, width): bilinear with antialiasing, as Preprocess defines."""
     if resize == "none":
         return image
-    if resize == "stretch":
-        return image.resize((width, height), Image.Resampling.BILINEAR)
-    cover_height, cover_width = crop_cover(height, width)
-    if cover_height * image.width >= cover_width * image.height:  # the height is the tight side
-        size = (cover_height * image.width // image.height, cover_height)
-    else:
-        size = (cover_width, cover_width * image.height // image.width)
-    left, top = round((size[0] - width) / 2), round((size[1] - height) / 2)
-    scaled = image.resize(size, Image.Resampling.BILINEAR)
-    return scaled.crop((left, top, left + width, top + height))
+    fit = fit_of(resize, image.height, image.width, height, width)
+    size = (fit.scaled_width, fit.scaled_height)
+    scaled = image if image.size == size else image.resize(size, Image.Resampling.BILINEAR)
+    if size == (width, height):
+        return scaled
+    canvas = Image.new(scaled.mode, (width, height), (GREY,) * len(scaled.getbands()))
+    canvas.paste(scaled, (fit.left, fit.top))
+    return canvas
 
 
 def _sizes(folder: Path, paths: Sequence[Path]) -> list[Size]:
@@ -234,8 +229,8 @@ def _resize_for(
         more = ", ..." if len(counts) > NAMED else ""
         raise DataError(
             f"{folder}: images of {len(counts)} sizes: {named}{more}; the net takes "
-            f"{_text(target)} and does not resize: export it with {option('resize', 'crop')} or "
-            f"{option('resize', 'stretch')}"
+            f"{_text(target)} and does not resize: export it with {option('resize', 'crop')}, "
+            f"{option('resize', 'stretch')} or {option('resize', 'letterbox')}"
         )
     height, width = next(iter(counts))
     fit: Resize = "stretch" if height * target[1] == width * target[0] else "crop"

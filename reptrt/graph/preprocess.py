@@ -2,7 +2,11 @@
 
 import math
 from dataclasses import asdict, dataclass, replace
+from fractions import Fraction
 from typing import Any, get_args
+
+import numpy as np
+import numpy.typing as npt
 
 from reptrt.core.choices import InputValues, Layout, Resize
 from reptrt.core.errors import ConfigError, ReptrtError, option
@@ -13,6 +17,7 @@ from reptrt.graph.net import Net, get_json, set_json
 _KEY = "preprocess"
 _USUAL = {"values": "normalized", "layout": "NCHW"}
 CROP_FRACTION = 0.875  # the part of the resized shorter side that the centre crop keeps
+GREY = 114  # the pixel of a letterbox's border, in every channel
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +30,9 @@ class Preprocess:
       stretched or cropped to fit, with a note: there is no doubt about what was meant;
     - ``stretch``: bilinear to (H, W), aspect ratio ignored;
     - ``crop``: scaled until it covers `crop_cover`, then the centre (H, W): the ImageNet
-      convention.
+      convention;
+    - ``letterbox``: scaled until it fits `letterbox_of`, in the middle of pixels `GREY`: the
+      convention of detectors.
 
     ``values`` says what becomes of a pixel: ``normalized`` as above; ``pixels`` and ``bytes`` stay
     0..255, for nets that scale them inside and take FLOAT or UINT8. ``layout`` NHWC moves the
@@ -90,6 +97,50 @@ class Preprocess:
         return Preprocess(channels, height, width, (0.0,) * channels, (1.0,) * channels)
 
 
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """Where an image lies in the network's input: scaled to a size, then moved; in pixels.
+
+    A box keeps its place in the picture: x -> left + x * scaled_width / image_width, and y so.
+    """
+
+    image_height: int
+    image_width: int
+    scaled_height: int
+    scaled_width: int
+    top: int  # of the scaled image in the input; negative where a crop cuts it off
+    left: int
+
+    def boxes_in_input(self, boxes: npt.ArrayLike) -> npt.NDArray[np.float64]:
+        """Return boxes (..., 4) of the image, x1 y1 x2 y2, as boxes of the input; not clipped."""
+        return np.asarray(boxes, np.float64) * self._scale + self._offset
+
+    def boxes_in_image(self, boxes: npt.ArrayLike) -> npt.NDArray[np.float64]:
+        """Return boxes (..., 4) of the input, x1 y1 x2 y2, as boxes of the image; not clipped."""
+        return (np.asarray(boxes, np.float64) - self._offset) / self._scale
+
+    @property
+    def _scale(self) -> npt.NDArray[np.float64]:
+        x, y = self.scaled_width / self.image_width, self.scaled_height / self.image_height
+        return np.array([x, y, x, y])
+
+    @property
+    def _offset(self) -> npt.NDArray[np.float64]:
+        return np.array([self.left, self.top, self.left, self.top], dtype=np.float64)
+
+
+def fit_of(resize: Resize, image_height: int, image_width: int, height: int, width: int) -> Fit:
+    """Return where an image lies in an input of (height, width) after ``resize``, see Preprocess.
+
+    ``none`` is for images of that size, and does to others what ``stretch`` does.
+    """
+    if resize == "crop":
+        return _crop_of(image_height, image_width, height, width)
+    if resize == "letterbox":
+        return letterbox_of(image_height, image_width, height, width)
+    return Fit(image_height, image_width, height, width, 0, 0)
+
+
 def crop_cover(height: int, width: int) -> tuple[int, int]:
     """Return the (height, width) that ``crop`` scales an image to cover before it cuts the centre.
 
@@ -99,6 +150,34 @@ def crop_cover(height: int, width: int) -> tuple[int, int]:
     (256, 256)
     """
     return int(height / CROP_FRACTION), int(width / CROP_FRACTION)
+
+
+def _crop_of(image_height: int, image_width: int, height: int, width: int) -> Fit:
+    """Return how ``crop`` scales an image (h, w): the side that is not tight is rounded down."""
+    cover_height, cover_width = crop_cover(height, width)
+    if cover_height * image_width >= cover_width * image_height:  # the height is the tight side
+        scaled = (cover_height, cover_height * image_width // image_height)
+    else:
+        scaled = (cover_width * image_height // image_width, cover_width)
+    top, left = round((scaled[0] - height) / 2), round((scaled[1] - width) / 2)
+    return Fit(image_height, image_width, *scaled, -top, -left)
+
+
+def letterbox_of(image_height: int, image_width: int, height: int, width: int) -> Fit:
+    """Return how ``letterbox`` places an image (h, w) in an input (H, W).
+
+    It is scaled by min(H / h, W / w). One side is then H or W; the other is rounded to the nearest
+    integer, halves to the even one, and is at least 1. The border is halved, rounded down at the
+    top and left. This is what the official code of YOLOv5 to v8 computes for a fixed input.
+
+    >>> letterbox_of(480, 640, 320, 320)
+    Fit(image_height=480, image_width=640, scaled_height=240, scaled_width=320, top=40, left=0)
+    """
+    scale = min(Fraction(height, image_height), Fraction(width, image_width))
+    scaled_height = max(1, round(image_height * scale))
+    scaled_width = max(1, round(image_width * scale))
+    top, left = (height - scaled_height) // 2, (width - scaled_width) // 2
+    return Fit(image_height, image_width, scaled_height, scaled_width, top, left)
 
 
 def write_preprocess(net: Net, preprocess: Preprocess) -> None:

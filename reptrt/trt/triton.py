@@ -23,7 +23,7 @@ from rich.table import Table
 
 from reptrt.core.errors import ArtifactError, ConfigError, option
 from reptrt.core.result import Result
-from reptrt.graph.preprocess import Preprocess, crop_cover
+from reptrt.graph.preprocess import GREY, Preprocess, crop_cover
 from reptrt.trt.details import EngineDetails, EngineRecord, TensorInfo, read_engine_record
 from reptrt.trt.file import PlanHeader, read_header
 from reptrt.trt.options import PackageOptions
@@ -266,6 +266,8 @@ def _preprocessing(preprocess: Preprocess | None) -> str:
         "stretch": f"Resize to {size}, bilinear, aspect ratio ignored.",
         "crop": f"Scale (bilinear, aspect ratio kept) until the image covers {cover}, then cut out "
         f"the centre {size}.",
+        "letterbox": f"Scale (bilinear, aspect ratio kept) until the image fits {size}, and put it "
+        f"in the middle of pixels {GREY}, the border rounded down at the top and left.",
     }[preprocess.resize]
     order = "channels last" if preprocess.layout == "NHWC" else "channels first"
     if preprocess.values != "normalized":

@@ -355,6 +355,42 @@ def test_crop_to_a_wide_target_covers_it() -> None:
     assert (np.asarray(found) == 200).all()  # no border was made up
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize(
+    ("size", "scaled", "corner"),
+    [
+        ((48, 64), (24, 32), (4, 0)),
+        ((64, 48), (32, 24), (0, 4)),
+        ((10, 13), (25, 32), (3, 0)),  # 24.6; a border of 7 is 3 above and 4 below
+        ((9, 32), (9, 32), (11, 0)),
+        ((32, 32), (32, 32), (0, 0)),
+        ((2, 300), (1, 32), (15, 0)),
+    ],
+)
+def test_letterbox_scales_to_fit_and_pads_with_grey(
+    tmp_path: Path,
+    size: tuple[int, int],
+    scaled: tuple[int, int],
+    corner: tuple[int, int],
+    channels: int,
+) -> None:
+    image = pixels(*size, 3) if channels == 3 else pixels(*size)
+    save(tmp_path / "a.png", image)
+    preprocess = Preprocess(channels, 32, 32, (0,) * channels, (1,) * channels, "letterbox")
+    found = np.rint(everything(open_dataset(tmp_path, preprocess))[0] * 255)
+    expected = np.full((channels, 32, 32), 114.0)
+    (top, left), (height, width) = corner, scaled
+    inside = triangle_resize(image.reshape(*size, channels), height, width).transpose(2, 0, 1)
+    expected[:, top : top + height, left : left + width] = inside
+    np.testing.assert_allclose(found, expected, atol=1.01)
+    border = np.ones((32, 32), bool)
+    border[top : top + height, left : left + width] = False
+    assert (found[:, border] == 114).all()
+    exact = Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR)
+    pillow = np.asarray(exact).reshape(height, width, channels).transpose(2, 0, 1)
+    np.testing.assert_array_equal(found[:, top : top + height, left : left + width], pillow)
+
+
 @pytest.mark.parametrize(
     ("size", "rule"), [((16, 16), "stretch"), ((16, 20), "crop")], ids=["same aspect", "other"]
 )
@@ -376,13 +412,14 @@ def test_images_of_mixed_sizes_are_refused_by_name_and_number(tmp_path: Path) ->
         save(tmp_path / f"{name}.png", pixels(*size, 3))
     expected = (
         r"images of 3 sizes: 8x8 \(2 images, e.g. a.png\), 8x9 \(1 images, e.g. c.png\), "
-        r"7x8 \(1 images, e.g. d.png\); the net takes 8x8 .* resize=.crop. or resize=.stretch."
+        r"7x8 \(1 images, e.g. d.png\); the net takes 8x8 .* resize=.crop., resize=.stretch. or "
+        r"resize=.letterbox."
     )
     with pytest.raises(DataError, match=expected):
         open_dataset(tmp_path, RGB8)
 
 
-@pytest.mark.parametrize("resize", ["crop", "stretch"])
+@pytest.mark.parametrize("resize", ["crop", "stretch", "letterbox"])
 def test_mixed_sizes_are_resized_when_asked(tmp_path: Path, resize: str) -> None:
     for name, size in (("a", (9, 30)), ("b", (40, 8)), ("c", (3, 3))):
         save(tmp_path / f"{name}.jpg", pixels(*size, 3))

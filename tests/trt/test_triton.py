@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,6 +15,7 @@ from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, te
 from reptrt.cli import main
 from reptrt.core.artifacts import sidecar_path
 from reptrt.core.errors import ArtifactError, ConfigError, EngineError
+from reptrt.graph.preprocess import Preprocess
 from reptrt.trt import triton as module
 from reptrt.trt.details import EngineDetails, TensorInfo
 from reptrt.trt.options import PackageOptions, ShapeRange
@@ -167,6 +169,14 @@ def test_the_engine_and_its_preprocessing_travel(tmp_path: Path) -> None:
     assert "until the image covers 36 x 54, then cut out the centre 32 x 48." in text
     assert "mean [0.5, 0.4, 0.3]" in text
     assert "tensorrt 10.13.0.35 for sm89" in text
+
+
+def test_the_letterbox_of_a_detector_is_written_out(tmp_path: Path) -> None:
+    preprocess = replace(Preprocess.plain(3, 320, 416), resize="letterbox")
+    engine = engine_file(tmp_path, engine_details(preprocess=preprocess))
+    report = package(engine, tmp_path / "repo", PackageOptions())
+    text = (report.path / "README.md").read_text(encoding="utf-8")
+    assert "until the image fits 320 x 416, and put it in the middle of pixels 114" in text
 
 
 def test_labels(tmp_path: Path) -> None:
