@@ -4,6 +4,7 @@
 # make check  lint, format, types, architecture
 # make benchmark   ratios of speed, side by side (a few minutes; leave the machine alone)
 # make docs   write the pages of docs/ that are made from the code
+# make site   build the documentation as a site into build/site
 # make clean  remove what these made
 #
 # Everything lives in $(VENV); a second call installs nothing. Without a word, torch is held at the
@@ -23,7 +24,7 @@ ASKED_FOR := pyproject.toml $(CONSTRAINTS)
 INSTALL := $(BIN)/python -m pip install $(PIP_FLAGS) --disable-pip-version-check \
 	$(addprefix -c ,$(CONSTRAINTS)) -e
 
-.PHONY: demo test quick check benchmark docs clean
+.PHONY: demo test quick check benchmark docs site clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
@@ -51,6 +52,9 @@ benchmark: $(VENV)/.dev
 
 docs: $(VENV)/.demo
 	$(BIN)/python tools/make_docs.py
+
+site: $(VENV)/.dev
+	$(BIN)/python -m sphinx -W --keep-going -q -b html -c docs/site docs build/site
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis \
