@@ -1,7 +1,7 @@
 """The documentation as a site: `make site` builds it into build/site.
 
-The pages are those of docs/, the root's README, CONTRIBUTING and CHANGELOG, and the reference of the
-API, which is made from docstrings. Pages are written to be read on a code host too and link to
+The pages are those of docs/, README, CONTRIBUTING and CHANGELOG of the root, and the reference of
+the API, which is made from docstrings. Pages are written to be read on a code host too and link to
 ../README.md and the like; on the site such links lead to the pages that include these files.
 """
 
