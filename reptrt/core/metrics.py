@@ -61,11 +61,19 @@ def class_scores(output: FloatArray) -> FloatArray | None:
     return rows if output.ndim > 1 and rows.shape[1] == output.shape[1] else None
 
 
-def top_k_accuracy(logits: FloatArray, labels: npt.NDArray[np.integer], k: int) -> float:
-    """Return the fraction of rows whose label is among the ``k`` largest logits; (N, C), (N,)."""
+def top_k_hits(
+    logits: FloatArray, labels: npt.NDArray[np.integer], k: int
+) -> npt.NDArray[np.bool_]:
+    """Return for each row whether its label is among the ``k`` largest logits; (N, C), (N,)."""
     k = min(k, logits.shape[1])
     best = np.argpartition(-logits, k - 1, axis=1)[:, :k]
-    return float((best == labels[:, None]).any(axis=1).mean())
+    hits: npt.NDArray[np.bool_] = (best == labels[:, None]).any(axis=1)
+    return hits
+
+
+def top_k_accuracy(logits: FloatArray, labels: npt.NDArray[np.integer], k: int) -> float:
+    """Return the fraction of rows whose label is among the ``k`` largest logits; (N, C), (N,)."""
+    return float(top_k_hits(logits, labels, k).mean())
 
 
 def agreement(reference: FloatArray, output: FloatArray) -> float:

@@ -17,33 +17,24 @@ reference itself, always) ``sqnr_db`` is null and ``identical`` is true.
 import contextlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 from rich.table import Table
 
-from reptrt.core.errors import ArtifactError, ConfigError, DataError, option
-from reptrt.core.metrics import agreement, class_scores, top_k_accuracy
+from reptrt.core.errors import ArtifactError, ConfigError, option
+from reptrt.core.progress import track
 from reptrt.core.result import Result
-from reptrt.data.dataset import Images, open_dataset
+from reptrt.data.dataset import Dataset, Images, open_dataset
 from reptrt.execute.runner import Runner, open_runner
 from reptrt.graph.model import Network, is_engine, proto_of, unique_labels
 from reptrt.graph.net import net_from_model
 from reptrt.graph.preprocess import Preprocess, read_preprocess
 from reptrt.judge.options import EvaluateOptions
-from reptrt.judge.outputs import (
-    Outputs,
-    first_of,
-    num_not_finite,
-    paired,
-    refuse_labels_beyond,
-    run_dataset,
-    sqnr_by_output,
-    total_sqnr_db,
-)
+from reptrt.judge.outputs import Distance, Outputs, first_of, num_not_finite, paired, run_batch
+from reptrt.judge.tasks import open_task
+from reptrt.judge.tasks.protocol import Column, Measures, Tally, Task, score
 from reptrt.trt.details import read_engine_record
 
 
@@ -53,12 +44,27 @@ class FileResult:
 
     file: str
     images: int
-    top1: float | None  # fraction 0..1
-    top5: float | None  # fraction 0..1
-    agreement: float | None  # fraction of images with the reference's arg max
+    measures: Measures  # the task's: name in JSON -> value
     sqnr_db: float | None  # outputs against the reference's, each in its own unit; may be +inf
     outputs: Mapping[str, float] | None  # output -> its SQNR in dB; may be +inf
     identical: bool | None  # whether every output equals the reference's
+    score: float | None = None  # the measure that ranks networks, larger is better
+    rows: Mapping[str, Measures] = field(default_factory=dict)  # more rows of the table
+
+    @property
+    def top1(self) -> float | None:
+        """Fraction 0..1 of images whose best class is the label; of a classifier."""
+        return self.measures.get("top1")
+
+    @property
+    def top5(self) -> float | None:
+        """Fraction 0..1 of images whose label is among the five best classes; of a classifier."""
+        return self.measures.get("top5")
+
+    @property
+    def agreement(self) -> float | None:
+        """Fraction 0..1 of images with the reference's best class; of a classifier."""
+        return self.measures.get("agreement")
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON values; an infinite SQNR becomes null."""
@@ -66,9 +72,7 @@ class FileResult:
         return {
             "file": self.file,
             "images": self.images,
-            "top1": self.top1,
-            "top5": self.top5,
-            "agreement": self.agreement,
+            **self.measures,
             "sqnr_db": _finite(self.sqnr_db),
             "outputs": None if outputs is None else {n: _finite(db) for n, db in outputs.items()},
             "identical": self.identical,
@@ -84,6 +88,7 @@ class EvalReport(Result):
     """One result for each file, in the order of the files."""
 
     results: tuple[FileResult, ...]
+    columns: tuple[Column, ...] = ()  # of the task, for the table
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON values."""
@@ -93,20 +98,20 @@ class EvalReport(Result):
         """Return the report as a table for people."""
         table = Table(box=None, pad_edge=False)
         table.add_column("file", overflow="fold")
-        for title in ("images", "top-1", "top-5", "agreement", "SQNR dB"):
+        for title in ("images", *(column.title for column in self.columns), "SQNR dB"):
             table.add_column(title, justify="right", no_wrap=True)
         for result in self.results:
-            fractions = (result.top1, result.top5, result.agreement)
-            table.add_row(
-                result.file,
-                str(result.images),
-                *("-" if value is None else f"{100 * value:.2f} %" for value in fractions),
-                "-" if result.sqnr_db is None else f"{result.sqnr_db:.2f}",
-            )
+            sqnr = "-" if result.sqnr_db is None else f"{result.sqnr_db:.2f}"
+            table.add_row(result.file, str(result.images), *self._cells(result.measures), sqnr)
+            for name, measures in result.rows.items():
+                table.add_row(f"  {name}", "", *self._cells(measures), "")
             several = result.outputs is not None and len(result.outputs) > 1
             for name, ratio in (result.outputs or {}).items() if several else ():
-                table.add_row(f"  {name}", *("",) * 4, f"{ratio:.2f}")
+                table.add_row(f"  {name}", "", *self._cells({}), f"{ratio:.2f}")
         return table
+
+    def _cells(self, measures: Measures) -> list[str]:
+        return [column.cell(measures) for column in self.columns]
 
 
 def evaluate(
@@ -133,23 +138,30 @@ def evaluate(
     reference = reference or options.reference
     different = list(dict.fromkeys([*networks, *([] if reference is None else [reference])]))
     labels_of = dict(zip(different, unique_labels(different), strict=True))
-    outputs: dict[Network, Outputs] = {}
-    labels: npt.NDArray[np.int64] | None = None
-    folders: int | None = None
-    for preprocess, group in _by_preprocess(different, reference).items():
-        dataset = open_dataset(images, preprocess, limit=options.limit, seed=options.seed)
-        labels, folders = dataset.labels, dataset.num_classes
-        with contextlib.ExitStack() as stack:
-            runners = [stack.enter_context(_open(network, options)) for network in group]
-            group_outputs = run_dataset(runners, dataset, options.batch_size)
-        outputs.update(zip(group, group_outputs, strict=True))
-    expected = outputs[reference] if reference is not None else None
-    is_any = options.task == "any"
+    task = open_task(options, images)
+    groups = [
+        (open_dataset(images, preprocess, limit=options.limit, seed=options.seed), group)
+        for preprocess, group in _by_preprocess(different, reference).items()
+    ]
+    with contextlib.ExitStack() as stack:
+        judged = {
+            network: Judged(
+                labels_of[network],
+                stack.enter_context(_open(network, options)),
+                task.tally(labels_of[network], dataset),
+                None if reference is None else Distance(),
+            )
+            for dataset, group in groups
+            for network in group
+        }
+        _run_all(judged, groups, reference, options.batch_size)
+    findings = {network: of.findings() for network, of in judged.items()}
+    compared_with = None if reference is None else findings[reference]
     return EvalReport(
         tuple(
-            _judge(labels_of[network], outputs[network], labels, folders, expected, is_any)
-            for network in networks
-        )
+            _result(task, judged[network], findings[network], compared_with) for network in networks
+        ),
+        task.columns,
     )
 
 
@@ -190,49 +202,76 @@ def _by_preprocess(
     return groups
 
 
-def _judge(
-    name: str,
-    outputs: Outputs,
-    labels: npt.NDArray[np.int64] | None,
-    folders: int | None,
-    reference: Outputs | None,
-    is_any: bool,
-) -> FileResult:
-    """Compare the first output (N, ...) with labels (N,), and all outputs with the reference's.
+@dataclass(slots=True)
+class Judged:
+    """One network while it is judged."""
 
-    Args:
-        name: name of the network.
-        outputs: outputs of the network.
-        labels: class indices; None: the images have no labels.
-        folders: number of class folders that the labels come from; None: they have another source.
-        reference: outputs of the reference; None: there is no reference.
-        is_any: outputs are not scores of classes, whatever their shape.
-    """
-    first = first_of(outputs)
-    bad = num_not_finite(outputs)
-    if bad:
-        raise ArtifactError(
-            f"{name}: NaN or infinite outputs on {bad} of {len(first)} images; the net is broken "
-            "or expects inputs on another scale"
-        )
-    if reference is not None:
-        _check_shapes(name, reference, outputs)
-    logits = None if is_any else class_scores(first)
-    top1 = top5 = same_class = None
-    if labels is not None and logits is not None:
-        _check_labels(name, labels, folders, logits.shape[1])
-        top1, top5 = (top_k_accuracy(logits, labels, k) for k in (1, 5))
-    if reference is not None and logits is not None:
-        same_class = agreement(first_of(reference).reshape(logits.shape), logits)
+    name: str
+    runner: Runner
+    tally: Tally[Any]
+    distance: Distance | None  # to the reference; None: there is none
+    images: int = 0
+    bad: int = 0  # images with NaN or infinite outputs
+
+    def add(self, outputs: Outputs, reference: Outputs | None) -> None:
+        """Add the outputs of the next images."""
+        rows = len(first_of(outputs))
+        bad = num_not_finite(outputs)
+        self.images += rows
+        self.bad += bad
+        if self.bad:
+            return
+        self.tally.add(outputs)
+        if self.distance is not None and reference is not None:
+            _check_shapes(self.name, reference, outputs)
+            self.distance.add(reference, outputs)
+
+    def findings(self) -> Any:
+        """Return what the task found out.
+
+        Raises:
+            ArtifactError: there are outputs that are NaN or infinite.
+        """
+        if self.bad:
+            raise ArtifactError(
+                f"{self.name}: NaN or infinite outputs on {self.bad} of {self.images} images; the "
+                "net is broken or expects inputs on another scale"
+            )
+        return self.tally.findings()
+
+
+def _run_all(
+    judged: Mapping[Network, Judged],
+    groups: Sequence[tuple[Dataset, Sequence[Network]]],
+    reference: Network | None,
+    batch_size: int,
+) -> None:
+    """Run all networks batch by batch, so that the outputs of one batch are in memory at a time."""
+    batches = zip(*(dataset.batches(batch_size) for dataset, _ in groups), strict=True)
+    num_batches = -(-groups[0][0].length // batch_size)
+    for batch_of_each in track(batches, num_batches, "eval"):
+        outputs = {
+            network: run_batch(judged[network].runner, batch)
+            for batch, (_, group) in zip(batch_of_each, groups, strict=True)
+            for network in group
+        }
+        expected = None if reference is None else outputs[reference]
+        for network, of in judged.items():
+            of.add(outputs[network], expected)
+
+
+def _result(task: Task[Any], of: Judged, findings: Any, reference: Any) -> FileResult:
+    measures = {**findings.measures, **task.compare(reference, findings)}
+    distance = of.distance
     return FileResult(
-        file=name,
-        images=len(first),
-        top1=top1,
-        top5=top5,
-        agreement=same_class,
-        sqnr_db=None if reference is None else total_sqnr_db(reference, outputs),
-        outputs=None if reference is None else sqnr_by_output(reference, outputs),
-        identical=None if reference is None else _are_equal(reference, outputs),
+        file=of.name,
+        images=of.images,
+        measures=measures,
+        sqnr_db=None if distance is None else distance.sqnr_db,
+        outputs=None if distance is None else distance.by_output,
+        identical=None if distance is None else distance.identical,
+        score=score(task, measures),
+        rows=findings.rows,
     )
 
 
@@ -243,21 +282,3 @@ def _check_shapes(name: str, reference: Outputs, outputs: Outputs) -> None:
                 f"{name}: output {output} has shape {got.shape}, the reference's {expected.shape}; "
                 "they cannot be compared"
             )
-
-
-def _are_equal(reference: Outputs, outputs: Outputs) -> bool:
-    pairs = paired(reference, outputs).values()
-    return all(np.array_equal(expected, got) for expected, got in pairs)
-
-
-def _check_labels(
-    name: str, labels: npt.NDArray[np.int64], folders: int | None, num_classes: int
-) -> None:
-    """Refuse labels that cannot be those of the net's classes."""
-    if folders is not None and folders != num_classes:
-        raise DataError(
-            f"{name}: the net has {num_classes} classes, the data {folders} class folders; a label "
-            "is the position of its folder, so there has to be one for each class: add the missing "
-            f"ones (they may be empty), give an .npz with labels y, or {option('task', 'any')}"
-        )
-    refuse_labels_beyond(name, labels, num_classes, f", or {option('task', 'any')}")

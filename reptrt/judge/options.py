@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from reptrt.core.choices import Device, RunnerKind, Task
+from reptrt.core.choices import Device, RunnerKind, TaskName
 from reptrt.core.errors import ConfigError, option
 from reptrt.core.option_fields import described, require_at_least
 
@@ -27,16 +27,22 @@ class RunnerOptions:
     threads: int | None = described(None, "CPU threads of onnxruntime; default: one for each core.")
 
 
+@dataclass(frozen=True)  # no slots: classes with options of two kinds inherit from this one too
+class TaskOptions:
+    """What the outputs mean, and what is right."""
+
+    task: TaskName = described(
+        "classify",
+        "Meaning of the outputs: classify for scores of classes; any compares only SQNR.",
+    )
+
+
 @dataclass(frozen=True, slots=True)
-class EvaluateOptions(RunnerOptions):
+class EvaluateOptions(TaskOptions, RunnerOptions):
     """Options of `evaluate`."""
 
     reference: Path | None = described(
         None, "Float file to compare the outputs with; it does not have to be one of FILES."
-    )
-    task: Task = described(
-        "classify",
-        "Meaning of the outputs: classify for scores of classes; any compares only SQNR.",
     )
     limit: int | None = described(None, "Number of images, sampled from the data; default: all.")
     batch_size: int = described(BATCH, "Number of images that are run at a time.")

@@ -4,13 +4,14 @@ Several outputs are compared each in its own unit; the first one decides about c
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
 from reptrt.core.arrays import Float32Array
 from reptrt.core.errors import ArtifactError, DataError
-from reptrt.core.metrics import db_of_outputs, powers, sqnr_db
+from reptrt.core.metrics import db_from_powers, db_of_outputs, powers
 from reptrt.core.progress import track
 from reptrt.data.dataset import Dataset
 from reptrt.execute.runner import Runner, outputs_in_parts
@@ -28,32 +29,55 @@ def run_dataset(runners: Sequence[Runner], dataset: Dataset, batch_size: int) ->
         DataError: the images cannot be read, or a network refuses them.
         ArtifactError: the first axis of a first output is not the batch.
     """
-    parts: list[dict[str, list[Float32Array]]] = [{} for _ in runners]
+    parts: list[list[Outputs]] = [[] for _ in runners]
     num_batches = -(-dataset.length // batch_size)
     for batch in track(dataset.batches(batch_size), num_batches, "eval"):
         for runner, lists in zip(runners, parts, strict=True):
-            for outputs in outputs_in_parts(runner, batch):
-                for name, output in outputs.items():
-                    lists.setdefault(name, []).append(output)
-    return [_joined(lists, dataset.length) for lists in parts]
+            lists.append(run_batch(runner, batch))
+    return [_joined(lists) for lists in parts]
 
 
-def _joined(parts: Mapping[str, Sequence[Float32Array]], length: int) -> Outputs:
-    first, *others = parts
-    kept = {first: np.concatenate(parts[first])}
-    if len(kept[first]) != length:
+def run_batch(runner: Runner, batch: Float32Array) -> Outputs:
+    """Return the outputs of a runner for a batch of images, each (n, ...).
+
+    The first output is always kept, of the others those of real values whose first axis is the
+    batch.
+
+    Raises:
+        DataError: the network refuses the images.
+        ArtifactError: the first axis of the first output is not the batch.
+    """
+    parts: list[Outputs] = []
+    for outputs in outputs_in_parts(runner, batch):
+        first, *others = outputs
+        rows = len(outputs[first])
+        kept = {first: outputs[first]}
+        for name in others:
+            output = outputs[name]
+            if output.ndim and len(output) == rows and np.issubdtype(output.dtype, np.floating):
+                kept[name] = output
+        parts.append(kept)
+    joined = _joined(parts)
+    rows = len(first_of(joined))
+    if rows != len(batch):
         raise ArtifactError(
-            f"output {first}: {len(kept[first])} rows for {length} images; expected the batch as "
-            "its first axis"
+            f"output {next(iter(joined))}: {rows} rows for {len(batch)} images; expected the batch "
+            "as its first axis"
         )
-    rows = [len(part) for part in parts[first]]
-    for name in others:
-        lists = parts[name]
-        if not all(part.ndim and np.issubdtype(part.dtype, np.floating) for part in lists):
-            continue
-        if [len(part) for part in lists] == rows and len({part.shape[1:] for part in lists}) == 1:
-            kept[name] = np.concatenate(lists)
-    return kept
+    return joined
+
+
+def _joined(parts: Sequence[Outputs]) -> Outputs:
+    """Return outputs of consecutive images as one; those that all parts have in one shape."""
+    if len(parts) == 1:
+        return parts[0]
+    joined: dict[str, Float32Array] = {}
+    for index, name in enumerate(parts[0]):
+        lists = [part[name] for part in parts if name in part]
+        same_shape = len({part.shape[1:] for part in lists}) == 1
+        if index == 0 or (len(lists) == len(parts) and same_shape):
+            joined[name] = np.concatenate(lists)
+    return joined
 
 
 def first_of(outputs: Outputs) -> Float32Array:
@@ -107,11 +131,35 @@ def paired(reference: Outputs, outputs: Outputs) -> dict[str, tuple[Float32Array
     return pairs
 
 
-def sqnr_by_output(reference: Outputs, outputs: Outputs) -> dict[str, float]:
-    """Return the SQNR of each output that both networks have, in dB."""
-    return {name: sqnr_db(*pair) for name, pair in paired(reference, outputs).items()}
-
-
 def total_sqnr_db(reference: Outputs, outputs: Outputs) -> float:
     """Return one SQNR over all outputs, each in its own unit; see `db_of_outputs`."""
     return db_of_outputs([powers(*pair) for pair in paired(reference, outputs).values()])
+
+
+@dataclass(slots=True)
+class Distance:
+    """How far outputs are from a reference's, summed up batch by batch."""
+
+    powers: dict[str, tuple[float, float]] = field(default_factory=dict)  # signal, noise
+    identical: bool = True
+
+    def add(self, reference: Outputs, outputs: Outputs) -> None:
+        """Add the outputs of the same images; those that a batch does not have are left out."""
+        pairs = paired(reference, outputs)
+        known = self.powers or dict.fromkeys(pairs, (0.0, 0.0))
+        self.powers = {}
+        for name in (name for name in known if name in pairs):
+            sums = zip(known[name], powers(*pairs[name]), strict=True)
+            signal, noise = (before + added for before, added in sums)
+            self.powers[name] = (signal, noise)
+            self.identical = self.identical and np.array_equal(*pairs[name])
+
+    @property
+    def by_output(self) -> dict[str, float]:
+        """The SQNR of each output that both networks have, in dB."""
+        return {name: db_from_powers(*sums) for name, sums in self.powers.items()}
+
+    @property
+    def sqnr_db(self) -> float:
+        """One SQNR over all outputs, each in its own unit; see `db_of_outputs`."""
+        return db_of_outputs(list(self.powers.values()))
