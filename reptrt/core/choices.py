@@ -4,6 +4,10 @@ from typing import Literal
 
 OPSETS = range(13, 21)  # that TensorRT 10.x and 11.x take
 
+BoxForm = Literal["auto", "xyxy", "xywh"]  # reptrt.graph.detector_layouts
+DetectorForm = Literal[  # reptrt.graph.detector_layouts
+    "auto", "xywh-obj-cls", "ultralytics", "boxes-scores", "raw", "xyxy-score-class", "nms"
+]
 Device = Literal["cpu", "cuda", "tensorrt"]  # execution provider of onnxruntime
 HighPrecision = Literal["fp32", "fp16"]  # reptrt.rewrite.to_fp16
 InputValues = Literal["normalized", "pixels", "bytes"]  # reptrt.graph.preprocess

@@ -1,0 +1,83 @@
+"""What the outputs of a detector mean: by shape, by the number of classes, or stated."""
+
+import re
+
+import pytest
+
+from reptrt.core.choices import DetectorForm
+from reptrt.core.errors import ConfigError
+from reptrt.graph.detector_layouts import DetectorLayout, layout_of_outputs
+
+
+def _found(
+    shapes: list[tuple[object, ...]], num_classes: int | None = None, form: DetectorForm = "auto"
+) -> DetectorLayout:
+    layout = layout_of_outputs(shapes, num_classes, form=form)
+    assert isinstance(layout, DetectorLayout), layout
+    return layout
+
+
+@pytest.mark.parametrize(
+    ("shapes", "num_classes", "form", "classes"),
+    [
+        ([(1, 2100, 8)], None, "xywh-obj-cls", 3),
+        ([("batch", "boxes", 8)], 3, "xywh-obj-cls", 3),
+        ([(1, 8, 2100)], 3, "xywh-obj-cls", 3),
+        ([(2, 25200, 85), (2, 3, 80, 80, 85), (2, 3, 40, 40, 85)], 80, "xywh-obj-cls", 80),
+        ([(1, 84, 8400)], None, "ultralytics", 80),
+        ([(1, 8400, 84)], 80, "ultralytics", 80),
+        ([(1, 84, 60)], 80, "ultralytics", 80),
+        ([(1, 2100, 4), (1, 2100, 3)], None, "boxes-scores", 3),
+        ([(1, 80, 8400), (1, 8400, 4)], 80, "boxes-scores", 80),
+        ([(1, 300, 6)], 80, "xyxy-score-class", None),
+        ([(1, 1), (1, 100, 4), (1, 100), (1, 100)], 80, "nms", None),
+        ([("n", 3, 40, 40), ("n", 4, 40, 40), ("n", 3, 20, 20), ("n", 4, 20, 20)], 3, "raw", 3),
+    ],
+    ids=str,
+)
+def test_shapes_tell_the_layout(
+    shapes: list[tuple[object, ...]], num_classes: int | None, form: str, classes: int | None
+) -> None:
+    layout = _found(shapes, num_classes)
+    assert (layout.form, layout.num_classes) == (form, classes)
+
+
+def test_which_output_holds_what_and_where_its_boxes_are() -> None:
+    paddle = _found([(1, 80, 8400), (1, 8400, 4)])
+    assert (paddle.outputs, paddle.boxes_last, paddle.boxes) == ((1, 0), (False, True), "xyxy")
+    heads = _found([(1, 4, 20, 20), (1, 3, 20, 20), (1, 4, 40, 40), (1, 3, 40, 40)])
+    assert heads.outputs == (3, 2, 1, 0)  # the finest grid first, scores before distances
+    suppressed = _found([(1, 100, 4), (1, 100), (1,), (1, 100)])
+    assert suppressed.outputs == (2, 0, 1, 3)
+    transposed = _found([(1, 8, 2100)], 3)
+    assert transposed.boxes_last == (True,)
+
+
+def test_a_stated_form_and_stated_boxes_decide() -> None:
+    assert _found([(1, 300, 6)], form="xywh-obj-cls").num_classes == 1
+    assert _found([(1, 50, 4), (1, 50, 4)], form="boxes-scores").outputs == (0, 1)
+    layout = layout_of_outputs([(1, 50, 4), (1, 50, 2)], boxes="xywh")
+    assert isinstance(layout, DetectorLayout)
+    assert layout.boxes == "xywh"
+
+
+@pytest.mark.parametrize(
+    ("shapes", "num_classes", "form", "reason"),
+    [
+        ([(1, 1000)], None, "auto", r"outputs \[1, 1000\]: of no detector known here"),
+        ([(1, 64, 20, 20), (1, 80, 20, 20)], None, "auto", "of no detector known here"),
+        ([(1, 2100, 8)], 80, "auto", "look like xywh-obj-cls .*3 classes.*, expected 80 classes"),
+        ([(1, 300, 6)], 1, "auto", "may be xywh-obj-cls .* or xyxy-score-class .*--layout"),
+        ([(1, 50, 4), (1, 50, 4)], None, "auto", "may be boxes-scores"),
+        ([("n", "a", "b")], None, "auto", r"outputs \[\?, \?, \?\]: of no detector"),
+        ([(1, 2100, 8)], None, "raw", "of no detector of form raw"),
+        ([], None, "auto", "of no detector"),
+    ],
+    ids=str,
+)
+def test_why_a_layout_is_not_known(
+    shapes: list[tuple[object, ...]], num_classes: int | None, form: DetectorForm, reason: str
+) -> None:
+    layout = layout_of_outputs(shapes, num_classes, form=form)
+    assert isinstance(layout, str)
+    assert re.search(reason, ConfigError(layout).on_cli())
