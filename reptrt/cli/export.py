@@ -39,8 +39,8 @@ def source_of(name: str, values: dict[str, Any]) -> Any:
 def export(source: str, output: Path, json_path: str | None, **values: Any) -> None:
     """Write SOURCE as one fused float ONNX file.
 
-    The file is proved equal to the original on noise images. SOURCE is a zoo name (repvgg,
-    mobileone, repvgg_a0, ...), timm:NAME, FILE.py:FACTORY, MODULE:FACTORY or an .onnx file, in
+    The file is proved equal to the original on noise images. SOURCE is a zoo name (repvgg_a0,
+    mobileone_s0, yolov6n, ...), timm:NAME, FILE.py:FACTORY, MODULE:FACTORY or an .onnx file, in
     train form or fused. Rep blocks are recognised by algebra, not by name.
     """
     from reptrt import pipeline

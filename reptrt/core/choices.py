@@ -8,6 +8,7 @@ BoxForm = Literal["auto", "xyxy", "xywh"]  # reptrt.graph.detector_layouts
 DetectorForm = Literal[  # reptrt.graph.detector_layouts
     "auto", "xywh-obj-cls", "ultralytics", "boxes-scores", "raw", "xyxy-score-class", "nms"
 ]
+DetectorHead = Literal["decoded", "raw"]  # reptrt.sources.models.yolov6
 Device = Literal["cpu", "cuda", "tensorrt"]  # execution provider of onnxruntime
 HighPrecision = Literal["fp32", "fp16"]  # reptrt.rewrite.to_fp16
 InputValues = Literal["normalized", "pixels", "bytes"]  # reptrt.graph.preprocess

@@ -7,7 +7,7 @@ dict may lie inside other things that training scripts store, or inside a whole 
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,27 @@ class Checkpoint:
     def preferred(self) -> StateDict:
         """The state dict that is taken if several fit."""
         return self.states[min(self.states, key=rank)]
+
+    def without(self, parts: tuple[str, ...]) -> "Checkpoint":
+        """Return the checkpoint without the tensors whose names hold one of ``parts``; warn."""
+        names = {name for state in self.states.values() for name in state}
+        left_out = [name for name in names if _has_part(name, parts)]
+        if not left_out:
+            return self
+        found = [part for part in parts if any(_has_part(name, (part,)) for name in left_out)]
+        logger.warning(
+            "%s: %d tensors that only training uses are left out (%s)",
+            *(self.path, len(left_out), ", ".join(f"{part}*" for part in found)),
+        )
+        states = {
+            key: {name: value for name, value in state.items() if not _has_part(name, parts)}
+            for key, state in self.states.items()
+        }
+        return replace(self, states={key: state for key, state in states.items() if state})
+
+
+def _has_part(name: str, parts: tuple[str, ...]) -> bool:
+    return any(f".{part}" in f".{name}" for part in parts)
 
 
 def read_checkpoint(path: Path) -> Checkpoint:

@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, get_args
 
+from reptrt.core.choices import DetectorHead, Resize
 from reptrt.core.errors import ConfigError, option
 from reptrt.core.option_fields import described
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,13 +28,31 @@ class ArchitectureOptions:
     groups: int | None = described(None, "RepVGG: groups of every second layer.")
     branches: int | None = described(None, "MobileOne: k x k branches in each block.")
     se_blocks: tuple[int, ...] | None = None  # MobileOne: squeeze-excite in the last n of a stage
+    block: Literal["repvgg", "conv_silu"] | None = None  # YOLOv6: block of the stages
+    csp: float | None = None  # YOLOv6: part of the channels inside a CSP stage; None: plain stages
+    dfl: bool | None = described(
+        None,
+        "YOLOv6: distances are distributions over bins; default: as in the weights, or as "
+        "published (m, l).",
+    )
+    head: DetectorHead | None = described(
+        None,
+        "YOLOv6: boxes and scores (decoded, the default), or the tensors of each level before "
+        "the decoding (raw).",
+    )
     num_classes: int | None = described(
-        None, "Number of classes; default: as many as the weights have, or 1000."
+        None, "Number of classes; default: as many as the weights have, or 1000 (YOLOv6: 80)."
     )
     in_channels: int | None = None
 
     def __post_init__(self) -> None:
+        if self.head is not None and self.head not in get_args(DetectorHead):
+            raise ConfigError(
+                f"{option('head')}: got {self.head!r}, expected one of {get_args(DetectorHead)}"
+            )
         for name in self.given():
+            if name in ("block", "csp", "dfl", "head"):
+                continue
             value = getattr(self, name)
             entries = value if isinstance(value, tuple) else (value,)
             least = 0 if name == "se_blocks" else 1
@@ -52,6 +71,22 @@ class ArchitectureOptions:
 
 
 @dataclass(frozen=True, slots=True)
+class PublishedInput:
+    """The images that the published nets of a family read, unless the user says otherwise."""
+
+    height: int
+    width: int
+    mean: tuple[float, ...] | None = None  # of pixels in 0..1; None: x / 255 and no more
+    std: tuple[float, ...] | None = None
+    resize: Resize = "none"
+    multiple: int = 1  # height and width are multiples of this
+    also_free: bool = False  # the free form reads the same
+
+
+IMAGENET = PublishedInput(224, 224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), "crop")
+
+
+@dataclass(frozen=True, slots=True)
 class Architecture:
     """One file of the zoo, as the registry sees it."""
 
@@ -60,6 +95,12 @@ class Architecture:
     takes: tuple[str, ...]  # fields of ArchitectureOptions that the free form understands
     deploy_marker: str  # a part of parameter names that only the deploy form has
     head_weight: str  # parameter whose first axis counts the classes
+    reads: PublishedInput
+    variant_takes: tuple[str, ...] = ("num_classes", "in_channels")
+    infer: "Callable[[ArchitectureOptions, Mapping[str, Tensor]], ArchitectureOptions] | None" = (
+        None  # what else the weights say
+    )
+    training_only: tuple[str, ...] = ()  # parts of parameter names that inference does not have
 
 
 def show(values: tuple[object, ...]) -> str:

@@ -23,14 +23,14 @@ from reptrt.sources.models import (
     ArchitectureOptions,
     build,
     is_deploy_state,
-    is_variant,
     names,
     options_from_state,
+    published_input,
+    training_only,
 )
 from reptrt.sources.module import deployable
 
-_IMAGENET_SIZE = (3, 224, 224)
-_IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_USUAL_SIZE = (3, 224, 224)
 _TIMM = "timm:"
 _CHECKPOINTS = (".pt", ".pth", ".ckpt", ".safetensors", ".bin")
 
@@ -95,7 +95,7 @@ def module_from_source(source: Source) -> nn.Module:
 def implied_preprocess(source: Source, size: tuple[int, int, int] | None) -> Preprocess:
     """Return the preprocessing that a torch source implies if nothing else is asked for.
 
-    A published ImageNet net has ImageNet's mean, std and crop, a net of timm what timm says; other
+    A published net has that of its family (`PublishedInput`), a net of timm what timm says; other
     nets get pixels / 255.
 
     Args:
@@ -103,16 +103,27 @@ def implied_preprocess(source: Source, size: tuple[int, int, int] | None) -> Pre
         size: (C, H, W); None: what the source implies, else 3 x 224 x 224.
 
     Raises:
+        ConfigError: the net does not take images of that size.
         MissingDependencyError: the source is a net of timm, which is not installed.
     """
     if source.is_timm:
         from reptrt.sources.timm_net import timm_preprocess
 
         return timm_preprocess(source.name, size)
-    plain = Preprocess.plain(*(size or _IMAGENET_SIZE))
-    if not is_variant(source.name) or plain.channels != len(_IMAGENET_MEAN):
+    reads = published_input(source.name)
+    if reads is None:
+        return Preprocess.plain(*(size or _USUAL_SIZE))
+    plain = Preprocess.plain(*(size or (3, reads.height, reads.width)))
+    if plain.height % reads.multiple or plain.width % reads.multiple:
+        raise ConfigError(
+            f"{source.name}: {option('input_size')}: got {plain.height} x {plain.width}, expected "
+            f"multiples of {reads.multiple}"
+        )
+    if reads.mean is None or reads.std is None:
+        return replace(plain, resize=reads.resize)
+    if plain.channels != len(reads.mean):
         return plain
-    return replace(plain, mean=_IMAGENET_MEAN, std=_IMAGENET_STD, resize="crop")
+    return replace(plain, mean=reads.mean, std=reads.std, resize=reads.resize)
 
 
 def _from_zoo(source: Source) -> nn.Module:
@@ -133,6 +144,7 @@ def _from_zoo(source: Source) -> nn.Module:
         if source.weights is None:
             return build(source.name, source.architecture, deploy=False)
         checkpoint = read_checkpoint(source.weights)
+        checkpoint = checkpoint.without(training_only(source.name))
         state = checkpoint.preferred
         options = options_from_state(source.name, source.architecture, state)
         module = build(source.name, options, deploy=is_deploy_state(state))

@@ -126,10 +126,12 @@ def fused(state: Mapping[str, torch.Tensor], deploy: nn.Module, conv_name: str) 
 
 
 def test_names_are_families_and_their_variants():
-    assert set(models.names()) == {"repvgg", "mobileone", *PUBLISHED}
+    detectors = {f"yolov6{size}" for size in ("", "n", "s", "m", "l")}
+    assert set(models.names()) == {"repvgg", "mobileone", *PUBLISHED, *detectors}
     assert [name for name in models.names() if not models.is_variant(name)] == [
         "repvgg",
         "mobileone",
+        "yolov6",
     ]
     assert not models.is_variant("resnet50")
 
@@ -354,7 +356,7 @@ def test_number_of_classes_comes_from_the_checkpoint_unless_given():
     [
         ("repvg_a0", {}, r"'repvg_a0' is not known; did you mean repvgg_a0, .*\?"),
         ("RepVGG-B1g4", {}, r"'RepVGG-B1g4' is not known; did you mean repvgg_b1g4, "),
-        ("xyz", {}, r"'xyz' is not known; known: repvgg, repvgg_a0, .*, mobileone_s4"),
+        ("xyz", {}, r"'xyz' is not known; known: repvgg, repvgg_a0, .*, mobileone_s4, yolov6"),
         (
             "repvgg",
             {"widths": (8, 8), "blocks": (1, 1)},

@@ -2,6 +2,7 @@
 
 A family name (``repvgg``, ``mobileone``) takes free widths, blocks and strides; a named variant
 (``repvgg_a0``, ``mobileone_s4``) is the published ImageNet net: 1000 classes, 3 x 224 x 224.
+``yolov6n`` and its like are the published COCO detectors: 80 classes, 3 x 640 x 640.
 A new architecture is one new file and one line in the table below.
 """
 
@@ -13,8 +14,8 @@ import torch
 from torch import nn
 
 from reptrt.core.errors import ConfigError, option
-from reptrt.sources.models import mobileone, repvgg
-from reptrt.sources.options import Architecture, ArchitectureOptions
+from reptrt.sources.models import mobileone, repvgg, yolov6
+from reptrt.sources.options import Architecture, ArchitectureOptions, PublishedInput
 
 __all__ = [
     "ArchitectureOptions",
@@ -24,13 +25,15 @@ __all__ = [
     "names",
     "num_classes_of",
     "options_from_state",
+    "published_input",
+    "training_only",
 ]
 
 _ARCHITECTURES: Mapping[str, Architecture] = {
     "repvgg": repvgg.ARCHITECTURE,
     "mobileone": mobileone.ARCHITECTURE,
+    "yolov6": yolov6.ARCHITECTURE,
 }
-_VARIANT_TAKES = ("num_classes", "in_channels")
 
 
 def names() -> tuple[str, ...]:
@@ -43,8 +46,25 @@ def names() -> tuple[str, ...]:
 
 
 def is_variant(name: str) -> bool:
-    """Return whether a name is a published net: 1000 classes and 3 x 224 x 224 by default."""
+    """Return whether a name is a published net."""
     return name in names() and name not in _ARCHITECTURES
+
+
+def published_input(name: str) -> PublishedInput | None:
+    """Return the images that a net of the zoo reads by default; None for a free form or others."""
+    if name not in names():
+        return None
+    reads = _find(name)[1].reads
+    return reads if is_variant(name) or reads.also_free else None
+
+
+def training_only(name: str) -> tuple[str, ...]:
+    """Return the parts of parameter names that only training uses.
+
+    Raises:
+        ConfigError: no architecture has that name.
+    """
+    return _find(name)[1].training_only
 
 
 def is_deploy_state(state: Mapping[str, torch.Tensor]) -> bool:
@@ -56,14 +76,18 @@ def is_deploy_state(state: Mapping[str, torch.Tensor]) -> bool:
 def options_from_state(
     name: str, options: ArchitectureOptions, state: Mapping[str, torch.Tensor]
 ) -> ArchitectureOptions:
-    """Return the options, with the number of classes that a state dict has if they leave it open.
+    """Return the options, with what a state dict says where they leave it open.
+
+    That is the number of classes, and what else the architecture reads from its weights.
 
     Raises:
         ConfigError: no architecture has that name.
     """
-    if options.num_classes is not None:
-        return options
-    return replace(options, num_classes=num_classes_of(state, _find(name)[1].head_weight))
+    architecture = _find(name)[1]
+    if options.num_classes is None:
+        num_classes = num_classes_of(state, architecture.head_weight)
+        options = replace(options, num_classes=num_classes)
+    return architecture.infer(options, state) if architecture.infer else options
 
 
 def num_classes_of(state: Mapping[str, torch.Tensor], head_weight: str) -> int | None:
@@ -84,7 +108,7 @@ def build(name: str, options: ArchitectureOptions, *, deploy: bool) -> nn.Module
 
     Args:
         name: one of `names`.
-        options: a variant takes ``num_classes`` and ``in_channels`` only.
+        options: a variant takes only what does not make another net of it.
         deploy: build the fused form (one convolution per block) instead of the train form.
 
     Raises:
@@ -96,8 +120,9 @@ def build(name: str, options: ArchitectureOptions, *, deploy: bool) -> nn.Module
     if variant is None:
         _refuse_untaken(name, options, architecture.takes, remedy="leave the others out")
     else:
-        _refuse_untaken(name, options, _VARIANT_TAKES, remedy=f"{family!r} is the free form")
-        options = replace(variant, num_classes=options.num_classes, in_channels=options.in_channels)
+        takes = architecture.variant_takes
+        _refuse_untaken(name, options, takes, remedy=f"{family!r} is the free form")
+        options = replace(variant, **{field: getattr(options, field) for field in options.given()})
     return architecture.build(options, deploy)
 
 

@@ -29,6 +29,7 @@ from reptrt.sources.models.layers import (
     initialize,
 )
 from reptrt.sources.options import (
+    IMAGENET,
     Architecture,
     ArchitectureOptions,
     check_length,
@@ -186,4 +187,5 @@ ARCHITECTURE = Architecture(
     takes=("widths", "blocks", "strides", "branches", "se_blocks", "num_classes", "in_channels"),
     deploy_marker=".reparam_conv.",
     head_weight="linear.weight",
+    reads=IMAGENET,
 )

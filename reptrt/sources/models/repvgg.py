@@ -25,7 +25,7 @@ from reptrt.sources.models.layers import (
     fused_block,
     initialize,
 )
-from reptrt.sources.options import Architecture, ArchitectureOptions, check_length
+from reptrt.sources.options import IMAGENET, Architecture, ArchitectureOptions, check_length
 
 _BLOCKS_A = (2, 4, 14, 1)
 _BLOCKS_B = (4, 6, 16, 1)
@@ -80,7 +80,7 @@ def build(options: ArchitectureOptions, deploy: bool) -> nn.Module:
         strides=options.strides or (2,) * len(widths),
         groups=options.groups or 1,
     )
-    blocks = [_block(spec, deploy) for spec in _specs(design, options.in_channels or 3)]
+    blocks = [rep_block(spec, deploy) for spec in _specs(design, options.in_channels or 3)]
     stages, first = [blocks[0]], 1
     for count in design.blocks:
         stages.append(nn.Sequential(*blocks[first : first + count]))
@@ -88,7 +88,8 @@ def build(options: ArchitectureOptions, deploy: bool) -> nn.Module:
     return classifier(stages, widths[-1], options.num_classes or 1000)
 
 
-def _block(spec: ConvSpec, deploy: bool) -> nn.Module:
+def rep_block(spec: ConvSpec, deploy: bool) -> nn.Module:
+    """Return a block in train or deploy form."""
     return fused_block("rbr_reparam", spec, se=nn.Identity()) if deploy else RepVGGBlock(spec)
 
 
@@ -141,4 +142,5 @@ ARCHITECTURE = Architecture(
     takes=("widths", "blocks", "strides", "groups", "num_classes", "in_channels"),
     deploy_marker=".rbr_reparam.",
     head_weight="linear.weight",
+    reads=IMAGENET,
 )
