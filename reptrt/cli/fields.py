@@ -21,7 +21,7 @@ import click
 from reptrt.core.errors import flag_of
 from reptrt.core.option_fields import Description, descriptions
 
-PATH: click.Path[Path] = click.Path(path_type=Path)
+PATH: "click.Path[Path]" = click.Path(path_type=Path)
 
 
 class NumberList(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.4 on
