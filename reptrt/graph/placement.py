@@ -16,13 +16,15 @@
    summand gets Q/DQ, which is exact; in the INT8 form both do, at the price of their rounding.
    The Mul of an identity split reads the quantized input that its convolution reads; with one
    factor for the layer its result has those codes already, under another scale.
-6. Nodes that only move values (MaxPool, Flatten, Split, Pad with zeros...) commute with Q/DQ: the
+6. A tensor that is 0 on all images (`dead`) has no scale and gets no pair; a layer that reads it
+   stays in float. In a Concat, whose inputs share one scale, it gets the pair of the others.
+7. Nodes that only move values (MaxPool, Flatten, Split, Pad with zeros...) commute with Q/DQ: the
    pair goes before them, at the tensor where the values were made, unless some output of such a
    node is used in float only.
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -59,11 +61,16 @@ class Placement:
 
     activations: tuple[Activation, ...]
     weights: tuple[Weight, ...]
-    excluded: tuple[str, ...] = ()  # weighted layers that stay in float on request
+    excluded: tuple[str, ...] = ()  # weighted layers that stay in float
     float_nodes: tuple[str, ...] = ()  # nodes that read nothing quantized, on request
 
 
-def place(net: Net, exclude: Iterable[str] = (), float_nodes: Iterable[str] = ()) -> Placement:
+def place(
+    net: Net,
+    exclude: Iterable[str] = (),
+    float_nodes: Iterable[str] = (),
+    dead: Collection[str] = (),
+) -> Placement:
     """Return where Q/DQ pairs go in a float graph.
 
     Args:
@@ -71,6 +78,7 @@ def place(net: Net, exclude: Iterable[str] = (), float_nodes: Iterable[str] = ()
         exclude: regular expressions; a weighted layer whose name contains a match stays in float.
         float_nodes: regular expressions; a node of any kind whose name contains a match stays in
             float, and so does every node that is reached only through such nodes.
+        dead: tensors that get no pair because they are 0 on all images.
 
     Raises:
         ConfigError: the graph is quantized already, has nothing to quantize, or a pattern is wrong
@@ -84,10 +92,14 @@ def place(net: Net, exclude: Iterable[str] = (), float_nodes: Iterable[str] = ()
     tail = tail_of(graph, named)
     excluded |= {node.name for node in layers if node.name in tail}
     chosen = [node for node in layers if node.name not in excluded]
+    rules = _Rules(net, chosen, tail)
+    while idle := [node for node in chosen if rules.flow.origin(node, 0)[0].name in dead]:
+        excluded |= {node.name for node in idle}
+        chosen = [node for node in chosen if node.name not in excluded]
+        rules = _Rules(net, chosen, tail)
     if not chosen:
         raise ConfigError(f"graph {graph.name}: no layer to quantize ({len(layers)} weighted)")
-    rules = _Rules(net, chosen, tail)
-    readers = _Readers(rules.flow)
+    readers = _Readers(rules.flow, dead)
     for node in graph.nodes:
         for index in rules.quantized_inputs(node):
             readers.want(node, index)
@@ -110,13 +122,15 @@ def exactly(names: Iterable[str]) -> tuple[str, ...]:
 class _Readers:
     """Collects, for each tensor to be quantized, the node inputs that read its quantized value."""
 
-    def __init__(self, flow: Flow) -> None:
-        self._flow = flow
+    def __init__(self, flow: Flow, dead: Collection[str]) -> None:
+        self._flow, self._dead = flow, dead
         self._readers: dict[str, list[tuple[str, int]]] = {}
         self._group: dict[str, str] = {}
 
     def want(self, node: gs.Node, index: int) -> None:
         origin, reader = self._flow.origin(node, index)
+        if origin.name in self._dead:
+            return
         self._readers.setdefault(origin.name, [])
         if reader not in self._readers[origin.name]:
             self._readers[origin.name].append(reader)
@@ -161,8 +175,8 @@ class _Rules:
         """Return the indices of the inputs of a node that get Q/DQ."""
         if node.name in self._float:
             return []
-        if node.name in self._splits:
-            return _quantized_summands(self._splits[node.name])
+        if (split := self._splits.get(node.name)) is not None:
+            return _quantized_summands(split) if split.main in self._chosen else []
         if node.name in self._muls or node.name in self._chosen or self.flow.is_int8_pool(node):
             return [0]
         if not self.flow.reaches_int8(node):

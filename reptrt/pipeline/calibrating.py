@@ -166,11 +166,12 @@ def _calibrate(
     for skip in prepared.left_whole:
         _LOG.info("%s is not split: %s", skip.node, skip.reason)
     clock.lap("prepare")
-    placement, full_range = prepared.placement, full_range_of(prepared.ranges)
     reference = net.copy()
     quantities = quantities_of(net, prepared, dataset, options, clock)
+    placement = quantities.placement
+    ranges = tuple(choice for choice in prepared.ranges if choice.tensor not in quantities.dead)
     scales, weights = quantities.activations.by_tensor, quantities.weights
-    plan = plan_from_placement(placement, scales, weights, options.grids[0], full_range)
+    plan = plan_from_placement(placement, scales, weights, options.grids[0], full_range_of(ranges))
     insert_qdq(net, plan)
     parents = {model.name: model.sha256, Path(dataset.name).name: dataset.digest()}
     learned = None
@@ -192,8 +193,10 @@ def _calibrate(
         sha256=sha256,
         images=dataset.length,
         layers=len(placement.weights),
-        excluded=placement.excluded,
+        excluded=prepared.placement.excluded,
         float_nodes=placement.float_nodes,
+        dead=quantities.dead,
+        idle=tuple(sorted({*placement.excluded} - {*prepared.placement.excluded})),
         threshold=quantities.activations.rule,
         margin=quantities.activations.margin,
         tensors=quantities.activations.tensors,
@@ -201,7 +204,7 @@ def _calibrate(
         splits=prepared.splits,
         decisions=prepared.decisions,
         left_whole=prepared.left_whole,
-        ranges=prepared.ranges,
+        ranges=ranges,
         overhead=prepared.overhead,
         learned=learned,
         simulation=options.simulation,

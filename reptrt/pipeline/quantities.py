@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -13,11 +13,12 @@ from reptrt.data.dataset import Dataset
 from reptrt.execute.torchgraph import TorchGraph
 from reptrt.graph.layers import add_to_bias
 from reptrt.graph.net import Net
-from reptrt.graph.placement import Placement
+from reptrt.graph.placement import Placement, exactly, place
 from reptrt.graph.plan import QuantizedWeight
 from reptrt.graph.qdq import quantize_weights
 from reptrt.graph.splits import read_splits
 from reptrt.pipeline.activation_scales import ActivationScales, choose_scales
+from reptrt.pipeline.dead import dead_tensors, refuse_dead_trunk
 from reptrt.pipeline.options import CalibrateOptions
 from reptrt.pipeline.preparing import Prepared, torch_device
 from reptrt.quantize.calib.bias import bias_errors, deployed_weights
@@ -34,6 +35,8 @@ class Quantities:
 
     activations: ActivationScales
     weights: dict[str, QuantizedWeight]  # layer -> codes and scales
+    placement: Placement  # where pairs go: not at dead tensors
+    dead: tuple[str, ...]  # tensors that are 0 on all images
 
 
 def quantities_of(
@@ -48,10 +51,10 @@ def quantities_of(
         options: of calibration.
         clock: laps "collect", "thresholds" and "biases" are added.
     """
-    placement = prepared.placement
     with torch.inference_mode():
         graph = TorchGraph(net, torch_device(options.device))
-        seen = _collect(graph, net, placement, dataset, options)
+        seen, placement, dead = _collect_alive(graph, net, prepared, dataset, options)
+        prepared = replace(prepared, placement=placement)
         clock.lap("collect")
         _, judges = parts(dataset)
         outputs = Outputs(graph, judges)
@@ -62,7 +65,33 @@ def quantities_of(
         if options.correct_bias:
             _correct_biases(net, graph, seen.means, outputs, weights)
             clock.lap("biases")
-    return Quantities(activations, weights)
+    return Quantities(activations, weights, placement, dead)
+
+
+def _collect_alive(
+    graph: TorchGraph, net: Net, prepared: Prepared, dataset: Dataset, options: CalibrateOptions
+) -> tuple[Statistics, Placement, tuple[str, ...]]:
+    """Collect statistics; take dead tensors, and the layers that read one, out of the placement.
+
+    Layers that stay in float may let other tensors take a pair, so this may need further rounds.
+    """
+    placement = prepared.placement
+    in_float = (exactly(placement.excluded), exactly(placement.float_nodes))
+    seen = _collect(graph, net, placement, dataset, options)
+    if seen.same_images:
+        _LOG.warning("%s: all %d images are equal: ranges of one", dataset.name, dataset.length)
+    dead: tuple[str, ...] = ()
+    while found := dead_tensors(placement.activations, seen.histograms):
+        dead = (*dead, *found)
+        refuse_dead_trunk(net, dead, dataset.length)
+        placement = place(net, *in_float, dead)
+        new = {a.tensor for a in placement.activations} - seen.histograms.keys()
+        if new:
+            more = collect(graph, dataset, new)
+            seen = replace(seen, histograms={**seen.histograms, **more.histograms})
+    if dead:
+        _LOG.warning("%s: 0 on all %d images: no scale", ", ".join(dead), dataset.length)
+    return seen, placement, dead
 
 
 def _collect(

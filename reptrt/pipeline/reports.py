@@ -89,6 +89,8 @@ class CalibrateReport(Result):
     layers: int
     excluded: tuple[str, ...]  # layers that stay in float on request
     float_nodes: tuple[str, ...]  # nodes of any kind that do, those behind them included
+    dead: tuple[str, ...]  # tensors that are 0 on all images, so they have no scale
+    idle: tuple[str, ...]  # layers that stay in float because they read one
     threshold: Threshold  # the rule; of auto the one that was chosen
     margin: float  # by which auto widened its thresholds, for images not seen; 1 for a given rule
     tensors: tuple[TensorScale, ...]
@@ -109,8 +111,13 @@ class CalibrateReport(Result):
 
     @property
     def left_float(self) -> dict[str, str]:
-        """What stays in float on request: a label and the names, no entry where that is nothing."""
-        groups = {"layers in float": self.excluded, "nodes in float": self.float_nodes}
+        """What stays in float: a label and the names, no entry where that is nothing."""
+        groups = {
+            "layers in float": self.excluded,
+            "nodes in float": self.float_nodes,
+            "0 on all images": self.dead,
+            "so in float": self.idle,
+        }
         return {label: _names(names) for label, names in groups.items() if names}
 
     def to_dict(self) -> dict[str, Any]:

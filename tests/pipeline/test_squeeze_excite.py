@@ -15,10 +15,10 @@ from reptrt.sources.models import build
 from reptrt.sources.options import ArchitectureOptions
 from tests.support.helpers import load_tool
 
-# SQNR without less SQNR with squeeze-excite, which has 26 layers instead of 10: 5.5 dB with
-# seed 0 (10 epochs), 5.0 dB with seed 2 (4 epochs). Agreement differed by less than 0.015. With
-# seeds 1 and 3 all channels of one squeeze are zero on every image, which calibrate refuses.
-MARGIN_DB, MARGIN_AGREEMENT = 8.0, 0.04
+# Six seeds gave 25 to 27 dB with squeeze-excite and 28 to 31 dB without, on 26 layers and 10: 2 to
+# 6 dB less. Agreement was 0.02 to 0.04 lower. With two of the seeds all channels of one squeeze
+# were zero on every image, so that the layer behind it stays in float.
+LEAST_DB, MARGIN_DB, MARGIN_AGREEMENT = 22.0, 8.0, 0.06
 
 
 class Pair(NamedTuple):
@@ -26,10 +26,10 @@ class Pair(NamedTuple):
     int8: Calibrated
 
 
-def pair(se_blocks: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> Pair:
+def pair(se_blocks: tuple[int, ...], seed: int, monkeypatch: pytest.MonkeyPatch) -> Pair:
     tool = load_tool("train_digits")
     monkeypatch.setattr(tool, "EPOCHS", 4)
-    torch.manual_seed(2)
+    torch.manual_seed(seed)
     architecture = ArchitectureOptions(
         widths=(32, 48, 64, 64),
         blocks=(1, 2, 1),
@@ -47,12 +47,15 @@ def pair(se_blocks: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> Pair:
 
 
 @pytest.mark.slow
-def test_a_net_with_it_is_as_accurate_as_the_one_without(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_a_net_with_it_is_as_accurate_as_the_one_without(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     x = digits.load_digits().held_out.x
-    nets = [pair(se_blocks, monkeypatch) for se_blocks in ((0, 0, 0), (1, 2, 1))]
+    nets = [pair(se_blocks, seed, monkeypatch) for se_blocks in ((0, 0, 0), (1, 2, 1))]
     outputs = [(np.asarray(net.exported(x)), np.asarray(net.int8(x))) for net in nets]
     without, with_it = (sqnr_db(*values) for values in outputs)
-    assert with_it > max(20.0, without - MARGIN_DB)
+    assert with_it > max(LEAST_DB, without - MARGIN_DB)
     same = [agreement(*values) for values in outputs]
     assert same[1] > same[0] - MARGIN_AGREEMENT
 
@@ -61,9 +64,13 @@ def test_a_net_with_it_is_as_accurate_as_the_one_without(monkeypatch: pytest.Mon
     assert "BatchNormalization" not in operators
     assert operators.count("Conv") == 1 + 2 * 4 + 2 * 8  # stem, blocks, two in each gate
     assert not exported.report.skipped
+    idle = int8.report.idle
+    assert len(idle) == len(int8.report.dead)
+    assert all(layer.endswith("se.expand") for layer in idle)
     report = reptrt.lint(int8)
-    assert report.int8_layers == report.layers == 26
-    assert {finding.severity for finding in report.findings} <= {"info"}
+    assert (report.layers, report.int8_layers) == (26, 26 - len(idle))
+    assert {finding.severity for finding in report.findings} <= {"info", "warning"}
+    assert all(f.severity == "info" or f.node in idle for f in report.findings), report.findings
     batch = (x[:64].astype(np.float32) / 255 - digits.MEAN[0]) / digits.STD[0]
     with int8_runner(int8.proto, torch.device("cpu")) as simulation:
         (simulated,) = simulation.run(batch.astype(np.float32)).values()

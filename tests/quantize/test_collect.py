@@ -128,12 +128,13 @@ def test_tensors_of_a_group_get_one_histogram() -> None:
     assert_equal({"g": merged[1]}, {"g": single([5.0])})
 
 
-def test_a_dead_tensor_is_named_with_its_readers() -> None:
-    activations = (Activation("relu3", (("conv4", 0), ("add5", 1)), 0),)
-    with pytest.raises(
-        CalibrationError, match=r"relu3: amax is 0 over 3 values.*conv4, add5 in float"
-    ):
-        merge_groups(activations, {"relu3": single([0.0, 0.0, -0.0])})
+def test_only_images_that_are_all_equal_are_said_to_be() -> None:
+    same = np.repeat(PIXELS[:1], COMPUTE_BATCH + 3, axis=0)
+    other = same.copy()
+    other[-1, 0, 0, 0] ^= 1
+    graph = TorchGraph(basic_block())
+    found = [collect(graph, dataset_of(p), ["x"]).same_images for p in (same, other, same[:1])]
+    assert found == [True, False, False]
 
 
 def test_a_folder_and_an_array_of_the_same_pixels(tmp_path: Path) -> None:

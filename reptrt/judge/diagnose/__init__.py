@@ -23,7 +23,7 @@ from reptrt.data.dataset import Dataset, Images
 from reptrt.execute.torchgraph import TorchGraph
 from reptrt.graph.model import Model, label_of
 from reptrt.graph.net import Net, constant_value, weighted_nodes
-from reptrt.graph.placement import Placement, place
+from reptrt.graph.placement import Placement, exactly, place
 from reptrt.graph.provenance import read_provenance
 from reptrt.graph.splits import read_splits
 from reptrt.judge.diagnose.measure import (
@@ -87,13 +87,16 @@ def diagnose(
     net, device = source.to_net(), torch_device(options.device)
     with torch.inference_mode():
         graphs = [TorchGraph(made.to_net(), device) for made in (plain, int8)]
-        placement = place(net, options.exclude, options.float_nodes)
+        placement = place(net, options.exclude, options.float_nodes, plain.report.dead)
         halves = _halves(net, placement, plain.report, options)
         corners = _corners(halves, graphs, dataset, options)
         layers = [weight.node for weight in placement.weights]
         before = layer_powers(halves, probes_of(net, layers), few, "layers")
         prepared = net.copy()
         placement = prepare(prepared, dataset, options).placement
+        if report.dead:
+            in_float = (exactly(placement.excluded), exactly(placement.float_nodes))
+            placement = place(prepared, *in_float, report.dead)
         halves = _halves(prepared, placement, report, options)
         after = layer_powers(halves, probes_of(prepared, layers), few, "prepared")
     return Diagnosis(

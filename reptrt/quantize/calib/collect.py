@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from reptrt.core.errors import CalibrationError, option
+from reptrt.core.errors import CalibrationError
 from reptrt.core.progress import track
 from reptrt.data.dataset import Dataset
 from reptrt.execute.torchgraph import TorchGraph
@@ -28,6 +28,7 @@ class Statistics:
 
     histograms: Mapping[str, Histogram]  # of |x|
     means: Mapping[str, Tensor]  # E[x] over the images, (1, C, H, W), summed in float64
+    same_images: bool = False  # whether several images were given, and all are equal
 
 
 def collect(
@@ -55,12 +56,22 @@ def collect(
         total = value[:count].sum(0, keepdim=True, dtype=torch.float64)
         sums[name] = total if name not in sums else sums[name] + total
 
-    records: dict[str, list[Record]] = {name: [] for name in sorted({*histograms, *means})}
+    first: list[Tensor] = []
+    others: list[bool] = []
+
+    def compare(name: str, count: int, value: Tensor) -> None:
+        first.extend([] if first else [value[:1].clone()])
+        others.append(not torch.equal(value[:count], first[0].expand_as(value[:count])))
+
+    image = graph.input_names[0]
+    records: dict[str, list[Record]] = {n: [] for n in sorted({*histograms, *means, image})}
+    records[image].append(compare)
     for record, names in ((count_values, histograms), (add_up, means)):
         for name in names:
             records[name].append(record)
     watch(graph, dataset, records, "calibrate")
-    return Statistics(merged, {n: (total / dataset.length).float() for n, total in sums.items()})
+    averages = {n: (total / dataset.length).float() for n, total in sums.items()}
+    return Statistics(merged, averages, dataset.length > 1 and not any(others))
 
 
 def watch(
@@ -106,21 +117,10 @@ def not_finite(name: str) -> CalibrationError:
 def merge_groups(
     activations: Iterable[Activation], histograms: Mapping[str, Histogram]
 ) -> dict[int, Histogram]:
-    """Return group -> histogram of all its tensors; the tensors of a group share one scale.
-
-    Raises:
-        CalibrationError: a tensor is zero on all images, so it has no scale.
-    """
+    """Return group -> histogram of all its tensors; the tensors of a group share one scale."""
     merged: dict[int, Histogram] = {}
     for activation in activations:
         histogram = histograms[activation.tensor]
-        if histogram.maximum == 0.0:
-            readers = ", ".join(name for name, _ in activation.readers)
-            raise CalibrationError(
-                f"{activation.tensor}: amax is 0 over {histogram.zeros} values, so it has no "
-                "scale; check the weights before it, or leave "
-                f"{readers} in float with {option('exclude')}"
-            )
         others = merged.get(activation.group)
         merged[activation.group] = histogram if others is None else others.merged(histogram)
     return merged

@@ -117,6 +117,10 @@ def decisions(run: RunContent) -> Section:
     text += f"{len(full)} of {len(calibration['tensors'])} activations use all 256 codes."
     if in_float := sorted({*calibration.get("excluded", ()), *calibration.get("float_nodes", ())}):
         text += f" On request these nodes stay in float: {', '.join(in_float)}."
+    if dead := calibration.get("dead"):
+        text += f" These tensors are 0 on all images, so they have no scale: {', '.join(dead)}."
+        if idle := calibration["idle"]:
+            text += f" The layers that read them stay in float: {', '.join(idle)}."
     blocks: list[Block] = [Text(text)]
     if decisions:
         blocks.append(_decisions(decisions))
