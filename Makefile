@@ -5,6 +5,7 @@
 # make benchmark   ratios of speed, side by side (a few minutes; leave the machine alone)
 # make docs   write the pages of docs/ that are made from the code
 # make site   build the documentation as a site into build/site
+# make release  build source distribution and wheel, and try the wheel in a fresh environment
 # make clean  remove what these made
 #
 # Everything lives in $(VENV); a second call installs nothing. Without a word, torch is held at the
@@ -17,14 +18,14 @@ JOBS ?= 2
 OUT ?= build/demo
 PIP_FLAGS ?= -qq
 
-BIN := $(VENV)/bin
+BIN := $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 DEMO_EXTRAS := cpu,rtx,demo
 DEV_EXTRAS := $(DEMO_EXTRAS),dev
 ASKED_FOR := pyproject.toml $(CONSTRAINTS)
 INSTALL := $(BIN)/python -m pip install $(PIP_FLAGS) --disable-pip-version-check \
 	$(addprefix -c ,$(CONSTRAINTS)) -e
 
-.PHONY: demo test quick check benchmark docs site clean
+.PHONY: demo test quick check benchmark docs site release clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
@@ -55,6 +56,9 @@ docs: $(VENV)/.demo
 
 site: $(VENV)/.dev
 	$(BIN)/python -m sphinx -W --keep-going -q -b html -c docs/site docs build/site
+
+release: $(VENV)/.dev
+	$(BIN)/python tools/check_release.py -o build/release
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis \

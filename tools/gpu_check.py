@@ -368,13 +368,36 @@ def engines(
     check.step(f"{backend} bench, no host copies", lambda: bench("--no-host-copies"))
 
 
+COLUMNS = (
+    *("engine", "batch", "median ms", "on the GPU", "images/s", "of FP16", "SQNR dB"),
+    "INT8 layers",
+)
+
+
 def table(steps: Sequence[Step]) -> list[str]:
     """Return a row for each engine and batch size, then remarks, then the steps that failed."""
     done = {step.name: step.result for step in steps if step.state == "done"}
-    lines = [
-        "| engine | batch | median ms | on the GPU | images/s | of FP16 | SQNR dB | INT8 layers |"
+    lines = markdown(COLUMNS, engine_rows(done))
+    lines += [line for name, result in done.items() for line in _remarks(name, result)]
+    lines += [f"{step.name}: {step.state}: {step.why}" for step in steps if step.state != "done"]
+    return lines
+
+
+def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return the lines of a table; all columns but the first are flush right."""
+    ruler = ["---"] + ["--:"] * (len(columns) - 1)
+    return [f"| {' | '.join(columns)} |", f"|{'|'.join(ruler)}|"] + [
+        f"| {' | '.join(row)} |" for row in rows
     ]
-    lines.append("|---|--:|--:|--:|--:|--:|--:|--:|")
+
+
+def engine_rows(done: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
+    """Return the cells of each engine at each batch size, in the order of `COLUMNS`.
+
+    Args:
+        done: step -> result, of the steps that were done.
+    """
+    rows = []
     for backend in BACKENDS:
         on_gpu = {
             (row["file"], row["batch"]): row["median_ms"]
@@ -396,10 +419,8 @@ def table(steps: Sequence[Step]) -> list[str]:
                 "" if sqnr is None else f"{sqnr:.1f}",
                 "" if audit is None else f"{audit['built']} of {len(audit['planned'])}",
             ]
-            lines.append(f"| {' | '.join(cells)} |")
-    lines += [line for name, result in done.items() for line in _remarks(name, result)]
-    lines += [f"{step.name}: {step.state}: {step.why}" for step in steps if step.state != "done"]
-    return lines
+            rows.append(cells)
+    return rows
 
 
 def _remarks(name: str, result: Mapping[str, Any]) -> list[str]:
