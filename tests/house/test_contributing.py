@@ -1,4 +1,4 @@
-"""What runs elsewhere is right as far as it can be seen here: the workflow, the image, the forms."""
+"""What runs elsewhere is right as far as it can be seen here: workflow, image, issue forms."""
 
 import re
 import shutil
