@@ -1,8 +1,10 @@
 """What runs elsewhere is right as far as it can be seen here: workflow, image, issue forms."""
 
+import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from tests.support.pages import REPOSITORY
 WORKFLOW = REPOSITORY / ".github/workflows/tests.yml"
 DOCKERFILE = (REPOSITORY / "Dockerfile").read_text()
 MAKEFILE = (REPOSITORY / "Makefile").read_text()
+HADOLINT = shutil.which("hadolint", path=os.pathsep.join([sys.prefix + "/bin", os.environ["PATH"]]))
 
 
 def loaded(path: Path) -> Any:
@@ -52,9 +55,10 @@ def test_the_image_copies_what_exists_and_installs_extras_that_exist() -> None:
     assert set(extras.split(",")) <= set(project["optional-dependencies"])
 
 
-@pytest.mark.skipif(shutil.which("hadolint") is None, reason="hadolint is not installed")
+@pytest.mark.skipif(HADOLINT is None, reason="hadolint is not installed")
 def test_the_image_is_linted() -> None:
-    command = ["hadolint", str(REPOSITORY / "Dockerfile")]
+    assert HADOLINT is not None
+    command = [HADOLINT, str(REPOSITORY / "Dockerfile")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 
