@@ -36,6 +36,7 @@ from reptrt.execute.torchops.node import Precision
 from reptrt.execute.torchops.plan import Plan, comparable_tensors, plan_of, runnable_steps
 from reptrt.execute.torchops.program import Step, program_from_net
 from reptrt.execute.torchops.window import spatial_layout
+from reptrt.graph.heads import Heads, heads_of
 from reptrt.graph.net import Net, net_from_model
 
 Override = Callable[[Tensor], Tensor]
@@ -76,6 +77,7 @@ class TorchGraph(torch.nn.Module):
         self._names = frozenset(name for step in self._program.steps for name in step.outputs)
         self._names |= self._program.inputs.keys() | self.constants.keys()
         self._declared = {name: t.shape for name, t in source.graph.tensors().items() if t.shape}
+        self._heads = heads_of(source)
         self.to(device)
 
     @property
@@ -105,6 +107,12 @@ class TorchGraph(torch.nn.Module):
         See `reptrt.execute.torchops.plan.comparable_tensors`.
         """
         return comparable_tensors(self._program)
+
+    @property
+    def heads(self) -> Heads:
+        """The raw heads of a detector; none if they cannot be run. See `reptrt.graph.heads`."""
+        runnable = {name for step in self.steps for name in step.outputs}
+        return self._heads if runnable.issuperset(self._heads.names) else Heads()
 
     @property
     def constants(self) -> Mapping[str, Tensor]:

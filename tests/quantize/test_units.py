@@ -13,6 +13,7 @@ import torch
 from reptrt.execute.torchgraph import TorchGraph
 from reptrt.graph.net import Net, net_from_model
 from reptrt.graph.placement import place
+from reptrt.quantize.calib.measure import Measure
 from reptrt.quantize.reconstruct.cache import Store, batches, choose_storage, peak_bytes
 from reptrt.quantize.reconstruct.units import MAX_LAYERS, Layout, Unit, find_units, stage_end
 from tests.support.onnx_nets import Builder, basic_block, plain_chain
@@ -101,7 +102,7 @@ def cut(name: str) -> tuple[Net, TorchGraph, Layout, torch.Tensor]:
     placement = place(net)
     layers = [weight.node for weight in placement.weights]
     quantized = [activation.tensor for activation in placement.activations]
-    return net, graph, find_units(graph, x[:2], layers, quantized), x
+    return net, graph, find_units(graph, x[:2], layers, quantized, Measure(graph).names), x
 
 
 def described(layout: Layout) -> list[str]:

@@ -27,6 +27,7 @@ from reptrt.graph.plan import plan_from_placement
 from reptrt.graph.qdq import insert_qdq, quantize_weights
 from reptrt.graph.splits import Split, read_splits
 from reptrt.quantize.calib.collect import COMPUTE_BATCH
+from reptrt.quantize.calib.measure import Measure
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,22 +83,27 @@ class Powers:
 
 @dataclass(slots=True)
 class Closeness:
-    """How close a net's outputs are to the float net's, summed up batch by batch."""
+    """How close a net's outputs, or raw heads, are to the float net's, batch by batch."""
 
+    measure: Measure
     images: int = 0
     powers: dict[str, tuple[float, float]] = field(default_factory=dict)  # signal, noise
     same_class: float | None = 0.0  # images; None: the output is not one row of scores an image
 
     def add(self, references: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
         """Add a batch of outputs (N, ...) by name; the first one decides about classes."""
-        for name, exact in references.items():
-            signal, noise = self.powers.get(name, (0.0, 0.0))
-            signal += float(exact.double().square().sum())
-            noise += float((exact.double() - outputs[name].double()).square().sum())
-            self.powers[name] = (signal, noise)
+        exact, other = (
+            {name: values[name].double() for name in references} for values in (references, outputs)
+        )
+        for group, (power, error) in self.measure.sums(exact, other).items():
+            signal, noise = self.powers.get(group, (0.0, 0.0))
+            self.powers[group] = (signal + float(power), noise + float(error))
         first = next(iter(references))
         reference, output = references[first], outputs[first]
         self.images += len(reference)
+        if self.measure.is_detector:
+            self.same_class = None
+            return
         expected, rows = (class_scores(tensor.cpu().numpy()) for tensor in (reference, output))
         if expected is None or rows is None:
             self.same_class = None
@@ -177,8 +183,8 @@ def closeness(
     exact: TorchGraph, others: Sequence[TorchGraph], dataset: Dataset
 ) -> tuple[Closeness, ...]:
     """Compare the outputs of several graphs with the float one's over all images."""
-    results = tuple(Closeness() for _ in others)
-    names = exact.comparable_names
+    measure = Measure(exact)
+    results, names = tuple(Closeness(measure) for _ in others), measure.names
     for batch in _batches(dataset, "corners"):
         reference = exact.run({exact.input_names[0]: batch}, names)
         for graph, close in zip(others, results, strict=True):

@@ -1,13 +1,9 @@
 """The error that quantization makes in the outputs of a net, on held-out images.
 
 It judges choices that theory leaves open (a threshold rule and its margin, whether biases are
-corrected): the choice with the least error is made, which is the sum over outputs of
-
-    sum (quantized output - float output)^2 / sum (float output)^2
-
-so that outputs in large units, boxes in pixels, do not outvote scores. Images that were used to
-measure ranges never exceed them, so a comparison of thresholds has to clip activations to the
-ranges that were measured without the held-out images.
+corrected): the choice with the least squared error is made, measured as `calib.measure` says.
+Images that were used to measure ranges never exceed them, so a comparison of thresholds has to clip
+activations to the ranges that were measured without the held-out images.
 """
 
 import functools
@@ -20,6 +16,7 @@ from torch import Tensor
 from reptrt.data.dataset import Dataset
 from reptrt.execute.torchgraph import Override, TorchGraph
 from reptrt.quantize.calib.collect import COMPUTE_BATCH
+from reptrt.quantize.calib.measure import Measure
 
 _MOST_HELD_OUT = 64  # images
 _NOTHING: Mapping[str, Tensor] = MappingProxyType({})
@@ -45,7 +42,8 @@ def parts(dataset: Dataset) -> tuple[Dataset, Dataset]:
 class Outputs:
     """The outputs of a float net on images, to be compared with those of other graphs.
 
-    Outputs that cannot be compared are replaced: see `TorchGraph.comparable_names`.
+    Of a detector they are its raw heads. Outputs that cannot be compared are replaced: see
+    `TorchGraph.comparable_names`.
 
     Args:
         graph: the float graph.
@@ -55,6 +53,7 @@ class Outputs:
     def __init__(self, graph: TorchGraph, dataset: Dataset) -> None:
         self._graph = graph
         self._dataset = dataset
+        self._measure = Measure(graph)
 
     @functools.cached_property
     def _exact(self) -> list[tuple[Tensor, dict[str, Tensor]]]:
@@ -81,10 +80,8 @@ class Outputs:
         total = 0.0
         for x, exact in self._exact:
             outputs = self._run(graph, x, constants, overrides)
-            total += sum(
-                float((outputs[name] - exact[name]).square().sum()) / unit
-                for name, unit in self._units.items()
-            )
+            sums = self._measure.sums(exact, outputs)
+            total += sum(float(error) / self._units[group] for group, (_, error) in sums.items())
         return total
 
     @functools.cached_property
@@ -92,12 +89,11 @@ class Outputs:
         """The power of each real-valued output, in which its error is measured; 1 for one alone."""
         powers: dict[str, float] = {}
         for _, exact in self._exact:
-            for name, value in exact.items():
-                if value.is_floating_point():
-                    powers[name] = powers.get(name, 0.0) + float(value.double().square().sum())
+            for group, (signal, _) in self._measure.sums(exact, exact).items():
+                powers[group] = powers.get(group, 0.0) + float(signal)
         if len(powers) == 1:
             return dict.fromkeys(powers, 1.0)
-        return {name: power or 1.0 for name, power in powers.items()}
+        return {group: power or 1.0 for group, power in powers.items()}
 
     def _run(
         self,
@@ -107,4 +103,4 @@ class Outputs:
         overrides: Mapping[str, Override] = _NO_OVERRIDES,
     ) -> dict[str, Tensor]:
         inputs = {graph.input_names[0]: x, **constants}
-        return graph.run(inputs, self._graph.comparable_names, overrides=overrides)
+        return graph.run(inputs, self._measure.names, overrides=overrides)

@@ -21,6 +21,7 @@ from reptrt.execute.torchgraph import TorchGraph
 from reptrt.graph.net import Net
 from reptrt.graph.plan import QuantPlan
 from reptrt.graph.splits import read_splits
+from reptrt.quantize.calib.measure import Measure
 from reptrt.quantize.reconstruct.cache import (
     Activations,
     Hooks,
@@ -29,7 +30,7 @@ from reptrt.quantize.reconstruct.cache import (
     read,
     working_bytes,
 )
-from reptrt.quantize.reconstruct.learn import Task, held_out_error, learn, relative_error
+from reptrt.quantize.reconstruct.learn import Task, errors_of, held_out_error, learn
 from reptrt.quantize.reconstruct.options import LearnOptions, ReconstructReport, UnitReport
 from reptrt.quantize.reconstruct.resume import Finished
 from reptrt.quantize.reconstruct.state import (
@@ -119,12 +120,14 @@ class _Run:
         self._graph, self._float_graph = TorchGraph(net, device), TorchGraph(reference, device)
         self.sites, self.state = find_sites(net, reference, quantized.plan, quantized.grid, device)
         self._dataset, self._image = dataset, self._float_graph.input_names[0]
+        self._measure = Measure(self._float_graph)
         sides = {split.side for split in read_splits(reference)}
         self._layout = find_units(
             self._float_graph,
             torch.from_numpy(next(iter(dataset.batches(2)))),
             self.sites.weights.keys() - sides,
             self.sites.pairs.keys(),
+            self._measure.names,
         )
         order = torch.randperm(dataset.length, generator=_generator(options.seed, -1))
         num_held_out = dataset.length // _HELD_OUT
@@ -159,7 +162,7 @@ class _Run:
         with torch.no_grad():
             for _ in range(2):  # the first pass is slower
                 started = time.perf_counter()
-                self._graph.run(inputs, self._float_graph.comparable_names, replace=hooks)
+                self._graph.run(inputs, self._measure.names, replace=hooks)
                 if self._device.type == "cuda":
                     torch.cuda.synchronize()
                 seconds.append(time.perf_counter() - started)
@@ -190,6 +193,7 @@ class _Run:
             outputs=unit.outputs,
             inputs=functools.partial(read, activations.quantized, unit.inputs),
             targets=functools.partial(read, activations.float, unit.outputs),
+            measure=self._measure,
             stage=self._stage_term(index),
         )
         report = self._learned_or_loaded(index, task)
@@ -274,16 +278,15 @@ class _Run:
             return None
         ends, boundary = self._layout.units[end].outputs, self._layout.alive[index]
         activations, float_graph, kind = self._activations, self._float_graph, self._options.loss
+        measure = self._measure
         targets = activations.propagate(float_graph, boundary, ends, activations.float, {}, {})
 
         def term(outputs: Mapping[str, Tensor], picked: Tensor) -> Tensor:
             others = [name for name in boundary if name not in outputs]
             inputs = {**read(activations.quantized, others, picked), **outputs}
             values = float_graph.run(inputs, ends)
-            errors = [
-                relative_error(values[name], targets[name].read(picked), kind) for name in ends
-            ]
-            return torch.stack(errors).mean()
+            exact = {name: targets[name].read(picked) for name in ends}
+            return torch.stack(errors_of(values, exact, measure, kind)).mean()
 
         return term
 

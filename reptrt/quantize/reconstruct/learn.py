@@ -5,7 +5,8 @@
 B is the quantized unit, x^ its input, computed by the quantized units before it, and Y the unit's
 output in the float net. R is the float rest of the stage and Y_S the stage's output in the float
 net. |.| is the mean absolute value (MAE, after RepAPQ arXiv 2402.16121: outliers dominate MSE) or
-the mean square.
+the mean square, averaged over the unit's outputs; at the raw heads of a detector it is what
+`calib.measure` says.
 """
 
 import math
@@ -18,12 +19,14 @@ from torch import Tensor
 from reptrt.core.errors import CalibrationError, option
 from reptrt.execute.torchgraph import TorchGraph, exact_math
 from reptrt.quantize.calib.collect import COMPUTE_BATCH
+from reptrt.quantize.calib.measure import Measure
 from reptrt.quantize.reconstruct.options import LearnOptions
 from reptrt.quantize.reconstruct.rounding import SoftCodes, beta_at
 from reptrt.quantize.reconstruct.state import Sites, State, dequantized_weights, simulation
 
 Batch = Callable[[Tensor], Mapping[str, Tensor]]  # image indices -> tensors by name
 
+_LEAST_SIGNAL = 1e-30
 _CHECK_EVERY = 25  # iterations between checks that the loss is finite
 
 
@@ -39,6 +42,7 @@ class Task:
     outputs: tuple[str, ...]
     inputs: Batch  # from the quantized net
     targets: Batch  # from the float net
+    measure: Measure  # the unit in which errors of outputs count
     # error of the stage's output as a function of the unit's outputs and of the image indices
     stage: Callable[[Mapping[str, Tensor], Tensor], Tensor] | None = None
 
@@ -46,8 +50,27 @@ class Task:
 def relative_error(value: Tensor, target: Tensor, loss: str) -> Tensor:
     """Return mean |value - target| / mean |target| ("mae"), or the same of squares ("mse")."""
     if loss == "mae":
-        return (value - target).abs().mean() / target.abs().mean().clamp_min(1e-30)
-    return (value - target).square().mean() / target.square().mean().clamp_min(1e-30)
+        return (value - target).abs().mean() / target.abs().mean().clamp_min(_LEAST_SIGNAL)
+    return (value - target).square().mean() / target.square().mean().clamp_min(_LEAST_SIGNAL)
+
+
+def errors_of(
+    values: Mapping[str, Tensor], targets: Mapping[str, Tensor], measure: Measure, loss: str
+) -> list[Tensor]:
+    """Return the relative error of each target, the raw heads of a detector in their own units.
+
+    Args:
+        values: name -> values, of all targets at least.
+        targets: name -> values in the float net.
+        measure: of the net.
+        loss: "mae" or "mse".
+    """
+    if not any(measure.is_measured(name) for name in targets):
+        return [relative_error(values[name], target, loss) for name, target in targets.items()]
+    sums = measure.sums(targets, values, 1 if loss == "mae" else 2)
+    return [
+        error / signal.to(error.dtype).clamp_min(_LEAST_SIGNAL) for signal, error in sums.values()
+    ]
 
 
 def held_out_error(task: Task, state: State, images: Tensor, loss: str) -> float:
@@ -66,11 +89,8 @@ def held_out_error(task: Task, state: State, images: Tensor, loss: str) -> float
         for part in torch.split(images, COMPUTE_BATCH):
             inputs = {**task.inputs(part), **constants}
             outputs = task.graph.run(inputs, task.outputs, replace=hooks)
-            targets = task.targets(part)
-            errors = [
-                float(relative_error(outputs[name], targets[name], loss)) for name in task.outputs
-            ]
-            total += sum(errors) / len(errors) * len(part)
+            errors = errors_of(outputs, task.targets(part), task.measure, loss)
+            total += sum(float(error) for error in errors) / len(errors) * len(part)
     return total / len(images)
 
 
@@ -155,8 +175,7 @@ class _Trial:
         """Return the loss on the picked images; ``beta`` None leaves out the regularizer."""
         task, kind = self._task, self._options.loss
         outputs = self._run(task.inputs(picked))
-        targets = task.targets(picked)
-        errors = [relative_error(outputs[name], targets[name], kind) for name in task.outputs]
+        errors = errors_of(outputs, task.targets(picked), task.measure, kind)
         loss = torch.stack(errors).mean()
         if task.stage is not None:
             loss = loss + self._options.stage_weight * task.stage(outputs, picked)

@@ -28,7 +28,7 @@ class Unit:
 
     name: str  # the name of its last layer
     inputs: tuple[str, ...]  # the tensors of the boundary before it that it reads
-    outputs: tuple[str, ...]  # its tensors that later units read, or that are outputs of the graph
+    outputs: tuple[str, ...]  # its tensors that later units read, or that are outputs of the net
     nodes: frozenset[str]
     layers: tuple[str, ...]  # weighted nodes in topological order
     stage: int
@@ -48,6 +48,7 @@ def find_units(
     sample: torch.Tensor,
     layers: Collection[str],
     quantized: Collection[str],
+    outputs: Sequence[str],
 ) -> Layout:
     """Return the units of a float graph.
 
@@ -56,10 +57,12 @@ def find_units(
         sample: a few images; the graph is run on them to get the shapes.
         layers: weighted nodes; only one node of a split layer.
         quantized: tensors that have a Q/DQ pair in the quantized graph.
+        outputs: tensors that the last units are to make; what lies behind them is in no unit.
     """
-    shapes = _shapes(graph, sample)
-    steps = [step for step in graph.steps if any(name in shapes for name in step.outputs)]
-    alive = _alive_after(steps, graph)
+    needed = _steps_to(graph, outputs)
+    shapes = _shapes(graph, sample, needed)
+    steps = [step for step in needed if any(name in shapes for name in step.outputs)]
+    alive = _alive_after(steps, graph, outputs)
     stops = _boundaries(steps, alive, layers, {*quantized})
     units: list[Unit] = []
     start, stage, size = 0, 0, 0
@@ -99,8 +102,26 @@ def stage_end(units: Sequence[Unit], index: int) -> int:
     return last
 
 
-def _shapes(graph: TorchGraph, sample: torch.Tensor) -> dict[str, tuple[int, ...]]:
-    """Return the shape without the batch axis of every floating tensor that has one."""
+def _steps_to(graph: TorchGraph, outputs: Sequence[str]) -> list[Step]:
+    """Return the nodes that tensors are computed from, in order."""
+    needed, steps = set(outputs), []
+    for step in reversed(graph.steps):
+        if not needed.isdisjoint(step.outputs):
+            needed.update(step.inputs)
+            steps.append(step)
+    return steps[::-1]
+
+
+def _shapes(
+    graph: TorchGraph, sample: torch.Tensor, steps: Sequence[Step]
+) -> dict[str, tuple[int, ...]]:
+    """Return the shape without the batch axis of every floating tensor that has one.
+
+    Args:
+        graph: is run.
+        sample: a few images.
+        steps: nodes whose outputs are looked at.
+    """
     constants = graph.constants.keys()
     shapes: dict[str, tuple[int, ...]] = {}
 
@@ -108,10 +129,10 @@ def _shapes(graph: TorchGraph, sample: torch.Tensor) -> dict[str, tuple[int, ...
         if value.is_floating_point() and value.dim() > 1 and value.shape[0] == len(sample):
             shapes[name] = tuple(value.shape[1:])
 
-    names = [name for step in graph.steps for name in step.outputs if name not in constants]
+    names = [name for step in steps for name in step.outputs if name not in constants]
     observers = {name: functools.partial(record, name) for name in (*graph.input_names, *names)}
     with torch.inference_mode():
-        graph.run({graph.input_names[0]: sample}, graph.comparable_names, observe=observers)
+        graph.run({graph.input_names[0]: sample}, [], observe=observers)
     return shapes
 
 
@@ -120,10 +141,12 @@ def _area(shape: tuple[int, ...]) -> int:
     return shape[1] * shape[2] if len(shape) == 3 else 1
 
 
-def _alive_after(steps: Sequence[Step], graph: TorchGraph) -> list[tuple[str, ...]]:
+def _alive_after(
+    steps: Sequence[Step], graph: TorchGraph, outputs: Sequence[str]
+) -> list[tuple[str, ...]]:
     """Return, for each step, the tensors alive after it in the order of computation."""
     order = list(dict.fromkeys([*graph.input_names, *(n for s in steps for n in s.outputs)]))
-    computed, read_later = set(order), set(graph.comparable_names)
+    computed, read_later = set(order), set(outputs)
     alive: list[tuple[str, ...]] = []
     for step in reversed(steps):
         alive.append(tuple(name for name in order if name in read_later))
