@@ -10,6 +10,7 @@ import onnx
 import onnx_graphsurgeon as gs
 import pytest
 import torch
+from onnx import numpy_helper
 
 import reptrt
 from reptrt.data.dataset import open_dataset
@@ -23,6 +24,8 @@ from reptrt.judge.diagnose.measure import closeness
 from reptrt.pipeline import CalibrateOptions, CalibrateReport, calibrate, prepare
 from reptrt.quantize.calib.options import ThresholdOptions
 from reptrt.quantize.calib.outputs import Outputs, stride_of
+from tests.support import detector_nets
+from tests.support.detector_nets import detector
 from tests.support.helpers import ort_run
 from tests.support.learned_nets import SIZE, rep_net, write_images, write_net
 from tests.support.qdq_nets import with_outputs
@@ -56,13 +59,30 @@ def shares_of(path: Path, parts: Sequence[np.ndarray], names: Sequence[str]) -> 
     return {name: others[name] / max(others[name], judges[name]) for name in names}
 
 
+Values = dict[str, np.ndarray]
+Shares = Mapping[str, float]
+
+
 def error_of(
-    path: Path, x: np.ndarray, report: CalibrateReport, margin: float, shares: Mapping[str, float]
+    path: Path, x: np.ndarray, report: CalibrateReport, margin: float, shares: Shares
 ) -> float:
     """Return the output error with quantized activations, clipped to the ranges without ``x``."""
-    model = onnx.load(str(path))
+    (exact,), (found,) = (one.values() for one in pair_of(path, x, report, margin, shares))
+    return float(np.square(found.astype(float) - exact).sum())
+
+
+def pair_of(
+    path: Path,
+    x: np.ndarray,
+    report: CalibrateReport,
+    margin: float,
+    shares: Shares,
+    also: Sequence[str] = (),
+) -> tuple[Values, Values]:
+    """Return the outputs and other tensors in float, and as `error_of` says."""
+    model = with_outputs(onnx.load(str(path)), list(also))
     net = net_from_model(model)
-    (exact,) = ort_run(model, {"x": x}, optimize=False).values()
+    exact = ort_run(model, {"x": x}, optimize=False)
     placement = replace(place(net), weights=())
     scales, grid = scales_of(report, margin), OPTIONS.grids[0]
     insert_qdq(net, plan_from_placement(placement, scales, {}, grid, report.full_range))
@@ -74,8 +94,7 @@ def error_of(
         limited = gs.Variable(f"{tensor.name}.limited", np.float32)
         net.graph.nodes.append(gs.Node("Clip", limited.name, {}, [tensor, *bounds], [limited]))
         quantize.inputs[0] = limited
-    (found,) = ort_run(model_from_net(net), {"x": x}, optimize=False).values()
-    return float(np.square(found.astype(float) - exact).sum())
+    return exact, ort_run(model_from_net(net), {"x": x}, optimize=False)
 
 
 class Heads(torch.nn.Module):
@@ -139,6 +158,57 @@ def test_auto_takes_the_rule_and_margin_that_keep_outputs_nearest_on_images_not_
     tried = [error_of(path, parts[1], found, STEP**k, shares) for k in range(steps + 2)]
     assert all(np.diff(tried[:-1]) < 0)  # every step came nearer
     assert tried[-1] > (1 - 1e-3) * tried[-2]  # and the next one did not
+
+
+HEADS = ("scores.turned", "boxes.low", "boxes.high")
+
+
+def by_heads(exact: Values, found: Values) -> float:
+    """Return the error of scores, and of boxes by the score of their place, each relative."""
+    p = exact["scores.turned"].astype(float)
+    w = p.max(axis=2, keepdims=True)
+    boxes = [(exact[name].astype(float), found[name]) for name in HEADS[1:]]
+    scores = np.square(p - found["scores.turned"]).sum() / np.square(p).sum()
+    errors = sum((w * np.square(b - c)).sum() for b, c in boxes)
+    return float(scores + errors / sum((w * np.square(b)).sum() for b, _ in boxes))
+
+
+def write_objects(path: Path, seed: int) -> Path:
+    """Write images of faint noise, each with one bright object."""
+    rng = np.random.default_rng(seed)
+    x = rng.normal(0, 0.4, (COUNT, 3, detector_nets.SIZE, detector_nets.SIZE))
+    for image, row, column in zip(x, *rng.integers(2, 12, (2, COUNT)), strict=True):
+        image[:, row : row + 3, column : column + 3] += rng.uniform(2, 3, (3, 1, 1))
+    np.savez(path, x=x.astype(np.float32))
+    return path
+
+
+@pytest.mark.slow
+def test_auto_chooses_for_a_detector_as_scores_and_boxes_with_a_score_say(tmp_path: Path) -> None:
+    """The decoded boxes are in pixels: their squares would choose another rule."""
+    differing = 0
+    for seed in range(1, 4):
+        model = detector("yolov6", seed)
+        for tensor in model.graph.initializer:
+            if tensor.name.startswith("cls") and tensor.name.endswith("weight"):
+                steep = 4 * numpy_helper.to_array(tensor)
+                tensor.CopyFrom(numpy_helper.from_array(steep, tensor.name))
+        path = write_net(tmp_path / "m.onnx", model)
+        data = write_objects(tmp_path / "d.npz", seed)
+        parts = parted(path, data)
+        options = replace(OPTIONS, full_range=False)
+        heads, pixels = {}, {}
+        for rule in RULES:
+            given = replace(options, threshold=ThresholdOptions(rule))  # type: ignore[arg-type]
+            report = calibrate(path, data, tmp_path / "o.onnx", given)
+            shares = shares_of(path, parts, [t.tensor for t in report.tensors])
+            exact, found = pair_of(path, parts[1], report, 1.0, shares, HEADS)
+            heads[rule] = by_heads(exact, found)
+            pixels[rule] = float(np.square(found["y"].astype(float) - exact["y"]).sum())
+        chosen = calibrate(path, data, tmp_path / "o.onnx", options).threshold
+        assert heads[chosen] == pytest.approx(min(heads.values()), rel=1e-3)
+        differing += heads[min(pixels, key=lambda rule: pixels[rule])] > 1.01 * heads[chosen]
+    assert differing
 
 
 def test_ranges_without_the_judges_are_channel_by_channel_where_channels_are_equalized(
