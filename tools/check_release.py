@@ -2,15 +2,15 @@
 
     python tools/check_release.py -o build/release
     python tools/check_release.py -o build/release --python python3.10 --python python3.13
-    python tools/check_release.py -o build/release --oldest
+    python tools/check_release.py -o build/release --oldest python3.10
 
 - The source distribution and, from it, the wheel are built by `python -m build`; the wheel must
   hold the package's data and nothing else than the package.
 - For each Python the wheel is installed into a fresh environment with the extras cpu and demo.
   There the whole way is run: the demo, a zoo net exported, calibrated, linted and judged by the
   command line, and the same in a Python program, which mypy --strict accepts (py.typed).
-- With --oldest, an environment more is made, of the first Python, with every dependency at the
-  lower bound that pyproject.toml names.
+- With --oldest, an environment more is made, of a Python that is as old, with every dependency at
+  the lower bound that pyproject.toml names.
 
 A row says what was run, where, and in how many seconds. The exit status is 1 if anything failed.
 """
@@ -141,9 +141,9 @@ def tried(where: str, python: str, wheel: Path, out: Path, pins: Sequence[str]) 
 @click.command(help=(__doc__ or "").splitlines()[0])
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder.")
 @click.option("--python", "pythons", multiple=True, help="Interpreter; default: this one.")
-@click.option("--oldest", is_flag=True, help="Also with the oldest dependencies.")
+@click.option("--oldest", help="Interpreter to try the oldest dependencies with.")
 @click.option("--keep", is_flag=True, help="Keep the environments.")
-def main(output: Path, pythons: tuple[str, ...], oldest: bool, keep: bool) -> None:
+def main(output: Path, pythons: tuple[str, ...], oldest: str | None, keep: bool) -> None:
     """Build, install and try."""
     out = output.resolve()
     wheel = built(out)
@@ -152,9 +152,9 @@ def main(output: Path, pythons: tuple[str, ...], oldest: bool, keep: bool) -> No
         click.echo(f"FAILED  wheel: {defect}")
     pythons = pythons or (sys.executable,)
     runs: list[tuple[str, str, list[str]]] = [(Path(p).name, p, []) for p in pythons]
-    if oldest:
+    if oldest is not None:
         requires = Distribution.at(_metadata(wheel, out)).requires or []
-        runs.append(("oldest", pythons[0], lower_bounds(requires, EXTRAS)))
+        runs.append(("oldest", oldest, lower_bounds(requires, EXTRAS)))
     steps: list[Step] = []
     for where, python, pins in runs:
         steps += tried(where, python, wheel, out, pins)
