@@ -4,17 +4,21 @@ The JSON form of a report:
 
     {"results": [{"file": "m.int8.onnx", "images": 10000, "top1": 0.86, "top5": 0.99,
                   "agreement": 0.98, "sqnr_db": 31.2, "outputs": {"logits": 31.2},
-                  "identical": false}]}
+                  "identical": false}],
+     "ill_conditioned": null}
 
 Fractions are 0..1. ``top1`` and ``top5`` are null without labels; they and ``agreement`` are of the
 first output. ``agreement``, ``sqnr_db``, ``outputs`` and ``identical`` compare the outputs over all
 images with the reference's and are null without one. ``outputs`` holds the SQNR of each output;
 ``sqnr_db`` is that of the only one, or the one of the mean relative error, in which each output
 counts in its own unit. JSON has no infinity: where every output equals the reference's (the
-reference itself, always) ``sqnr_db`` is null and ``identical`` is true.
+reference itself, always) ``sqnr_db`` is null and ``identical`` is true. ``ill_conditioned`` is a
+sentence where the reference amplifies noise so much that SQNR says nothing
+(`reptrt.judge.conditioning`).
 """
 
 import contextlib
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -31,6 +35,7 @@ from reptrt.execute.runner import Runner, open_runner
 from reptrt.graph.model import Network, is_engine, proto_of, unique_labels
 from reptrt.graph.net import net_from_model
 from reptrt.graph.preprocess import Preprocess, read_preprocess
+from reptrt.judge.conditioning import Conditioning, conditioning_line
 from reptrt.judge.options import EvaluateOptions
 from reptrt.judge.outputs import Distance, Outputs, first_of, num_not_finite, paired, run_batch
 from reptrt.judge.tasks import open_task
@@ -89,10 +94,21 @@ class EvalReport(Result):
 
     results: tuple[FileResult, ...]
     columns: tuple[Column, ...] = ()  # of the task, for the table
+    noise_db: float | None = None  # SQNR of the reference under the noise of its images' rounding
+
+    @property
+    def ill_conditioned(self) -> str | None:
+        """A sentence where the reference is so ill-conditioned that SQNR says nothing."""
+        return conditioning_line(self.noise_db)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON values."""
-        return {"results": [result.to_dict() for result in self.results]}
+        results = [result.to_dict() for result in self.results]
+        return {"results": results, "ill_conditioned": self.ill_conditioned}
+
+    def to_lines(self) -> list[str]:
+        """Return the sentence on the reference, if there is one."""
+        return [] if self.ill_conditioned is None else [self.ill_conditioned]
 
     def to_table(self) -> Table:
         """Return the report as a table for people."""
@@ -154,7 +170,7 @@ def evaluate(
             for dataset, group in groups
             for network in group
         }
-        _run_all(judged, groups, reference, options.batch_size)
+        noise = _run_all(judged, groups, reference, options.batch_size)
     findings = {network: of.findings() for network, of in judged.items()}
     compared_with = None if reference is None else findings[reference]
     return EvalReport(
@@ -162,6 +178,7 @@ def evaluate(
             _result(task, judged[network], findings[network], compared_with) for network in networks
         ),
         task.columns,
+        noise,
     )
 
 
@@ -245,8 +262,13 @@ def _run_all(
     groups: Sequence[tuple[Dataset, Sequence[Network]]],
     reference: Network | None,
     batch_size: int,
-) -> None:
-    """Run all networks batch by batch, so that the outputs of one batch are in memory at a time."""
+) -> float | None:
+    """Run all networks batch by batch, so that the outputs of one batch are in memory at a time.
+
+    Returns:
+        The SQNR of the reference under noise, see `Conditioning`; None without a reference.
+    """
+    conditioning: Conditioning | None = None
     batches = zip(*(dataset.batches(batch_size) for dataset, _ in groups), strict=True)
     num_batches = -(-groups[0][0].length // batch_size)
     for batch_of_each in track(batches, num_batches, "eval"):
@@ -258,6 +280,12 @@ def _run_all(
         expected = None if reference is None else outputs[reference]
         for network, of in judged.items():
             of.add(outputs[network], expected)
+        for batch, (dataset, group) in zip(batch_of_each, groups, strict=True):
+            if reference is not None and reference in group:
+                conditioning = conditioning or Conditioning(dataset.preprocess)
+                run = functools.partial(run_batch, judged[reference].runner)
+                conditioning.add(batch, outputs[reference], run)
+    return None if conditioning is None else conditioning.sqnr_db
 
 
 def _result(task: Task[Any], of: Judged, findings: Any, reference: Any) -> FileResult:

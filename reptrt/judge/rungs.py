@@ -3,6 +3,7 @@
 The outputs of at most three forms are in memory at a time.
 """
 
+import functools
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
@@ -16,6 +17,7 @@ from reptrt.core.metrics import agreement, class_scores, top_k_accuracy
 from reptrt.core.result import Result
 from reptrt.data.dataset import Dataset
 from reptrt.execute.runner import Runner
+from reptrt.judge.conditioning import Conditioning, conditioning_line
 from reptrt.judge.options import BATCH
 from reptrt.judge.outputs import (
     Outputs,
@@ -23,6 +25,7 @@ from reptrt.judge.outputs import (
     num_not_finite,
     paired,
     refuse_labels_beyond,
+    run_batch,
     run_dataset,
     total_sqnr_db,
 )
@@ -59,10 +62,16 @@ class Ladder(Result):
     rungs: tuple[Rung, ...]
     images: int
     largest_output: float  # largest first output of the first rung, as a measure for differences
+    noise_db: float | None = None  # SQNR of the first rung under the noise of its images' rounding
+
+    @property
+    def ill_conditioned(self) -> str | None:
+        """A sentence where the net is so ill-conditioned that SQNR says nothing."""
+        return conditioning_line(self.noise_db)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the ladder as JSON values."""
-        return asdict(self)
+        return asdict(self) | {"ill_conditioned": self.ill_conditioned}
 
     def to_table(self) -> Table:
         """Return the rungs as a table for people."""
@@ -80,8 +89,9 @@ class Ladder(Result):
         return table
 
     def to_lines(self) -> list[str]:
-        """Return a line for each rung that was not run."""
-        return [f"{r.name}: not run: {r.not_run}" for r in self.rungs if r.not_run is not None]
+        """Return a line for each rung that was not run, and one on an ill-conditioned net."""
+        lines = [f"{r.name}: not run: {r.not_run}" for r in self.rungs if r.not_run is not None]
+        return lines if self.ill_conditioned is None else [*lines, self.ill_conditioned]
 
 
 class Step(NamedTuple):
@@ -102,12 +112,16 @@ def measure(steps: Iterable[Step], dataset: Dataset) -> Ladder:
         ReptrtError: a form cannot be run, and is not one that may fail.
     """
     rungs: list[Rung] = []
+    conditioning = Conditioning(dataset.preprocess)
     first: Outputs | None = None
     before: Outputs | None = None
     for step in steps:
         try:
             with step.open() as runner:
                 outputs = run_dataset([runner], dataset, BATCH)[0]
+                if first is None:
+                    images = next(dataset.batches(BATCH))
+                    conditioning.add(images, outputs, functools.partial(run_batch, runner))
         except (EngineError, MissingDependencyError) as err:
             if not step.may_fail:
                 raise
@@ -119,7 +133,7 @@ def measure(steps: Iterable[Step], dataset: Dataset) -> Ladder:
         before = outputs
     if first is None:
         raise ArtifactError("no form of the net could be run")
-    return Ladder(tuple(rungs), dataset.length, _largest(first))
+    return Ladder(tuple(rungs), dataset.length, _largest(first), conditioning.sqnr_db)
 
 
 def _largest(outputs: Outputs) -> float:

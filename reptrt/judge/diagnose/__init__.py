@@ -32,6 +32,7 @@ from reptrt.judge.diagnose.measure import (
     closeness,
     halves_of,
     layer_powers,
+    noise_db,
     probes_of,
 )
 from reptrt.judge.diagnose.parts import WeightRange, bits_left, range_of_branches, range_of_kernel
@@ -90,6 +91,7 @@ def diagnose(
         placement = place(net, options.exclude, options.float_nodes, plain.report.dead)
         halves = _halves(net, placement, plain.report, options)
         corners = _corners(halves, graphs, dataset, options)
+        noise = noise_db(halves.exact, few)
         layers = [weight.node for weight in placement.weights]
         before = layer_powers(halves, probes_of(net, layers), few, "layers")
         prepared = net.copy()
@@ -108,6 +110,7 @@ def diagnose(
         corners=corners,
         layers=_layers((net, prepared), (before, after), options),
         seconds=time.perf_counter() - started,
+        noise_db=noise,
     )
 
 

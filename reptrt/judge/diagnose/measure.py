@@ -14,7 +14,7 @@ import onnx_graphsurgeon as gs
 import torch
 from torch import Tensor
 
-from reptrt.core.arrays import Float64Array
+from reptrt.core.arrays import Float32Array, Float64Array
 from reptrt.core.grid import Grid
 from reptrt.core.metrics import agreement, class_scores, db_from_powers, db_of_outputs
 from reptrt.core.progress import track
@@ -26,6 +26,8 @@ from reptrt.graph.placement import Placement
 from reptrt.graph.plan import plan_from_placement
 from reptrt.graph.qdq import insert_qdq, quantize_weights
 from reptrt.graph.splits import Split, read_splits
+from reptrt.judge.conditioning import Conditioning
+from reptrt.judge.outputs import Outputs
 from reptrt.quantize.calib.collect import COMPUTE_BATCH
 from reptrt.quantize.calib.measure import Measure
 
@@ -190,6 +192,20 @@ def closeness(
         for graph, close in zip(others, results, strict=True):
             close.add(reference, graph.run({graph.input_names[0]: batch}, names))
     return results
+
+
+def noise_db(exact: TorchGraph, dataset: Dataset) -> float | None:
+    """Return the SQNR of a float net under the noise of rounding; see `Conditioning`."""
+
+    def run(images: Float32Array) -> Outputs:
+        inputs = {exact.input_names[0]: torch.from_numpy(images)}
+        values = exact.run(inputs, exact.comparable_names)
+        return {name: value.float().cpu().numpy() for name, value in values.items()}
+
+    conditioning = Conditioning(dataset.preprocess)
+    images = next(dataset.batches(COMPUTE_BATCH))
+    conditioning.add(images, run(images), run)
+    return conditioning.sqnr_db
 
 
 def _probe(layer: str, nodes: Mapping[str, gs.Node], split: Split | None) -> Probe:

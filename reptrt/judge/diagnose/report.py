@@ -8,9 +8,10 @@ The JSON form:
                  "parts": [{"kind": "identity", "share": 1.0}, ...],
                  "before": {"bits_left": 5.6, "weight_sqnr_db": 25.1, "activation_sqnr_db": 34.9},
                  "after": {...}}, ...],
-     "reading": ["..."], "seconds": 4.2}
+     "reading": ["..."], "seconds": 4.2, "noise_db": 46.2}
 
-JSON has no infinity: if nothing was lost, ``sqnr_db`` is null.
+JSON has no infinity: if nothing was lost, ``sqnr_db`` is null. ``noise_db`` tells how much the net
+amplifies noise (`reptrt.judge.conditioning`).
 """
 
 import math
@@ -23,6 +24,7 @@ from typing import Any
 from rich.table import Table
 
 from reptrt.core.result import Result
+from reptrt.judge.conditioning import conditioning_line
 from reptrt.judge.diagnose.parts import Part, Source
 
 _ENOUGH_DB = 30.0  # the noise power is a thousandth of the signal: top-1 hardly changes
@@ -73,12 +75,15 @@ class Diagnosis(Result):
     corners: tuple[Corner, Corner, Corner, Corner]  # weights, activations, both, the method
     layers: tuple[LayerDiagnosis, ...]
     seconds: float
+    noise_db: float | None = None  # SQNR of the float net under the noise of its images' rounding
 
     @property
     def reading(self) -> tuple[str, ...]:
         """The conclusions from the tables, as sentences."""
         ranges = _range_sentence(self.layers, self.weight_bits)
-        return (*ranges, _limit_sentence(*self.corners[:3]), self._method_sentence())
+        sentences = (*ranges, _limit_sentence(*self.corners[:3]), self._method_sentence())
+        line = conditioning_line(self.noise_db)
+        return sentences if line is None else (*sentences, f"The net is {line}.")
 
     def to_dict(self) -> dict[str, Any]:
         """Return the diagnosis as JSON values."""
