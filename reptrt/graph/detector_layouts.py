@@ -68,7 +68,7 @@ def layout_of_outputs(
     known = [_known(shape) for shape in shapes]
     found = list(dict.fromkeys(_readings(known, num_classes)))
     if form != "auto":
-        found = [layout for layout in found if layout.form == form][:1]
+        found = [layout for layout in found if layout.form == form][:1] or _stated(known, form)
     fitting = [item for item in found if num_classes in (None, item.num_classes)]
     fitting += [item for item in found if num_classes is not None and item.num_classes is None]
     if len(fitting) == 1:
@@ -77,9 +77,11 @@ def layout_of_outputs(
     if not found:
         kind = "detector known here" if form == "auto" else f"detector of form {form}"
         return f"{where}: of no {kind}"
-    names = " or ".join(map(str, found))
+    names = " or ".join(dict.fromkeys(map(str, found)))
     if not fitting:
         return f"{where}: look like {names}, expected {num_classes} classes"
+    if len({layout.form for layout in fitting}) == 1:
+        names += " in more than one order"
     return f"{where}: may be {names}; state one with {option('layout')}"
 
 
@@ -158,6 +160,15 @@ def _suppressed(shapes: Sequence[Shape]) -> Iterator[DetectorLayout]:
         scores, classes = (i for i in range(4) if i not in (boxes, numbers[0]))
         outputs = (numbers[0], boxes, scores, classes)
         yield _layout("nms", outputs, None, (False,) * 4)
+
+
+def _stated(shapes: Sequence[Shape], form: DetectorForm) -> list[DetectorLayout]:
+    """Return the usual layout of a stated form, whose tensors have sizes that are not known."""
+    unknown = [len(shape) == 3 and None in shape[1:] for shape in shapes]
+    last = {"xywh-obj-cls": (False,), "ultralytics": (True,), "boxes-scores": (False, False)}
+    if not all(unknown) or form not in last or len(shapes) != len(last[form]):
+        return []
+    return [_layout(form, tuple(range(len(shapes))), None, last[form])]
 
 
 def _axes(shape: Shape, boxes_last: bool) -> tuple[int | None, int | None]:

@@ -56,6 +56,8 @@ def test_which_output_holds_what_and_where_its_boxes_are() -> None:
 def test_a_stated_form_and_stated_boxes_decide() -> None:
     assert _found([(1, 300, 6)], form="xywh-obj-cls").num_classes == 1
     assert _found([(1, 50, 4), (1, 50, 4)], form="boxes-scores").outputs == (0, 1)
+    unknown = [("n", "a", 4), ("n", "a", "c")]
+    assert _found(unknown, form="boxes-scores").num_classes is None
     layout = layout_of_outputs([(1, 50, 4), (1, 50, 2)], boxes="xywh")
     assert isinstance(layout, DetectorLayout)
     assert layout.boxes == "xywh"
@@ -68,7 +70,7 @@ def test_a_stated_form_and_stated_boxes_decide() -> None:
         ([(1, 64, 20, 20), (1, 80, 20, 20)], None, "auto", "of no detector known here"),
         ([(1, 2100, 8)], 80, "auto", "look like xywh-obj-cls .*3 classes.*, expected 80 classes"),
         ([(1, 300, 6)], 1, "auto", "may be xywh-obj-cls .* or xyxy-score-class .*--layout"),
-        ([(1, 50, 4), (1, 50, 4)], None, "auto", "may be boxes-scores"),
+        ([(1, 50, 4), (1, 50, 4)], None, "auto", "may be boxes-scores .* in more than one order"),
         ([("n", "a", "b")], None, "auto", r"outputs \[\?, \?, \?\]: of no detector"),
         ([(1, 2100, 8)], None, "raw", "of no detector of form raw"),
         ([], None, "auto", "of no detector"),
