@@ -30,8 +30,8 @@ from reptrt.sources.source import Source
 from reptrt.trt.build import EngineSummary
 from reptrt.trt.build import build_engine as build
 from reptrt.trt.options import BuildOptions, PackageOptions
-from reptrt.trt.triton import PackageReport
-from reptrt.trt.triton import package as write_package
+from reptrt.trt.package import PackageReport
+from reptrt.trt.package import package as write_package
 
 _ARCHITECTURE = tuple(item.name for item in fields(ArchitectureOptions))
 
@@ -195,22 +195,22 @@ def build_engine(
 
 @takes(PackageOptions)
 def package(
-    engine: str | os.PathLike[str],
+    net: NetworkLike,
     output: str | os.PathLike[str],
     *,
     options: PackageOptions | None = None,
     **changes: Any,
 ) -> PackageReport:
-    """Write an engine into a model repository of Triton Inference Server.
+    """Write a network into a model repository of Triton Inference Server, or with NMS as ONNX.
 
     Args:
-        engine: the file of the engine.
-        output: the repository; made if it does not exist.
+        net: an engine, or an ONNX network, INT8 or float.
+        output: the repository, made if it does not exist; or a name that ends in .onnx.
         options: the options as one value, in place of their defaults.
         **changes: single options.
 
     Raises:
-        ReptrtError: the engine or an option cannot be used.
+        ReptrtError: the network or an option cannot be used.
     """
-    packing = options_from(PackageOptions, options, changes, ("engine", "output"))
-    return write_package(path_from(engine, "engine"), path_from(output, "output"), packing)
+    packing = options_from(PackageOptions, options, changes, ("net", "output"))
+    return write_package(network_from(net, option("net")), path_from(output, "output"), packing)

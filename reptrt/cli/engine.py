@@ -63,23 +63,26 @@ def inspect(
 
 
 @click.command(cls=Command, options=[_PACKAGE])
-@click.argument("engine", type=PATH)
+@click.argument("file", type=PATH)
 @click.option(
     "-o",
     "--output",
     type=PATH,
     required=True,
-    help="Model repository; created if it does not exist.",
+    help="Model repository, created if it does not exist; or, with --nms, an .onnx file to write.",
 )
-def package(engine: Path, output: Path, json_path: str | None, **values: Any) -> None:
-    """Write ENGINE into a Triton model repository.
+def package(file: Path, output: Path, json_path: str | None, **values: Any) -> None:
+    """Pack FILE, an engine or an ONNX file, for the machine that serves it.
 
-    Triton Inference Server then serves it, with a configuration that fits the engine.
+    It becomes a model of Triton Inference Server, with a configuration that fits it. A detector
+    can get its NMS here; if OUTPUT ends in .onnx, just that file is written.
     """
-    from reptrt.trt.triton import package as write
+    from reptrt.trt.package import package as write
 
-    report = write(engine, output, _PACKAGE.value(values))
+    report = write(file, output, _PACKAGE.value(values))
     if report.warning is not None:
         click.echo(f"warning: {report.warning}", err=True)
-    text = f"package  {report.path}  batch {report.max_batch_size or 'fixed'}"
+    text = (
+        f"package  {report.path}  for {report.platform}  batch {report.max_batch_size or 'fixed'}"
+    )
     emit(text, report.to_dict(), json_path)

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from reptrt.core.choices import BoxForm, DetectorForm
 from reptrt.core.option_fields import check_bounds, described
 
+PLUGIN = "EfficientNMS_TRT"  # of TensorRT's own plugins
+
 
 @dataclass(frozen=True, slots=True)
 class NmsOptions:

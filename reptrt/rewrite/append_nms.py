@@ -20,25 +20,25 @@ before suppression; outputs whose meaning is known (`reptrt.graph.detector_layou
 layers are unchanged; the former outputs are outputs no longer; the batch stays free.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
 from reptrt.core.errors import RewriteError, option
-from reptrt.core.nms_options import NmsOptions
+from reptrt.core.nms_options import PLUGIN, NmsOptions
 from reptrt.core.options_json import json_from_options
-from reptrt.graph.net import Net, set_json
+from reptrt.graph.net import Net, get_json, set_json
 from reptrt.rewrite.contract import RewriteReport
 from reptrt.rewrite.find_boxes import Nodes, detector_layout, find_boxes
 
 NmsForm = Literal["plugin", "onnx"]
 
 OUTPUTS = ("num_detections", "detection_boxes", "detection_scores", "detection_classes")
-PLUGIN = "EfficientNMS_TRT"
 PLUGIN_DOMAIN = "trt.plugins"  # TensorRT's parser asks for the name alone, onnxruntime for both
 
+_KEY = "nms"
 _OPSET = 13  # the first whose ReduceSum takes its axes as an input
 _BOX_CODING = {"xyxy": 0, "xywh": 1}  # the same numbers in both operators
 
@@ -68,8 +68,22 @@ def append_nms(net: Net, form: NmsForm, options: NmsOptions) -> RewriteReport:
             _rename(graph, tensor, result)
     graph.outputs = results
     graph.cleanup(remove_unused_graph_inputs=False).toposort()
-    set_json(net, "nms", json_from_options(options) | {"form": form, "layout": layout.form})
+    told = {"form": form, "layout": layout.form, "num_classes": layout.num_classes}
+    set_json(net, _KEY, json_from_options(options) | told)
     return RewriteReport("append_nms", (*found.changed, *nodes.added))
+
+
+def nms_classes(net: Net) -> int | None:
+    """Return the number of classes of a detector with NMS; None: no NMS, or not known.
+
+    Raises:
+        ArtifactError: what is stored is not what `append_nms` wrote.
+    """
+
+    def parse(stored: dict[str, Any]) -> int | None:
+        return None if stored["num_classes"] is None else int(stored["num_classes"])
+
+    return get_json(net, _KEY, parse)
 
 
 def _results(net: Net, batch: object, most: int) -> list[gs.Variable]:

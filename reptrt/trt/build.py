@@ -30,11 +30,13 @@ from reptrt.graph.intent import planned_int8
 from reptrt.graph.model import Network, label_of
 from reptrt.graph.net import bytes_from_model, net_from_model
 from reptrt.graph.preprocess import stored_preprocess
+from reptrt.rewrite.append_nms import nms_classes
 from reptrt.trt import binding, driver, timing_cache, versions
 from reptrt.trt.details import EngineDetails, TensorInfo, write_engine
 from reptrt.trt.driver import Gpu
 from reptrt.trt.input import read_buildable, with_rest
 from reptrt.trt.messages import Messages, one_line
+from reptrt.trt.nms import with_nms
 from reptrt.trt.options import (
     BuildOptions,
     ShapeRange,
@@ -139,8 +141,10 @@ def build_engine(source: Network, output: Path, options: BuildOptions) -> Engine
     _check_paths(source, output, options)
     buildable = read_buildable(source)
     model, rest = with_rest(buildable.proto, options.high_precision)
-    preprocess = stored_preprocess(net_from_model(model))
-    where, parents = label_of(source), {buildable.name: buildable.sha256}
+    where = label_of(source)
+    model = with_nms(backend, where, model, options.nms)
+    net = net_from_model(model)
+    parents = {buildable.name: buildable.sha256}
     started = time.perf_counter()
     built = _run_cancellable(lambda stop: _build(backend, where, model, options, stop))
     seconds = time.perf_counter() - started
@@ -157,7 +161,8 @@ def build_engine(source: Network, output: Path, options: BuildOptions) -> Engine
         device_memory_bytes=built.device_memory_bytes,
         without_effect=without_effect,
         rest=rest,
-        preprocess=preprocess,
+        preprocess=stored_preprocess(net),
+        num_classes=nms_classes(net),
     )
     record = write_engine(output, built.plan, parents=parents, options=options, details=details)
     summary = EngineSummary(output, record.sha256, details, seconds)
@@ -244,6 +249,7 @@ def _open(
     stop: threading.Event,
 ) -> _Session:
     """Parse the model into a strongly typed network."""
+    versions.register_plugins(backend, messages.logger)
     builder = binding.create_builder(backend, messages)
     network = versions.create_network(backend, builder)
     parser = backend.trt.OnnxParser(network, messages.logger)

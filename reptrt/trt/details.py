@@ -64,6 +64,7 @@ class EngineDetails:
     without_effect: tuple[str, ...]  # options that this backend takes but does not follow
     rest: Rest
     preprocess: Preprocess | None  # None: the graph does not say how its images are prepared
+    num_classes: int | None  # of a detector with NMS; None: there is no NMS, or it is not known
 
     def __post_init__(self) -> None:
         """Check what readers rely on.

@@ -109,6 +109,7 @@ def open_engine(path: Path) -> Iterator[OpenEngine]:
         _check_gpu(path, record, gpu)
     plan = path.read_bytes()
     with Messages(backend) as messages:
+        versions.register_plugins(backend, messages.logger)
         runtime = _create_runtime(path, backend, messages)
         reason = versions.why_invalid(backend, runtime, plan)
         if reason is not None:

@@ -2,18 +2,20 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from reptrt.core.choices import HighPrecision
 from reptrt.core.errors import ConfigError, option
+from reptrt.core.nms_options import NmsOptions
 from reptrt.core.option_fields import described
 from reptrt.trt import driver
 from reptrt.trt.driver import Gpu
-from reptrt.trt.versions import CURRENT, Backend, BackendName, capability
+from reptrt.trt.versions import CURRENT, Backend, BackendName, capability, no_nms
 
 HardwareCompatibility = Literal["none", "ampere+", "same-compute-capability"]
+Platform = Literal["auto", "onnxruntime", "tensorrt", "tensorrt-rtx"]
 Shape = tuple[int, ...]
 
 _AMPERE = (8, 0)
@@ -99,6 +101,7 @@ class BuildOptions:
         "fp16",
         "Type of everything that is not INT8; a file that has FP16 types keeps its types.",
     )
+    nms: NmsOptions = field(default_factory=NmsOptions)
 
     def __post_init__(self) -> None:
         if self.workspace_mib is not None and self.workspace_mib < 1:
@@ -120,9 +123,16 @@ class BuildOptions:
 class PackageOptions:
     """Options of `package`."""
 
-    name: str | None = described(None, "Name of the model; default: that of the engine's file.")
+    platform: Platform = described(
+        "auto",
+        "Runtime that serves the network; auto is tensorrt for an engine and onnxruntime for an "
+        "ONNX file.",
+    )
+    name: str | None = described(None, "Name of the model; default: that of the file.")
     labels: Path | None = described(
-        None, "Text file with one class a line, in the order of the outputs."
+        None,
+        "Names of the classes: a text file with one a line, in the order of the outputs, or a COCO "
+        "file.",
     )
     instances: int = described(1, "Execution contexts on each GPU.")
     max_queue_delay_us: int = described(
@@ -130,6 +140,7 @@ class PackageOptions:
         "Microseconds that a request may wait for others to share its batch.",
         flag="--max-queue-delay",
     )
+    nms: NmsOptions = field(default_factory=NmsOptions)
 
     def __post_init__(self) -> None:
         if self.instances < 1:
@@ -199,6 +210,8 @@ def check_options(backend: Backend, options: BuildOptions) -> tuple[str, ...]:
     """
     features = backend.features
     gpu = driver.find_gpu()
+    if options.nms.append and not features.plugins:
+        raise ConfigError(f"{option('nms')}: {no_nms(backend.label)}")
     if features.targets:
         _check_portable(backend, options, gpu)
     elif isinstance(gpu, Gpu):

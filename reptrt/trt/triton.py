@@ -1,32 +1,26 @@
-"""An engine as a model repository of Triton Inference Server.
+"""A network as a model of a repository of Triton Inference Server.
 
     REPO/NAME/config.pbtxt   what Triton reads: inputs, outputs, batching, instances
-    REPO/NAME/1/model.plan   the engine
+    REPO/NAME/1/model.plan   the engine, or model.onnx
     REPO/NAME/labels.txt     one class a line, if given
-    REPO/NAME/README.md      preprocessing, and which Triton can serve it
+    REPO/NAME/README.md      preprocessing, what the outputs are, and where it runs
 
-Inputs and outputs are read from the engine's sidecar, so neither TensorRT nor a GPU is needed here.
 The configuration holds the preprocessing too, as JSON, so that clients can read it.
 """
 
 import contextlib
 import json
-import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from rich.table import Table
+from typing import Literal
 
 from reptrt.core.errors import ArtifactError, ConfigError, option
-from reptrt.core.result import Result
 from reptrt.graph.preprocess import GREY, Preprocess, crop_cover
-from reptrt.trt.details import EngineDetails, EngineRecord, TensorInfo, read_engine_record
-from reptrt.trt.file import PlanHeader, read_header
-from reptrt.trt.options import PackageOptions
+from reptrt.rewrite.append_nms import OUTPUTS
+from reptrt.trt.details import TensorInfo
 
 _TYPES = {  # TensorRT's name of a type -> Triton's
     "FLOAT": "TYPE_FP32",
@@ -38,93 +32,53 @@ _TYPES = {  # TensorRT's name of a type -> Triton's
     "INT64": "TYPE_INT64",
     "BOOL": "TYPE_BOOL",
 }
-
-
-@dataclass(frozen=True, slots=True, repr=False)
-class PackageReport(Result):
-    """What `package` wrote."""
-
-    path: Path  # REPO/NAME
-    name: str
-    max_batch_size: int  # 0: the engine takes a single batch size
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
-    num_labels: int | None
-    warning: str | None  # why a stock Triton cannot load the engine
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the report as JSON values."""
-        return asdict(self) | {"path": str(self.path)}
-
-    def to_table(self) -> Table:
-        """Return what was written, one row each."""
-        table = Table(box=None, pad_edge=False, show_header=False)
-        table.add_row("folder", str(self.path))
-        table.add_row("largest batch", str(self.max_batch_size or "fixed"))
-        table.add_row("inputs", ", ".join(self.inputs))
-        table.add_row("outputs", ", ".join(self.outputs))
-        return table
-
-    def to_lines(self) -> list[str]:
-        """Return the warning if there is one."""
-        return [] if self.warning is None else [f"warning: {self.warning}"]
+_FILES = {"tensorrt_plan": "model.plan", "onnxruntime_onnx": "model.onnx"}
+_KINDS = {"tensorrt_plan": "KIND_GPU", "onnxruntime_onnx": "KIND_AUTO"}
+_CLASSES = OUTPUTS[3]
 
 
 @dataclass(frozen=True, slots=True)
-class _Model:
-    """What is written into the files of a model repository."""
+class Served:
+    """What is written into the files of one model."""
 
     name: str
-    header: PlanHeader
-    record: EngineRecord
+    platform: Literal["tensorrt_plan", "onnxruntime_onnx"]
+    content: Path | bytes  # the engine, or the bytes of the ONNX file
+    sha256: str  # of the engine or of the ONNX file, hex
+    inputs: tuple[TensorInfo, ...]
+    outputs: tuple[TensorInfo, ...]
     labels: tuple[str, ...] | None
-    max_batch_size: int
-    options: PackageOptions
+    preprocess: Preprocess | None
+    max_batch_size: int  # 0: the network takes a single batch size
+    instances: int
+    max_queue_delay_us: int
+    runs: str  # where it runs, one sentence or two
+    warning: str | None = None  # why a stock Triton cannot load it
 
     @property
-    def details(self) -> EngineDetails:
-        """What was built."""
-        return self.record.details
+    def has_nms(self) -> bool:
+        """Whether the outputs are finished detections."""
+        return tuple(tensor.name for tensor in self.outputs) == OUTPUTS
 
 
-def package(engine: Path, repository: Path, options: PackageOptions) -> PackageReport:
-    """Write an engine into a Triton model repository, whole or not at all.
-
-    Other models in the repository stay as they are.
+def write_repository(served: Served, repository: Path) -> None:
+    """Write a model into a repository, whole or not at all; other models in it stay as they are.
 
     Raises:
-        ArtifactError: the engine, its sidecar or the labels cannot be read, or the repository
-            cannot be written or holds a model of this name.
-        EngineError: the file is no engine.
-        ConfigError: the labels do not fit, or Triton has no type for a tensor.
+        ArtifactError: the repository cannot be written or holds a model of this name.
+        ConfigError: Triton has no type for a tensor.
     """
-    header = read_header(engine)
-    record = read_engine_record(engine)
-    if record is None:
-        raise ArtifactError(
-            f"{engine}: has no sidecar, which lists its inputs and outputs; build it with reptrt "
-            "build-engine"
-        )
-    details = record.details
-    name = options.name or re.sub(r"[^A-Za-z0-9_-]", "_", engine.stem)
-    labels = None if options.labels is None else _read_labels(options.labels, details.outputs[0])
-    model = _Model(name, header, record, labels, _max_batch_size(details), options)
-    with _new_folder(repository, name) as folder:
-        (folder / "config.pbtxt").write_text(_config(model), encoding="utf-8")
-        (folder / "README.md").write_text(_readme(model), encoding="utf-8")
-        if labels is not None:
-            (folder / "labels.txt").write_text("\n".join(labels) + "\n", encoding="utf-8")
+    with _new_folder(repository, served.name) as folder:
+        (folder / "config.pbtxt").write_text(_config(served), encoding="utf-8")
+        (folder / "README.md").write_text(_readme(served), encoding="utf-8")
+        if served.labels is not None:
+            (folder / "labels.txt").write_text("\n".join(served.labels) + "\n", encoding="utf-8")
         (folder / "1").mkdir()
-        shutil.copyfile(engine, folder / "1" / "model.plan")
-    return PackageReport(
-        path=repository / name,
-        name=name,
-        max_batch_size=model.max_batch_size,
-        inputs=tuple(tensor.name for tensor in details.inputs),
-        outputs=tuple(tensor.name for tensor in details.outputs),
-        num_labels=None if labels is None else len(labels),
-        warning=_warning(header),
-    )
+        target = folder / "1" / _FILES[served.platform]
+        if isinstance(served.content, bytes):
+            target.write_bytes(served.content)
+        else:
+            shutil.copyfile(served.content, target)
 
 
 @contextlib.contextmanager
@@ -154,48 +108,27 @@ def _new_folder(repository: Path, name: str) -> Iterator[Path]:
                 repository.rmdir()  # only if nothing came into it
 
 
-def _read_labels(path: Path, output: TensorInfo) -> tuple[str, ...]:
-    """Read one label for each class of an output, whose last dimension counts the classes."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as err:
-        raise ArtifactError(f"{path}: labels cannot be read ({err})") from err
-    labels = tuple(line.strip() for line in text.splitlines())
-    num_classes = output.shape[-1] if output.shape else 1
-    if not all(labels) or len(labels) != num_classes:
-        raise ConfigError(
-            f"{option('labels')}: {path} has {len(labels)} lines ({labels.count('')} empty), "
-            f"expected {num_classes}, one per class of {output.name}"
-        )
-    return labels
-
-
-def _max_batch_size(details: EngineDetails) -> int:
-    """Return the largest batch; 0 if a first dimension is fixed, so that Triton must not batch."""
-    if any(tensor.shape[:1] != (-1,) for tensor in (*details.inputs, *details.outputs)):
-        return 0
-    return min(shapes.maximum[0] for shapes in details.profile.values())
-
-
-def _config(model: _Model) -> str:
+def _config(served: Served) -> str:
     """Return config.pbtxt: ModelConfig of Triton's model_config.proto as protobuf text."""
-    details = model.details
     lines = [
-        f"name: {_quoted(model.name)}",
-        'platform: "tensorrt_plan"',
-        f"max_batch_size: {model.max_batch_size}",
+        f"name: {_quoted(served.name)}",
+        f"platform: {_quoted(served.platform)}",
+        f"max_batch_size: {served.max_batch_size}",
     ]
-    lines += [_tensor(model, "input", tensor) for tensor in details.inputs]
-    for index, tensor in enumerate(details.outputs):
-        labelled = index == 0 and model.labels is not None
-        lines.append(_tensor(model, "output", tensor, 'label_filename: "labels.txt"' * labelled))
-    lines.append(f"instance_group {{ count: {model.options.instances} kind: KIND_GPU }}")
-    if model.max_batch_size > 1:
-        delay = model.options.max_queue_delay_us
+    lines += [_tensor(served, "input", tensor) for tensor in served.inputs]
+    for index, tensor in enumerate(served.outputs):
+        of_classes = tensor.name == _CLASSES if served.has_nms else index == 0
+        labelled = of_classes and served.labels is not None
+        lines.append(_tensor(served, "output", tensor, 'label_filename: "labels.txt"' * labelled))
+    kind = _KINDS[served.platform]
+    lines.append(f"instance_group {{ count: {served.instances} kind: {kind} }}")
+    if served.max_batch_size > 1:
+        delay = served.max_queue_delay_us
         lines.append(f"dynamic_batching {{ max_queue_delay_microseconds: {delay} }}")
-    parameters = {"reptrt.engine_sha256": model.record.sha256}
-    if details.preprocess is not None:
-        parameters["reptrt.preprocess"] = json.dumps(details.preprocess.to_dict(), sort_keys=True)
+    file = "engine" if served.platform == "tensorrt_plan" else "onnx"
+    parameters = {f"reptrt.{file}_sha256": served.sha256}
+    if served.preprocess is not None:
+        parameters["reptrt.preprocess"] = json.dumps(served.preprocess.to_dict(), sort_keys=True)
     for key, value in parameters.items():
         lines.append(
             f"parameters {{ key: {_quoted(key)} value {{ string_value: {_quoted(value)} }} }}"
@@ -203,18 +136,18 @@ def _config(model: _Model) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _tensor(model: _Model, role: str, tensor: TensorInfo, more: str = "") -> str:
+def _tensor(served: Served, role: str, tensor: TensorInfo, more: str = "") -> str:
     kind = _TYPES.get(tensor.dtype)
     if kind is None:
         raise ConfigError(f"{role} {tensor.name}: {tensor.dtype}, which Triton cannot serve")
-    dims = ", ".join(str(size) for size in _dims(model, tensor.shape))
+    dims = ", ".join(str(size) for size in _dims(served, tensor.shape))
     fields = f"name: {_quoted(tensor.name)} data_type: {kind} dims: [ {dims} ] {more}"
     return f"{role} {{ {fields.rstrip()} }}"
 
 
-def _dims(model: _Model, shape: Sequence[int]) -> Sequence[int]:
+def _dims(served: Served, shape: Sequence[int]) -> Sequence[int]:
     """Return a shape as Triton wants it: without the batch if that can change."""
-    return shape[1:] if model.max_batch_size else shape
+    return shape[1:] if served.max_batch_size else shape
 
 
 def _quoted(text: str) -> str:
@@ -222,38 +155,43 @@ def _quoted(text: str) -> str:
     return f'"{escaped}"'
 
 
-def _warning(header: PlanHeader) -> str | None:
-    if header.backend == "tensorrt":
-        return None
-    return (
-        f"engine of {header.label}: Triton's TensorRT backend loads engines of tensorrt only; "
-        "build it with backend tensorrt on the machine that serves it"
-    )
-
-
-def _readme(model: _Model) -> str:
-    """Return the note for people: what to send, and where the engine runs."""
-    details = model.details
+def _readme(served: Served) -> str:
+    """Return the note for people: what to send, what comes back, and where the network runs."""
     rows = [
-        f"| {role} | {tensor.name} | {tensor.dtype} | {list(_dims(model, tensor.shape))} |"
-        for role, tensors in (("input", details.inputs), ("output", details.outputs))
+        f"| {role} | {tensor.name} | {tensor.dtype} | {list(_dims(served, tensor.shape))} |"
+        for role, tensors in (("input", served.inputs), ("output", served.outputs))
         for tensor in tensors
     ]
-    batch = f"Batches of 1 to {model.max_batch_size}; the shapes below are those of one image."
-    targets = ", ".join(details.targets) or "every GPU from sm80 on that tensorrt-rtx runs on"
-    warning = _warning(model.header)
+    batch = f"Batches of 1 to {served.max_batch_size}; the shapes below are those of one image."
     parts = [
-        f"# {model.name}",
-        batch if model.max_batch_size else "The batch size is fixed; the shapes below include it.",
+        f"# {served.name}",
+        batch if served.max_batch_size else "The batch size is fixed; the shapes below include it.",
         "\n".join(["| | name | type | shape |", "|---|---|---|---|", *rows]),
-        "## Preprocessing\n\n" + _preprocessing(details.preprocess),
-        "## Where it runs\n\n"
-        f"Engine of {model.header.label} for {targets}. Triton loads it if it carries the same "
-        "TensorRT (see the support matrix of its releases) and runs on one of these GPUs.",
-        "" if warning is None else f"**Not here: {warning}.**",
+        "## Preprocessing\n\n" + _preprocessing(served.preprocess),
+        "## Detections\n\n" + _detections(served) if served.has_nms else "",
+        f"## Where it runs\n\n{served.runs}",
+        "" if served.warning is None else f"**Not here: {served.warning}.**",
         "    tritonserver --model-repository=REPO",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _detections(served: Served) -> str:
+    number, boxes, scores, classes = OUTPUTS
+    names = "" if served.labels is None else ", the lines of labels.txt from 0 on"
+    text = (
+        f"The first {number} entries of {boxes}, {scores} and {classes} are used, the others are "
+        f"0. A box is x1, y1, x2, y2 in pixels of the input; classes count from 0{names}."
+    )
+    preprocess = served.preprocess
+    if preprocess is None or preprocess.resize != "letterbox":
+        return text
+    height, width = preprocess.height, preprocess.width
+    return (
+        f"{text} Back to an image of w x h pixels:\n\n"
+        f"    s = min({width} / w, {height} / h), sw = round(w * s), sh = round(h * s)\n"
+        f"    x = (x - ({width} - sw) // 2) * w / sw, y = (y - ({height} - sh) // 2) * h / sh"
+    )
 
 
 def _preprocessing(preprocess: Preprocess | None) -> str:

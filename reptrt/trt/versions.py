@@ -13,6 +13,7 @@ The differences, by the names in the Python bindings:
     | BuilderFlag.INT8, FP16       | unused here   | gone  | gone since 1.5              |
     | IRuntimeConfig cuda graphs   | -             | -     | WHOLE_GRAPH_CAPTURE         |
     | Runtime.get_engine_validity  | -             | -     | works                       |
+    | plugins: EfficientNMS_TRT    | works         | works | none                        |
     | runs on SM90 (Hopper)        | yes           | yes   | no: on its targets only     |
 
 Other modules read `Backend.features` or call the functions below, and check no version themselves.
@@ -25,6 +26,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from reptrt.core.errors import EngineError, option
+from reptrt.core.nms_options import PLUGIN
 
 BackendName = Literal["auto", "tensorrt", "tensorrt-rtx"]
 CURRENT = "current"  # a target: the GPU of this machine
@@ -55,6 +57,7 @@ class Features:
     optimization_level: bool  # False: accepted, without effect
     engine_validity: bool  # Runtime.get_engine_validity
     cuda_graph_strategy: bool  # IRuntimeConfig.cuda_graph_strategy
+    plugins: bool  # EfficientNMS_TRT and the others of its own plugin library
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +93,7 @@ def features_of(name: str, trt: Any) -> Features:
         optimization_level=full,
         engine_validity=hasattr(trt.Runtime, "get_engine_validity"),
         cuda_graph_strategy=hasattr(trt, "CudaGraphStrategy"),
+        plugins=full,
     )
 
 
@@ -97,6 +101,25 @@ def create_network(backend: Backend, builder: Any) -> Any:
     """Return an empty strongly typed network: the only kind since 11.0, a flag before."""
     flag = backend.trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED
     return builder.create_network(1 << int(flag))
+
+
+def no_nms(label: str) -> str:
+    """Return why NMS cannot be part of an engine of tensorrt-rtx.
+
+    Tried with 1.7.1: its parser finds no plugin of that name, and takes a NonMaxSuppression for
+    which its builder then has no kernel.
+    """
+    return (
+        f"{label} has neither {PLUGIN} nor a kernel for NonMaxSuppression; build the file without "
+        f"{option('nms')} (reptrt eval and predict do NMS themselves), or with "
+        f"{option('backend', 'tensorrt')}"
+    )
+
+
+def register_plugins(backend: Backend, logger: Any) -> None:
+    """Make TensorRT's own plugins known to parsers and runtimes of this process."""
+    if backend.features.plugins:
+        backend.trt.init_libnvinfer_plugins(logger, "")
 
 
 def set_targets(backend: Backend, config: Any, targets: tuple[str, ...]) -> None:

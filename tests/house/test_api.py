@@ -30,7 +30,7 @@ SIGNATURES = {  # parameters before those that are fields of options
     "ladder": "source, data, calib_data, *, weights, options",
     "lint": "net",
     "load": "path",
-    "package": "engine, output, *, options",
+    "package": "net, output, *, options",
     "report": "folder, output",
     "run": "source, data, output, *, eval_data, weights, options",
 }

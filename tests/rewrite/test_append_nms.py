@@ -6,10 +6,10 @@ import pytest
 
 from reptrt.core.choices import DetectorForm
 from reptrt.core.errors import RewriteError
-from reptrt.core.nms_options import NmsOptions
+from reptrt.core.nms_options import PLUGIN, NmsOptions
 from reptrt.graph.net import model_from_net, net_from_model
 from reptrt.linter.linter import lint_net
-from reptrt.rewrite.append_nms import OUTPUTS, PLUGIN, append_nms
+from reptrt.rewrite.append_nms import OUTPUTS, append_nms
 from tests.support.detectors import (
     Kept,
     as_outputs,

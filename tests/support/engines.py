@@ -26,6 +26,7 @@ def engine_details(**changes: Any) -> EngineDetails:
         "device_memory_bytes": None,
         "without_effect": (),
         "rest": Rest("fp32"),
+        "num_classes": None,
         "preprocess": Preprocess(3, 32, 48, (0.5, 0.4, 0.3), (0.2, 0.2, 0.2), "crop"),
     }
     return EngineDetails(**{**values, **changes})

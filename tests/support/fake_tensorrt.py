@@ -72,6 +72,7 @@ class FakeTensorrt(types.ModuleType):
         self.ILogger = type("ILogger", (), {"Severity": _SEVERITY, "__init__": lambda self: None})
         self.IProgressMonitor = type("IProgressMonitor", (), {"__init__": lambda self: None})
         self.IBuilderConfig = self._class("IBuilderConfig", None)
+        self.init_libnvinfer_plugins = self.recording("init_libnvinfer_plugins", lambda *args: True)
         self.nptype = lambda dtype: {"FLOAT": np.float32, "HALF": np.float16}[dtype.name]
         self.Builder = self._class("Builder", self._builder)
         self.OnnxParser = self._class("OnnxParser", self._parser)

@@ -19,7 +19,7 @@ from reptrt.trt import driver
 from reptrt.trt.details import EngineDetails, Rest, TensorInfo, read_engine_record
 from reptrt.trt.inspect import inspect
 from reptrt.trt.options import BuildOptions, PackageOptions, ShapeRange
-from reptrt.trt.triton import package
+from reptrt.trt.package import package
 from tests.support.engines import engine_details, write_fake_engine
 
 PLAN = b"ftrt" + bytes(12) + (64).to_bytes(8, "little") + bytes([1, 7, 1, 116]) + bytes(36)
@@ -91,6 +91,7 @@ DAMAGE: list[tuple[str, Any, str]] = [
     ("rest", "fp32", r"details\.rest: got 'fp32', expected an object"),
     ("rest", {"state": "fp8", "num_converted": 0, "left_fp32": []}, r"rest\.state: got 'fp8'"),
     ("rest", {"state": "fp32", "num_converted": 0, "left_fp32": ["w0"]}, r"left_fp32\[0\]: got"),
+    ("num_classes", "3", r"details\.num_classes: got '3', expected"),
     ("preprocess", [3, 8, 8], r"details\.preprocess: got \[3, 8, 8\], expected an object"),
     ("preprocess", {"mean": [0.5]}, r"details\.preprocess: no field channels"),
 ]

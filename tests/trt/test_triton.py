@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -19,7 +18,7 @@ from reptrt.graph.preprocess import Preprocess
 from reptrt.trt import triton as module
 from reptrt.trt.details import EngineDetails, TensorInfo
 from reptrt.trt.options import PackageOptions, ShapeRange
-from reptrt.trt.triton import package
+from reptrt.trt.package import package
 from tests.support.engines import engine_details, write_fake_engine
 from tests.support.qdq_graphs import qdq_model, save
 
@@ -47,7 +46,7 @@ _FIELDS = {  # of Triton's model_config.proto, those that are written; text has 
     "ModelParameter": {"string_value": "string"},
 }
 _ENUMS = {
-    "DataType": ["TYPE_INVALID", "TYPE_FP32", "TYPE_FP16"],
+    "DataType": ["TYPE_INVALID", "TYPE_FP32", "TYPE_FP16", "TYPE_INT32"],
     "Kind": ["KIND_AUTO", "KIND_GPU"],
 }
 
@@ -251,8 +250,12 @@ def test_bad_input(tmp_path: Path) -> None:
         package(engine, repo, PackageOptions(labels=tmp_path / "none.txt"))
     with pytest.raises(ArtifactError, match=r"folder .* does not exist"):
         package(engine, tmp_path / "no" / "repo", PackageOptions())
-    with pytest.raises(EngineError, match="not a TensorRT engine"):
+    with pytest.raises(ArtifactError, match="not a readable ONNX file"):
         package(labels, repo, PackageOptions())
+    text = tmp_path / "text.engine"
+    text.write_text("no engine")
+    with pytest.raises(EngineError, match="not a TensorRT engine"):
+        package(text, repo, PackageOptions())
     with pytest.raises(ConfigError, match="instances: got 0"):
         PackageOptions(instances=0)
     with pytest.raises(ConfigError, match="name: got 'a/b'"):
@@ -282,6 +285,3 @@ def test_a_real_engine_through_the_command_line(tmp_path: Path) -> None:
     assert "Triton's TensorRT backend loads engines of tensorrt only" in done.stderr
     assert json.loads(done.stdout)["max_batch_size"] == 16
     assert parse(tmp_path / "repo" / "m").max_batch_size == 16
-    shutil.rmtree(tmp_path / "repo")
-    assert reptrt("package", tmp_path / "m.onnx", "-o", tmp_path / "repo").exit_code == 1
-    assert not (tmp_path / "repo").exists()
