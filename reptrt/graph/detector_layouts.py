@@ -7,7 +7,8 @@ it, H x W the grid of a level. Boxes are in pixels of the network's input.
     ultralytics       (N, 4 + C, A)            box, a score for each class
     boxes-scores      (N, A, 4), (N, A, C)     two tensors
     raw               (N, C, H, W), (N, 4, H, W) for each level: scores before the sigmoid, and the
-                      distances left, top, right, bottom of a cell's centre in cells (YOLOv6)
+                      distances left, top, right, bottom of a cell's centre in cells (YOLOv6);
+                      or their distributions over 0 to R - 1, (N, 4 R, H, W) (DFL)
     xyxy-score-class  (N, K, 6)                nets that need no suppression
     nms               (N, 1), (N, K, 4), (N, K), (N, K): number, boxes, scores, classes
 
@@ -24,6 +25,7 @@ from reptrt.core.errors import option
 Shape = tuple[int | None, ...]  # None: not known
 
 _BOX, _ROW = 4, 6  # numbers of a box; of a box with its score and class
+_DISTRIBUTIONS = (64, 68)  # channels: 16 or 17 values for each side, as YOLO nets have them
 _MOST_ROWS = 1000  # nets without suppression return fewer boxes, grids have more
 _USUAL_BOXES: dict[DetectorForm, BoxForm] = {"xywh-obj-cls": "xywh", "ultralytics": "xywh"}
 
@@ -146,11 +148,18 @@ def _levels(shapes: Sequence[Shape], num_classes: int | None) -> Iterator[Detect
     pairs = [grids[key] for key in sorted(grids, key=lambda grid: -(grid[0] or 0))]
     if any(len(pair) != 2 for pair in pairs):
         return
-    for scores, distances in ((0, 1), (1, 0)):
-        classes = {shapes[pair[scores]][1] for pair in pairs}
-        if len(classes) == 1 and {shapes[pair[distances]][1] for pair in pairs} == {_BOX}:
+    channels = [{shapes[pair[role]][1] or 0 for pair in pairs} for role in (0, 1)]
+    if any(len(counts) != 1 for counts in channels):
+        return
+    orders = [(0, 1), (1, 0)]
+    if {_BOX} in channels:  # what is not distributed is taken for the distances
+        orders = [order for order in orders if channels[order[1]] == {_BOX}]
+    for scores, distances in orders:
+        count, sides = *channels[scores], *channels[distances]
+        is_known = num_classes == count and sides % _BOX == 0
+        if sides == _BOX or is_known or sides in _DISTRIBUTIONS:
             outputs = tuple(i for pair in pairs for i in (pair[scores], pair[distances]))
-            yield _layout("raw", outputs, classes.pop(), (True,) * len(outputs))
+            yield _layout("raw", outputs, count, (True,) * len(outputs))
 
 
 def _suppressed(shapes: Sequence[Shape]) -> Iterator[DetectorLayout]:

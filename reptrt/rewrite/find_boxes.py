@@ -6,14 +6,19 @@
 With s the stride of a level and (x, y) the centre of a cell in pixels, raw heads are decoded as
 YOLOv6 does:
 
-    scores = sigmoid(cls)      boxes = (x - s * left, y - s * top, x + s * right, y + s * bottom)
+    scores = sigmoid(cls)
+    boxes = (x - s * left, y - s * top, x + s * right, y + s * bottom)
+
+A side that has 4 R channels in place of 4 is the mean of the distribution that softmax makes of
+its R numbers, over 0 to R - 1 (DFL, arXiv 2006.04388).
 
 Requires: outputs of the given layout; for raw heads an input of known size. Ensures: the outputs
 and all that computes them stay as they are; the batch stays free.
 
 1. One tensor is sliced; the objectness is multiplied into the scores of the classes.
 2. A tensor whose boxes are on the last axis is transposed, one in FP16 is cast.
-3. The levels of raw heads are joined, the finest first.
+3. The levels of raw heads are joined, the finest first; scores that are a Sigmoid's result get no
+   second one.
 """
 
 from typing import Any
@@ -28,7 +33,7 @@ from reptrt.core.errors import RewriteError, option
 from reptrt.core.nms_options import NmsOptions
 from reptrt.graph.detector_layouts import DetectorLayout, layout_of_outputs
 from reptrt.graph.input_form import layout_of
-from reptrt.graph.net import Net, model_from_net
+from reptrt.graph.net import Net, model_from_net, producer
 from reptrt.rewrite.contract import RewriteReport
 
 _SUPPRESSED = {"nms": "has NMS already", "xyxy-score-class": "needs no NMS"}
@@ -120,7 +125,8 @@ def find_boxes(net: Net, layout: DetectorLayout) -> tuple[gs.Tensor, gs.Tensor, 
     outputs = [_as_float(nodes, net.graph.outputs[index]) for index in layout.outputs]
     if layout.form == "raw":
         grids = [(int(h), int(w)) for _, _, h, w in (shapes[i] for i in layout.outputs[::2])]
-        boxes, scores = _decoded(nodes, outputs, grids)
+        bins = int(shapes[layout.outputs[1]][1]) // 4
+        boxes, scores = _decoded(nodes, outputs, grids, bins)
     else:
         rows = [
             _boxes_first(nodes, tensor) if last else tensor
@@ -151,15 +157,30 @@ def _sliced(nodes: Nodes, rows: gs.Tensor, layout: DetectorLayout) -> tuple[gs.T
 
 
 def _decoded(
-    nodes: Nodes, heads: list[gs.Tensor], grids: list[tuple[int, int]]
+    nodes: Nodes, heads: list[gs.Tensor], grids: list[tuple[int, int]], bins: int
 ) -> tuple[gs.Tensor, gs.Tensor]:
     """Return boxes (xyxy) and scores of raw heads, given as scores, distances of each level."""
     centres, steps = _centres_and_steps(nodes.net, grids)
     logits = _joined(nodes, heads[::2], "logits")
     distances = _joined(nodes, heads[1::2], "distances")
+    if bins > 1:
+        distances = _means(nodes, distances, bins)
     offsets = nodes.add("Mul", [distances, nodes.constant("steps", steps, np.float32)], "offsets")
     centre = nodes.constant("centres", centres, np.float32)
-    return nodes.add("Add", [offsets, centre], "boxes"), nodes.add("Sigmoid", [logits], "scores")
+    boxes = nodes.add("Add", [offsets, centre], "boxes")
+    if all((maker := producer(head)) is not None and maker.op == "Sigmoid" for head in heads[::2]):
+        return boxes, logits
+    return boxes, nodes.add("Sigmoid", [logits], "scores")
+
+
+def _means(nodes: Nodes, numbers: gs.Tensor, bins: int) -> gs.Tensor:
+    """Return the means (N, A, 4) of distributions (N, A, 4 R)."""
+    shape = nodes.integers("sides.shape", 0, -1, 4, bins)
+    sides = nodes.add("Reshape", [numbers, shape], "sides")
+    parts = nodes.add("Softmax", [sides], "parts", axis=3)
+    values = nodes.constant("values", np.arange(bins), np.float32)
+    weighted = nodes.add("Mul", [parts, values], "weighted")
+    return nodes.add("ReduceSum", [weighted, nodes.integers("axis", 3)], "means", keepdims=0)
 
 
 def _joined(nodes: Nodes, levels: list[gs.Tensor], name: str) -> gs.Tensor:

@@ -31,6 +31,8 @@ def _found(
         ([(1, 80, 8400), (1, 8400, 4)], 80, "boxes-scores", 80),
         ([(1, 300, 6)], 80, "xyxy-score-class", None),
         ([(1, 1), (1, 100, 4), (1, 100), (1, 100)], 80, "nms", None),
+        ([("n", 80, 40, 40), ("n", 68, 40, 40)], None, "raw", 80),
+        ([("n", 32, 40, 40), ("n", 80, 40, 40)], 80, "raw", 80),
         ([("n", 3, 40, 40), ("n", 4, 40, 40), ("n", 3, 20, 20), ("n", 4, 20, 20)], 3, "raw", 3),
     ],
     ids=str,
@@ -67,7 +69,8 @@ def test_a_stated_form_and_stated_boxes_decide() -> None:
     ("shapes", "num_classes", "form", "reason"),
     [
         ([(1, 1000)], None, "auto", r"outputs \[1, 1000\]: of no detector known here"),
-        ([(1, 64, 20, 20), (1, 80, 20, 20)], None, "auto", "of no detector known here"),
+        ([(1, 64, 20, 20), (1, 68, 20, 20)], None, "auto", "may be raw .* or raw .*"),
+        ([(1, 32, 20, 20), (1, 80, 20, 20)], None, "auto", "of no detector known here"),
         ([(1, 2100, 8)], 80, "auto", "look like xywh-obj-cls .*3 classes.*, expected 80 classes"),
         ([(1, 300, 6)], 1, "auto", "may be xywh-obj-cls .* or xyxy-score-class .*--layout"),
         ([(1, 50, 4), (1, 50, 4)], None, "auto", "may be boxes-scores .* in more than one order"),

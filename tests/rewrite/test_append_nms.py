@@ -108,8 +108,9 @@ def test_scores_of_classes_first_and_boxes_as_centre_and_size() -> None:
         _assert_equal(kept, suppress(b, s, 0.25, 0.65, 100))
 
 
-def test_raw_heads_are_decoded() -> None:
-    model = tiny_detector("raw", classes=3, size=32)
+@pytest.mark.parametrize("bins", [1, 17], ids=["distances", "distributions"])
+def test_raw_heads_are_decoded(bins: int) -> None:
+    model = tiny_detector("raw", classes=3, size=32, bins=bins)
     images = np.random.default_rng(7).normal(0, 2, (2, 3, 32, 32)).astype(np.float32)
     heads = ort_run(model, {"images": images})
     boxes: list[list[list[float]]] = [[], []]
@@ -117,7 +118,11 @@ def test_raw_heads_are_decoded() -> None:
     for level, stride in (("a", 4), ("b", 8)):
         cls, reg = heads[f"cls.{level}"], heads[f"reg.{level}.abs"]
         for image, y, x in np.ndindex(2, *cls.shape[2:]):
-            left, top, right, bottom = stride * reg[image, :, y, x].astype(np.float64)
+            sides = reg[image, :, y, x].astype(np.float64)
+            if bins > 1:
+                parts = np.exp(sides.reshape(4, bins))
+                sides = (parts / parts.sum(axis=1, keepdims=True)) @ np.arange(bins)
+            left, top, right, bottom = stride * sides
             cx, cy = (x + 0.5) * stride, (y + 0.5) * stride
             boxes[image].append([cx - left, cy - top, cx + right, cy + bottom])
             scores[image].append(1 / (1 + np.exp(-cls[image, :, y, x].astype(np.float64))))
@@ -127,6 +132,17 @@ def test_raw_heads_are_decoded() -> None:
     for kept, b, s in zip(found, boxes, scores, strict=True):
         assert len(kept.scores) > 3
         _assert_equal(kept, suppress(np.array(b), np.array(s), 0.6, 0.3, 30))
+
+
+def test_raw_scores_behind_a_sigmoid_get_no_second_one() -> None:
+    net = net_from_model(tiny_detector("raw"))
+    for index in (0, 2):
+        logits = net.graph.outputs[index]
+        scores = net.graph.layer(op="Sigmoid", inputs=[logits], outputs=[f"{logits.name}.scores"])
+        scores[0].dtype, scores[0].shape = logits.dtype, logits.shape
+        net.graph.outputs[index] = scores[0]
+    append_nms(net, "onnx", NmsOptions())
+    assert [node.op for node in net.graph.nodes].count("Sigmoid") == 2
 
 
 @pytest.mark.parametrize(

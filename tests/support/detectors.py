@@ -101,7 +101,11 @@ def passing(
 
 
 def tiny_detector(
-    form: DetectorForm = "xywh-obj-cls", classes: int = 3, size: int = 32, seed: int = 0
+    form: DetectorForm = "xywh-obj-cls",
+    classes: int = 3,
+    size: int = 32,
+    seed: int = 0,
+    bins: int = 1,
 ) -> onnx.ModelProto:
     """A detector of three convolutions on images (N, 3, size, size), with one or two levels."""
     rng = np.random.default_rng(seed)
@@ -133,9 +137,9 @@ def tiny_detector(
     if form == "raw":
         for level, source, stride in (("a", stem, 4), ("b", deep, 8)):
             grid = [size // stride] * 2
-            for name, channels in ((f"cls.{level}", classes), (f"reg.{level}", 4)):
+            for name, channels in ((f"cls.{level}", classes), (f"reg.{level}", 4 * bins)):
                 last = conv(source, name, 16, channels, 1, 1)
-                outputs.append((add("Abs", [last], f"{name}.abs") if channels == 4 else last, []))
+                outputs.append((add("Abs", [last], f"{name}.abs") if "reg" in name else last, []))
                 outputs[-1] = (outputs[-1][0], ["N", channels, *grid])
     else:
         columns = 4 + classes + (form == "xywh-obj-cls")
