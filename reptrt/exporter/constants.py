@@ -22,7 +22,7 @@ def with_constants_folded(model: onnx.ModelProto) -> onnx.ModelProto:
     their DequantizeLinear, and random numbers stay random.
     """
     folded = _folded(model)
-    while _read_sizes(folded):
+    while _read_sizes(folded) or _split_constants(folded):
         folded = _folded(folded)
     return folded
 
@@ -65,6 +65,37 @@ def _read_sizes(model: onnx.ModelProto) -> bool:
             node.CopyFrom(helper.make_node("Constant", [], list(node.output), value=value))
             changed = True
     return changed
+
+
+def _split_constants(model: onnx.ModelProto) -> bool:
+    """Replace each Split of a constant by its parts; return if there was any.
+
+    onnxscript leaves nodes with several outputs.
+    """
+    constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    asked = {value.name for value in model.graph.output}
+    nodes = list(model.graph.node)
+    kept = []
+    for node in nodes:
+        is_constant = all(not name or name in constants for name in node.input)
+        if node.op_type != "Split" or not is_constant or not asked.isdisjoint(node.output):
+            kept.append(node)
+            continue
+        whole = numpy_helper.to_array(constants[node.input[0]])
+        attributes = {entry.name: helper.get_attribute_value(entry) for entry in node.attribute}
+        axis = attributes.get("axis", 0)
+        if len(node.input) > 1 and node.input[1]:
+            sizes = numpy_helper.to_array(constants[node.input[1]])
+        else:
+            largest = -(-whole.shape[axis] // len(node.output))
+            sizes = np.array(attributes.get("split", [largest] * len(node.output)))
+        parts = np.split(whole, np.cumsum(sizes)[:-1], axis)
+        named = zip(parts, node.output, strict=True)
+        made = [numpy_helper.from_array(part, name) for part, name in named if name]
+        model.graph.initializer.extend(made)
+    del model.graph.node[:]
+    model.graph.node.extend(kept)
+    return len(kept) < len(nodes)
 
 
 def _taken(op: str, kind: onnx.TypeProto, indices: list[onnx.TensorProto]) -> np.ndarray:

@@ -104,15 +104,6 @@ def test_random_numbers_stay_random() -> None:
     assert ops(model) == ["RandomNormalLike", "Mul"]
 
 
-def test_a_node_with_several_outputs_stays() -> None:
-    b = Builder(channels=4)
-    b.nodes.append(helper.make_node("Split", ["p2"], ["h1", "h2"], axis=0, num_outputs=2))
-    b.parameter("p2", 8, 1, 1)
-    b.channels |= {"h1": 0, "h2": 0}
-    y = b.node("Mul", [b.node("Mul", ["x", "h1"], "m1"), "h2"], "m2")
-    assert ops(folded(b.model(y))) == ["Split", "Mul", "Mul"]
-
-
 def test_branches_that_read_from_outside_stay() -> None:
     b = Builder(channels=4)
     b.constant("condition", np.bool_(True))
@@ -170,3 +161,25 @@ def test_the_batch_stays_free() -> None:
     target = b.node("Concat", [batch, "rest"], "target", axis=0)
     model = folded(b.model(b.node("Reshape", ["x", target], "y")))
     assert len(ort_run(model, {"x": X[:1]})["y"]) == 1
+
+
+@pytest.mark.parametrize("form", ["sizes", "attribute", "equal", "uneven"])
+def test_parts_of_a_constant_are_constants(form: str) -> None:
+    """``p.unbind()`` is one Split of a parameter, of which each part is a factor of a branch."""
+    b = Builder(channels=4)
+    rows = 5 if form == "uneven" else 4
+    inputs = [b.constant("p", np.random.default_rng(0).random((rows, 1, 1, 1), np.float32))]
+    inputs += [b.constant("sizes", np.int64([1, 3]))] if form == "sizes" else []
+    attrs: dict[str, object] = {"axis": 0}
+    attrs |= {"split": [3, 1]} if form == "attribute" else {}
+    attrs |= {"num_outputs": 2} if form in ("equal", "uneven") else {}
+    b.nodes.append(helper.make_node("Split", inputs, ["u", "v"], name="split", **attrs))
+    b.channels |= {"u": 4, "v": 4}
+    total = [b.node("ReduceSum", [part], f"{part}.sum", keepdims=0) for part in "uv"]
+    y = b.node("Mul", [b.node("Add", ["x", total[0]], "left"), total[1]], "y")
+    model = b.model(y, opset=11 if form == "attribute" else 19)
+    got = folded(model)
+    assert ops(got) == ["Add", "Mul"]
+    np.testing.assert_allclose(
+        ort_run(got, {"x": X})["y"], ort_run(model, {"x": X})["y"], rtol=1e-6
+    )

@@ -190,6 +190,16 @@ REDUCTIONS = [
     Case("ArgMax", (X,), attrs={"axis": 1}),
     Case("ArgMax", (X,), attrs={"axis": -1, "keepdims": 0}, name="last"),
     Case("ArgMin", (X,)),
+    *(
+        Case("CumSum", (X,), (axis,), attrs, name=name)
+        for name, axis, attrs in (
+            ("plain", ints(2).reshape(()), {}),
+            ("vector", ints(-1), {"exclusive": 1}),
+            ("reverse", ints(1).reshape(()), {"reverse": 1}),
+            ("both", ints(1).reshape(()), {"reverse": 1, "exclusive": 1}),
+        )
+    ),
+    Case("CumSum", (X, ints(1).reshape(())), name="computed"),
 ]
 
 SHAPES = [

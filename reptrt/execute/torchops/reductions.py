@@ -54,6 +54,20 @@ def _arg(function: Callable[[Tensor, int, bool], Tensor]) -> Builder:
     return builder
 
 
+def _cumsum(node: NodeView) -> Operator:
+    exclusive, reverse = node.attr("exclusive", 0), node.attr("reverse", 0)
+    axis_of = node.ints(1, "axis")
+
+    def operator(x: Tensor, axis_tensor: Tensor | None = None) -> Tensor:
+        axis = (axis_of(axis_tensor) or [0])[0]
+        values = x.flip(axis) if reverse else x
+        total = torch.cumsum(values, axis, dtype=x.dtype)
+        total = total - values if exclusive else total
+        return total.flip(axis) if reverse else total
+
+    return operator
+
+
 def _spatial_axes(x: Tensor) -> list[int]:
     return list(range(2, x.dim()))
 
@@ -61,6 +75,7 @@ def _spatial_axes(x: Tensor) -> list[int]:
 REDUCTIONS: Mapping[str, Builder] = {
     "ArgMax": _arg(torch.argmax),
     "ArgMin": _arg(torch.argmin),
+    "CumSum": _cumsum,
     "GlobalAveragePool": plain(lambda x: torch.mean(x, _spatial_axes(x), True)),
     "GlobalMaxPool": plain(lambda x: torch.amax(x, _spatial_axes(x), True)),
     "LogSoftmax": _softmax(torch.log_softmax),
