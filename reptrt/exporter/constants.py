@@ -1,29 +1,50 @@
 """Do at export what depends on constants and on known shapes alone: the grids of a YOLO head."""
 
+import contextlib
 import logging
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import onnx
+import onnx.version_converter
 from onnx import helper, numpy_helper
 from onnx_ir.passes.common import LiftConstantsToInitializersPass, RemoveUnusedNodesPass
 from onnxscript import ir
 from onnxscript.optimizer import fold_constants_ir
 
+from reptrt.graph.net import first_free
+
 _MOST_VALUES = 2**24  # of a constant that is computed here
+_KEPT = ("DequantizeLinear", "RandomNormal", "RandomUniform", "RandomNormalLike")  # left as it is
 
 logging.getLogger("onnxscript.optimizer").setLevel(logging.ERROR)  # it warns of what it leaves
+
+
+def has_constant_arithmetic(model: onnx.ModelProto) -> bool:
+    """Return whether a model computes something that `with_constants_folded` may compute now."""
+    constants = {tensor.name for tensor in model.graph.initializer}
+    for node in model.graph.node:
+        if node.op_type == "Constant":
+            constants.update(node.output)
+        if node.op_type == "Shape":
+            return True
+        if node.input and node.op_type not in _KEPT and constants.issuperset(node.input):
+            return True
+    return False
 
 
 def with_constants_folded(model: onnx.ModelProto) -> onnx.ModelProto:
     """Return the model with all arithmetic on constants done, by onnxscript's optimizer.
 
     Heights, widths and channels that a Gather or Slice takes from a Shape are constants too where
-    they are known, beside a free batch. Constants become initializers. Codes of weights stay with
-    their DequantizeLinear, and random numbers stay random.
+    they are known, beside a free batch; so is the target of a Reshape of which only the batch is
+    open. Constants become initializers. Codes of weights stay with their DequantizeLinear, and
+    random numbers stay random. Shapes of outputs are those that follow from the input's.
     """
-    folded = _folded(model)
-    while _read_sizes(folded) or _split_constants(folded):
-        folded = _folded(folded)
+    folded = with_shapes(_folded(model))
+    while _read_sizes(folded) + _write_targets(folded) + _split_constants(folded):
+        folded = with_shapes(_folded(folded))
     return folded
 
 
@@ -44,26 +65,27 @@ def _folded(model: onnx.ModelProto) -> onnx.ModelProto:
     return folded
 
 
-def _read_sizes(model: onnx.ModelProto) -> bool:
-    """Make each Gather and Slice of known sizes of a Shape a Constant; return if there were any."""
-    inferred = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
-    values = {value.name: value.type for value in (*inferred.value_info, *inferred.input)}
+def _read_sizes(model: onnx.ModelProto) -> int:
+    """Make each Gather and Slice of known sizes of a Shape a Constant; return how many."""
+    values = {value.name: value.type for value in (*model.graph.value_info, *model.graph.input)}
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
     shapes = {node.output[0]: node for node in model.graph.node if node.op_type == "Shape"}
-    changed = False
+    changed = 0
     for node in model.graph.node:
         if node.op_type not in ("Gather", "Slice") or node.input[0] not in shapes:
             continue
         shape = shapes[node.input[0]]
         indices = [constants[name] for name in node.input[1:] if name in constants]
-        is_known = shape.input[0] in values and len(indices) == len(node.input) - 1
-        if shape.attribute or not is_known:
+        kind = values.get(shape.input[0])
+        is_known = kind is not None and kind.tensor_type.HasField("shape")
+        is_known &= len(indices) == len(node.input) - 1
+        if shape.attribute or kind is None or not is_known:
             continue
-        sizes = _taken(node.op_type, values[shape.input[0]], indices)
+        sizes = _taken(node.op_type, kind, indices)
         if all(size > 0 for size in sizes.flat):
             value = numpy_helper.from_array(sizes)
             node.CopyFrom(helper.make_node("Constant", [], list(node.output), value=value))
-            changed = True
+            changed += 1
     return changed
 
 
@@ -96,6 +118,97 @@ def _split_constants(model: onnx.ModelProto) -> bool:
     del model.graph.node[:]
     model.graph.node.extend(kept)
     return len(kept) < len(nodes)
+
+
+def _write_targets(model: onnx.ModelProto) -> int:
+    """Make computed targets of Reshapes constants: 0 for a size that stays, -1 for another one.
+
+    Returns:
+        How many were made; a target with two sizes that are neither known nor kept is left.
+    """
+    graph = model.graph
+    shapes = {value.name: value.type.tensor_type.shape.dim for value in graph.value_info}
+    shapes |= {value.name: value.type.tensor_type.shape.dim for value in graph.input}
+    shapes |= {value.name: value.type.tensor_type.shape.dim for value in graph.output}
+    taken = {tensor.name for tensor in graph.initializer}
+    constants, changed = frozenset(taken), 0
+    for node in graph.node:
+        if node.op_type != "Reshape" or node.input[1] in constants or node.attribute:
+            continue
+        before, after = (shapes.get(name) for name in (node.input[0], node.output[0]))
+        sizes = [_kept_size(before or (), index, dim) for index, dim in enumerate(after or ())]
+        if not sizes or sizes.count(-1) > 1:
+            continue
+        name = first_free(f"{node.output[0]}.target", taken)
+        taken.add(name)
+        graph.initializer.append(numpy_helper.from_array(np.array(sizes, np.int64), name))
+        node.input[1] = name
+        changed += 1
+    return changed
+
+
+def _kept_size(before: Sequence[Any], axis: int, dim: Any) -> int:
+    """Return what a Reshape's target says of an axis: its size, 0 if it stays, -1 if unknown."""
+    if dim.dim_value:
+        return int(dim.dim_value)
+    stays = axis < len(before) and dim.dim_param and before[axis].dim_param == dim.dim_param
+    return 0 if stays else -1
+
+
+def with_shapes(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Return the model with shapes as they follow from the input's, whatever names it had for them.
+
+    A shape that does not follow, of an operator that onnx does not know, stays as it was.
+    """
+    bare = onnx.ModelProto()
+    bare.CopyFrom(model)
+    first = bare.graph.input[0].type.tensor_type.shape.dim[:1]
+    for dim in first:
+        if not dim.dim_value and not dim.dim_param:
+            dim.dim_param = "N"
+    del bare.graph.value_info[:]
+    for value in bare.graph.output:
+        value.type.tensor_type.ClearField("shape")
+    found = {value.name: value for value in _inferred(bare)}
+    old = {value.name: value for value in (*model.graph.value_info, *model.graph.output)}
+    for value in bare.graph.output:
+        value.CopyFrom(found.pop(value.name, value))
+    present = {name for node in bare.graph.node for name in node.output}
+    values = {**old, **found}
+    outputs = {value.name for value in bare.graph.output}
+    bare.graph.value_info.extend(
+        value for name, value in values.items() if name in present and name not in outputs
+    )
+    for value in (*bare.graph.value_info, *bare.graph.output):
+        if value.name in old:
+            _fill_sizes(value.type.tensor_type, old[value.name].type.tensor_type)
+    return bare
+
+
+def _inferred(model: onnx.ModelProto) -> list[onnx.ValueInfoProto]:
+    """Return the values of a graph with the shapes that follow from its input's.
+
+    onnx computes shapes from shapes less well before opset 17.
+    """
+    newer = model
+    if max(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")) < 17:
+        with contextlib.suppress(Exception):  # RuntimeError, and C++ types of the converter
+            newer = onnx.version_converter.convert_version(model, 17)
+    graph = onnx.shape_inference.infer_shapes(newer, data_prop=True).graph
+    return [*graph.value_info, *graph.output]
+
+
+def _fill_sizes(kind: onnx.TypeProto.Tensor, before: onnx.TypeProto.Tensor) -> None:
+    """Take over from an earlier shape what a shape leaves open."""
+    if not kind.HasField("shape"):
+        if before.HasField("shape"):
+            kind.shape.CopyFrom(before.shape)
+        return
+    if len(kind.shape.dim) != len(before.shape.dim):
+        return
+    for dim, other in zip(kind.shape.dim, before.shape.dim, strict=True):
+        if not dim.dim_value and (other.dim_value or not dim.dim_param):
+            dim.CopyFrom(other)
 
 
 def _taken(op: str, kind: onnx.TypeProto, indices: list[onnx.TensorProto]) -> np.ndarray:

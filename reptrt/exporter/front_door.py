@@ -12,7 +12,8 @@ every model that reptrt exported, comes back unchanged. In this order:
 6. an opset before 13 is raised; opsets outside of 9 to 25 are refused;
 7. the size of the image is set, if it is given;
 8. a batch size that is fixed is made free where onnxruntime proves it (`free_batch`);
-9. how the input is formed is recorded where it is unusual: channels last, or pixels 0..255.
+9. what depends on constants and known sizes alone is computed (`constants`);
+10. how the input is formed is recorded where it is unusual: channels last, or pixels 0..255.
 """
 
 import logging
@@ -22,6 +23,7 @@ import onnx.inliner
 import onnx.version_converter
 
 from reptrt.core.errors import ConfigError, option
+from reptrt.exporter.constants import has_constant_arithmetic, with_constants_folded
 from reptrt.exporter.free_batch import with_free_batch
 from reptrt.exporter.widen import widen
 from reptrt.graph.input_form import layout_of
@@ -63,7 +65,10 @@ def accept(model: onnx.ModelProto, where: str, size: Size | None = None) -> onnx
         accepted = raise_opset(accepted, where, DEFAULT_OPSET)
     if size is not None:
         _set_input_size(accepted, where, size)
-    return _with_input_form(with_free_batch(accepted, where), where)
+    freed = with_free_batch(accepted, where)
+    if has_constant_arithmetic(freed):
+        freed = with_constants_folded(freed)
+    return _with_input_form(freed, where)
 
 
 def keep_weights_from_inputs(model: onnx.ModelProto) -> None:

@@ -183,3 +183,58 @@ def test_parts_of_a_constant_are_constants(form: str) -> None:
     np.testing.assert_allclose(
         ort_run(got, {"x": X})["y"], ort_run(model, {"x": X})["y"], rtol=1e-6
     )
+
+
+def dims_of(model: onnx.ModelProto, index: int = 0) -> list[object]:
+    dims = model.graph.output[index].type.tensor_type.shape.dim
+    return [dim.dim_value or dim.dim_param for dim in dims]
+
+
+def flattened_level(b: Builder, feature: str) -> str:
+    """(N, C, H, W) -> (N, C, H * W), with every size read from the shape, as torch exports it."""
+    shape, parts = b.node("Shape", [feature], "shape"), []
+    for axis, name in enumerate("nchw"):
+        b.constant(f"axis.{name}", np.int64(axis))
+        parts.append(b.node("Gather", [shape, f"axis.{name}"], f"{name}.size", axis=0))
+    parts[2:] = [b.node("Mul", parts[2:], "cells")]
+    b.constant("zero", np.int64([0]))
+    sizes = [b.node("Unsqueeze", [part, "zero"], f"{part}.1") for part in parts]
+    return b.node("Reshape", [feature, b.node("Concat", sizes, "target", axis=0)], "flat")
+
+
+@pytest.mark.parametrize("opset", [13, 19])
+def test_a_target_with_a_free_batch_is_a_constant(opset: int) -> None:
+    b = Builder(channels=4)
+    model = b.model(flattened_level(b, b.relu("x")))
+    model.opset_import[0].version = opset
+    del model.graph.value_info[:]
+    model.graph.output[0].type.tensor_type.shape.CopyFrom(
+        helper.make_tensor_type_proto(1, ["out_0", "out_1", "out_2"]).tensor_type.shape
+    )
+    result = folded(model)
+    assert ops(result) == ["Relu", "Reshape"]
+    (target,) = result.graph.initializer
+    assert numpy_helper.to_array(target).tolist() == [0, 4, 64]
+    assert dims_of(result) == ["N", 4, 64]
+    assert ort_run(result, {"x": X[:1]})["flat"].shape == (1, 4, 64)
+
+
+def test_a_target_with_two_open_sizes_stays() -> None:
+    """(N, C, H, W) -> (C, N, -1): the batch is not where it was."""
+    b = Builder(channels=4)
+    for name, value in (("first", 0), ("channels", 4), ("rest", -1)):
+        b.constant(name, np.int64([value]))
+    batch = b.node("Gather", [b.node("Shape", ["x"], "shape"), "first"], "batch", axis=0)
+    target = b.node("Concat", ["channels", batch, "rest"], "target", axis=0)
+    model = folded(b.model(b.node("Reshape", ["x", target], "y")))
+    assert ops(model) == ["Shape", "Gather", "Concat", "Reshape"]
+
+
+def test_shapes_of_operators_that_onnx_does_not_know_stay() -> None:
+    b = Builder(channels=4)
+    model = b.model(b.node("Relu", [b.node("MaxPool", ["x"], "p", kernel_shape=[4, 4])], "y"))
+    model.graph.node[0].CopyFrom(helper.make_node("Plugin", ["x"], ["p"], domain="nvidia"))
+    model.opset_import.append(helper.make_opsetid("nvidia", 1))
+    result = with_constants_folded(model)
+    assert dims_of(result) == ["N", 4, 5, 5]
+    assert "p" in [value.name for value in result.graph.value_info]

@@ -24,6 +24,7 @@ from reptrt.pipeline import (
     ExportOptions,
     calibrate,
     export,
+    float_model,
 )
 from reptrt.quantize.reconstruct.options import LearnOptions
 from reptrt.sources.source import Source
@@ -474,3 +475,17 @@ def test_freed_nets_compute_the_same_for_any_batch() -> None:
             for i in range(0, 6, batch)
         ]
         np.testing.assert_allclose(got, np.concatenate(parts), rtol=1e-5, atol=1e-6)
+
+
+def test_sizes_that_a_detector_reads_are_constants_in_calibrate_too(tmp_path: Path) -> None:
+    """The coordinates of cells, Range over the height, as in the heads of YOLO."""
+    b = Builder(channels=3)
+    feature = b.conv("x", 4, "conv")
+    for name, value in (("axis", 2), ("start", 0), ("step", 1)):
+        b.constant(name, np.int64(value))
+    size = b.node("Gather", [b.node("Shape", [feature], "shape"), "axis"], "size", axis=0)
+    cells = b.node("Range", ["start", size, "step"], "cells")
+    cells = b.node("Cast", [cells], "floats", to=TensorProto.FLOAT)
+    onnx.save(b.model(b.node("Add", [feature, cells], "y")), tmp_path / "net.onnx")
+    model = float_model(tmp_path / "net.onnx")
+    assert [node.op_type for node in model.proto.graph.node] == ["Conv", "Add"]

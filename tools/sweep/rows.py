@@ -8,6 +8,8 @@ from sweep import lookalikes
 from sweep.timm_nets import build_timm_net, reparameterized
 from torch import nn
 
+from reptrt.sources.models import ArchitectureOptions, build
+
 _TIMM = {
     "rep": (
         *("repvgg_a0", "mobileone_s0", "mobileone_s4", "fastvit_t8"),
@@ -26,6 +28,7 @@ _TIMM = {
         *("inception_v3", "convnext_atto", "poolformer_s12", "levit_128s"),
     ),
 }
+_DETECTORS = ("yolov6n", "yolov6s", "yolov6m", "yolov6l")
 _OTHER_SIZES = {"inception_v3": 96, "levit_128s": 224}
 
 
@@ -50,6 +53,9 @@ def rows() -> list[Row]:
         for name in names
         for side in (_OTHER_SIZES.get(name, 64),)
     ]
+    for name in _DETECTORS:
+        make = partial(build, name, ArchitectureOptions(), deploy=False)
+        nets.append(Row(name, "zoo, detector", make, (3, 320, 320), partial(_deploy_form, name)))
     likes: dict[str, tuple[Callable[[], nn.Module], str]] = {
         "yolov5-like": (lookalikes.Yolo5, "detector"),
         "yolov6-like": (lookalikes.Yolo6, "detector"),
@@ -58,11 +64,10 @@ def rows() -> list[Row]:
         "unet": (lookalikes.UNet, "segmentation"),
         "deeplab-like": (lookalikes.DeepLab, "segmentation"),
     }
-    for name, (build, family) in likes.items():
-        nets.append(Row(name, family, build, (3, 96, 96), lookalikes.fused))
+    for name, (make, family) in likes.items():
+        nets.append(Row(name, family, make, (3, 96, 96), lookalikes.fused))
     return nets
 
 
-def _size(name: str) -> tuple[int, int, int]:
-    side = _OTHER_SIZES.get(name, 64)
-    return 3, side, side
+def _deploy_form(name: str, _: nn.Module) -> nn.Module:
+    return build(name, ArchitectureOptions(), deploy=True)
