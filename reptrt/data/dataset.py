@@ -68,6 +68,10 @@ class Dataset:
         taken = indices % stride == stride - 1
         return self._selected(indices[~taken]), self._selected(indices[taken])
 
+    def spread(self, count: int) -> "Dataset":
+        """Return ``count`` of the images, evenly spread over the order."""
+        return self._selected(np.arange(count) * self.length // count)
+
     def _selected(self, taken: IntArray) -> "Dataset":
         labels = None if self.labels is None else self.labels[taken]
         return replace(

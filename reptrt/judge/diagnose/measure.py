@@ -10,7 +10,6 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-import onnx_graphsurgeon as gs
 import torch
 from torch import Tensor
 
@@ -20,25 +19,15 @@ from reptrt.core.metrics import agreement, class_scores, db_from_powers, db_of_o
 from reptrt.core.progress import track
 from reptrt.data.dataset import Dataset
 from reptrt.execute.torchgraph import TorchGraph
-from reptrt.graph.flow import moves_values
-from reptrt.graph.net import Net, producer
+from reptrt.graph.net import Net
 from reptrt.graph.placement import Placement
 from reptrt.graph.plan import plan_from_placement
+from reptrt.graph.probes import Probe
 from reptrt.graph.qdq import insert_qdq, quantize_weights
-from reptrt.graph.splits import Split, read_splits
 from reptrt.judge.conditioning import Conditioning
 from reptrt.judge.outputs import Outputs
 from reptrt.quantize.calib.collect import COMPUTE_BATCH
 from reptrt.quantize.calib.measure import Measure
-
-
-@dataclass(frozen=True, slots=True)
-class Probe:
-    """One layer: the sub-graph from the tensor that its input comes from to its output."""
-
-    layer: str
-    origin: str  # the tensor behind which the Q/DQ pair of the layer's input is inserted
-    output: str  # the output tensor (N, O, ...); for a split layer, the sum
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,13 +112,6 @@ class Closeness:
         return None if self.same_class is None else self.same_class / self.images
 
 
-def probes_of(net: Net, layers: Sequence[str]) -> tuple[Probe, ...]:
-    """Return a probe for each layer of the net before splits; the layer may be split by now."""
-    nodes = {node.name: node for node in net.graph.nodes}
-    splits = {split.layer: split for split in read_splits(net)}
-    return tuple(_probe(layer, nodes, splits.get(layer)) for layer in layers)
-
-
 def halves_of(
     net: Net,
     placement: Placement,
@@ -206,15 +188,6 @@ def noise_db(exact: TorchGraph, dataset: Dataset) -> float | None:
     images = next(dataset.batches(COMPUTE_BATCH))
     conditioning.add(images, run(images), run)
     return conditioning.sqnr_db
-
-
-def _probe(layer: str, nodes: Mapping[str, gs.Node], split: Split | None) -> Probe:
-    reader = nodes[layer if split is None else split.main]
-    origin = reader.inputs[0]
-    while (maker := producer(origin)) is not None and moves_values(maker):
-        origin = maker.inputs[0]
-    output = nodes[layer if split is None else split.sum].outputs[0]
-    return Probe(layer, origin.name, output.name)
 
 
 def _power(values: Tensor) -> Float64Array:
