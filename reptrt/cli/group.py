@@ -64,7 +64,6 @@ def main(verbose: bool) -> None:
     logger = logging.getLogger("reptrt")
     logger.handlers[:] = [handler]
     logger.setLevel(logging.INFO if verbose else logging.WARNING)
-    # The cost of learning is announced before it starts; the result of each unit needs -v.
-    logging.getLogger("reptrt.quantize.reconstruct").setLevel(
-        logging.DEBUG if verbose else logging.INFO
-    )
+    # What takes long is announced before it starts; the result of each unit needs -v.
+    for name in ("reptrt.quantize.reconstruct", "reptrt.quantize.calib.sensitivity"):
+        logging.getLogger(name).setLevel(logging.DEBUG if verbose else logging.INFO)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         float_model,
     )
     from reptrt.pipeline.exporting import export, export_net
+    from reptrt.pipeline.float_layers import with_float_layers
     from reptrt.pipeline.options import (
         PLAIN_INT8,
         CalibrateOptions,
@@ -52,6 +53,7 @@ __all__ = [
     "prepare",
     "split_layers",
     "torch_device",
+    "with_float_layers",
 ]
 
 __getattr__ = lazily(
@@ -65,6 +67,7 @@ __getattr__ = lazily(
             "float_model",
         ),
         "reptrt.pipeline.exporting": ("export", "export_net"),
+        "reptrt.pipeline.float_layers": ("with_float_layers",),
         "reptrt.pipeline.options": (
             "PLAIN_INT8",
             "CalibrateOptions",

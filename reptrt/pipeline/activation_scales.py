@@ -15,7 +15,7 @@ from torch import Tensor
 from reptrt.core.arrays import Float64Array
 from reptrt.core.choices import Threshold
 from reptrt.core.grid import Grid, scale_from_amax
-from reptrt.execute.torchgraph import TorchGraph
+from reptrt.execute.torchgraph import Override, TorchGraph
 from reptrt.graph.net import Net
 from reptrt.graph.placement import Placement
 from reptrt.graph.plan import plan_from_placement
@@ -112,20 +112,31 @@ def _error(
 ) -> float:
     """Return the error of the outputs with quantized activations and float weights.
 
-    Values are clamped to the ranges that calibration would have seen without the judging images:
-    images that were used to measure ranges never exceed them, other images do.
+    Values are clamped as `limits_of` says.
     """
     trial = net.copy()
     floats = replace(prepared.placement, weights=())
     full_range = full_range_of(prepared.ranges)
     plan = plan_from_placement(floats, scales.by_tensor, {}, options.grids[0], full_range)
     insert_qdq(trial, plan)
-    limits = {
+    limits = limits_of(prepared, scales)
+    return outputs.error(TorchGraph(trial, torch_device(options.device)), overrides=limits)
+
+
+def limits_of(prepared: Prepared, scales: ActivationScales) -> dict[str, Override]:
+    """Return functions that clamp activations to what would have been kept without the judges.
+
+    The judging images were used to measure ranges, so they never exceed them; other images do.
+
+    Args:
+        prepared: the ranges with and without the judging images.
+        scales: the thresholds, measured with them.
+    """
+    return {
         tensor.tensor: _clamp(tensor.amax * prepared.without_judges[tensor.tensor])
         for tensor in scales.tensors
         if tensor.tensor in prepared.without_judges
     }
-    return outputs.error(TorchGraph(trial, torch_device(options.device)), overrides=limits)
 
 
 def _clamp(limits: Float64Array) -> Callable[[Tensor], Tensor]:

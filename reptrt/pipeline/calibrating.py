@@ -1,6 +1,6 @@
 """calibrate: from a float ONNX file and images to an INT8 file.
 
-float net -> prepare -> quantities_of -> QuantPlan -> insert_qdq -> learn -> finish -> INT8 net
+float net -> plan_net -> QuantPlan -> insert_qdq -> learn -> finish -> INT8 net
 """
 
 import logging
@@ -22,15 +22,14 @@ from reptrt.execute.runner import refuse_unrunnable
 from reptrt.exporter.front_door import accept
 from reptrt.graph.model import Model, blaming, label_of
 from reptrt.graph.net import Net, refuse_not_finite
-from reptrt.graph.plan import QuantPlan, plan_from_placement
+from reptrt.graph.plan import QuantPlan
 from reptrt.graph.preprocess import read_preprocess
 from reptrt.graph.qdq import insert_qdq
+from reptrt.pipeline.float_layers import plan_with_float_layers
 from reptrt.pipeline.options import CalibrateOptions
-from reptrt.pipeline.preparing import prepare, torch_device
-from reptrt.pipeline.quantities import quantities_of
+from reptrt.pipeline.preparing import torch_device
 from reptrt.pipeline.reports import CalibrateReport
 from reptrt.pipeline.values import Calibrated, Origin, finished_model
-from reptrt.quantize.choose import full_range_of
 from reptrt.quantize.reconstruct.driver import Quantized, reconstruct
 from reptrt.quantize.reconstruct.options import LearnOptions, ReconstructReport
 from reptrt.quantize.reconstruct.resume import Finished, remove_finished
@@ -162,22 +161,17 @@ def _calibrate(
     clock = Clock()
     net = model.to_net()
     refuse_not_finite(net)
-    prepared = prepare(net, dataset, options)
+    planned, in_float = plan_with_float_layers(net, dataset, options, clock)
+    net, plan = planned.net, planned.plan
+    prepared, quantities = planned.prepared, planned.quantities
     for skip in prepared.left_whole:
         _LOG.info("%s is not split: %s", skip.node, skip.reason)
-    clock.lap("prepare")
-    reference = net.copy()
-    quantities = quantities_of(net, prepared, dataset, options, clock)
-    placement = quantities.placement
-    ranges = tuple(choice for choice in prepared.ranges if choice.tensor not in quantities.dead)
-    scales, weights = quantities.activations.by_tensor, quantities.weights
-    plan = plan_from_placement(placement, scales, weights, options.grids[0], full_range_of(ranges))
     insert_qdq(net, plan)
     parents = {model.name: model.sha256, Path(dataset.name).name: dataset.digest()}
     learned = None
     if (learning := options.learning) is not None:
         finished = _finished_units(resume, options, parents)
-        learned, plan = _learn(net, reference, plan, dataset, options, learning, finished)
+        learned, plan = _learn(net, planned.reference, plan, dataset, options, learning, finished)
         clock.lap("learn")
     left_fp32 = _finish(net, plan, options)
     proto, sha256 = finished_model(net)
@@ -185,6 +179,7 @@ def _calibrate(
     details = {
         "splits": [asdict(split) for split in prepared.splits],
         "left_fp32": [asdict(skip) for skip in left_fp32],
+        **({} if in_float is None else {"in_float": asdict(in_float)}),
         **({"simulation": options.simulation} if options.simulation else {}),
     }
     clock.lap("finish")
@@ -192,11 +187,12 @@ def _calibrate(
         path=None,
         sha256=sha256,
         images=dataset.length,
-        layers=len(placement.weights),
+        layers=len(quantities.placement.weights),
         excluded=prepared.placement.excluded,
-        float_nodes=placement.float_nodes,
+        float_nodes=quantities.placement.float_nodes,
+        in_float=in_float,
         dead=quantities.dead,
-        idle=tuple(sorted({*placement.excluded} - {*prepared.placement.excluded})),
+        idle=planned.idle,
         threshold=quantities.activations.rule,
         margin=quantities.activations.margin,
         tensors=quantities.activations.tensors,
@@ -204,7 +200,7 @@ def _calibrate(
         splits=prepared.splits,
         decisions=prepared.decisions,
         left_whole=prepared.left_whole,
-        ranges=ranges,
+        ranges=planned.ranges,
         overhead=prepared.overhead,
         learned=learned,
         simulation=options.simulation,

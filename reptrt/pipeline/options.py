@@ -1,5 +1,6 @@
 """Options of export and calibrate."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -28,6 +29,9 @@ _RECIPES: Mapping[Recipe, LearnOptions | None] = {
     "balanced": LearnOptions(iterations=40),
     "accurate": LearnOptions(),
 }
+
+
+_AUTO = re.compile("auto(:.*)?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,8 +144,9 @@ class CalibrateOptions:
     float_nodes: tuple[str, ...] = described(
         (),
         "Nodes of any kind that stay in float, and with them everything that is reached only "
-        "through them: a regular expression, as for --exclude; may be given several times.",
-        metavar="REGEX",
+        "through them: a regular expression, as for --exclude; may be given several times. auto:N: "
+        "up to N layers, those that cost most, where float pays.",
+        metavar="REGEX|auto:N",
         flag="--float",
     )
     high_precision: HighPrecision = described(
@@ -173,11 +178,31 @@ class CalibrateOptions:
                 f"{option('keep_affine')}: no gains and shifts are learned; give "
                 f"{option('qprep', True)} too, or a recipe that learns"
             )
+        _ = self.most_float_layers
         require_at_least(1, self, "images")
         require_at_least(0, self, "max_overhead")
         if not 0 < self.memory_budget < float("inf"):
             got = self.memory_budget
             raise ConfigError(f"{option('memory_budget')}: got {got}, expected GiB above 0")
+
+    @property
+    def float_patterns(self) -> tuple[str, ...]:
+        """The regular expressions of ``float_nodes``."""
+        return tuple(entry for entry in self.float_nodes if not _AUTO.fullmatch(entry))
+
+    @property
+    def most_float_layers(self) -> int | None:
+        """N of ``auto:N`` in ``float_nodes``; None: there is none."""
+        entries = [entry for entry in self.float_nodes if _AUTO.fullmatch(entry)]
+        if not entries:
+            return None
+        number = entries[0].partition(":")[2]
+        if len(entries) > 1 or not number.isdecimal() or int(number) < 1:
+            raise ConfigError(
+                f"{option('float_nodes', ', '.join(entries))}: expected auto:N once, with N of 1 "
+                "or more: the number of layers that may stay in float"
+            )
+        return int(number)
 
     @property
     def split_form(self) -> SplitForm:

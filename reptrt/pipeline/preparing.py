@@ -56,7 +56,7 @@ def prepare(net: Net, dataset: Dataset, options: CalibrateOptions) -> Prepared:
         options: of calibration.
     """
     net.graph.cleanup(remove_unused_graph_inputs=False)  # nodes that lead to no output
-    placement = place(net, options.exclude, options.float_nodes)
+    placement = place(net, options.exclude, options.float_patterns)
     # Rewrites name the parts of a layer after it: later placements match today's names exactly.
     in_float = (exactly(placement.excluded), exactly(placement.float_nodes))
     layers = {

@@ -13,7 +13,7 @@ from reptrt.core.choices import Threshold
 from reptrt.core.result import Result
 from reptrt.exporter.prove import Proof
 from reptrt.graph.splits import Split
-from reptrt.quantize.choose import Decision, RangeDecision, full_range_of
+from reptrt.quantize.choose import Decision, FloatChoice, RangeDecision, full_range_of
 from reptrt.quantize.reconstruct.options import ReconstructReport
 from reptrt.rewrite.contract import Skipped, by_reason
 
@@ -89,6 +89,7 @@ class CalibrateReport(Result):
     layers: int
     excluded: tuple[str, ...]  # layers that stay in float on request
     float_nodes: tuple[str, ...]  # nodes of any kind that do, those behind them included
+    in_float: FloatChoice | None  # of the layers among them that auto:N chose; None: not asked for
     dead: tuple[str, ...]  # tensors that are 0 on all images, so they have no scale
     idle: tuple[str, ...]  # layers that stay in float because they read one
     threshold: Threshold  # the rule; of auto the one that was chosen
@@ -118,7 +119,10 @@ class CalibrateReport(Result):
             "0 on all images": self.dead,
             "so in float": self.idle,
         }
-        return {label: _names(names) for label, names in groups.items() if names}
+        rows = {label: _names(names) for label, names in groups.items() if names}
+        if self.in_float is not None:
+            rows["kept in float"] = self.in_float.summary
+        return rows
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON values."""

@@ -25,7 +25,7 @@ import onnx
 import torch
 from torch import nn
 
-from reptrt.core.artifacts import write_json
+from reptrt.core.artifacts import read_sidecar, write_json
 from reptrt.core.errors import ArtifactError, ConfigError, EngineError
 from reptrt.core.options_json import options_from_json
 from reptrt.data.dataset import Dataset, Images, open_dataset
@@ -37,6 +37,7 @@ from reptrt.graph.net import Net, bytes_from_model, model_from_net
 from reptrt.graph.preprocess import Preprocess, read_preprocess
 from reptrt.judge.rungs import Ladder, Step, measure
 from reptrt.pipeline import (
+    Calibrated,
     CalibrateOptions,
     calibrate_net,
     calibration_images,
@@ -44,6 +45,7 @@ from reptrt.pipeline import (
     prepare,
     split_layers,
     torch_device,
+    with_float_layers,
 )
 from reptrt.runs.inputs import check_data, check_source, source_files
 from reptrt.runs.manifest import FILE, LADDER_FILE, Manifest, check_made, read_finished
@@ -174,6 +176,7 @@ def _steps(
     options: RunOptions,
 ) -> Iterator[Step]:
     """Yield the rungs in order; each net is made when its turn comes."""
+    options = replace(options, calibrate=_with_names(options.calibrate, forms.int8))
     device = torch_device(options.calibrate.device)
     net = fused.to_net()
     yield _first(source, read_preprocess(net), options, device)
@@ -184,6 +187,18 @@ def _steps(
         yield _in_onnxruntime(name, model_from_net(rewritten), options)
     yield from _quantized(fused, _read(forms.int8), dataset, options)
     yield Step("engine", "tensorrt", lambda: _open_engine(forms, options), may_fail=True)
+
+
+def _with_names(options: CalibrateOptions, int8: Network) -> CalibrateOptions:
+    """Return options that name the layers which ``auto:N`` left in float in an INT8 model."""
+    if options.most_float_layers is None:
+        return options
+    if isinstance(int8, Calibrated):
+        choice = int8.report.in_float
+        return with_float_layers(options, () if choice is None else choice.kept)
+    sidecar = read_sidecar(int8) if isinstance(int8, Path) else None
+    decisions = (sidecar.details if sidecar else {}).get("in_float", {}).get("decisions", ())
+    return with_float_layers(options, [d["layer"] for d in decisions if d["kept"]])
 
 
 def _quantized(fused: Model, int8: Model, dataset: Dataset, options: RunOptions) -> Iterator[Step]:

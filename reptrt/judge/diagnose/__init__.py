@@ -24,6 +24,7 @@ from reptrt.execute.torchgraph import TorchGraph
 from reptrt.graph.model import Model, label_of
 from reptrt.graph.net import Net, constant_value, weighted_nodes
 from reptrt.graph.placement import Placement, exactly, place
+from reptrt.graph.probes import probes_of
 from reptrt.graph.provenance import read_provenance
 from reptrt.graph.splits import read_splits
 from reptrt.judge.diagnose.measure import (
@@ -33,7 +34,6 @@ from reptrt.judge.diagnose.measure import (
     halves_of,
     layer_powers,
     noise_db,
-    probes_of,
 )
 from reptrt.judge.diagnose.parts import WeightRange, bits_left, range_of_branches, range_of_kernel
 from reptrt.judge.diagnose.report import Corner, Diagnosis, LayerDiagnosis, Noise
@@ -47,6 +47,7 @@ from reptrt.pipeline import (
     float_model,
     prepare,
     torch_device,
+    with_float_layers,
 )
 
 _RESOURCES = ("device", "memory_budget")
@@ -82,8 +83,10 @@ def diagnose(
     dataset = calibration_images(source, images, options)
     if calibrated is not None:
         _check_origin(calibrated, source, dataset, options)
-    plain = calibrate_net(source, dataset, _plain(options))
     report, int8 = _report_and_model(calibrated or calibrate_net(source, dataset, options))
+    if report.in_float is not None:
+        options = with_float_layers(options, report.in_float.kept)
+    plain = calibrate_net(source, dataset, _plain(options))
     few = calibration_images(source, images, options, min(layer_images, options.images))
     net, device = source.to_net(), torch_device(options.device)
     with torch.inference_mode():

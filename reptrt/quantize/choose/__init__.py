@@ -23,6 +23,7 @@ Rules (ours):
     noise       signal and noises of one layer, in each form
     cost        multiply-accumulates of a net, a form, a full range
     budget      what to spend the budget on
+    in_float    which layers stay in float, where that is asked for
 """
 
 from reptrt.quantize.choose.cost import num_macs
@@ -35,12 +36,15 @@ from reptrt.quantize.choose.decisions import (
     RangeDecision,
     full_range_of,
 )
+from reptrt.quantize.choose.in_float import FloatChoice, FloatDecision
 from reptrt.quantize.choose.noise import int8_obstacle
 
 __all__ = [
     "Choice",
     "ChooseOptions",
     "Decision",
+    "FloatChoice",
+    "FloatDecision",
     "Option",
     "RangeDecision",
     "choose",

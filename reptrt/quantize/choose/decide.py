@@ -16,7 +16,7 @@ from reptrt.quantize.choose.noise import layer_noise
 
 _HEALTHY = 1.0  # largest weight noise over activation noise of a layer that stays whole
 _ENOUGH = 0.25  # largest such ratio of a split layer
-_LEFT_BY_LEARNING = 0.1  # of the weight noise: learning removed 11 dB of it on the unsplit RepVGG
+LEFT_BY_LEARNING = 0.1  # of the weight noise: learning removed 11 dB of it on the unsplit RepVGG
 
 
 def choose(
@@ -36,7 +36,7 @@ def choose(
     layers = [
         node for node in weighted_nodes(net.graph) if node.name in stats and node.op == "Conv"
     ]
-    remaining = _LEFT_BY_LEARNING if options.learned else 1.0
+    remaining = LEFT_BY_LEARNING if options.learned else 1.0
     desired = {
         node.name: _desired_form(node, stats[node.name], options, full_range) for node in layers
     }

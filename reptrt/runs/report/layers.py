@@ -132,6 +132,8 @@ def decisions(run: RunContent) -> Section:
         rows = tuple((skip["node"], skip["reason"]) for skip in left_whole)
         columns = (Column("layer", "name"), Column("why", "words"))
         blocks.append(Table("Layers that were left whole", columns, rows))
+    if choice := calibration.get("in_float"):
+        blocks.append(_in_float(choice))
     if full:
         blocks.append(Text(f"Activations that use all 256 codes: {', '.join(full)}."))
     if left_unfused := _left_unfused(run):
@@ -216,6 +218,29 @@ def _noise_row(layer: JsonObject, keys: tuple[str, ...], scales: list[Scale]) ->
         label = f"{layer['layer']}: {texts[0]} to {texts[1]}"
         cells += [change(scale, before, after, label), *texts]
     return tuple(cells)
+
+
+def _in_float(choice: JsonObject) -> Table:
+    """Return the layers that were to stay in float if that pays, with what they cost and bring."""
+    numbers = ("of all errors alone", "error that float removes", "of the work", "of the bytes")
+    columns = (Column("layer", "name"), Column("stays", "text"), *map(Column, numbers))
+    rows = tuple(
+        (
+            decision["layer"],
+            "in float" if decision["kept"] else "INT8",
+            percent(decision["alone"]),
+            "not tried" if decision["gain"] is None else percent(decision["gain"]),
+            percent(decision["price"]["macs"]),
+            percent(decision["price"]["moved"]),
+        )
+        for decision in choice["decisions"]
+    )
+    gain = 1.0 - choice["error_after"] / choice["error_before"] if choice["error_before"] else 0.0
+    title = (
+        f"At most {choice['most']} layers were to stay in float: the error of the outputs falls by "
+        f"{percent(gain)} on {choice['images']} held-out images"
+    )
+    return Table(title, columns, rows)
 
 
 def _corners(diagnosis: JsonObject) -> Table:
