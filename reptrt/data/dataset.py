@@ -18,7 +18,7 @@ from reptrt.core.arrays import AnyArray, Float32Array, IntArray
 from reptrt.core.errors import ConfigError, DataError, option
 from reptrt.data.arrays import BLOCK, ArrayImages, Arrays, load_arrays
 from reptrt.data.images import ImageFiles, list_images
-from reptrt.graph.preprocess import Preprocess
+from reptrt.graph.preprocess import Fit, Preprocess
 
 Images = Path | Arrays  # a folder or an array file; or images in memory
 
@@ -40,6 +40,8 @@ class Dataset:
     preprocess: Preprocess
     source: PixelSource
     num_classes: int | None = None  # number of class folders; None: labels came otherwise
+    names: tuple[str, ...] | None = None  # files below the folder, with slashes; None: arrays
+    fits: tuple[Fit, ...] | None = None  # where each image lies in the input; None: arrays
 
     def batches(self, size: int) -> Iterator[Float32Array]:
         """Yield the images in order, float32, ``size`` at a time, the last fewer.
@@ -73,9 +75,13 @@ class Dataset:
         return self._selected(np.arange(count) * self.length // count)
 
     def _selected(self, taken: IntArray) -> "Dataset":
-        labels = None if self.labels is None else self.labels[taken]
         return replace(
-            self, length=len(taken), labels=labels, source=SelectedImages(self.source, taken)
+            self,
+            length=len(taken),
+            labels=None if self.labels is None else self.labels[taken],
+            source=SelectedImages(self.source, taken),
+            names=None if self.names is None else tuple(self.names[i] for i in taken),
+            fits=None if self.fits is None else tuple(self.fits[i] for i in taken),
         )
 
     def digest(self) -> str:
@@ -118,12 +124,15 @@ def open_dataset(
     if isinstance(images, Path) and images.is_dir():
         name, listed = str(images), list_images(images)
         taken = _sample(name, len(listed.paths), limit, seed, parameter)
-        source: PixelSource = ImageFiles(images, [listed.paths[i] for i in taken], preprocess)
+        files = ImageFiles(images, [listed.paths[i] for i in taken], preprocess)
+        source: PixelSource = files
+        names: tuple[str, ...] | None = files.names
+        fits: tuple[Fit, ...] | None = files.fits
         all_labels, num_classes = listed.labels, listed.num_classes
     else:
         arrays = images if isinstance(images, Arrays) else load_arrays(images)
         arrays, name, all_labels = arrays.checked(preprocess), arrays.name, arrays.labels
-        num_classes = None
+        names = fits = num_classes = None
         taken = _sample(name, len(arrays.images), limit, seed, parameter)
         source = ArrayImages(arrays, taken, preprocess)
     if labels and all_labels is None:
@@ -133,7 +142,7 @@ def open_dataset(
     kept = None if all_labels is None else all_labels[taken]
     if kept is not None:
         kept.flags.writeable = False
-    return Dataset(name, len(taken), kept, preprocess, source, num_classes)
+    return Dataset(name, len(taken), kept, preprocess, source, num_classes, names, fits)
 
 
 def count_images(images: Images) -> int:

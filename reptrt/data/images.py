@@ -116,6 +116,10 @@ class ImageFiles:
         preprocess: size, channels and resize rule.
         cache_bytes: the most memory for decoded pixels; above it every pass decodes again.
 
+    Attributes:
+        fits: where each image lies in the network's input; holds its original size.
+        names: of each image, relative to the folder, with slashes.
+
     Raises:
         DataError: unreadable images, or sizes that ``preprocess`` does not allow.
     """
@@ -138,6 +142,9 @@ class ImageFiles:
         self._shape = (preprocess.height, preprocess.width, preprocess.channels)
         sizes = _sizes(folder, self._paths)
         self._resize = _resize_for(folder, self._paths, sizes, preprocess)
+        target = (preprocess.height, preprocess.width)
+        self.fits = tuple(fit_of(self._resize, *size, *target) for size in sizes)
+        self.names = tuple(path.relative_to(folder).as_posix() for path in self._paths)
         large = max(height * width for height, width in sizes) >= THREADED_PIXELS
         self._threads = min(MAX_THREADS, os.cpu_count() or 1) if large else 1
         fits = len(paths) * math.prod(self._shape) <= cache_bytes

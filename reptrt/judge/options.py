@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from reptrt.core.choices import Device, RunnerKind, TaskName
+from reptrt.core.choices import BoxForm, DetectorForm, Device, RunnerKind, TaskName
 from reptrt.core.errors import ConfigError, option
-from reptrt.core.option_fields import described, require_at_least
+from reptrt.core.option_fields import check_bounds, described, require_at_least
 
 BATCH = 64  # images that are run at a time
 
@@ -33,8 +33,38 @@ class TaskOptions:
 
     task: TaskName = described(
         "classify",
-        "Meaning of the outputs: classify for scores of classes; any compares only SQNR.",
+        "Meaning of the outputs: classify for scores of classes; detect for boxes, judged by mAP; "
+        "any compares only SQNR.",
     )
+    annotations: Path | None = described(
+        None,
+        "detect: COCO json with the boxes of the images; default: instances_NAME.json beside the "
+        "folder NAME, or one of the other usual names.",
+    )
+    layout: DetectorForm = described(
+        "auto", "detect: where boxes and scores stand in the outputs; auto finds it by shapes."
+    )
+    boxes: BoxForm = described(
+        "auto",
+        "detect: numbers of a box: two corners (xyxy), or centre and size (xywh); auto is the "
+        "usual form of the layout, of boxes-scores what the values say.",
+    )
+    confidence: float = described(
+        0.001, "detect: detections with a lower score are left out.", minimum=0, maximum=1
+    )
+    iou: float = described(
+        0.65,
+        "detect: of two boxes of one class that overlap more, the one with the lower score is "
+        "left out (non-maximum suppression).",
+        minimum=0,
+        maximum=1,
+    )
+    max_boxes: int = described(100, "detect: most detections in an image.")
+    clip: bool = described(False, "detect: Clip boxes to the image before they are judged.")
+
+    def __post_init__(self) -> None:
+        require_at_least(1, self, "max_boxes")
+        check_bounds(self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +79,7 @@ class EvaluateOptions(TaskOptions, RunnerOptions):
     seed: int = 0  # for sampling images
 
     def __post_init__(self) -> None:
+        TaskOptions.__post_init__(self)
         require_at_least(1, self, "limit", "batch_size", "threads")
         require_at_least(0, self, "seed")
 

@@ -22,8 +22,8 @@ Outputs = Mapping[str, Float32Array]  # each (images, ...), the first output fir
 def run_dataset(runners: Sequence[Runner], dataset: Dataset, batch_size: int) -> list[Outputs]:
     """Return the outputs of every runner over all images, each (length, ...).
 
-    The images are decoded once for all runners. The first output is always kept, of the others
-    those of real values whose first axis is the batch.
+    The images are decoded once for all runners. Outputs whose first axis is not the batch are left
+    out.
 
     Raises:
         DataError: the images cannot be read, or a network refuses them.
@@ -40,8 +40,7 @@ def run_dataset(runners: Sequence[Runner], dataset: Dataset, batch_size: int) ->
 def run_batch(runner: Runner, batch: Float32Array) -> Outputs:
     """Return the outputs of a runner for a batch of images, each (n, ...).
 
-    The first output is always kept, of the others those of real values whose first axis is the
-    batch.
+    Outputs whose first axis is not the batch are left out.
 
     Raises:
         DataError: the network refuses the images.
@@ -49,14 +48,8 @@ def run_batch(runner: Runner, batch: Float32Array) -> Outputs:
     """
     parts: list[Outputs] = []
     for outputs in outputs_in_parts(runner, batch):
-        first, *others = outputs
-        rows = len(outputs[first])
-        kept = {first: outputs[first]}
-        for name in others:
-            output = outputs[name]
-            if output.ndim and len(output) == rows and np.issubdtype(output.dtype, np.floating):
-                kept[name] = output
-        parts.append(kept)
+        rows = len(next(iter(outputs.values())))
+        parts.append({k: v for k, v in outputs.items() if v.ndim and len(v) == rows})
     joined = _joined(parts)
     rows = len(first_of(joined))
     if rows != len(batch):
@@ -120,13 +113,15 @@ def refuse_labels_beyond(
 def paired(reference: Outputs, outputs: Outputs) -> dict[str, tuple[Float32Array, Float32Array]]:
     """Return the outputs that both networks have, under the reference's names.
 
-    They are matched by name; the first outputs are a pair whatever their names.
+    They are matched by name; the first outputs are a pair whatever their names. Other outputs count
+    only if they hold real values: numbers of classes or boxes have no distance.
     """
     names = iter(reference)
     pairs = {next(names): (first_of(reference), first_of(outputs))}
     first = next(iter(outputs))
     for name in names:
-        if name in outputs and name != first:
+        is_real = np.issubdtype(reference[name].dtype, np.floating)
+        if is_real and name in outputs and name != first:
             pairs[name] = (reference[name], outputs[name])
     return pairs
 

@@ -8,10 +8,12 @@ from reptrt.data.dataset import Images
 from reptrt.judge.options import TaskOptions
 from reptrt.judge.tasks.anything import Anything
 from reptrt.judge.tasks.classify import Classify
+from reptrt.judge.tasks.detect import Detect
 from reptrt.judge.tasks.protocol import Task
 
 _TASKS: Mapping[TaskName, Callable[[TaskOptions, Images], Task[Any]]] = {
     "classify": Classify,
+    "detect": Detect,
     "any": Anything,
 }
 

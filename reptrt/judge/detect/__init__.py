@@ -1,0 +1,1 @@
+"""Detections: boxes from the outputs of detectors, and their mAP."""
