@@ -139,6 +139,12 @@ def reader_of(
     layout = layout_of_outputs(shapes, num_classes, form=options.layout, boxes=options.boxes)
     if isinstance(layout, str):
         raise ConfigError(f"{name}: {layout}")
+    usual = layout_of_outputs(shapes, form=options.layout, boxes=options.boxes)
+    if isinstance(usual, DetectorLayout) and usual.num_classes not in (None, layout.num_classes):
+        raise ConfigError(
+            f"{name}: outputs look like {usual}, the annotations have {num_classes} categories; "
+            f"expected as many, or state {option('layout')} if it is {layout}"
+        )
     boxes = layout.boxes
     is_part = has_logits = False
     if layout.form == "raw":
