@@ -15,6 +15,15 @@ counts in its own unit. JSON has no infinity: where every output equals the refe
 reference itself, always) ``sqnr_db`` is null and ``identical`` is true. ``ill_conditioned`` is a
 sentence where the reference amplifies noise so much that SQNR says nothing
 (`reptrt.judge.conditioning`).
+
+With ``--task detect``, average precision takes the place of ``top1``, ``top5`` and ``agreement``:
+
+    "map": 0.394, "map50": 0.700, "map75": 0.424, "map_small": 0.015, "map_medium": 0.243,
+    "map_large": 0.360, "classes": {"RBC": 0.355, "WBC": 0.614},
+    "map_change": {"value": -0.001, "low": -0.007, "high": 0.004}
+
+It is null where there is no object of that class or size. ``map_change`` is the difference to the
+reference with its 95 % interval (`reptrt.judge.detect.bootstrap`), null without a reference.
 """
 
 import contextlib

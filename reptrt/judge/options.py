@@ -60,7 +60,9 @@ class TaskOptions:
         maximum=1,
     )
     max_boxes: int = described(100, "detect: most detections in an image.")
-    clip: bool = described(False, "detect: Clip boxes to the image before they are judged.")
+    clip: bool = described(
+        False, "detect: cut boxes off at the border of the image before they are judged."
+    )
 
     def __post_init__(self) -> None:
         require_at_least(1, self, "max_boxes")

@@ -34,8 +34,10 @@ def write_set(folder: Path, count: int = 12, seed: int = 0, same_size: bool = Fa
         name = f"{index:02d}.png"
         Image.fromarray(rng.integers(0, 256, (high, wide, 3), np.uint8)).save(folder / name)
         images.append({"id": 100 - index, "file_name": name, "height": high, "width": wide})
-        for _ in range(int(rng.integers(1, 6))):
+        for number in range(int(rng.integers(1, 6))):
             w, h = rng.uniform(6, 45, 2)
+            if number == 0 and high == 150:
+                w, h = rng.uniform(98, 110, 2)  # large, in COCO's sense
             x, y = rng.uniform(0, wide - w), rng.uniform(0, high - h)
             annotations.append(
                 {
