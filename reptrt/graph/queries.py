@@ -98,24 +98,31 @@ def value_inputs(node: gs.Node) -> list[tuple[int, gs.Tensor]]:
 def joins_one_tensor(node: gs.Node, order: Mapping[int, int]) -> bool:
     """Whether a node with several operands computes a pointwise function of one tensor.
 
-    So does the sum inside GELU by tanh, 0.5 x (1 + tanh(a (x + b x^3))), but no residual sum. From
-    the operands, the way back goes through pointwise nodes, the latest first, until one tensor is
-    left or no pointwise node.
+    So does the sum inside GELU by tanh, 0.5 x (1 + tanh(a (x + b x^3))), but no residual sum.
 
     Args:
         node: one of the graph.
         order: id of each node -> its place in an order of execution.
+    """
+    return joined_tensor(node, order) is not None
+
+
+def joined_tensor(node: gs.Node, order: Mapping[int, int]) -> gs.Tensor | None:
+    """Return the one tensor of which a node with several operands is a pointwise function.
+
+    From the operands, the way back goes through pointwise nodes, the latest first, until one tensor
+    is left; if there is no pointwise node before that, the result is None.
     """
     front = {id(tensor): tensor for _, tensor in value_inputs(node)}
     while len(front) > 1:
         makers = [(maker, key) for key, t in front.items() if (maker := producer(t)) is not None]
         open_ = [(order[id(n)], key, n) for n, key in makers if n.op in _POINTWISE_OR_CAST]
         if not open_:
-            return False
+            return None
         _, key, latest = max(open_, key=lambda item: item[0])
         del front[key]
         front |= {id(tensor): tensor for _, tensor in value_inputs(latest)}
-    return True
+    return next(iter(front.values()), None)
 
 
 def value_past_casts(tensor: gs.Tensor) -> npt.NDArray[np.generic] | None:

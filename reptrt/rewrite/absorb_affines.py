@@ -20,7 +20,7 @@ On the way it passes pools, means over height and width, and Flatten, where they
 (`reptrt.rewrite.commute`).
 
 Requires: constant parameters. Ensures: every tensor that is left keeps its name and value. Each
-affine that stays is reported with the reason.
+affine that stays is reported with the reason, but for the arithmetic of activation functions.
 """
 
 from collections.abc import Sequence
@@ -40,6 +40,7 @@ from reptrt.graph.net import (
     producer_of,
 )
 from reptrt.graph.provenance import read_provenance, write_provenance
+from reptrt.rewrite.activations import nodes_in_activations
 from reptrt.rewrite.commute import POOLS, commuted
 from reptrt.rewrite.contract import RewriteReport, Skipped
 from reptrt.rewrite.layers import layer_of, set_parameters
@@ -69,7 +70,8 @@ def absorb_affines(net: Net) -> RewriteReport:
                 absorbed |= dict.fromkeys(outcome)
         changed |= absorbed
         if not absorbed:
-            skipped = (Skipped(name, reason) for name, reason in reasons.items())
+            inside = nodes_in_activations(net.graph)
+            skipped = (Skipped(n, reason) for n, reason in reasons.items() if n not in inside)
             return RewriteReport("absorb_affines", tuple(changed), tuple(skipped))
 
 

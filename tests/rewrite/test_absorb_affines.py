@@ -370,11 +370,7 @@ def test_the_last_factor_of_an_activation_function_stays() -> None:
     model = b.model(b.conv(gelu, 4, "c2"))
     net, report = folded(model)
     assert ops(net) == ["Conv", "Div", "Erf", "Add", "Mul", "Mul", "Conv"]
-    assert {skip.node: skip.reason for skip in report.skipped} == {
-        "d": "the output of the layer before it is used elsewhere too",
-        "a": "no layer next to it",
-        "h": "it ends a product of tensors, as in GELU",
-    }
+    assert not report.skipped  # they are part of the function
 
 
 def test_a_weight_that_two_layers_share_is_folded_in_one() -> None:
