@@ -33,7 +33,8 @@ def test_labels_stay_inside_and_apart() -> None:
     size = (640, 480)
     corners = [(0, 0, 60, 40), (600, 0, 640, 40), (0, 450, 60, 480), (600, 450, 640, 480)]
     marks = [Mark(box, "a long name 0.50", index) for index, box in enumerate(corners)]
-    marks += [Mark((200, 200, 300, 300), "a long name 0.50", index) for index in (4, 5)]
+    marks += [Mark((200, 200, 300, 300), "a long name 0.50", index) for index in (4,)]
+    marks += [Mark((210, 210, 310, 310), "a long name 0.50", 5)]
     picture = np.asarray(draw_boxes(Image.new("RGB", size, _GREY), marks))
     areas = [int((picture == colour_of(mark.index)).all(axis=2).sum()) for mark in marks]
     outlines = [2 * 2 * sum((m.box[2] - m.box[0], m.box[3] - m.box[1])) for m in marks]
