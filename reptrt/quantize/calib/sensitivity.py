@@ -25,7 +25,7 @@ from reptrt.core.progress import track
 from reptrt.data.dataset import Dataset
 from reptrt.execute.torchgraph import Override, TorchGraph
 from reptrt.graph.probes import Probe
-from reptrt.quantize.calib.measure import Measure
+from reptrt.quantize.calib.measure import Measure, Sums, added, relative
 
 _LOG = logging.getLogger(__name__)
 
@@ -65,20 +65,15 @@ def errors_alone(
         overrides: tensor name -> function of the tensor, applied in the quantized layer.
     """
     measure, cuts = Measure(pair.exact), _cuts(pair.exact, probes)
-    powers: dict[str, float] = {}
-    errors: dict[str, dict[str, float]] = {cut.probe.layer: {} for cut in cuts}
+    errors: dict[str, Sums] = {cut.probe.layer: {} for cut in cuts}
     with torch.inference_mode():
         for cut, values, exact in _walk(pair.exact, cuts, measure.names, dataset):
             probe = cut.probe
             inputs = {probe.origin: values[probe.origin]}
             changed = pair.quantized.run(inputs, [probe.output], overrides=overrides)
             outputs = pair.exact.run({**values, **changed}, measure.names)
-            for group, (power, error) in measure.sums(exact, outputs).items():
-                if cut is cuts[0]:
-                    powers[group] = powers.get(group, 0.0) + float(power)
-                sums = errors[probe.layer]
-                sums[group] = sums.get(group, 0.0) + float(error)
-    return {layer: _relative(sums, powers) for layer, sums in errors.items()}
+            errors[probe.layer] = added(errors[probe.layer], measure.sums(exact, outputs))
+    return {layer: _mean_error(sums) for layer, sums in errors.items()}
 
 
 def _walk(
@@ -134,7 +129,7 @@ def _alive(
     return tuple(dict.fromkeys((*behind, probe.origin, probe.output)))
 
 
-def _relative(errors: Mapping[str, float], powers: Mapping[str, float]) -> float:
-    """Return the mean over groups of error / power; a group without power counts as it is."""
-    ratios = [error / (powers[group] or 1.0) for group, error in errors.items()]
+def _mean_error(sums: Sums) -> float:
+    """Return the mean over groups of their relative errors."""
+    ratios = [float(relative(*pair)) for pair in sums.values()]
     return sum(ratios) / max(len(ratios), 1)
