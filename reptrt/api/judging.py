@@ -1,17 +1,10 @@
-"""evaluate, predict, bench, diagnose and inspect, as a program calls them."""
+"""evaluate, bench, diagnose, rank_layers and inspect, as a program calls them."""
 
-import os
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
-from reptrt.api.networks import (
-    NetworkLike,
-    model_from,
-    network_from,
-    networks_from,
-    path_from,
-)
+from reptrt.api.networks import NetworkLike, model_from, network_from, networks_from
 from reptrt.core.errors import ConfigError, option
 from reptrt.core.keywords import checked, options_from, takes
 from reptrt.data.from_user import images_from
@@ -20,13 +13,12 @@ from reptrt.judge import bench as benches
 from reptrt.judge import evaluate as evaluation
 from reptrt.judge.bench_report import BenchReport
 from reptrt.judge.diagnose import diagnose as diagnose_network
+from reptrt.judge.diagnose import ranking
+from reptrt.judge.diagnose.ranking import Ranking
 from reptrt.judge.diagnose.report import Diagnosis
 from reptrt.judge.evaluate import EvalReport
 from reptrt.judge.explain import explain_all
-from reptrt.judge.options import BenchOptions, EvaluateOptions
-from reptrt.judge.predict.options import PredictOptions
-from reptrt.judge.predict.predicting import predict as predict_images
-from reptrt.judge.predict.report import Predictions
+from reptrt.judge.options import BenchOptions, EvaluateOptions, RankOptions
 from reptrt.pipeline import Calibrated, CalibrateOptions, at_most_all
 from reptrt.trt.inspect import Inspection
 from reptrt.trt.inspect import inspect as inspect_network
@@ -65,41 +57,6 @@ def evaluate(
         data, limit=judging.limit, labels=judging.task == "classify", parameter="data"
     )
     return evaluation.evaluate(networks, images, judging, reference=first)
-
-
-@takes(PredictOptions)
-def predict(
-    net: NetworkLike,
-    images: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
-    output: str | os.PathLike[str] | None = None,
-    *,
-    options: PredictOptions | None = None,
-    **changes: Any,
-) -> Predictions:
-    """Return what a network finds in image files, and draw it on them.
-
-    >>> print(reptrt.predict(int8, "photos", "drawn", labels="names.txt"))
-
-    Args:
-        net: a detector or a classifier.
-        images: the path of an image or of a folder of images, or several of them.
-        output: the folder to draw into, or the picture of one image; None: nothing is drawn.
-        options: the options as one value, in place of their defaults.
-        **changes: single options.
-
-    Raises:
-        ReptrtError: the network, an image or an option cannot be used.
-    """
-    predicting = options_from(PredictOptions, options, changes, ("net", "images", "output"))
-    paths = [images] if isinstance(images, str | os.PathLike) else images
-    if not isinstance(paths, Iterable):
-        raise ConfigError(f"{option('images')}: got {type(images).__name__}, expected paths")
-    return predict_images(
-        network_from(net, option("net")),
-        [path_from(path, "images") for path in paths],
-        None if output is None else path_from(output, "output"),
-        predicting,
-    )
 
 
 @takes(BenchOptions)
@@ -178,6 +135,41 @@ def diagnose(
     return diagnose_network(
         model_from(net, "net"), images, calibrating, calibrated, layer_images=layer_images
     )
+
+
+@takes(RankOptions)
+def rank_layers(
+    net: NetworkLike,
+    data: Any,
+    eval_data: Any = None,
+    *,
+    options: RankOptions | None = None,
+    **changes: Any,
+) -> Ranking:
+    """Rank the layers of a float network by what each costs alone in INT8.
+
+    >>> reptrt.rank_layers(net, "calib", "val", task="detect")
+
+    Args:
+        net: a fused float network.
+        data: the calibration images, in the forms that `calibrate` takes.
+        eval_data: the images to judge on, with the labels or annotations that the task needs, in
+            the forms that `evaluate` takes; None: the calibration images.
+        options: the options as one value, in place of their defaults.
+        **changes: single options, those of calibration included.
+
+    Raises:
+        ReptrtError: the network, the images or an option cannot be used.
+    """
+    ranks = options_from(RankOptions, options, changes, ("net", "data", "eval_data"))
+    eval_data = data if eval_data is None else eval_data
+    images = images_from(data, limit=ranks.calibrate.images, labels=False, parameter="data")
+    if options is None and "images" not in changes:
+        ranks = replace(ranks, calibrate=at_most_all(ranks.calibrate, images))
+    judged = images_from(
+        eval_data, limit=ranks.eval_limit, labels=ranks.task == "classify", parameter="eval_data"
+    )
+    return ranking.rank_layers(model_from(net, "net"), judged, images, ranks)
 
 
 def inspect(net: NetworkLike) -> Inspection:

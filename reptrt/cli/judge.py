@@ -1,4 +1,4 @@
-"""``reptrt eval``, ``reptrt predict`` and ``reptrt bench``."""
+"""``reptrt eval``, ``reptrt diagnose`` and ``reptrt bench``."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -7,11 +7,12 @@ from typing import Any
 
 import click
 
+from reptrt.cli.calibrate import fewer_images_line, with_fewer_images
 from reptrt.cli.command import Command, emit
 from reptrt.cli.fields import PATH, FieldOptions
 
 _EVALUATE = FieldOptions("reptrt.judge.options:EvaluateOptions")
-_PREDICT = FieldOptions("reptrt.judge.predict.options:PredictOptions")
+_RANK = FieldOptions("reptrt.judge.options:RankOptions")
 _BENCH = FieldOptions("reptrt.judge.options:BenchOptions")
 
 
@@ -31,27 +32,24 @@ def evaluate(files: Sequence[Path], data: Path, json_path: str | None, **values:
     emit(str(report), report.to_dict(), json_path)
 
 
-@click.command(cls=Command, options=[_PREDICT])
-@click.argument("file", type=PATH)
-@click.argument("images", type=PATH, nargs=-1, required=True)
-@click.option(
-    "-o",
-    "--output",
-    type=PATH,
-    help="Folder to draw into, or the picture of one image; default: nothing is drawn.",
-)
-def predict(
-    file: Path, images: Sequence[Path], output: Path | None, json_path: str | None, **values: Any
+@click.command(cls=Command, options=[_RANK])
+@click.argument("model", type=PATH)
+@click.option("--data", type=PATH, required=True, help="Calibration images.")
+@click.option("--eval-data", type=PATH, help="Images to judge on; default: the calibration images.")
+def diagnose(
+    model: Path, data: Path, eval_data: Path | None, json_path: str | None, **values: Any
 ) -> None:
-    """Show what FILE finds in IMAGES, which are files or folders.
+    """Rank the layers of the float ONNX file MODEL by what each costs alone in INT8.
 
-    A detector's boxes are drawn with the names of their classes and scores; a classifier's five
-    best classes are listed below the image.
+    Nothing is written. All layers are compared by the error of the outputs; those with the largest
+    are judged by the task: by mAP, by the agreement of classes, or by SQNR.
     """
-    from reptrt.judge.predict.predicting import predict as find
+    from reptrt.judge.diagnose.ranking import rank_layers
 
-    predictions = find(file, list(images), output, _PREDICT.value(values))
-    emit(str(predictions), predictions.to_dict(), json_path)
+    options = _RANK.value(values)
+    options = replace(options, calibrate=with_fewer_images(options.calibrate, data))
+    report = rank_layers(model, eval_data or data, data, options)
+    emit(str(report) + fewer_images_line(options.calibrate, data), report.to_dict(), json_path)
 
 
 @click.command(cls=Command, options=[_BENCH])

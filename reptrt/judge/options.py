@@ -1,11 +1,12 @@
-"""Options of evaluate and bench; importing this loads nothing heavy."""
+"""Options of evaluate, rank_layers and bench; importing this loads nothing heavy."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from reptrt.core.choices import BoxForm, DetectorForm, Device, RunnerKind, TaskName
 from reptrt.core.errors import ConfigError, option
 from reptrt.core.option_fields import check_bounds, described, require_at_least
+from reptrt.pipeline.options import CalibrateOptions
 
 BATCH = 64  # images that are run at a time
 
@@ -34,13 +35,12 @@ class TaskOptions:
     task: TaskName = described(
         "classify",
         "Meaning of the outputs: classify for scores of classes; detect for boxes, judged by mAP; "
-        "segment for classes of pixels, judged by mIoU; any compares only SQNR.",
+        "any compares only SQNR.",
     )
     annotations: Path | None = described(
         None,
         "detect: COCO json with the boxes of the images; default: instances_NAME.json beside the "
-        "folder NAME, or one of the other usual names. segment: folder of PNG masks, each named "
-        "as its image, with a class for each pixel, 255 for none.",
+        "folder NAME, or one of the other usual names.",
     )
     layout: DetectorForm = described(
         "auto", "detect: where boxes and scores stand in the outputs; auto finds it by shapes."
@@ -85,6 +85,25 @@ class EvaluateOptions(TaskOptions, RunnerOptions):
         TaskOptions.__post_init__(self)
         require_at_least(1, self, "limit", "batch_size", "threads")
         require_at_least(0, self, "seed")
+
+
+@dataclass(frozen=True)  # no slots: as TaskOptions
+class RankOptions(TaskOptions):
+    """Options of `rank_layers`."""
+
+    layers: int = described(
+        10,
+        "Number of layers that are judged by the task, those with the largest error of the "
+        "outputs; each costs half a forward pass for every image.",
+    )
+    eval_limit: int | None = described(
+        None, "Number of images to judge on, sampled from the data; default: all."
+    )
+    calibrate: CalibrateOptions = field(default_factory=CalibrateOptions)
+
+    def __post_init__(self) -> None:
+        TaskOptions.__post_init__(self)
+        require_at_least(1, self, "layers", "eval_limit")
 
 
 @dataclass(frozen=True, slots=True)

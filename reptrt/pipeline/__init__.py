@@ -20,7 +20,7 @@ if TYPE_CHECKING:
         float_model,
     )
     from reptrt.pipeline.exporting import export, export_net
-    from reptrt.pipeline.float_layers import with_float_layers
+    from reptrt.pipeline.float_layers import plan_with_float_layers, with_float_layers
     from reptrt.pipeline.options import (
         PLAIN_INT8,
         CalibrateOptions,
@@ -50,6 +50,7 @@ __all__ = [
     "export",
     "export_net",
     "float_model",
+    "plan_with_float_layers",
     "prepare",
     "split_layers",
     "torch_device",
@@ -67,7 +68,7 @@ __getattr__ = lazily(
             "float_model",
         ),
         "reptrt.pipeline.exporting": ("export", "export_net"),
-        "reptrt.pipeline.float_layers": ("with_float_layers",),
+        "reptrt.pipeline.float_layers": ("plan_with_float_layers", "with_float_layers"),
         "reptrt.pipeline.options": (
             "PLAIN_INT8",
             "CalibrateOptions",

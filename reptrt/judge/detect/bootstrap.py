@@ -3,9 +3,9 @@
 The same resamples, drawn with replacement, are taken of both networks, so that images that are hard
 for both do not widen the interval of the difference. Which detection matches which object does not
 depend on the other images, so a resample only weighs what was matched once: a detection of an
-image that was drawn w times counts w times. Sorting is done once; a resample costs a few cumulative
-sums. On one core, the 1,000 resamples of 160 images with 3 classes take 1 to 3 seconds, the 200
-resamples of 5,000 images with 80 classes 10 seconds.
+image that was drawn w times counts w times. One resample of D detections costs one cumulative sum
+of D numbers; 1,000 resamples of 160 images take half a second, of 5,000 images with 80 classes half
+a minute.
 """
 
 from dataclasses import dataclass
@@ -16,8 +16,7 @@ import numpy.typing as npt
 from reptrt.core.arrays import Float64Array, FloatArray, IntArray
 from reptrt.core.intervals import Interval
 
-RESAMPLES, FEWEST = 1000, 200  # of few and of many images
-_IMAGES = 200_000  # that are drawn in all, where that allows more than the fewest resamples
+RESAMPLES = 1000
 _RECALLS = np.linspace(0.0, 1.0, 101)  # at which COCO reads precision
 _AT_A_TIME = 4_000_000  # numbers in memory
 
@@ -43,10 +42,9 @@ class Matches:
 
 
 def draws(num_images: int, seed: int = 0) -> IntArray:
-    """Return how often each resample draws each image, (resamples, images)."""
+    """Return how often each resample draws each image, (RESAMPLES, images)."""
     rng = np.random.default_rng(seed)
-    resamples = min(RESAMPLES, max(FEWEST, _IMAGES // num_images))
-    drawn: IntArray = rng.multinomial(num_images, np.full(num_images, 1 / num_images), resamples)
+    drawn: IntArray = rng.multinomial(num_images, np.full(num_images, 1 / num_images), RESAMPLES)
     return drawn
 
 
@@ -91,10 +89,11 @@ def _class_precision(matches: Matches, weights: IntArray) -> Float64Array:
         right = np.cumsum(drawn[:, found], axis=1, dtype=np.float64)  # (B, hits)
         ratios = right / np.maximum(counted[:, found], 1.0)
         best_from = np.maximum.accumulate(ratios[:, ::-1], axis=1)[:, ::-1]
-        recall = np.divide(right, objects[:, None], out=right, where=objects[:, None] > 0)
-        reached = np.searchsorted(_RECALLS, recall, side="right")  # so many of COCO's recalls
-        first_here = np.diff(reached, axis=1, prepend=0)
-        precision += (best_from * first_here).sum(axis=1)
-    precision /= len(matches.hits) * len(_RECALLS)
+        for row, number in enumerate(objects):
+            if number > 0:
+                at = np.searchsorted(right[row] / number, _RECALLS)
+                reached = at[at < len(found)]
+                precision[row] += best_from[row, reached].sum() / len(_RECALLS)
+    precision /= len(matches.hits)
     precision[objects == 0] = np.nan
     return precision

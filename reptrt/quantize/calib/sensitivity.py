@@ -25,7 +25,7 @@ from reptrt.core.progress import track
 from reptrt.data.dataset import Dataset
 from reptrt.execute.torchgraph import Override, TorchGraph
 from reptrt.graph.probes import Probe
-from reptrt.quantize.calib.measure import Measure, Sums, added, relative
+from reptrt.quantize.calib.measure import Measure
 
 _LOG = logging.getLogger(__name__)
 
@@ -50,6 +50,16 @@ class _Cut(NamedTuple):
     alive: tuple[str, ...]
 
 
+class Alone(NamedTuple):
+    """The outputs for one batch of images if only one layer is INT8."""
+
+    layer: str
+    images: Tensor
+    exact: dict[str, Tensor]  # of the float net
+    outputs: dict[str, Tensor]
+    is_last: bool  # the last layer of this batch
+
+
 def errors_alone(
     pair: NetPair,
     probes: Sequence[Probe],
@@ -64,34 +74,52 @@ def errors_alone(
         dataset: a few images.
         overrides: tensor name -> function of the tensor, applied in the quantized layer.
     """
-    measure, cuts = Measure(pair.exact), _cuts(pair.exact, probes)
-    errors: dict[str, Sums] = {cut.probe.layer: {} for cut in cuts}
-    with torch.inference_mode():
-        for cut, values, exact in _walk(pair.exact, cuts, measure.names, dataset):
-            probe = cut.probe
-            inputs = {probe.origin: values[probe.origin]}
-            changed = pair.quantized.run(inputs, [probe.output], overrides=overrides)
-            outputs = pair.exact.run({**values, **changed}, measure.names)
-            errors[probe.layer] = added(errors[probe.layer], measure.sums(exact, outputs))
-    return {layer: _mean_error(sums) for layer, sums in errors.items()}
+    measure = Measure(pair.exact)
+    powers: dict[str, float] = {}
+    errors: dict[str, dict[str, float]] = {probe.layer: {} for probe in probes}
+    for alone in outputs_alone(pair, probes, dataset, measure.names, overrides):
+        for group, (power, error) in measure.sums(alone.exact, alone.outputs).items():
+            if alone.is_last:
+                powers[group] = powers.get(group, 0.0) + float(power)
+            sums = errors[alone.layer]
+            sums[group] = sums.get(group, 0.0) + float(error)
+    return {layer: _relative(sums, powers) for layer, sums in errors.items()}
 
 
-def _walk(
-    graph: TorchGraph, cuts: Sequence[_Cut], names: Sequence[str], dataset: Dataset
-) -> Iterator[tuple[_Cut, dict[str, Tensor], dict[str, Tensor]]]:
-    """Yield every cut of every batch with the values that are alive there, and the outputs."""
-    num_batches = math.ceil(dataset.length / _BATCH)
+def outputs_alone(
+    pair: NetPair,
+    probes: Sequence[Probe],
+    dataset: Dataset,
+    names: Sequence[str],
+    overrides: Mapping[str, Override] = _NO_OVERRIDES,
+) -> Iterator[Alone]:
+    """Yield the outputs with one layer in INT8: of each batch, for each layer in execution order.
 
-    def steps() -> Iterator[tuple[_Cut, dict[str, Tensor], dict[str, Tensor]]]:
+    Args:
+        pair: the net.
+        probes: the layers, in any order.
+        dataset: images.
+        names: of the outputs, or of any other tensors.
+        overrides: tensor name -> function of the tensor, applied in the quantized layer.
+    """
+    cuts, num_batches = _cuts(pair.exact, probes, names), math.ceil(dataset.length / _BATCH)
+
+    def steps() -> Iterator[Alone]:
         for index, batch in enumerate(dataset.batches(_BATCH)):
             started = time.perf_counter()
-            values = {graph.input_names[0]: torch.from_numpy(batch)}
-            exact = graph.run(values, names)
+            with torch.inference_mode():
+                images = torch.from_numpy(batch)
+                values = {pair.exact.input_names[0]: images}
+                exact = pair.exact.run(values, names)
             if index == 0:
                 _announce(len(cuts), dataset.length, num_batches, time.perf_counter() - started)
             for cut in cuts:
-                values = graph.run(values, cut.alive)
-                yield cut, values, exact
+                with torch.inference_mode():
+                    values = pair.exact.run(values, cut.alive)
+                    inputs = {cut.probe.origin: values[cut.probe.origin]}
+                    changed = pair.quantized.run(inputs, [cut.probe.output], overrides=overrides)
+                    outputs = pair.exact.run({**values, **changed}, names)
+                yield Alone(cut.probe.layer, images, exact, outputs, cut is cuts[-1])
 
     yield from track(steps(), len(cuts) * num_batches, "layers alone")
 
@@ -106,10 +134,10 @@ def _announce(layers: int, images: int, batches: int, seconds: float) -> None:
     )
 
 
-def _cuts(graph: TorchGraph, probes: Sequence[Probe]) -> list[_Cut]:
-    """Return a cut behind every probe, in execution order."""
+def _cuts(graph: TorchGraph, probes: Sequence[Probe], names: Sequence[str]) -> list[_Cut]:
+    """Return a cut behind every probe, in execution order, from which ``names`` can be computed."""
     made = {name: -1 for name in graph.input_names}
-    last_read = dict.fromkeys(Measure(graph).names, math.inf)
+    last_read = dict.fromkeys(names, math.inf)
     for place, step in enumerate(graph.steps):
         made |= dict.fromkeys(step.outputs, place)
         for name in step.inputs:
@@ -129,7 +157,7 @@ def _alive(
     return tuple(dict.fromkeys((*behind, probe.origin, probe.output)))
 
 
-def _mean_error(sums: Sums) -> float:
-    """Return the mean over groups of their relative errors."""
-    ratios = [float(relative(*pair)) for pair in sums.values()]
+def _relative(errors: Mapping[str, float], powers: Mapping[str, float]) -> float:
+    """Return the mean over groups of error / power; a group without power counts as it is."""
+    ratios = [error / (powers[group] or 1.0) for group, error in errors.items()]
     return sum(ratios) / max(len(ratios), 1)
