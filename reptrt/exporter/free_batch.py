@@ -3,7 +3,7 @@
 Tools that simplify a graph for one batch size B write B where a Reshape or Resize had "as many
 images as there are". Each such constant is replaced by a form for any batch: a Reshape target's B
 by 0 ("as in the input", allowzero = 0), or by -1 where the batch is part of an axis; the sizes of a
-Resize by scales, where these are exact. The result counts only if onnxruntime computes the same
+Resize by scales. The result counts only if onnxruntime computes the same
 from two batches at once as the original does from one after the other; otherwise the file's own
 batch is used.
 """
@@ -48,10 +48,10 @@ def with_free_batch(model: onnx.ModelProto, where: str) -> onnx.ModelProto:
     sizes = [dim.dim_value for dim in model.graph.input[0].type.tensor_type.shape.dim]
     if batch is None or not all(sizes):
         return model
-    freed, changed = _freed(model, batch)
-    if not changed:
+    freed, changed, stuck = _freed(model, batch)
+    if not changed and not stuck:
         return model
-    reason = _difference(model, freed, sizes)
+    reason = f"{', '.join(stuck)} hold it" if stuck else _difference(model, freed, sizes)
     if reason is not None:
         _LOG.warning(
             "%s: its batch size %d is fixed and cannot be made free, so it is run with it (%s)",
@@ -65,21 +65,26 @@ def with_free_batch(model: onnx.ModelProto, where: str) -> onnx.ModelProto:
     return freed
 
 
-def _freed(model: onnx.ModelProto, batch: int) -> tuple[onnx.ModelProto, tuple[str, ...]]:
-    """Return a model without the batch in its constants, and the nodes that were changed."""
+def _freed(
+    model: onnx.ModelProto, batch: int
+) -> tuple[onnx.ModelProto, tuple[str, ...], tuple[str, ...]]:
+    """Return a model without the batch in its constants, nodes that changed, nodes that keep it."""
     freed = onnx.ModelProto()
     freed.CopyFrom(model)
     graph = freed.graph
     constants, shapes = _constants(graph), _shapes(model)
     taken = {*constants, *(name for node in graph.node for name in (*node.input, *node.output))}
-    changed = []
+    changed, stuck = [], []
     for node in graph.node:
         index = _INDEX.get(node.op_type, len(node.input))
         value = constants.get(node.input[index]) if index < len(node.input) else None
         if value is None or value.ndim != 1 or not value.size or value[0] < 1 or value[0] % batch:
             continue
+        if any(entry.name == "axes" and 0 not in entry.ints for entry in node.attribute):
+            continue  # sizes of height and width alone
         free = _free_constant(node, value, batch, shapes)
         if free is None:
+            stuck.append(node.name or node.output[0])
             continue
         name = first_free(f"{node.input[index]}.free", taken)
         taken.add(name)
@@ -92,7 +97,8 @@ def _freed(model: onnx.ModelProto, batch: int) -> tuple[onnx.ModelProto, tuple[s
         dims = info.type.tensor_type.shape.dim
         if dims and dims[0].dim_value == batch:
             dims[0].dim_param = "N"
-    return onnx.shape_inference.infer_shapes(freed, data_prop=True), tuple(changed)
+    inferred = onnx.shape_inference.infer_shapes(freed, data_prop=True)
+    return inferred, tuple(changed), tuple(stuck)
 
 
 def _free_constant(
@@ -135,11 +141,18 @@ def _free_target(
 def _scales(
     sizes: npt.NDArray[np.int64], before: Sequence[int] | None
 ) -> npt.NDArray[np.float32] | None:
-    """Return the scales of a Resize to fixed sizes; None if float32 does not hold them exactly."""
+    """Return the scales of a Resize to fixed sizes, floor(scale * size before) = size after.
+
+    Where float32 rounds a scale down, the next number above is taken. None: there are none.
+    """
     if before is None or not all(before) or len(before) != len(sizes):
         return None
     scales = np.asarray(sizes / np.asarray(before), dtype=np.float32)
-    return scales if np.array_equal(scales * np.asarray(before, np.float64), sizes) else None
+    for _ in range(2):
+        got = np.floor(scales * np.asarray(before, np.float32))
+        scales = np.where(got < sizes, np.nextafter(scales, np.float32(np.inf)), scales)
+    got = np.floor(scales * np.asarray(before, np.float32))
+    return scales.astype(np.float32) if np.array_equal(got, sizes) else None
 
 
 def _shapes(model: onnx.ModelProto) -> dict[str, tuple[int, ...]]:

@@ -4,7 +4,8 @@
 every model that reptrt exported, comes back unchanged. In this order:
 
 1. local functions are inlined;
-2. a quantized model is refused;
+2. a DequantizeLinear that makes numbers of a UINT8 input is arithmetic; any other quantized model
+   is refused;
 3. weights leave the list of inputs (IR version 3 had them there), IR version 4 at least;
 4. inputs that no node reads are dropped; one image batch in FLOAT or UINT8 has to remain;
 5. float16 and bfloat16 are widened to float32 (`widen`): weights keep their values, arithmetic is
@@ -25,6 +26,7 @@ import onnx.version_converter
 from reptrt.core.errors import ConfigError, option
 from reptrt.exporter.constants import has_constant_arithmetic, with_constants_folded
 from reptrt.exporter.free_batch import with_free_batch
+from reptrt.exporter.pixels import widen_pixels
 from reptrt.exporter.widen import widen
 from reptrt.graph.input_form import layout_of
 from reptrt.graph.net import QUANTIZED_OPS, net_from_model, used_inputs
@@ -53,6 +55,7 @@ def accept(model: onnx.ModelProto, where: str, size: Size | None = None) -> onnx
             FLOAT16, BFLOAT16 or UINT8, its opset is not supported, or the size does not fit.
     """
     accepted = onnx.inliner.inline_local_functions(model) if model.functions else _copy(model)
+    widen_pixels(accepted, where)
     _refuse_quantized(accepted, where)
     keep_weights_from_inputs(accepted)
     _drop_unused_inputs(accepted, where)

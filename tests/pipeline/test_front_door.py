@@ -140,7 +140,7 @@ def in_front(
     for index, node in enumerate(nodes):
         model.graph.node.insert(index, node)
     for name, value in constants.items():
-        array = np.asarray(value, np.float32)
+        array = np.asarray(value, getattr(value, "dtype", np.float32))
         model.graph.initializer.append(numpy_helper.from_array(array, name))
     model.graph.input[0].CopyFrom(helper.make_tensor_value_info("image", kind, ["N", *shape]))
     onnx.checker.check_model(model, full_check=True)
@@ -168,6 +168,10 @@ BYTES = {
             node("Div", "c", "s", "x"),
         ],
         {"m": MEAN, "s": STD},
+    ),
+    "dequantized": in_front([node("DequantizeLinear", "image", "m", "x")], {"m": 1 / 255}),
+    "dequantized from 128": in_front(
+        [node("DequantizeLinear", "image", "m", "z", "x")], {"m": 1 / 128, "z": np.uint8(128)}
     ),
     "no scale": in_front([node("Cast", "image", "x", **FLOAT)], {}),
     "NHWC, cast first": in_front(
@@ -423,6 +427,14 @@ def resized(b: Builder, x: str) -> str:
     return b.node("Resize", [x, "", "", sizes], "resized", mode="nearest")
 
 
+def resized_unevenly(b: Builder, x: str) -> str:
+    """15 / 11 and 13 / 11 are no float32 numbers."""
+    for name, height, width in (("first", 11, 11), ("second", 15, 13)):
+        sizes = b.constant(f"{name}.sizes", np.int64([1, 4, height, width]))
+        x = b.node("Resize", [x, "", "", sizes], name, mode="linear")
+    return x
+
+
 def squeezed(b: Builder, x: str) -> str:
     """The batch is gone in between: it cannot be made free."""
     axis = b.constant("axis", np.int64([0]))
@@ -435,6 +447,7 @@ FIXED = {
     "two at a time": (shuffle(2), 2, True),
     "merged": (merged, 1, True),
     "resized": (resized, 1, True),
+    "resized unevenly": (resized_unevenly, 1, True),
     "squeezed": (squeezed, 1, False),
 }
 LEARNED = replace(PLAIN, learn=LearnOptions(iterations=4, batch=8))
@@ -465,7 +478,7 @@ def test_a_fixed_batch(
 
 
 def test_freed_nets_compute_the_same_for_any_batch() -> None:
-    for name in ("shuffle", "two at a time", "merged", "resized"):
+    for name in ("shuffle", "two at a time", "merged", "resized", "resized unevenly"):
         middle, batch, _ = FIXED[name]
         model = with_middle(middle, batch)
         free = accept(model, name)
