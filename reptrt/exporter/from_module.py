@@ -15,6 +15,7 @@ from torch import nn
 
 from reptrt.core.errors import ConfigError, option
 from reptrt.execute.module_outputs import flat_outputs, flattening
+from reptrt.graph.net import WEIGHTED_OPS
 from reptrt.graph.preprocess import Preprocess
 
 Exporter = Literal["torchscript", "dynamo"]
@@ -50,7 +51,7 @@ def onnx_from_module(
             outputs = _outputs(module, example)
             with _silence(), flattening(module):
                 model = _EXPORTERS[exporter](module, example, settings.opset, outputs)
-            return onnx.shape_inference.infer_shapes(model)
+            return _of_float_layers(onnx.shape_inference.infer_shapes(model))
         except Exception as err:  # the exporters raise whatever the user's forward raises
             reasons.append(str(err).strip().splitlines()[0] if str(err).strip() else repr(err))
     raise ConfigError(
@@ -59,11 +60,36 @@ def onnx_from_module(
     )
 
 
+def _of_float_layers(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Return the model; refuse layers in half precision, which autocast in a forward leaves.
+
+    Raises:
+        ConfigError: it has such layers.
+    """
+    types = {value.name: value.type.tensor_type.elem_type for value in model.graph.value_info}
+    halves = (onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
+    layers = [
+        (node.name, types[node.input[0]])
+        for node in model.graph.node
+        if node.op_type in WEIGHTED_OPS and types.get(node.input[0]) in halves
+    ]
+    if layers:
+        name, kind = layers[0]
+        raise ConfigError(
+            f"{len(layers)} layers in {onnx.TensorProto.DataType.Name(kind).lower()}, the first is "
+            f"{name} (autocast?)"
+        )
+    return model
+
+
 def _remedy(reason: str) -> str:
     """Return what to do about an exception that a module's forward raised."""
     dtype = _OTHER_FLOAT.search(reason)
     if dtype is not None:
-        return f"forward casts to {dtype[0]}: leave the casts out, float32 is what is exported"
+        return (
+            f"forward casts to {dtype[0]}: leave the casts and autocast out, float32 is what is "
+            "exported"
+        )
     return f"check {option('input_size')} and that forward takes one image batch"
 
 

@@ -21,6 +21,7 @@ class Model:
     proto: onnx.ModelProto
     sha256: str  # of the file's bytes, or of those that a file would have; hex
     path: Path | None = None  # None: the model was made in memory
+    notes: tuple[str, ...] = ()  # what was said of it when it was brought into another form
 
     @staticmethod
     def read(path: Path) -> "Model":

@@ -16,6 +16,7 @@ from reptrt.core.artifacts import (
     require_suffix,
 )
 from reptrt.core.clock import Clock
+from reptrt.core.notes import kept_notes
 from reptrt.core.options_json import json_from_options
 from reptrt.data.dataset import Dataset, Images, count_images, open_dataset
 from reptrt.execute.runner import refuse_unrunnable
@@ -70,7 +71,7 @@ def calibrate(
     refuse_overwriting(output, [model, *([images] if isinstance(images, Path) else [])])
     require_suffix(output, ONNX_SUFFIXES, "a network")
     clock = Clock()
-    with blaming(model):
+    with blaming(model), kept_notes() as notes:
         source = float_model(model)
         dataset = calibration_images(source, images, options)
     clock.lap("load")
@@ -81,7 +82,8 @@ def calibrate(
     if options.learning is not None:
         remove_finished(output)
     seconds = clock.laps | dict(calibrated.report.seconds)
-    return replace(calibrated.report, path=output, seconds=seconds)
+    every = tuple(dict.fromkeys((*notes, *calibrated.report.notes)))
+    return replace(calibrated.report, path=output, seconds=seconds, notes=every)
 
 
 def float_model(model: Path | Model) -> Model:
@@ -92,8 +94,15 @@ def float_model(model: Path | Model) -> Model:
         ConfigError: `reptrt.exporter.front_door.accept` refuses it.
     """
     source = Model.read(model) if isinstance(model, Path) else model
-    proto = accept(source.proto, label_of(source))
-    return Model(name=source.name, proto=proto, sha256=source.sha256, path=source.path)
+    with kept_notes() as notes:
+        proto = accept(source.proto, label_of(source))
+    return Model(
+        name=source.name,
+        proto=proto,
+        sha256=source.sha256,
+        path=source.path,
+        notes=(*source.notes, *notes),
+    )
 
 
 def calibration_images(
@@ -147,8 +156,10 @@ def calibrate_net(
     Raises:
         ReptrtError: the model or the images cannot be used.
     """
-    with blaming(model):
-        return _calibrate(model, dataset, options, name or _name(model, options), resume)
+    with blaming(model), kept_notes() as notes:
+        made = _calibrate(model, dataset, options, name or _name(model, options), resume)
+    report = replace(made.report, notes=(*model.notes, *notes))
+    return replace(made, report=report)
 
 
 def _name(model: Model, options: CalibrateOptions) -> str:

@@ -20,6 +20,7 @@ from reptrt.core.artifacts import (
     sha256_of,
 )
 from reptrt.core.errors import ConfigError, option
+from reptrt.core.notes import kept_notes
 from reptrt.core.options_json import json_from_options
 from reptrt.exporter.from_file import model_from_file
 from reptrt.exporter.from_module import ExportSettings, onnx_from_module
@@ -73,9 +74,10 @@ def export_net(
             from the source by more than the tolerance.
     """
     started = time.perf_counter()
-    with _blaming(source):
+    with _blaming(source), kept_notes() as notes:
         original = _original(source, options)
-        return _fused(original, options, name or original.name, started)
+        made = _fused(original, options, name or original.name, started)
+    return replace(made, report=replace(made.report, notes=tuple(notes)))
 
 
 def _blaming(source: Source | nn.Module) -> contextlib.AbstractContextManager[None]:

@@ -30,6 +30,7 @@ class ExportReport(Result):
     skipped: tuple[Skipped, ...]  # batch norms, affines and sums of branches that are left
     num_parameters: int
     seconds: float
+    notes: tuple[str, ...] = ()  # warnings: what was done to the source, and doubts about it
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON values."""
@@ -104,6 +105,7 @@ class CalibrateReport(Result):
     learned: ReconstructReport | None  # None: nothing was learned
     simulation: str | None
     seconds: Mapping[str, float]  # per stage
+    notes: tuple[str, ...] = ()  # warnings: what was done to the file, and doubts about the images
 
     @property
     def full_range(self) -> tuple[str, ...]:

@@ -497,7 +497,27 @@ def test_a_net_that_casts_inside_forward_is_refused_by_the_type(
             return self.conv(x.to(dtype))
 
     monkeypatch.setattr("reptrt.pipeline.exporting.module_from_source", lambda _: Casts())
-    with pytest.raises(ConfigError, match=f"(?i)forward casts to {named}: leave the casts out"):
+    with pytest.raises(ConfigError, match=f"(?i)forward casts to {named}: leave the casts and"):
+        exported("anything", tmp_path / "M.onnx")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_autocast_in_a_forward_is_refused_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    class Autocast(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with torch.autocast("cpu", dtype=dtype):
+                return self.conv(x).float()
+
+    monkeypatch.setattr("reptrt.pipeline.exporting.module_from_source", lambda _: Autocast())
+    named = str(dtype).removeprefix("torch.")
+    message = rf"1 layers in {named}, the first is /conv/Conv.*leave the casts and autocast out"
+    with pytest.raises(ConfigError, match=message):
         exported("anything", tmp_path / "M.onnx")
 
 

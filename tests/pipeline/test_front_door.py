@@ -291,6 +291,22 @@ def test_an_input_that_no_node_reads_is_dropped(
     assert sqnr_db(plain_chain(), int8, SCALED) > LEAST_DB
 
 
+def test_what_was_done_to_a_file_is_in_the_report(tmp_path: Path, data: Path) -> None:
+    """A program reads the JSON and not the log."""
+    model = second_input(half(False, 19), used=False)
+    path = saved(model, tmp_path)
+    same = np.repeat(PIXELS[:1], len(PIXELS), axis=0)
+    np.savez(tmp_path / "same.npz", x=same)
+    exported = export(Source(str(path)), tmp_path / "e.onnx", ExportOptions())
+    report = calibrate(path, tmp_path / "same.npz", tmp_path / "o.onnx", PLAIN)
+    expected = ("input size is dropped: no node reads it", "float16 is widened to float32")
+    for notes in (exported.to_dict()["notes"], report.to_dict()["notes"]):
+        assert [any(text in note for note in notes) for text in expected] == [True, True]
+    assert len(report.notes) == len(set(report.notes)) == len(exported.notes) + 1
+    assert "images are equal" in report.notes[-1]
+    assert calibrate(tmp_path / "e.onnx", data, tmp_path / "p.onnx", PLAIN).notes == ()
+
+
 def test_a_second_input_that_is_read_is_named(tmp_path: Path, data: Path) -> None:
     message = r"m.onnx: has 2 inputs and reads x, size; expected one image batch"
     refused(second_input(plain_chain(), used=True), tmp_path, data, message)
