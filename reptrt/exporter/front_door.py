@@ -14,7 +14,8 @@ every model that reptrt exported, comes back unchanged. In this order:
 7. the size of the image is set, if it is given;
 8. a batch size that is fixed is made free where onnxruntime proves it (`free_batch`);
 9. what depends on constants and known sizes alone is computed (`constants`);
-10. how the input is formed is recorded where it is unusual: channels last, or pixels 0..255.
+10. the mean of a distribution over bins is written as a product and a sum (`sum_bins`);
+11. how the input is formed is recorded where it is unusual: channels last, or pixels 0..255.
 """
 
 import logging
@@ -29,8 +30,9 @@ from reptrt.exporter.free_batch import with_free_batch
 from reptrt.exporter.pixels import widen_pixels
 from reptrt.exporter.widen import widen
 from reptrt.graph.input_form import layout_of
-from reptrt.graph.net import QUANTIZED_OPS, net_from_model, used_inputs
+from reptrt.graph.net import QUANTIZED_OPS, model_from_net, net_from_model, used_inputs
 from reptrt.graph.preprocess import Preprocess, read_preprocess, stored_preprocess, write_preprocess
+from reptrt.rewrite.sum_bins import sum_bins
 
 OLDEST_OPSET, NEWEST_OPSET = 9, 25
 MIN_OPSET = 13  # the first with a DequantizeLinear per channel
@@ -71,7 +73,7 @@ def accept(model: onnx.ModelProto, where: str, size: Size | None = None) -> onnx
     freed = with_free_batch(accepted, where)
     if has_constant_arithmetic(freed):
         freed = with_constants_folded(freed)
-    return _with_input_form(freed, where)
+    return _with_input_form(_with_summed_bins(freed), where)
 
 
 def keep_weights_from_inputs(model: onnx.ModelProto) -> None:
@@ -183,6 +185,13 @@ def _set_input_size(model: onnx.ModelProto, where: str, size: Size) -> None:
                 f"says {wanted}; leave it out or export the net anew"
             )
         dim.dim_value = wanted
+
+
+def _with_summed_bins(model: onnx.ModelProto) -> onnx.ModelProto:
+    if all(node.op_type != "Softmax" for node in model.graph.node):
+        return model
+    net = net_from_model(model)
+    return model_from_net(net) if sum_bins(net).changed else model
 
 
 def _with_input_form(model: onnx.ModelProto, where: str) -> onnx.ModelProto:

@@ -10,6 +10,7 @@ from reptrt.rewrite.contract import RewriteReport, Skipped
 from reptrt.rewrite.fuse_branches import fuse_branches
 from reptrt.rewrite.naming import name_layers
 from reptrt.rewrite.simplify import narrow_to_float32, simplify
+from reptrt.rewrite.sum_bins import sum_bins
 
 
 def fuse(model: onnx.ModelProto, preprocess: Preprocess) -> tuple[Net, RewriteReport]:
@@ -22,6 +23,7 @@ def fuse(model: onnx.ModelProto, preprocess: Preprocess) -> tuple[Net, RewriteRe
     net = net_from_model(with_constants_folded(model))
     refuse_not_finite(net)
     simplify(net)
+    sum_bins(net)
     report = merge_linear(net)
     narrow_to_float32(net)
     name_layers(net)
