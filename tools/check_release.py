@@ -79,7 +79,7 @@ def attempt(where: str, what: str, command: Sequence[str | Path], folder: Path) 
     seconds = time.perf_counter() - started
     problem = (done.stdout + done.stderr)[-2000:] if done.returncode else None
     step = Step(where, what, seconds, problem)
-    click.echo(f"{'FAILED' if problem else 'ok':6}  {where:12}  {seconds:6.1f} s  {what}")
+    click.echo(f"{'FAILED' if problem else 'ok':6}  {where:14}  {seconds:6.1f} s  {what}")
     if problem:
         click.echo(problem)
     return step
@@ -151,7 +151,7 @@ def main(output: Path, pythons: tuple[str, ...], oldest: str | None, keep: bool)
     for defect in defects:
         click.echo(f"FAILED  wheel: {defect}")
     pythons = pythons or (sys.executable,)
-    runs: list[tuple[str, str, list[str]]] = [(Path(p).name, p, []) for p in pythons]
+    runs: list[tuple[str, str, list[str]]] = [(_version(p), p, []) for p in pythons]
     if oldest is not None:
         requires = Distribution.at(_metadata(wheel, out)).requires or []
         runs.append(("oldest", oldest, lower_bounds(requires, EXTRAS)))
@@ -161,6 +161,12 @@ def main(output: Path, pythons: tuple[str, ...], oldest: str | None, keep: bool)
         if not keep:
             shutil.rmtree(out / where / "env", ignore_errors=True)
     sys.exit(bool(defects) or any(step.problem for step in steps))
+
+
+def _version(python: str) -> str:
+    """Return what an interpreter calls itself: Python 3.13.0."""
+    done = subprocess.run([python, "--version"], capture_output=True, text=True, check=True)
+    return done.stdout.strip()
 
 
 def _metadata(wheel: Path, out: Path) -> Path:
