@@ -17,7 +17,7 @@ from reptrt.core.lazy import lazily
 
 if TYPE_CHECKING:
     from reptrt.api.folders import ladder, report, run
-    from reptrt.api.judging import bench, diagnose, evaluate, inspect, rank_layers
+    from reptrt.api.judging import bench, diagnose, evaluate, inspect, predict, rank_layers
     from reptrt.api.stages import build_engine, calibrate, export, lint, load, package
     from reptrt.pipeline.options import PLAIN_INT8
 else:
@@ -25,7 +25,9 @@ else:
         __name__,
         {
             "reptrt.api.folders": ("ladder", "report", "run"),
-            "reptrt.api.judging": ("bench", "diagnose", "evaluate", "inspect", "rank_layers"),
+            "reptrt.api.judging": (
+                *("bench", "diagnose", "evaluate", "inspect", "predict", "rank_layers"),
+            ),
             "reptrt.api.stages": ("build_engine", "calibrate", "export", "lint", "load", "package"),
             "reptrt.pipeline.options": ("PLAIN_INT8",),
         },
@@ -47,6 +49,7 @@ __all__ = [
     "lint",
     "load",
     "package",
+    "predict",
     "rank_layers",
     "report",
     "run",

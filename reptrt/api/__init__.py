@@ -2,7 +2,7 @@
 
     networks   what stands for a network: a path, a model in memory
     stages     export, calibrate, lint, build_engine, package
-    judging    evaluate, bench, diagnose, rank_layers, inspect
+    judging    evaluate, predict, bench, diagnose, rank_layers, inspect
     folders    run, report, ladder: the whole way, and what is said of it
 
 Each function turns its arguments into the values that the rooms below take, and calls one of them.

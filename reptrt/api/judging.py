@@ -1,10 +1,17 @@
-"""evaluate, bench, diagnose, rank_layers and inspect, as a program calls them."""
+"""evaluate, predict, bench, diagnose, rank_layers and inspect, as a program calls them."""
 
+import os
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
-from reptrt.api.networks import NetworkLike, model_from, network_from, networks_from
+from reptrt.api.networks import (
+    NetworkLike,
+    model_from,
+    network_from,
+    networks_from,
+    path_from,
+)
 from reptrt.core.errors import ConfigError, option
 from reptrt.core.keywords import checked, options_from, takes
 from reptrt.data.from_user import images_from
@@ -19,6 +26,9 @@ from reptrt.judge.diagnose.report import Diagnosis
 from reptrt.judge.evaluate import EvalReport
 from reptrt.judge.explain import explain_all
 from reptrt.judge.options import BenchOptions, EvaluateOptions, RankOptions
+from reptrt.judge.predict.options import PredictOptions
+from reptrt.judge.predict.predicting import predict as predict_images
+from reptrt.judge.predict.report import Predictions
 from reptrt.pipeline import Calibrated, CalibrateOptions, at_most_all
 from reptrt.trt.inspect import Inspection
 from reptrt.trt.inspect import inspect as inspect_network
@@ -57,6 +67,41 @@ def evaluate(
         data, limit=judging.limit, labels=judging.task == "classify", parameter="data"
     )
     return evaluation.evaluate(networks, images, judging, reference=first)
+
+
+@takes(PredictOptions)
+def predict(
+    net: NetworkLike,
+    images: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
+    output: str | os.PathLike[str] | None = None,
+    *,
+    options: PredictOptions | None = None,
+    **changes: Any,
+) -> Predictions:
+    """Return what a network finds in image files, and draw it on them.
+
+    >>> print(reptrt.predict(int8, "photos", "drawn", labels="names.txt"))
+
+    Args:
+        net: a detector or a classifier.
+        images: the path of an image or of a folder of images, or several of them.
+        output: the folder to draw into, or the picture of one image; None: nothing is drawn.
+        options: the options as one value, in place of their defaults.
+        **changes: single options.
+
+    Raises:
+        ReptrtError: the network, an image or an option cannot be used.
+    """
+    predicting = options_from(PredictOptions, options, changes, ("net", "images", "output"))
+    paths = [images] if isinstance(images, str | os.PathLike) else images
+    if not isinstance(paths, Iterable):
+        raise ConfigError(f"{option('images')}: got {type(images).__name__}, expected paths")
+    return predict_images(
+        network_from(net, option("net")),
+        [path_from(path, "images") for path in paths],
+        None if output is None else path_from(output, "output"),
+        predicting,
+    )
 
 
 @takes(BenchOptions)

@@ -3,7 +3,7 @@
     export     export
     calibrate  calibrate, lint
     engine     build-engine, inspect, package
-    judge      eval, diagnose, bench
+    judge      eval, predict, diagnose, bench
     runs       run, report, ladder, replay, diff
 
 Results go to stdout, progress and logs to stderr. Exit status 0: done; 1: a stated failure, in one
@@ -14,7 +14,7 @@ from reptrt.cli.calibrate import calibrate, lint
 from reptrt.cli.engine import build_engine, inspect, package
 from reptrt.cli.export import export
 from reptrt.cli.group import main
-from reptrt.cli.judge import bench, diagnose, evaluate
+from reptrt.cli.judge import bench, diagnose, evaluate, predict
 from reptrt.cli.runs import diff, ladder, replay, report, run
 
 __all__ = ["main"]
@@ -27,6 +27,7 @@ for _command in (
     inspect,
     package,
     evaluate,
+    predict,
     diagnose,
     bench,
     run,

@@ -1,4 +1,4 @@
-"""``reptrt eval``, ``reptrt diagnose`` and ``reptrt bench``."""
+"""``reptrt eval``, ``predict``, ``diagnose`` and ``bench``."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,6 +12,7 @@ from reptrt.cli.command import Command, emit
 from reptrt.cli.fields import PATH, FieldOptions
 
 _EVALUATE = FieldOptions("reptrt.judge.options:EvaluateOptions")
+_PREDICT = FieldOptions("reptrt.judge.predict.options:PredictOptions")
 _RANK = FieldOptions("reptrt.judge.options:RankOptions")
 _BENCH = FieldOptions("reptrt.judge.options:BenchOptions")
 
@@ -30,6 +31,29 @@ def evaluate(files: Sequence[Path], data: Path, json_path: str | None, **values:
 
     report = judge(list(files), data, _EVALUATE.value(values))
     emit(str(report), report.to_dict(), json_path)
+
+
+@click.command(cls=Command, options=[_PREDICT])
+@click.argument("file", type=PATH)
+@click.argument("images", type=PATH, nargs=-1, required=True)
+@click.option(
+    "-o",
+    "--output",
+    type=PATH,
+    help="Folder to draw into, or the picture of one image; default: nothing is drawn.",
+)
+def predict(
+    file: Path, images: Sequence[Path], output: Path | None, json_path: str | None, **values: Any
+) -> None:
+    """Show what FILE finds in IMAGES, which are files or folders.
+
+    A detector's boxes are drawn with the names of their classes and scores; a classifier's five
+    best classes are listed below the image.
+    """
+    from reptrt.judge.predict.predicting import predict as find
+
+    predictions = find(file, list(images), output, _PREDICT.value(values))
+    emit(str(predictions), predictions.to_dict(), json_path)
 
 
 @click.command(cls=Command, options=[_RANK])

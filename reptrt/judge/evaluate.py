@@ -24,6 +24,14 @@ With ``--task detect``, average precision takes the place of ``top1``, ``top5`` 
 
 It is null where there is no object of that class or size. ``map_change`` is the difference to the
 reference with its 95 % interval (`reptrt.judge.detect.bootstrap`), null without a reference.
+
+With ``--task segment``:
+
+    "miou": 0.716, "pixel_accuracy": 0.942, "class_iou": [0.981, null, 0.612],
+    "pixel_agreement": 0.997
+
+``miou`` is the mean of ``class_iou`` over the classes that are in a mask or were found somewhere,
+others are null; all are null without masks (`reptrt.judge.tasks.segment`).
 """
 
 import contextlib

@@ -35,12 +35,13 @@ class TaskOptions:
     task: TaskName = described(
         "classify",
         "Meaning of the outputs: classify for scores of classes; detect for boxes, judged by mAP; "
-        "any compares only SQNR.",
+        "segment for classes of pixels, judged by mIoU; any compares only SQNR.",
     )
     annotations: Path | None = described(
         None,
         "detect: COCO json with the boxes of the images; default: instances_NAME.json beside the "
-        "folder NAME, or one of the other usual names.",
+        "folder NAME, or one of the other usual names. segment: folder of PNG masks, each named "
+        "as its image, with a class for each pixel, 255 for none.",
     )
     layout: DetectorForm = described(
         "auto", "detect: where boxes and scores stand in the outputs; auto finds it by shapes."

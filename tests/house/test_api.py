@@ -14,6 +14,7 @@ import reptrt
 from reptrt.core.errors import ConfigError
 from reptrt.core.keywords import changed, parameters
 from reptrt.judge.options import BenchOptions, EvaluateOptions
+from reptrt.judge.predict.options import PredictOptions
 from reptrt.pipeline import CalibrateOptions, ExportOptions
 from reptrt.trt.options import BuildOptions, PackageOptions
 from tests.house.test_imports import HEAVY, python
@@ -31,6 +32,7 @@ SIGNATURES = {  # parameters before those that are fields of options
     "lint": "net",
     "load": "path",
     "package": "net, output, *, options",
+    "predict": "net, images, output, *, options",
     "rank_layers": "net, data, eval_data, *, options",
     "report": "folder, output",
     "run": "source, data, output, *, eval_data, weights, options",
@@ -43,6 +45,7 @@ CHANGES = {
     "evaluate": EvaluateOptions,
     "export": ExportOptions,
     "package": PackageOptions,
+    "predict": PredictOptions,
 }
 
 

@@ -14,7 +14,7 @@ from onnx import TensorProto, helper
 from reptrt.cli import main
 from reptrt.core.errors import ConfigError, DataError, MissingDependencyError
 from reptrt.data.dataset import open_dataset
-from reptrt.judge.detect.bootstrap import RESAMPLES, draws, resampled_map
+from reptrt.judge.detect.bootstrap import FEWEST, RESAMPLES, draws, resampled_map
 from reptrt.judge.evaluate import evaluate
 from reptrt.judge.options import EvaluateOptions
 from reptrt.judge.tasks import open_task
@@ -133,6 +133,7 @@ def test_resampled_map_is_that_of_the_library(folder: Path) -> None:
     assert found.scores.matches is not None
     weights = draws(len(found.objects))
     assert weights.shape == (RESAMPLES, 12)
+    assert draws(5000).shape == (FEWEST, 5000)
     assert (weights.sum(axis=1) == 12).all()
     means = resampled_map(found.scores.matches, weights)
     for index in range(8):
@@ -303,6 +304,20 @@ def test_a_classifier(folder: Path, tmp_path: Path) -> None:
     message = refused(folder, tmp_path / "classifier.onnx")
     assert "classifier.onnx: its output [N, 1] has no boxes" in message
     assert "task='classify'" in message
+
+
+def test_a_detector_is_no_classifier(
+    folder: Path, net: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    evaluate([net], folder, EvaluateOptions(threads=1))
+    assert "net.onnx: its outputs look like those of a detector, xywh-obj-cls" in caplog.text
+    labelled = np.zeros((2, 3, SIZE, SIZE), np.uint8)
+    np.savez(tmp_path / "data.npz", x=labelled, y=np.zeros(2, np.int64))
+    with pytest.raises(ConfigError, match=r"look like those of a detector.*task='detect'"):
+        evaluate([net], tmp_path / "data.npz", EvaluateOptions(threads=1))
+    path = folder.parent / "instances_val.json"
+    with pytest.raises(ConfigError, match=r"annotations: got .*task='detect'"):
+        evaluate([net], folder, EvaluateOptions(annotations=path, threads=1))
 
 
 def test_arrays_have_no_annotations(net: Path, tmp_path: Path) -> None:

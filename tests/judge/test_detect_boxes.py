@@ -4,7 +4,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from reptrt.graph.preprocess import Fit
-from reptrt.judge.detect.boxes import Detections, overlap, suppress
+from reptrt.judge.detect.boxes import Detections, suppress
 from tests.support.helpers import ort_run
 
 
@@ -60,11 +60,10 @@ def test_nothing_above_the_confidence() -> None:
     assert len(found.scores) == len(found.classes) == 0
 
 
-def test_overlap_of_boxes() -> None:
-    a = np.array([[0, 0, 10, 10], [5, 5, 5, 5]])
-    b = np.array([[0, 0, 10, 10], [5, 0, 15, 10], [20, 20, 30, 30], [5, 5, 5, 5]])
-    expected = [[1, 50 / 150, 0, 0], [0, 0, 0, 0]]
-    np.testing.assert_allclose(overlap(a, b), expected)
+def test_boxes_that_touch_or_have_no_area_stay() -> None:
+    boxes = np.array([[0, 0, 10, 10], [10, 0, 20, 10], [3, 3, 3, 3], [3, 3, 3, 3]], np.float32)
+    found = suppress(boxes, np.full((4, 1), 0.5), confidence=0.1, iou=0.0, max_boxes=10)
+    assert len(found.boxes) == 4
 
 
 def test_detections_return_to_the_image() -> None:

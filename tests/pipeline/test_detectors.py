@@ -10,7 +10,7 @@ import torch
 from reptrt.execute.torchgraph import TorchGraph
 from reptrt.judge.diagnose import diagnose
 from reptrt.pipeline import CalibrateOptions, calibrate
-from reptrt.quantize.calib.measure import Measure
+from reptrt.quantize.calib.measure import Measure, relative
 from tests.support.detector_nets import FORMS, SIZE, detector
 from tests.support.helpers import ort_run
 from tests.support.learned_nets import write_images
@@ -35,7 +35,7 @@ def error_of(model: Path, int8: Path, x: np.ndarray) -> float:
         values = [
             graph.run({"x": torch.from_numpy(x)}, measure.names) for graph in (exact, rounded)
         ]
-    return sum(float(error / signal) for signal, error in measure.sums(*values).values())
+    return sum(float(relative(*pair)) for pair in measure.sums(*values).values())
 
 
 @pytest.mark.slow

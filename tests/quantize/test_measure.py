@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from reptrt.execute.torchgraph import TorchGraph
-from reptrt.quantize.calib.measure import Measure
+from reptrt.quantize.calib.measure import Measure, added, relative
 from tests.support.detector_nets import CLASSES, FORMS, SIZE, detector
 from tests.support.onnx_nets import Builder
 
@@ -26,8 +26,9 @@ def values_of(model: onnx.ModelProto) -> tuple[Measure, dict[str, Tensor], dict[
     return measure, exact, noisy
 
 
-def numbers(sums: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, tuple[float, float]]:
-    return {group: (float(signal), float(error)) for group, (signal, error) in sums.items()}
+def numbers(sums: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, tuple[object, object]]:
+    """Return sums as numbers, those of scores as lists with one for each class."""
+    return {group: (signal.tolist(), error.tolist()) for group, (signal, error) in sums.items()}
 
 
 def places(values: Mapping[str, Tensor], names: list[str]) -> np.ndarray:
@@ -40,18 +41,17 @@ def test_boxes_count_by_the_score_of_their_place(order: int) -> None:
     measure, exact, noisy = values_of(detector("yolov6"))
     sums = numbers(measure.sums(exact, noisy, order))
     p, q = exact["scores.turned"].numpy(), noisy["scores.turned"].numpy()
-    signal, error = np.zeros(2), np.zeros(2)
+    scores, boxes = np.zeros((2, CLASSES)), np.zeros(2)
     for n in range(len(p)):
         for a in range(p.shape[1]):
-            signal[0] += (p[n, a] ** order).sum()
-            error[0] += (np.abs(p[n, a] - q[n, a]) ** order).sum()
+            scores += p[n, a] ** order, np.abs(p[n, a] - q[n, a]) ** order
             for name in ("boxes.low", "boxes.high"):
                 b, c = exact[name][n, a].numpy(), noisy[name][n, a].numpy()
-                signal[1] += p[n, a].max() * (np.abs(b) ** order).sum()
-                error[1] += p[n, a].max() * (np.abs(b - c) ** order).sum()
-    assert sums.keys() == {"scores", "boxes of 2"}
-    assert sums["scores"] == pytest.approx((signal[0], error[0]), rel=1e-9)
-    assert sums["boxes of 2"] == pytest.approx((signal[1], error[1]), rel=1e-9)
+                boxes[0] += p[n, a].max() * (np.abs(b) ** order).sum()
+                boxes[1] += p[n, a].max() * (np.abs(b - c) ** order).sum()
+    assert sums.keys() == {"scores of 3", "boxes of 2"}
+    np.testing.assert_allclose(sums["scores of 3"], scores, rtol=1e-9)
+    np.testing.assert_allclose(sums["boxes of 2"], boxes, rtol=1e-9)
 
 
 def test_objectness_multiplies_the_scores_of_classes() -> None:
@@ -64,10 +64,62 @@ def test_objectness_multiplies_the_scores_of_classes() -> None:
     )
     b, c = (places(v, [f"reg.{n}" for n in levels]) for v in (exact, noisy))
     w = p.max(axis=2, keepdims=True)
-    assert sums["scores"] == pytest.approx((np.square(p).sum(), np.square(p - q).sum()), rel=1e-9)
-    expected = ((w * np.square(b)).sum(), (w * np.square(b - c)).sum())
-    assert sums["boxes of 4"] == pytest.approx(expected, rel=1e-9)
-    assert CLASSES > 1
+    expected = np.square(p).sum((0, 1)), np.square(p - q).sum((0, 1))
+    np.testing.assert_allclose(sums["scores of 3"], expected, rtol=1e-9)
+    expected = (w * np.square(b)).sum(), (w * np.square(b - c)).sum()
+    np.testing.assert_allclose(sums["boxes of 4"], expected, rtol=1e-9)
+
+
+def test_the_objectness_of_anchors_is_their_first_channel() -> None:
+    measure, exact, noisy = values_of(detector("yolov5"))
+    sums = numbers(measure.sums(exact, noisy))
+    conf = ([v[f"conf.{n}"].flatten(1, 3).numpy() for n in "01"] for v in (exact, noisy))
+    p, q = (np.concatenate([c[..., :1] * c[..., 1:] for c in levels], 1) for levels in conf)
+    expected = np.square(p).sum((0, 1)), np.square(p - q).sum((0, 1))
+    np.testing.assert_allclose(sums["scores of 3"], expected, rtol=1e-9)
+    b, c = (
+        np.concatenate([v[f"{x}.{n}"].flatten(1, 3).numpy() for n in "01"], 1)
+        for v in (exact, noisy)
+        for x in ("xy",)
+    )
+    d, e = (
+        np.concatenate([v[f"wh.{n}"].flatten(1, 3).numpy() for n in "01"], 1)
+        for v in (exact, noisy)
+    )
+    w = p.max(axis=2, keepdims=True)
+    error = (w * np.square(b - c)).sum() + (w * np.square(d - e)).sum()
+    assert sums["boxes of 2"][1] == pytest.approx(error, rel=1e-9)
+
+
+def test_the_background_is_no_class() -> None:
+    measure, exact, noisy = values_of(detector("ssd"))
+    sums = numbers(measure.sums(exact, noisy))
+    background = int(exact["scores"].mean((0, 1)).argmax())
+    p, q = (np.delete(v["scores"].numpy(), background, axis=2) for v in (exact, noisy))
+    expected = np.square(p).sum((0, 1)), np.square(p - q).sum((0, 1))
+    np.testing.assert_allclose(sums["scores of 3"], expected, rtol=1e-9)
+    error = sum(
+        (p.max(axis=2, keepdims=True) * np.square((exact[n] - noisy[n]).numpy())).sum()
+        for n in ("boxes.low", "boxes.high")
+    )
+    assert sums["boxes of 2"][1] == pytest.approx(error, rel=1e-9)
+
+
+def test_a_class_counts_by_the_root_of_its_power() -> None:
+    signal, error = torch.tensor([4.0, 100.0, 0.0]), torch.tensor([1.0, 1.0, 0.0])
+    assert float(relative(signal, error)) == pytest.approx((1 / 2 + 1 / 10) / (2 + 10 + 1))
+    assert float(relative(torch.tensor(4.0), torch.tensor(1.0))) == pytest.approx(1 / 4)
+
+
+def test_sums_add_up_over_batches() -> None:
+    measure, exact, noisy = values_of(detector("yolov6"))
+    whole = numbers(measure.sums(exact, noisy))
+    halves = [
+        measure.sums({k: v[at] for k, v in exact.items()}, {k: v[at] for k, v in noisy.items()})
+        for at in (slice(0, 2), slice(2, 4))
+    ]
+    for group, pair in numbers(added(*halves)).items():
+        np.testing.assert_allclose(pair, whole[group], rtol=1e-9)
 
 
 def test_bins_of_a_side_count_by_the_score_of_their_place() -> None:
@@ -75,7 +127,7 @@ def test_bins_of_a_side_count_by_the_score_of_their_place() -> None:
     sums = numbers(measure.sums(exact, noisy))
     w = exact["scores"].amax(1)[:, None, None, :]
     assert exact["bins.p"].dim() == 4
-    (name,) = sums.keys() - {"scores"}
+    (name,) = sums.keys() - {"scores of 3"}
     error = float((w * (exact["bins.p"] - noisy["bins.p"]).square()).sum())
     assert sums[name] == pytest.approx((float((w * exact["bins.p"].square()).sum()), error))
 
@@ -85,7 +137,7 @@ def test_equal_values_have_no_error(form: str) -> None:
     measure, exact, _ = values_of(detector(form))
     sums = numbers(measure.sums(exact, exact))
     assert measure.is_detector
-    assert all(error == 0 and signal > 0 for signal, error in sums.values())
+    assert all(np.max(error) == 0 and np.min(signal) > 0 for signal, error in sums.values())
 
 
 def test_what_nobody_sees_hardly_counts() -> None:

@@ -168,7 +168,8 @@ def by_heads(exact: Values, found: Values) -> float:
     p = exact["scores.turned"].astype(float)
     w = p.max(axis=2, keepdims=True)
     boxes = [(exact[name].astype(float), found[name]) for name in HEADS[1:]]
-    scores = np.square(p - found["scores.turned"]).sum() / np.square(p).sum()
+    power, error = (np.square(x).sum((0, 1)) for x in (p, p - found["scores.turned"]))
+    scores = (error / np.sqrt(power)).sum() / np.sqrt(power).sum()
     errors = sum((w * np.square(b - c)).sum() for b, c in boxes)
     return float(scores + errors / sum((w * np.square(b)).sum() for b, _ in boxes))
 

@@ -155,6 +155,33 @@ def tiny_detector(
     return _model(helper.make_graph(nodes, "tiny", [image], infos, constants), 17)
 
 
+def colour_detector() -> onnx.ModelProto:
+    """Raw heads that find 8 x 8 pixels in red (class 0) or green (1) on images (N, 3, 64, 64).
+
+    Every cell of its one level says that it is a box; the score is about 1 or 0.
+    """
+    weight = np.zeros((2, 3, 1, 1), np.float32)
+    weight[0, :2, 0, 0] = weight[1, 1::-1, 0, 0] = 40, -40
+    arrays = {
+        "weight": weight,
+        "bias": np.full(2, -20, np.float32),
+        "flat": np.zeros((4, 3, 1, 1), np.float32),
+        "half": np.full(4, 0.5, np.float32),
+    }
+    constants = [numpy_helper.from_array(array, name) for name, array in arrays.items()]
+    pool: dict[str, Any] = {"kernel_shape": [8, 8], "strides": [8, 8]}
+    nodes = [
+        helper.make_node("AveragePool", ["images"], ["cells"], "pool", **pool),
+        helper.make_node("Conv", ["cells", "weight", "bias"], ["cls"], "cls"),
+        helper.make_node("Conv", ["cells", "flat", "half"], ["reg"], "reg"),
+    ]
+    image, cls, reg = (
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, ["N", channels, size, size])
+        for name, channels, size in (("images", 3, 64), ("cls", 2, 8), ("reg", 4, 8))
+    )
+    return _model(helper.make_graph(nodes, "colours", [image], [cls, reg], constants), 17)
+
+
 def _model(graph: onnx.GraphProto, opset: int) -> onnx.ModelProto:
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)])
     model.ir_version = 8

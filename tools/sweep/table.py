@@ -1,6 +1,7 @@
 """The page docs/models.md: a table with a row for each net, and the reasons below it."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 _HEAD = """\
@@ -8,8 +9,9 @@ _HEAD = """\
 
 <!-- Made by tools/sweep_models.py; do not edit. -->
 
-What `reptrt` does with other people's nets: nets of timm in their training form, and look-alikes
-of detectors and segmentation nets, which are written in `tools/sweep/`. **All weights are random.**
+What `reptrt` does with other people's nets: nets of timm in their training form, the detectors of
+the zoo, and look-alikes of detectors and segmentation nets, which are written in `tools/sweep/`.
+**All weights are random.**
 The batch norms' means and variances are measured on noise, calibration has its default options and
 32 noise images, and SQNR is measured on 16 others. So the table says what is fused, what runs in
 INT8 and what lint finds. A deep net with random weights amplifies any error, so its SQNR is not
@@ -28,6 +30,8 @@ output, each measured by itself |
 | seconds | export + calibrate + build-engine |
 """
 
+_YOLOV6 = Path(__file__).with_name("yolov6.md")  # written by hand
+
 _TITLES = ("net", "from", "input", "convs", "norms", "INT8", "SQNR", "lint", "engine", "seconds")
 _TIMED = ("export", "calibrate", "build-engine")
 
@@ -44,7 +48,7 @@ def page(
     """
     lines = [_HEAD, _row(_TITLES), "|---|---|---|" + "---:|" * (len(_TITLES) - 3)]
     lines += [_row(_cells(result)) for result in results]
-    lines += ["", *_sections(results)]
+    lines += ["", _YOLOV6.read_text(encoding="utf-8"), *_sections(results)]
     shown = ("reptrt", "torch", "onnxruntime", "timm", "tensorrt-rtx")
     names = [f"{name} {versions[name]}" for name in shown if name in versions]
     lines.append(f"Measured with {', '.join(names)} on 2 cores that did other work too.")

@@ -3,9 +3,9 @@
 The same resamples, drawn with replacement, are taken of both networks, so that images that are hard
 for both do not widen the interval of the difference. Which detection matches which object does not
 depend on the other images, so a resample only weighs what was matched once: a detection of an
-image that was drawn w times counts w times. One resample of D detections costs one cumulative sum
-of D numbers; 1,000 resamples of 160 images take half a second, of 5,000 images with 80 classes half
-a minute.
+image that was drawn w times counts w times. Sorting is done once; a resample costs a few cumulative
+sums. On one core, the 1,000 resamples of 160 images with 3 classes take 1 to 3 seconds, the 200
+resamples of 5,000 images with 80 classes 10 seconds.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,8 @@ import numpy.typing as npt
 from reptrt.core.arrays import Float64Array, FloatArray, IntArray
 from reptrt.core.intervals import Interval
 
-RESAMPLES = 1000
+RESAMPLES, FEWEST = 1000, 200  # of few and of many images
+_IMAGES = 200_000  # that are drawn in all, where that allows more than the fewest resamples
 _RECALLS = np.linspace(0.0, 1.0, 101)  # at which COCO reads precision
 _AT_A_TIME = 4_000_000  # numbers in memory
 
@@ -42,9 +43,10 @@ class Matches:
 
 
 def draws(num_images: int, seed: int = 0) -> IntArray:
-    """Return how often each resample draws each image, (RESAMPLES, images)."""
+    """Return how often each resample draws each image, (resamples, images)."""
     rng = np.random.default_rng(seed)
-    drawn: IntArray = rng.multinomial(num_images, np.full(num_images, 1 / num_images), RESAMPLES)
+    resamples = min(RESAMPLES, max(FEWEST, _IMAGES // num_images))
+    drawn: IntArray = rng.multinomial(num_images, np.full(num_images, 1 / num_images), resamples)
     return drawn
 
 
@@ -89,11 +91,10 @@ def _class_precision(matches: Matches, weights: IntArray) -> Float64Array:
         right = np.cumsum(drawn[:, found], axis=1, dtype=np.float64)  # (B, hits)
         ratios = right / np.maximum(counted[:, found], 1.0)
         best_from = np.maximum.accumulate(ratios[:, ::-1], axis=1)[:, ::-1]
-        for row, number in enumerate(objects):
-            if number > 0:
-                at = np.searchsorted(right[row] / number, _RECALLS)
-                reached = at[at < len(found)]
-                precision[row] += best_from[row, reached].sum() / len(_RECALLS)
-    precision /= len(matches.hits)
+        recall = np.divide(right, objects[:, None], out=right, where=objects[:, None] > 0)
+        reached = np.searchsorted(_RECALLS, recall, side="right")  # so many of COCO's recalls
+        first_here = np.diff(reached, axis=1, prepend=0)
+        precision += (best_from * first_here).sum(axis=1)
+    precision /= len(matches.hits) * len(_RECALLS)
     precision[objects == 0] = np.nan
     return precision

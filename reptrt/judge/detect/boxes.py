@@ -3,9 +3,12 @@
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from reptrt.core.arrays import Float64Array, FloatArray, IntArray
 from reptrt.graph.preprocess import Fit
+
+Flags = npt.NDArray[np.bool_]
 
 _BLOCK = 256  # candidates that are compared at a time
 
@@ -69,15 +72,16 @@ def suppress(
     return Detections(candidates[kept], values, classes.astype(np.int64))
 
 
-def overlap(first: FloatArray, second: FloatArray) -> Float64Array:
-    """Return the IoU of boxes (n, 4) with boxes (m, 4), x1 y1 x2 y2, as (n, m); 0 without area."""
-    a, b = (np.asarray(boxes, np.float64) for boxes in (first, second))
+def _overlap_more(a: Float64Array, b: Float64Array, iou: float) -> Flags:
+    """Return which boxes (n, 4) overlap which boxes (m, 4) by more than ``iou``, as (n, m)."""
     width = np.minimum(a[:, None, 2], b[None, :, 2]) - np.maximum(a[:, None, 0], b[None, :, 0])
     height = np.minimum(a[:, None, 3], b[None, :, 3]) - np.maximum(a[:, None, 1], b[None, :, 1])
-    shared = np.maximum(width, 0.0) * np.maximum(height, 0.0)
+    np.maximum(width, 0.0, out=width)
+    np.maximum(height, 0.0, out=height)
+    shared = np.multiply(width, height, out=width)
     union = _areas(a)[:, None] + _areas(b)[None] - shared
-    part: Float64Array = np.divide(shared, union, out=np.zeros_like(shared), where=union > 0)
-    return part
+    covered: Flags = shared > iou * union
+    return covered
 
 
 def _areas(boxes: Float64Array) -> Float64Array:
@@ -88,10 +92,8 @@ def _areas(boxes: Float64Array) -> Float64Array:
 
 def _covered(
     boxes: Float64Array, classes: IntArray, some: IntArray, others: IntArray, iou: float
-) -> "np.ndarray[tuple[int, ...], np.dtype[np.bool_]]":
+) -> Flags:
     """Return which candidates overlap others of their class too much, (some, others)."""
-    same_class = classes[some][:, None] == classes[others][None]
-    covered: np.ndarray[tuple[int, ...], np.dtype[np.bool_]] = same_class & (
-        overlap(boxes[some], boxes[others]) > iou
-    )
+    covered = _overlap_more(boxes[some], boxes[others], iou)
+    covered &= classes[some][:, None] == classes[others][None]
     return covered

@@ -27,7 +27,7 @@ from reptrt.graph.qdq import insert_qdq, quantize_weights
 from reptrt.judge.conditioning import Conditioning
 from reptrt.judge.outputs import Outputs
 from reptrt.quantize.calib.collect import COMPUTE_BATCH
-from reptrt.quantize.calib.measure import Measure
+from reptrt.quantize.calib.measure import Measure, Sums, added, relative
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +78,7 @@ class Closeness:
 
     measure: Measure
     images: int = 0
-    powers: dict[str, tuple[float, float]] = field(default_factory=dict)  # signal, noise
+    sums: Sums = field(default_factory=dict)
     same_class: float | None = 0.0  # images; None: the output is not one row of scores an image
 
     def add(self, references: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
@@ -86,9 +86,7 @@ class Closeness:
         exact, other = (
             {name: values[name].double() for name in references} for values in (references, outputs)
         )
-        for group, (power, error) in self.measure.sums(exact, other).items():
-            signal, noise = self.powers.get(group, (0.0, 0.0))
-            self.powers[group] = (signal + float(power), noise + float(error))
+        self.sums = added(self.sums, self.measure.sums(exact, other))
         first = next(iter(references))
         reference, output = references[first], outputs[first]
         self.images += len(reference)
@@ -104,7 +102,12 @@ class Closeness:
     @property
     def sqnr_db(self) -> float:
         """SQNR over all images, each output in its own unit; see `db_of_outputs`."""
-        return db_of_outputs(list(self.powers.values()))
+        powers = []
+        for signal, error in self.sums.values():
+            if signal.dim() > 0:  # the scores of several classes
+                signal, error = torch.ones(()), relative(signal, error)
+            powers.append((float(signal), float(error)))
+        return db_of_outputs(powers)
 
     @property
     def agreement(self) -> float | None:

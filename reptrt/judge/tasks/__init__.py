@@ -10,10 +10,12 @@ from reptrt.judge.tasks.anything import Anything
 from reptrt.judge.tasks.classify import Classify
 from reptrt.judge.tasks.detect import Detect
 from reptrt.judge.tasks.protocol import Task
+from reptrt.judge.tasks.segment import Segment
 
 _TASKS: Mapping[TaskName, Callable[[TaskOptions, Images], Task[Any]]] = {
     "classify": Classify,
     "detect": Detect,
+    "segment": Segment,
     "any": Anything,
 }
 

@@ -4,6 +4,7 @@ Measured are top-1 and top-5 where the images have labels, and the agreement wit
 fraction of images with the same best class. Outputs of another shape have none of these.
 """
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -11,13 +12,15 @@ import numpy as np
 import numpy.typing as npt
 
 from reptrt.core.arrays import FloatArray, IntArray
-from reptrt.core.errors import DataError, option
+from reptrt.core.errors import ConfigError, DataError, option
 from reptrt.core.metrics import class_scores, top_k_hits
 from reptrt.data.dataset import Dataset, Images
+from reptrt.graph.detector_layouts import layout_of_outputs
 from reptrt.judge.options import TaskOptions
 from reptrt.judge.outputs import Outputs, first_of, refuse_labels_beyond
 from reptrt.judge.tasks.protocol import Column, Measures, percent
 
+_LOG = logging.getLogger(__name__)
 _RANKS = {"top1": 1, "top5": 5}
 
 
@@ -44,6 +47,8 @@ class _Tally:
     def add(self, outputs: Outputs) -> None:
         scores = class_scores(first_of(outputs))
         if scores is None or self._best is None:
+            if self._best is not None:
+                self._check_outputs(outputs)
             self._best = None
             return
         if self._labels is not None:
@@ -59,6 +64,23 @@ class _Tally:
             for key, hits in self._hits.items()
         }
         return Classes(accuracy, best)
+
+    def _check_outputs(self, outputs: Outputs) -> None:
+        """Say that these are the outputs of a detector, if they are."""
+        shapes = [("N", *value.shape[1:]) for value in outputs.values()]
+        layout = layout_of_outputs(shapes)
+        if isinstance(layout, str):
+            return
+        if self._labels is not None:
+            raise ConfigError(
+                f"{self._name}: its outputs look like those of a detector, {layout}, the data has "
+                f"labels of classes; judge it with {option('task', 'detect')} and a COCO json, or "
+                f"compare outputs only with {option('task', 'any')}"
+            )
+        _LOG.warning(
+            "%s: its outputs look like those of a detector, %s: task detect gives its mAP",
+            *(self._name, layout),
+        )
 
     def _count(self, scores: FloatArray, all_labels: IntArray) -> None:
         if self._seen == 0:
@@ -79,7 +101,11 @@ class Classify:
     ranked_by: tuple[str, ...] = ("top1", "agreement")
 
     def __init__(self, options: TaskOptions, images: Images) -> None:
-        pass
+        if options.annotations is not None:
+            raise ConfigError(
+                f"{option('annotations')}: got {options.annotations}, which task classify does not "
+                f"read; judge a detector with {option('task', 'detect')}"
+            )
 
     def tally(self, name: str, dataset: Dataset) -> _Tally:
         """Return an empty tally for a network."""

@@ -9,5 +9,6 @@ function of a histogram, and a histogram does not depend on batch size or image 
     saturation            values that a ReLU hides, which no threshold has to cover
     bias                  mean error of quantized weights, to be subtracted from biases
     sensitivity           error of the outputs if only one layer is INT8
+    measure               what of a net is compared, and in which unit: outputs, or raw heads
     outputs               error of the outputs on held-out images, which judges choices
 """

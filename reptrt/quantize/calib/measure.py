@@ -10,12 +10,16 @@ image hold no object, and neither the logit of their score (-9 or -12: both are 
 matters. So a score counts as it is behind its Sigmoid, multiplied by the objectness of its place if
 the net has one, and a box by the largest score w of its place in the float net (ours):
 
-    scores    sum |p' - p|^n / sum p^n             over all heads with scores
+    scores    sum over classes of e / sqrt(P)  /  sum over classes of sqrt(P)
+              e = sum |p' - p|^n, P = sum p^n      of a class, over all heads with scores
     boxes     sum w |b' - b|^n / sum w |b|^n       over all other heads with as many channels
+
+If all classes were summed, a frequent one would hide the others, although mAP is the mean over
+classes; if each had the unit P, the noise of a class that no image shows would decide.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -24,7 +28,10 @@ from torch import Tensor
 from reptrt.execute.torchgraph import TorchGraph
 
 Order = Literal[1, 2]
-Sums = dict[str, tuple[Tensor, Tensor]]  # group -> sums over its values: of signal and of error
+# group -> sums over its values, of the signal and of the error: () or, of scores, (C,)
+Sums = dict[str, tuple[Tensor, Tensor]]
+_WITH_ANCHORS = 5  # axes of (N, anchors, H, W, 1 + C)
+_SUM_IS_ONE = 1e-3  # probabilities of a Softmax, also in FP16
 
 
 class Measure:
@@ -58,34 +65,51 @@ class Measure:
             order: n.
         """
         real = {name: value for name, value in exact.items() if value.is_floating_point()}
-        scores = [name for name in real if self._is_score.get(name)]
-        places = _by_place([real[name] for name in scores])
-        weights = [_weight(tensors) for tensors in places]
+        names = [name for name in real if self._is_score.get(name)]
+        scores = _scores(*({name: values[name] for name in names} for values in (exact, other)))
+        weights = [torch.stack([p.amax(-1) for p, _ in pairs]).amax(0) for pairs in scores]
         sums: Sums = {}
         for name, value in real.items():
             if name not in self._is_score:
-                _add(sums, name, value, other[name], None, order)
-            elif name not in scores:
-                group = f"boxes of {value.shape[_channels(value)]}"
-                _add(sums, group, value, other[name], _aligned(value, weights), order)
-        changed = _by_place([other[name] for name in scores])
-        for values, others in zip(places, changed, strict=True):
-            for value, change in zip(_products(values), _products(others), strict=True):
-                _add(sums, "scores", value, change, None, order)
+                _add(sums, name, _powers(value, other[name], order))
+            elif name not in names:
+                powers = _powers(value, other[name], order)
+                if (weight := _aligned(value, weights)) is not None:
+                    powers = powers[0] * weight, powers[1] * weight
+                _add(sums, f"boxes of {value.shape[_channels(value)]}", powers)
+        for p, q in (pair for pairs in scores for pair in pairs):
+            _add(sums, f"scores of {p.shape[-1]}", _powers(p, q, order), each=True)
         return sums
 
 
-def _add(
-    sums: Sums, group: str, exact: Tensor, other: Tensor, weight: Tensor | None, order: Order
-) -> None:
-    """Add the sums of one tensor to those of its group."""
-    signal, error = exact, other - exact
-    signal, error = (x.abs() if order == 1 else x.square() for x in (signal, error))
-    if weight is not None:
-        signal, error = signal * weight, error * weight
-    before = sums.get(group)
-    pair = (signal.sum(dtype=torch.float64), error.sum())
-    sums[group] = pair if before is None else (before[0] + pair[0], before[1] + pair[1])
+def relative(signal: Tensor, error: Tensor) -> Tensor:
+    """Return the relative error of a group, (), from its sums () or (C,)."""
+    roots = torch.where(signal > 0, signal, 1.0).sqrt()
+    return (error / roots).sum() / roots.sum()
+
+
+def added(first: Sums, second: Sums) -> Sums:
+    """Return the sums over the images of both."""
+    both = dict(first)
+    for group, (signal, error) in second.items():
+        before = both.get(group)
+        both[group] = (signal, error) if before is None else (before[0] + signal, before[1] + error)
+    return both
+
+
+def _powers(exact: Tensor, other: Tensor, order: Order) -> tuple[Tensor, Tensor]:
+    error = other - exact
+    return (exact.abs(), error.abs()) if order == 1 else (exact.square(), error.square())
+
+
+def _add(sums: Sums, group: str, powers: tuple[Tensor, Tensor], each: bool = False) -> None:
+    """Add the sums over one tensor to those of its group, for each of its last channels if asked.
+
+    Sums are float64, so that adding up batches does not depend on how many there are.
+    """
+    axes = list(range(powers[0].dim() - 1)) if each else None
+    signal, error = powers[0].sum(axes, dtype=torch.float64), powers[1].sum(axes).double()
+    sums |= added({group: sums[group]} if group in sums else {}, {group: (signal, error)})
 
 
 def _channels(x: Tensor) -> int:
@@ -95,27 +119,34 @@ def _channels(x: Tensor) -> int:
     return 4 if x.dim() == 5 else min(1, x.dim() - 1)
 
 
-def _by_place(scores: list[Tensor]) -> list[list[Tensor]]:
-    """Return the tensors that have scores for the same places together, channels last."""
-    places: dict[tuple[int, ...], list[Tensor]] = {}
-    for value in scores:
-        last = value.movedim(_channels(value), -1)
-        places.setdefault(tuple(last.shape[:-1]), []).append(last)
-    return list(places.values())
+def _scores(
+    exact: Mapping[str, Tensor], other: Mapping[str, Tensor]
+) -> list[list[tuple[Tensor, Tensor]]]:
+    """Return the scores of classes in both nets, (N, ..., C), those of the same places together.
+
+    Scores of one channel are the objectness of their places, or their centerness: they multiply the
+    others. So does the first channel where the places of anchors have an axis of their own, as in
+    YOLO v3 to v7. A Softmax has a class for the background, which is left out.
+    """
+    places: dict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = {}
+    for name, value in exact.items():
+        p, q = (x.movedim(_channels(value), -1) for x in (value, other[name]))
+        pairs = [(p, q)]
+        if value.dim() == _WITH_ANCHORS and p.shape[-1] > 1:
+            pairs = [(p[..., :1], q[..., :1]), (p[..., 1:], q[..., 1:])]
+        elif p.shape[-1] > 1 and bool((p.sum(-1) - 1).abs().amax() < _SUM_IS_ONE):
+            kept = torch.arange(p.shape[-1], device=p.device) != p.flatten(0, -2).mean(0).argmax()
+            pairs = [(p[..., kept], q[..., kept])]
+        places.setdefault(tuple(p.shape[:-1]), []).extend(pairs)
+    return [_products(pairs) for pairs in places.values()]
 
 
-def _products(scores: list[Tensor]) -> list[Tensor]:
-    """Return the scores of classes, each multiplied by those of one channel, the objectness."""
-    several = [value for value in scores if value.shape[-1] > 1]
-    factors = [value for value in scores if value.shape[-1] == 1]
-    if not several:
-        return [math.prod(factors[1:], start=factors[0])]
-    return [math.prod(factors, start=value) for value in several]
-
-
-def _weight(scores: list[Tensor]) -> Tensor:
-    """Return the largest score of each place, (N, ...)."""
-    return torch.stack([value.amax(-1) for value in _products(scores)]).amax(0)
+def _products(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+    """Return the pairs of several channels, multiplied by all pairs of one channel."""
+    factors = [pair for pair in pairs if pair[0].shape[-1] == 1]
+    classes = [pair for pair in pairs if pair[0].shape[-1] > 1] or [factors.pop()]
+    p, q = (math.prod((pair[i] for pair in factors), start=1) for i in (0, 1))
+    return [(first * p, second * q) for first, second in classes]
 
 
 def _aligned(boxes: Tensor, weights: list[Tensor]) -> Tensor | None:

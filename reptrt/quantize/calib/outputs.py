@@ -16,7 +16,7 @@ from torch import Tensor
 from reptrt.data.dataset import Dataset
 from reptrt.execute.torchgraph import Override, TorchGraph
 from reptrt.quantize.calib.collect import COMPUTE_BATCH
-from reptrt.quantize.calib.measure import Measure
+from reptrt.quantize.calib.measure import Measure, Sums, added, relative
 
 _MOST_HELD_OUT = 64  # images
 _NOTHING: Mapping[str, Tensor] = MappingProxyType({})
@@ -77,23 +77,13 @@ class Outputs:
             constants: name -> value, for constants of that graph to replace.
             overrides: tensor name -> function of the tensor, applied in that graph.
         """
-        total = 0.0
+        sums: Sums = {}
         for x, exact in self._exact:
             outputs = self._run(graph, x, constants, overrides)
-            sums = self._measure.sums(exact, outputs)
-            total += sum(float(error) / self._units[group] for group, (_, error) in sums.items())
-        return total
-
-    @functools.cached_property
-    def _units(self) -> dict[str, float]:
-        """The power of each real-valued output, in which its error is measured; 1 for one alone."""
-        powers: dict[str, float] = {}
-        for _, exact in self._exact:
-            for group, (signal, _) in self._measure.sums(exact, exact).items():
-                powers[group] = powers.get(group, 0.0) + float(signal)
-        if len(powers) == 1:
-            return dict.fromkeys(powers, 1.0)
-        return {group: power or 1.0 for group, power in powers.items()}
+            sums = added(sums, self._measure.sums(exact, outputs))
+        if len(sums) == 1 and not self._measure.is_detector:
+            return sum(float(error) for _, error in sums.values())
+        return sum(float(relative(*pair)) for pair in sums.values())
 
     def _run(
         self,

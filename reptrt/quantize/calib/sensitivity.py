@@ -25,7 +25,7 @@ from reptrt.core.progress import track
 from reptrt.data.dataset import Dataset
 from reptrt.execute.torchgraph import Override, TorchGraph
 from reptrt.graph.probes import Probe
-from reptrt.quantize.calib.measure import Measure
+from reptrt.quantize.calib.measure import Measure, Sums, added, relative
 
 _LOG = logging.getLogger(__name__)
 
@@ -75,15 +75,11 @@ def errors_alone(
         overrides: tensor name -> function of the tensor, applied in the quantized layer.
     """
     measure = Measure(pair.exact)
-    powers: dict[str, float] = {}
-    errors: dict[str, dict[str, float]] = {probe.layer: {} for probe in probes}
+    errors: dict[str, Sums] = {probe.layer: {} for probe in probes}
     for alone in outputs_alone(pair, probes, dataset, measure.names, overrides):
-        for group, (power, error) in measure.sums(alone.exact, alone.outputs).items():
-            if alone.is_last:
-                powers[group] = powers.get(group, 0.0) + float(power)
-            sums = errors[alone.layer]
-            sums[group] = sums.get(group, 0.0) + float(error)
-    return {layer: _relative(sums, powers) for layer, sums in errors.items()}
+        sums = measure.sums(alone.exact, alone.outputs)
+        errors[alone.layer] = added(errors[alone.layer], sums)
+    return {layer: _mean_error(sums) for layer, sums in errors.items()}
 
 
 def outputs_alone(
@@ -157,7 +153,7 @@ def _alive(
     return tuple(dict.fromkeys((*behind, probe.origin, probe.output)))
 
 
-def _relative(errors: Mapping[str, float], powers: Mapping[str, float]) -> float:
-    """Return the mean over groups of error / power; a group without power counts as it is."""
-    ratios = [error / (powers[group] or 1.0) for group, error in errors.items()]
+def _mean_error(sums: Sums) -> float:
+    """Return the mean over groups of their relative errors."""
+    ratios = [float(relative(*pair)) for pair in sums.values()]
     return sum(ratios) / max(len(ratios), 1)

@@ -19,7 +19,7 @@ from torch import Tensor
 from reptrt.core.errors import CalibrationError, option
 from reptrt.execute.torchgraph import TorchGraph, exact_math
 from reptrt.quantize.calib.collect import COMPUTE_BATCH
-from reptrt.quantize.calib.measure import Measure
+from reptrt.quantize.calib.measure import Measure, relative
 from reptrt.quantize.reconstruct.options import LearnOptions
 from reptrt.quantize.reconstruct.rounding import SoftCodes, beta_at
 from reptrt.quantize.reconstruct.state import Sites, State, dequantized_weights, simulation
@@ -68,9 +68,7 @@ def errors_of(
     if not any(measure.is_measured(name) for name in targets):
         return [relative_error(values[name], target, loss) for name, target in targets.items()]
     sums = measure.sums(targets, values, 1 if loss == "mae" else 2)
-    return [
-        error / signal.to(error.dtype).clamp_min(_LEAST_SIGNAL) for signal, error in sums.values()
-    ]
+    return [relative(*pair) for pair in sums.values()]
 
 
 def held_out_error(task: Task, state: State, images: Tensor, loss: str) -> float:
