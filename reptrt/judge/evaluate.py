@@ -32,6 +32,13 @@ With ``--task segment``:
 
 ``miou`` is the mean of ``class_iou`` over the classes that are in a mask or were found somewhere,
 others are null; all are null without masks (`reptrt.judge.tasks.segment`).
+
+With ``--task any``, ``top1``, ``top5`` and ``agreement`` are null, and of each output
+
+    "cosine": {"image": 0.9998}, "psnr_db": {"image": 41.2}
+
+are what they are with the reference; ``psnr_db`` of pictures only, null if they are equal
+(`reptrt.judge.tasks.anything`).
 """
 
 import contextlib
@@ -136,11 +143,11 @@ class EvalReport(Result):
         for result in self.results:
             sqnr = "-" if result.sqnr_db is None else f"{result.sqnr_db:.2f}"
             table.add_row(result.file, str(result.images), *self._cells(result.measures), sqnr)
-            for name, measures in result.rows.items():
-                table.add_row(f"  {name}", "", *self._cells(measures), "")
-            several = result.outputs is not None and len(result.outputs) > 1
-            for name, ratio in (result.outputs or {}).items() if several else ():
-                table.add_row(f"  {name}", "", *self._cells({}), f"{ratio:.2f}")
+            outputs = result.outputs or {}
+            several = outputs if len(outputs) > 1 else {}
+            for name in dict.fromkeys((*result.rows, *several)):
+                sqnr = f"{several[name]:.2f}" if name in several else ""
+                table.add_row(f"  {name}", "", *self._cells(result.rows.get(name, {})), sqnr)
         return table
 
     def _cells(self, measures: Measures) -> list[str]:
@@ -255,10 +262,10 @@ class Judged:
         self.bad += bad
         if self.bad:
             return
-        self.tally.add(outputs)
         if self.distance is not None and reference is not None:
             _check_shapes(self.name, reference, outputs)
             self.distance.add(reference, outputs)
+        self.tally.add(outputs, reference)
 
     def findings(self) -> Any:
         """Return what the task found out.

@@ -35,7 +35,8 @@ class TaskOptions:
     task: TaskName = described(
         "classify",
         "Meaning of the outputs: classify for scores of classes; detect for boxes, judged by mAP; "
-        "segment for classes of pixels, judged by mIoU; any compares only SQNR.",
+        "segment for classes of pixels, judged by mIoU; any compares with the reference "
+        "alone.",
     )
     annotations: Path | None = described(
         None,

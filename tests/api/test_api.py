@@ -401,8 +401,8 @@ WRONG: dict[str, Callable[[Any, nn.Module], Any]] = {
     "recipe: got 'slow', expected one of fast, balanced": lambda n, m: reptrt.calibrate(
         n, PIXELS, recipe="slow"
     ),
-    "task: got 'detection', expected one of classify, detect, any": lambda n, m: reptrt.evaluate(
-        n, PIXELS, task="detection"
+    "task: got 'detection', expected one of classify, detect, segment, any": lambda n, m: (
+        reptrt.evaluate(n, PIXELS, task="detection")
     ),
     "shapes: got 'a:b', expected MIN:OPT:MAX": lambda n, m: reptrt.build_engine(
         n, "a.engine", shapes="a:b"

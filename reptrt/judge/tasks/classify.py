@@ -44,7 +44,7 @@ class _Tally:
         self._hits: dict[str, list[npt.NDArray[np.bool_]]] = {key: [] for key in _RANKS}
         self._seen = 0  # images
 
-    def add(self, outputs: Outputs) -> None:
+    def add(self, outputs: Outputs, reference: Outputs | None = None) -> None:
         scores = class_scores(first_of(outputs))
         if scores is None or self._best is None:
             if self._best is not None:

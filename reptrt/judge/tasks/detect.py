@@ -81,7 +81,7 @@ class _Tally:
         self._reader: Reader | None = None
         self._detections: list[Detections] = []
 
-    def add(self, outputs: Outputs) -> None:
+    def add(self, outputs: Outputs, reference: Outputs | None = None) -> None:
         options = self._options
         if self._reader is None:
             self._reader = reader_of(

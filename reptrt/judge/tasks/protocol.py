@@ -2,7 +2,7 @@
 
     task = open_task(options, images)          # reads labels or annotations
     tally = task.tally(name, dataset)          # one for each network
-    for batch in ...: tally.add(outputs)       # in the order of the data set
+    for batch in ...: tally.add(outputs, outputs_of_reference)  # in the order of the data set
     findings = tally.findings()
     measures = {**findings.measures, **task.compare(findings_of_reference, findings)}
 
@@ -66,8 +66,13 @@ F_co = TypeVar("F_co", bound=Findings, covariant=True)
 class Tally(Protocol[F_co]):
     """Collects what a task needs of the outputs of one network, batch by batch."""
 
-    def add(self, outputs: Outputs) -> None:
+    def add(self, outputs: Outputs, reference: Outputs | None = None) -> None:
         """Add the outputs (n, ...) of the next n images of the data set, all finite.
+
+        Args:
+            outputs: of the network.
+            reference: the outputs of the reference for these images, of the same shapes; None
+                without one.
 
         Raises:
             ReptrtError: the outputs cannot be those of a network for this task, or do not fit the

@@ -52,7 +52,7 @@ class _Tally:
         self._confusion: IntArray = np.zeros((0, 0), dtype=np.int64)  # [mask, network]: pixels
         self._maps: list[bytes] = []
 
-    def add(self, outputs: Outputs) -> None:
+    def add(self, outputs: Outputs, reference: Outputs | None = None) -> None:
         for output in _scores_or_classes(self._name, first_of(outputs)):
             classes = output.argmax(axis=0) if output.ndim == 3 else output
             index = len(self._maps)
