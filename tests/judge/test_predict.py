@@ -20,8 +20,9 @@ from reptrt.judge.predict.report import Predictions
 from reptrt.trt.options import PackageOptions
 from reptrt.trt.package import package
 from tests.support.detectors import colour_detector
+from tests.support.engines import engine_details, write_fake_engine
 from tests.support.helpers import ort_run
-from tests.support.tiny_nets import classifier
+from tests.support.tiny_nets import classifier, quantized_conv
 
 _RED, _GREEN = (255, 0, 0), (0, 255, 0)
 
@@ -230,10 +231,13 @@ def test_networks_and_options_that_do_not_fit(detector: Path, image: Path, tmp_p
         (detector, {"labels": names}, "look like raw .*2 classes.*, expected 3 classes"),
         (net, {"labels": names}, "labels: .* has 3 names, the net has 10 classes"),
         (net, {"task": "detect"}, "of no detector known here"),
-        (detector, {"task": "classify"}, "are no scores of classes"),
+        (detector, {"task": "classify"}, "are those of a detector, raw .*: leave out task"),
+        (_save(quantized_conv(), tmp_path / "map.onnx"), {}, "and not one output with scores"),
         (detector, {"layout": "ultralytics"}, "of no detector of form ultralytics"),
         (detector, {"max_boxes": 0}, "max_boxes: got 0, expected 1 or more"),
     ]
+    engine = write_fake_engine(tmp_path / "m.engine", b"", engine_details(preprocess=None))
+    cases.append((engine, {}, "m.engine: how its images are prepared is unknown"))
     for file, options, reason in cases:
         with pytest.raises((ConfigError, ReptrtError), match=reason):
             reptrt.predict(file, image, **options)

@@ -29,6 +29,7 @@ from reptrt.judge.predict.draw import Bar, Mark, draw_boxes, draw_classes
 from reptrt.judge.predict.files import Listed, listed_images, pictures_of, write_picture
 from reptrt.judge.predict.options import PredictOptions
 from reptrt.judge.predict.report import Finding, Prediction, Predictions
+from reptrt.trt.details import read_engine_record
 
 _BATCH = 8  # images that are run at a time
 _BEST = 5  # classes that a classifier names
@@ -64,10 +65,10 @@ def predict(
     labels = None
     if options.labels is not None:
         labels = read_labels(options.labels, None, label_of(network))
+    preprocess = _preprocess(network, options)
     with open_runner(
         network, runner=options.runner, threads=options.threads, device=options.device
     ) as runner:
-        preprocess = _preprocess(network, options)
         task = _task(label_of(network), _probe(runner, preprocess), labels, options)
         if task == "detect" and options.resize is None and _says_nothing(network):
             preprocess = replace(preprocess, resize="letterbox")
@@ -82,6 +83,13 @@ def predict(
 
 
 def _preprocess(network: Network, options: PredictOptions) -> Preprocess:
+    if isinstance(network, Path) and is_engine(network):
+        record = read_engine_record(network)
+        if record is None or record.details.preprocess is None:
+            raise ConfigError(
+                f"{network}: how its images are prepared is unknown; expected {network.name}.json "
+                "beside it, as reptrt build-engine writes it for a file of reptrt export"
+            )
     preprocess = preprocess_of(network)
     return preprocess if options.resize is None else replace(preprocess, resize=options.resize)
 
@@ -110,11 +118,12 @@ def _task(
             raise ConfigError(f"{name}: {layout}")
         return "detect"
     if scores is None:
-        reason = "" if isinstance(layout, DetectorLayout) else f"; {layout}"
-        raise ConfigError(
-            f"{name}: its outputs {shapes} are no scores of classes (N, C) for one class of an "
-            f"image{reason}"
-        )
+        if isinstance(layout, DetectorLayout):
+            raise ConfigError(
+                f"{name}: its outputs are those of a detector, {layout}; expected scores of "
+                f"classes (N, C): leave out {option('task', 'classify')}"
+            )
+        raise ConfigError(f"{name}: {layout}, and not one output with scores of classes (N, C)")
     if count not in (None, scores.shape[1]):
         raise ConfigError(
             f"{option('labels')}: {options.labels} has {count} names, the net has "
