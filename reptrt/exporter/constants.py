@@ -133,7 +133,9 @@ def _write_targets(model: onnx.ModelProto) -> int:
     taken = {tensor.name for tensor in graph.initializer}
     constants, changed = frozenset(taken), 0
     for node in graph.node:
-        if node.op_type != "Reshape" or node.input[1] in constants or node.attribute:
+        if node.op_type != "Reshape" or node.input[1] in constants:
+            continue
+        if any(entry.name == "allowzero" and entry.i for entry in node.attribute):
             continue
         before, after = (shapes.get(name) for name in (node.input[0], node.output[0]))
         sizes = [_kept_size(before or (), index, dim) for index, dim in enumerate(after or ())]

@@ -17,12 +17,18 @@ _PIXEL_STEP = 20.0  # a std or mean of pixels 0..255 is larger, one of pixels 0.
 _BYTE_MOST = 255
 
 
+def image_input(net: Net) -> gs.Tensor:
+    """Return the input of a net that a node reads; the first input if none is read."""
+    inputs = net.graph.inputs
+    return next((tensor for tensor in inputs if tensor.outputs), inputs[0])
+
+
 def layout_of(net: Net) -> Layout:
     """Return NHWC if all that reads the input is a Transpose from (N, H, W, C), else NCHW.
 
     Casts and affines by constants may stand in front of the Transpose.
     """
-    nodes = list(_first_nodes(net.graph.inputs[0], (*_SAME_VALUES, *_AFFINE)))
+    nodes = list(_first_nodes(image_input(net), (*_SAME_VALUES, *_AFFINE)))
     is_last = nodes and all(
         node.op == "Transpose" and node.attrs.get("perm") == _TO_CHANNELS_FIRST for node in nodes
     )
@@ -35,7 +41,7 @@ def values_of(net: Net) -> InputValues:
     A UINT8 input takes bytes. A float input takes pixels 0..255 if the first affine by a constant
     is of their scale: a mean or divisor of 20 or more, or a factor of 1 / 20 or less.
     """
-    image = net.graph.inputs[0]
+    image = image_input(net)
     if image.dtype == np.uint8:
         return "bytes"
     nodes = list(_first_nodes(image, (*_SAME_VALUES, "Transpose")))

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from reptrt.core.choices import InputValues, Layout, Resize
 from reptrt.core.errors import ConfigError, ReptrtError, option
 from reptrt.core.options_json import options_from_json
-from reptrt.graph.input_form import layout_of, values_of
+from reptrt.graph.input_form import image_input, layout_of, values_of
 from reptrt.graph.net import Net, get_json, set_json
 
 _KEY = "preprocess"
@@ -207,7 +207,7 @@ def read_preprocess(net: Net) -> Preprocess:
     stored = stored_preprocess(net)
     if stored is not None:
         return stored
-    tensor = net.graph.inputs[0]
+    tensor = image_input(net)
     shape = tuple(tensor.shape or ())
     if len(shape) != 4 or not all(isinstance(size, int) and size > 0 for size in shape[1:]):
         raise ConfigError(

@@ -27,7 +27,7 @@ def run_dataset(runners: Sequence[Runner], dataset: Dataset, batch_size: int) ->
 
     Raises:
         DataError: the images cannot be read, or a network refuses them.
-        ArtifactError: the first axis of a first output is not the batch.
+        ArtifactError: the first axis of no output is the batch.
     """
     parts: list[list[Outputs]] = [[] for _ in runners]
     num_batches = -(-dataset.length // batch_size)
@@ -44,20 +44,22 @@ def run_batch(runner: Runner, batch: Float32Array) -> Outputs:
 
     Raises:
         DataError: the network refuses the images.
-        ArtifactError: the first axis of the first output is not the batch.
+        ArtifactError: the first axis of no output is the batch.
     """
     parts: list[Outputs] = []
+    left = len(batch)
     for outputs in outputs_in_parts(runner, batch):
-        rows = len(next(iter(outputs.values())))
-        parts.append({k: v for k, v in outputs.items() if v.ndim and len(v) == rows})
-    joined = _joined(parts)
-    rows = len(first_of(joined))
-    if rows != len(batch):
-        raise ArtifactError(
-            f"output {next(iter(joined))}: {rows} rows for {len(batch)} images; expected the batch "
-            "as its first axis"
-        )
-    return joined
+        images = min(left, runner.input_shape[0] or left)
+        left -= images
+        kept = {k: v for k, v in outputs.items() if v.ndim and len(v) == images}
+        if not kept:
+            name, value = next(iter(outputs.items()))
+            raise ArtifactError(
+                f"output {name}: shape {value.shape} for {images} images; expected the batch as "
+                "its first axis"
+            )
+        parts.append(kept)
+    return _joined(parts)
 
 
 def _joined(parts: Sequence[Outputs]) -> Outputs:

@@ -2,7 +2,7 @@
 
 1. Add, Sub, and Sum of any number of tensors.
 2. ``torch.stack(branches).sum(axis)``: Unsqueeze each -> Concat -> ReduceSum on the same axis; with
-   ReduceMean the mean.
+   ReduceMean the mean. So is Concat of channels -> Reshape to (N, branches, C, ...) -> ReduceSum.
 3. A tree of these, whose inner sums nothing else reads, is one sum.
 """
 
@@ -107,11 +107,16 @@ def _inner_sum(graph: gs.Graph, tensor: gs.Tensor) -> gs.Node | None:
 
 def _stacked(node: gs.Node) -> tuple[Summand, ...]:
     """Return the tensors that a reduction over the axis they were stacked on adds up."""
-    concat = producer(node.inputs[0])
+    above = producer(node.inputs[0])
+    if above is None or node.attrs.get("keepdims", 1) or len(above.outputs[0].outputs) > 1:
+        return ()
+    concat = producer(above.inputs[0]) if above.op == "Reshape" else above
     if concat is None or concat.op != "Concat" or len(concat.outputs[0].outputs) > 1:
         return ()
+    if above.op == "Reshape":
+        return _reshaped(node, above, concat)
     parts = [producer(tensor) for tensor in concat.inputs]
-    if node.attrs.get("keepdims", 1) or len(parts) < 2:
+    if len(parts) < 2:
         return ()
     tensors = []
     for part in parts:
@@ -122,6 +127,22 @@ def _stacked(node: gs.Node) -> tuple[Summand, ...]:
         if len(where) > 1 or rank == 1:
             return ()
         tensors.append(part.inputs[0])
+    return _equally(node, tensors)
+
+
+def _reshaped(node: gs.Node, reshape: gs.Node, concat: gs.Node) -> tuple[Summand, ...]:
+    """Return the tensors whose channels a Concat joins, where a Reshape takes them apart again."""
+    shapes = [tuple(tensor.shape or ()) for tensor in concat.inputs]
+    apart = tuple(reshape.outputs[0].shape or ())
+    rank = len(shapes[0])
+    if rank < 2 or concat.attrs["axis"] % rank != 1 or _only_axis(node, rank + 1) != 1:
+        return ()
+    is_stack = len(apart) == rank + 1 and apart[1] == len(shapes) and isinstance(apart[2], int)
+    alike = all(len(s) == rank and s[1:] == apart[2:] for s in shapes)
+    return _equally(node, concat.inputs) if is_stack and alike and len(shapes) > 1 else ()
+
+
+def _equally(node: gs.Node, tensors: Sequence[gs.Tensor]) -> tuple[Summand, ...]:
     factor = 1.0 if node.op == "ReduceSum" else 1.0 / len(tensors)
     return tuple(Summand(tensor, factor) for tensor in tensors)
 

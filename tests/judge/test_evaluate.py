@@ -154,6 +154,35 @@ def test_outputs_are_matched_by_name(data: Path, tmp_path: Path) -> None:
     assert result.outputs == pytest.approx({"boxes": np.inf, "scores": 20.0}, abs=0.02)
 
 
+def test_a_first_output_without_the_batch_is_left_out(data: Path, tmp_path: Path) -> None:
+    """What NonMaxSuppression selects has as many rows as it finds."""
+    model = detector((0, 0.1), ("boxes", "scores"))
+    model.graph.node.append(helper.make_node("NonZero", ["boxes"], ["selected"]))
+    rows = helper.make_tensor_value_info("selected", onnx.TensorProto.INT64, [4, "K"])
+    model.graph.output.insert(0, rows)
+    exact = save(tmp_path / "float.onnx", detector((0, 0), ("boxes", "scores")))
+    both = save(tmp_path / "both.onnx", model)
+    for reference, scores in ((both, np.inf), (exact, 20.0)):
+        options = EvaluateOptions(reference=reference, task="any", threads=1)
+        outputs = only(evaluate([both], data, options)).outputs
+        assert outputs == pytest.approx({"boxes": np.inf, "scores": scores}, abs=0.02)
+    del model.graph.output[1:]
+    alone = save(tmp_path / "alone.onnx", model)
+    message = r"output selected: shape \(4, \d+\) for 50 images; expected the batch as its first"
+    with pytest.raises(ArtifactError, match=message):
+        evaluate([alone], data, EvaluateOptions(task="any", threads=1))
+
+
+def test_a_reference_with_an_unused_first_input(data: Path, tmp_path: Path) -> None:
+    model = detector((0, 0), ("boxes", "scores"))
+    del model.metadata_props[:]
+    size = helper.make_tensor_value_info("im_info", onnx.TensorProto.FLOAT, ["N", 3])
+    model.graph.input.insert(0, size)
+    path = save(tmp_path / "float.onnx", model)
+    result = only(evaluate([path], data, EvaluateOptions(reference=path, task="any", threads=1)))
+    assert result.identical
+
+
 def test_a_reference_beside_the_files_has_no_row(nets: tuple[Path, Path], data: Path) -> None:
     result = only(evaluate([nets[1]], data, EvaluateOptions(reference=nets[0], threads=1)))
     assert result.file == str(nets[1])

@@ -14,7 +14,7 @@ ACTIVATIONS = {
     "relu6": nn.ReLU6,
     "none": nn.Identity,
 }
-FORMS = ("add", "sub", "stack", "mean", "alpha first", "alpha last")
+FORMS = ("add", "sub", "stack", "mean", "view", "alpha first", "alpha last")
 OUTER = ("none", "norm", "frozen")
 HEADS = ("average", "mean", "maximum", "flatten", "1x1")
 SIZE = 8
@@ -92,6 +92,9 @@ class RepBlock(nn.Module):
         return self.activation(self.outer(self.summed([branch(x) for branch in self.branches])))
 
     def summed(self, parts: list[Tensor]) -> Tensor:
+        if self.form == "view" and len(parts) > 1:
+            n, *sizes = parts[0].shape
+            return torch.cat(parts, 1).view(n, len(parts), *sizes).sum(1)
         if self.form in ("stack", "mean") and len(parts) > 1:
             stacked = torch.stack(parts)
             return stacked.sum(0) if self.form == "stack" else stacked.mean(0)
