@@ -51,7 +51,10 @@ def evaluate(
         nets: a network, or several: .onnx and .engine files, results of export and calibrate.
         data: held-out images, in the forms that `calibrate` takes. Labels come with them: a pair
             (images, labels), a loader that yields such pairs, an .npz with an array y, a folder
-            with one sub-folder for each class. Without labels there is no top-1.
+            with one sub-folder for each class. Without labels there is no top-1. For task detect:
+            a folder of images with a COCO json (``annotations``), or a pair (images, targets) or a
+            loader of them, with a dict of ``boxes`` (n, 4), x1 y1 x2 y2, and ``labels`` (n,), 0 to
+            C - 1, for each image.
         reference: what the outputs are compared with; None: the first of several networks.
         options: the options as one value, in place of their defaults.
         **changes: single options.
@@ -64,7 +67,11 @@ def evaluate(
     networks = networks_from(nets, "nets")
     first = _first(networks, reference, judging.reference, "reference")
     images = images_from(
-        data, limit=judging.limit, labels=judging.task == "classify", parameter="data"
+        data,
+        limit=judging.limit,
+        labels=judging.task == "classify",
+        targets=judging.task == "detect",
+        parameter="data",
     )
     return evaluation.evaluate(networks, images, judging, reference=first)
 
@@ -212,7 +219,11 @@ def rank_layers(
     if options is None and "images" not in changes:
         ranks = replace(ranks, calibrate=at_most_all(ranks.calibrate, images))
     judged = images_from(
-        eval_data, limit=ranks.eval_limit, labels=ranks.task == "classify", parameter="eval_data"
+        eval_data,
+        limit=ranks.eval_limit,
+        labels=ranks.task == "classify",
+        targets=ranks.task == "detect",
+        parameter="eval_data",
     )
     return ranking.rank_layers(model_from(net, "net"), judged, images, ranks)
 

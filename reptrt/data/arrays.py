@@ -11,6 +11,7 @@ import numpy as np
 
 from reptrt.core.arrays import AnyArray, IntArray
 from reptrt.core.errors import DataError
+from reptrt.data.objects import Objects
 from reptrt.graph.preprocess import Preprocess
 
 BLOCK = 256  # images at a time in passes over all of them; bounds their memory
@@ -31,6 +32,7 @@ class Arrays:
     name: str  # what messages and sidecars call them: a path, or a parameter's name
     images: AnyArray  # (N, C, H, W), or (N, H, W, C) in memory: uint8 pixels, or ready floats
     labels: IntArray | None = None  # (N,), class indices
+    objects: tuple[Objects, ...] | None = None  # of each image, boxes in pixels of the array
 
     def checked(self, preprocess: Preprocess) -> "Arrays":
         """Return the images as (N, C, H, W), as one network takes them.

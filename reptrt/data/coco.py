@@ -10,25 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from reptrt.core.arrays import Float64Array, IntArray
 from reptrt.core.errors import DataError, option
+from reptrt.data.objects import Objects
 
 _BESIDE = ("instances_{}.json", "annotations/instances_{}.json", "{}.json")
 _INSIDE = ("_annotations.coco.json", "annotations.json", "instances.json")
 _LOG = logging.getLogger(__name__)
 _SLACK = 1.0  # pixels that a box may reach beyond its image: rounding
 _FORM = "expected a COCO json: an object with the lists images, annotations and categories"
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Objects:
-    """What is to be found in one image; boxes in pixels of the image as it was, not prepared."""
-
-    boxes: Float64Array  # (n, 4): x1 y1 x2 y2
-    classes: IntArray  # (n,): 0 to C - 1
-    areas: Float64Array  # (n,): by which objects are small, medium or large; of a mask, if known
-    crowds: IntArray  # (n,): 1 for a group of objects that is neither right nor wrong to find
-    size: tuple[int, int] | None = None  # height and width of the image; None: not recorded
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -18,6 +18,7 @@ from reptrt.core.arrays import AnyArray, Float32Array, IntArray
 from reptrt.core.errors import ConfigError, DataError, option
 from reptrt.data.arrays import BLOCK, ArrayImages, Arrays, load_arrays
 from reptrt.data.images import ImageFiles, list_images
+from reptrt.data.objects import Objects
 from reptrt.graph.preprocess import Fit, Preprocess
 
 Images = Path | Arrays  # a folder or an array file; or images in memory
@@ -42,6 +43,7 @@ class Dataset:
     num_classes: int | None = None  # number of class folders; None: labels came otherwise
     names: tuple[str, ...] | None = None  # files below the folder, with slashes; None: arrays
     fits: tuple[Fit, ...] | None = None  # where each image lies in the input; None: arrays
+    objects: tuple[Objects, ...] | None = None  # in each image; None: not given with the images
 
     def batches(self, size: int) -> Iterator[Float32Array]:
         """Yield the images in order, float32, ``size`` at a time, the last fewer.
@@ -82,6 +84,7 @@ class Dataset:
             source=SelectedImages(self.source, taken),
             names=None if self.names is None else tuple(self.names[i] for i in taken),
             fits=None if self.fits is None else tuple(self.fits[i] for i in taken),
+            objects=None if self.objects is None else tuple(self.objects[i] for i in taken),
         )
 
     def digest(self) -> str:
@@ -128,13 +131,14 @@ def open_dataset(
         source: PixelSource = files
         names: tuple[str, ...] | None = files.names
         fits: tuple[Fit, ...] | None = files.fits
-        all_labels, num_classes = listed.labels, listed.num_classes
+        all_labels, num_classes, objects = listed.labels, listed.num_classes, None
     else:
         arrays = images if isinstance(images, Arrays) else load_arrays(images)
         arrays, name, all_labels = arrays.checked(preprocess), arrays.name, arrays.labels
         names = fits = num_classes = None
         taken = _sample(name, len(arrays.images), limit, seed, parameter)
         source = ArrayImages(arrays, taken, preprocess)
+        objects = None if arrays.objects is None else tuple(arrays.objects[i] for i in taken)
     if labels and all_labels is None:
         raise DataError(
             f"{name}: no labels; expected one sub-folder for each class, or an .npz with an array y"
@@ -142,7 +146,7 @@ def open_dataset(
     kept = None if all_labels is None else all_labels[taken]
     if kept is not None:
         kept.flags.writeable = False
-    return Dataset(name, len(taken), kept, preprocess, source, num_classes, names, fits)
+    return Dataset(name, len(taken), kept, preprocess, source, num_classes, names, fits, objects)
 
 
 def count_images(images: Images) -> int:

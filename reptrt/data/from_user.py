@@ -5,8 +5,9 @@ a DataLoader over a dataset with labels yields it. Pixels are uint8 and are prep
 says; floats are the network's input already, as the transforms of a DataLoader leave them.
 """
 
+import functools
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from reptrt.core.arrays import AnyArray
 from reptrt.core.errors import DataError, option
 from reptrt.data.arrays import Arrays, checked_labels
 from reptrt.data.dataset import Images
+from reptrt.data.objects import Objects, are_targets, objects_from_target
 
 _EXPECTED = (
     "expected an array or tensor (N, C, H, W), a pair of it and its labels, a DataLoader or other "
@@ -26,10 +28,16 @@ _EXPECTED = (
 class _Batch(NamedTuple):
     images: AnyArray
     labels: AnyArray | None
+    objects: tuple[Objects, ...] | None = None
 
 
 def images_from(
-    value: Any, *, limit: int | None = None, labels: bool = True, parameter: str = "images"
+    value: Any,
+    *,
+    limit: int | None = None,
+    labels: bool = True,
+    targets: bool = False,
+    parameter: str = "images",
 ) -> Images:
     """Return images in any form that a program has them in, ready for `open_dataset`.
 
@@ -39,6 +47,9 @@ def images_from(
         value: a path; an array or tensor; a pair (images, labels); an iterable of either.
         limit: so many images of an iterable are enough: the first ones, in its order.
         labels: whether labels are wanted; else whatever stands beside images is ignored.
+        targets: whether boxes are wanted: a list with a dict of ``boxes`` and ``labels`` for each
+            image, as torchvision's detection data sets give them. The images may then be a list of
+            arrays (C, H, W) of one size.
         parameter: the name of the caller's parameter, for messages.
 
     Raises:
@@ -49,21 +60,24 @@ def images_from(
         return value
     if isinstance(value, str | os.PathLike):
         return Path(value)
-    if (batch := _batch(value, where, labels)) is not None:
+    read = _detection_batch if targets else functools.partial(_batch, with_labels=labels)
+    if (batch := read(value, where)) is not None:
         return _joined([batch], parameter)
     if isinstance(value, Mapping) or not isinstance(value, Iterable):
         is_torch_dataset = hasattr(value, "__getitem__") and not isinstance(value, Mapping)
         hint = "; wrap it in torch.utils.data.DataLoader" if is_torch_dataset else ""
         raise DataError(f"{where}: got {_kind(value)}, {_EXPECTED}{hint}")
-    batches = list(_until(_batches(value, where, labels), limit))
+    batches = list(_until(_batches(value, where, read), limit))
     if not batches:
         raise DataError(f"{where}: got no batches from {_kind(value)}, expected at least one")
     return _joined(batches, parameter)
 
 
-def _batches(value: Iterable[Any], where: str, labels: bool) -> Iterator[_Batch]:
+def _batches(
+    value: Iterable[Any], where: str, read: Callable[[Any, str], _Batch | None]
+) -> Iterator[_Batch]:
     for index, item in enumerate(value):
-        batch = _batch(item, f"{where}: batch {index}", labels)
+        batch = read(item, f"{where}: batch {index}")
         if batch is None:
             kinds = ", ".join(type(entry).__name__ for entry in item) if _is_sequence(item) else ""
             inside = f" ({kinds})" if kinds else ""
@@ -77,8 +91,12 @@ def _batches(value: Iterable[Any], where: str, labels: bool) -> Iterator[_Batch]
 def _until(batches: Iterator[_Batch], limit: int | None) -> Iterator[_Batch]:
     """Yield batches until they hold ``limit`` images; the last is cut."""
     left = limit
-    for images, labels in batches:
-        yield _Batch(images[:left], None if labels is None else labels[:left])
+    for images, labels, objects in batches:
+        yield _Batch(
+            images[:left],
+            None if labels is None else labels[:left],
+            None if objects is None else objects[:left],
+        )
         if left is not None:
             left -= len(images)
             if left <= 0:
@@ -101,6 +119,31 @@ def _batch(value: Any, where: str, with_labels: bool) -> _Batch | None:
         return None
     labels = others[0] if others[0] is not None else _list_of_labels(value[1], where)
     return _Batch(images, checked_labels(f"{where}: labels", labels, len(images)))
+
+
+def _detection_batch(value: Any, where: str) -> _Batch | None:
+    """Return a pair of images and targets as a batch, else images alone; None if it is neither."""
+    if not _is_sequence(value) or len(value) != 2 or not are_targets(value[1]):
+        return _batch(value, where, with_labels=False)
+    images = _array(value[0], where)
+    if images is None and _is_sequence(value[0]):
+        parts = [_array(entry, where) for entry in value[0]]
+        known = [part for part in parts if part is not None and part.ndim == 3]
+        sizes = {part.shape for part in known}
+        if len(known) < len(parts) or len(sizes) != 1:
+            raise DataError(
+                f"{where}: images of sizes {sorted(sizes)}, expected arrays (C, H, W) of one size: "
+                "that of the net; or give a folder of images and a COCO json"
+            )
+        images = np.stack(known)
+    if images is None:
+        return None
+    targets = value[1]
+    if len(targets) != len(_checked_rank(images, where)):
+        raise DataError(f"{where}: {len(images)} images and {len(targets)} targets")
+    named = enumerate(targets)
+    objects = tuple(objects_from_target(f"{where}: target {i}", of) for i, of in named)
+    return _Batch(images, None, objects)
 
 
 def _list_of_labels(value: Any, where: str) -> AnyArray:
@@ -156,7 +199,7 @@ def _joined(batches: list[_Batch], parameter: str) -> Arrays:
         DataError: they differ in shape or type, or only some have labels.
     """
     first = batches[0].images
-    for index, (images, labels) in enumerate(batches):
+    for index, (images, labels, _) in enumerate(batches):
         here, there = (f"{a.dtype} {a.shape[1:]}" for a in (images, first))
         if here != there:
             raise DataError(
@@ -171,8 +214,9 @@ def _joined(batches: list[_Batch], parameter: str) -> Arrays:
     if len(batches) == 1:
         return Arrays(parameter, *batches[0])
     images = np.concatenate([batch.images for batch in batches])
-    taken = [labels for _, labels in batches if labels is not None]
-    return Arrays(parameter, images, np.concatenate(taken) if taken else None)
+    taken = [batch.labels for batch in batches if batch.labels is not None]
+    objects = tuple(of for batch in batches for of in batch.objects or ())
+    return Arrays(parameter, images, np.concatenate(taken) if taken else None, objects or None)
 
 
 def _kind(value: Any) -> str:

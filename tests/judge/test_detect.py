@@ -8,9 +8,12 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+import torch
 from click.testing import CliRunner
 from onnx import TensorProto, helper
+from PIL import Image
 
+import reptrt
 from reptrt.cli import main
 from reptrt.core.errors import ConfigError, DataError, MissingDependencyError
 from reptrt.data.dataset import open_dataset
@@ -222,6 +225,68 @@ def test_eval_of_a_file(folder: Path, net: Path, tmp_path: Path) -> None:
     assert f"{100 * exact.measures['map']:.2f}" in text
     assert all(f"  {name}" in text for name in ORDERED)
     assert "change of mAP (95 %)" in text
+
+
+def test_targets_in_memory_are_a_json(tmp_path: Path, net: Path) -> None:
+    """Images of the net's size as files with a json, and as arrays, tensors and a loader."""
+    path = write_set(tmp_path / "same", same_size=True, count=6)
+    content = json.loads(path.read_text())
+    ordered = sorted(content["images"], key=lambda image: image["file_name"])
+    files = [np.asarray(Image.open(tmp_path / "same" / i["file_name"])) for i in ordered]
+    images = np.stack(files).transpose(0, 3, 1, 2)
+    targets = []
+    for image in ordered:
+        found = [a for a in content["annotations"] if a["image_id"] == image["id"]]
+        boxes = torch.tensor([a["bbox"] for a in found], dtype=torch.float64).reshape(-1, 4)
+        boxes[:, 2:] += boxes[:, :2]
+        labels = torch.tensor([sorted(IDS).index(a["category_id"]) for a in found])
+        crowds = torch.tensor([a["iscrowd"] for a in found])
+        targets.append({"boxes": boxes, "labels": labels, "iscrowd": crowds, "image_id": 3})
+    expected = reptrt.evaluate(net, tmp_path / "same", task="detect").to_dict()["results"][0]
+    loader = [(tuple(torch.tensor(images[i : i + 4])), targets[i : i + 4]) for i in (0, 4)]
+    for data in ((images, targets), loader):
+        got = reptrt.evaluate(net, data, task="detect").to_dict()["results"][0]
+        assert list(got.pop("classes").values()) == list(expected["classes"].values())
+        assert got == {key: value for key, value in expected.items() if key != "classes"}
+    few = reptrt.evaluate(net, loader, task="detect", limit=3)
+    assert few.results[0].images == 3
+
+
+TARGET = {"boxes": np.array([[1, 2, 5, 6]]), "labels": np.array([0])}
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        (
+            {"boxes": [[1, 2, 3, 4]]},
+            r"data: target 1 has boxes, expected boxes \(n, 4\) and labels",
+        ),
+        ({**TARGET, "labels": [0, 1]}, r"boxes have shape \(1, 4\), labels \(2,\)"),
+        ({**TARGET, "boxes": [[5, 2, 5, 6]]}, "boxes without width or height, expected x1 y1"),
+        ({**TARGET, "labels": [-1]}, "negative, expected classes from 0"),
+        ({**TARGET, "labels": [3]}, r"label 3 in the targets, .* 3 classes; .*subtract 1"),
+        (None, "2 images and 1 targets"),
+    ],
+)
+def test_targets_that_cannot_be_used(net: Path, target: Any, message: str) -> None:
+    images = np.zeros((2, 3, SIZE, SIZE), np.uint8)
+    targets = [TARGET] if target is None else [TARGET, target]
+    with pytest.raises(DataError, match=message):
+        reptrt.evaluate(net, (images, targets), task="detect")
+
+
+def test_images_in_memory_need_targets(folder: Path, net: Path) -> None:
+    images = np.zeros((2, 3, SIZE, SIZE), np.uint8)
+    with pytest.raises(DataError, match=r"data: has no annotations of boxes; .* pair of images"):
+        reptrt.evaluate(net, images, task="detect")
+    sizes = [np.zeros((3, 8, 8)), np.zeros((3, 9, 8))]
+    with pytest.raises(DataError, match=r"images of sizes \[\(3, 8, 8\), \(3, 9, 8\)\]"):
+        reptrt.evaluate(net, (sizes, [TARGET] * 2), task="detect")
+    path = folder.parent / "instances_val.json"
+    with pytest.raises(ConfigError, match="beside images with targets"):
+        reptrt.evaluate(net, (images, [TARGET] * 2), task="detect", annotations=path)
+    assert reptrt.evaluate(net, folder, task="detect", annotations=str(path)).results[0].score
 
 
 def test_a_limit_judges_on_a_sample(folder: Path, net: Path) -> None:

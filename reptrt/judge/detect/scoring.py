@@ -8,7 +8,7 @@ import numpy as np
 
 from reptrt.core.arrays import Float64Array, FloatArray
 from reptrt.core.errors import MissingDependencyError
-from reptrt.data.coco import Objects
+from reptrt.data.objects import Objects
 from reptrt.judge.detect.bootstrap import Matches, resampled_map
 from reptrt.judge.detect.boxes import Detections
 

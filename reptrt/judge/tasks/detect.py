@@ -16,12 +16,13 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from reptrt.core.arrays import Float64Array
-from reptrt.core.errors import DataError, option
+from reptrt.core.errors import ConfigError, DataError, option
 from reptrt.data.arrays import Arrays
-from reptrt.data.coco import Annotations, Objects, find_annotations, read_annotations
+from reptrt.data.coco import Annotations, find_annotations, read_annotations
 from reptrt.data.dataset import Dataset, Images
 from reptrt.data.images import NAMED, list_images
-from reptrt.graph.preprocess import Fit
+from reptrt.data.objects import Objects
+from reptrt.graph.preprocess import Fit, fit_of
 from reptrt.judge.detect.bootstrap import draws, interval_of_change, resampled_map
 from reptrt.judge.detect.boxes import Detections
 from reptrt.judge.detect.reader import Reader, reader_of
@@ -84,15 +85,18 @@ class _Tally:
     def add(self, outputs: Outputs, reference: Outputs | None = None) -> None:
         options = self._options
         if self._reader is None:
-            self._reader = reader_of(
-                self._name, outputs, self._preprocess, options, len(self._truth.class_names)
-            )
+            names = self._truth.class_names
+            known = None if names is None else len(names)
+            self._reader = reader_of(self._name, outputs, self._preprocess, options, known)
         for found in self._reader.detections(outputs, options):
             fit = self._fits[len(self._detections)]
             self._detections.append(found.in_image(fit, clip=options.clip))
 
     def findings(self) -> Found:
-        names = self._truth.class_names
+        assert self._reader is not None  # there is at least one batch
+        names = self._truth.class_names or _numbered(
+            self._name, self._objects, self._reader.layout.num_classes
+        )
         scores = score_detections(
             self._objects, self._detections, len(names), self._options.max_boxes
         )
@@ -104,7 +108,7 @@ class Detect:
 
     Args:
         options: of the task.
-        images: a folder of images.
+        images: a folder of images, or images in memory with the objects in them.
 
     Raises:
         DataError: annotations are missing, cannot be used, or are those of other images.
@@ -140,13 +144,26 @@ class Detect:
 
 
 class _Truth:
-    """The annotations of a folder of images, matched to its files."""
+    """The annotations of a folder of images, matched to its files; or those of images in memory.
+
+    Attributes:
+        class_names: None: the number of classes is that of the network.
+    """
+
+    class_names: tuple[str, ...] | None = None
 
     def __init__(self, images: Images, path: Path | None) -> None:
+        if isinstance(images, Arrays) and images.objects is not None:
+            if path is not None:
+                raise ConfigError(
+                    f"{option('annotations')}: got {path} beside images with targets; give one"
+                )
+            return
         if not isinstance(images, Path) or not images.is_dir():
             what = images.name if isinstance(images, Arrays) else images
             raise DataError(
-                f"{what}: has no annotations of boxes; expected a folder of images with a COCO json"
+                f"{what}: has no annotations of boxes; expected a folder of images with a COCO "
+                "json, or in memory a pair of images and a list with boxes and labels of each"
             )
         path = path or find_annotations(images)
         if path is None:
@@ -157,10 +174,7 @@ class _Truth:
         self._annotations = read_annotations(path)
         files = [file.relative_to(images).as_posix() for file in list_images(images).paths]
         self._objects = _matched(images, files, self._annotations)
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        return self._annotations.class_names
+        self.class_names = self._annotations.class_names
 
     def of(self, dataset: Dataset) -> list[Objects]:
         """Return the objects of each image of a data set.
@@ -168,6 +182,8 @@ class _Truth:
         Raises:
             DataError: images have another size than the annotations say.
         """
+        if dataset.objects is not None:
+            return list(dataset.objects)
         objects = [self._objects[name] for name in dataset.names or ()]
         wrong = []
         for name, fit, of in zip(dataset.names or (), _fits(dataset), objects, strict=True):
@@ -222,8 +238,30 @@ def _matched(folder: Path, files: Sequence[str], truth: Annotations) -> dict[str
 
 
 def _fits(dataset: Dataset) -> tuple[Fit, ...]:
-    assert dataset.fits is not None  # a folder
-    return dataset.fits
+    if dataset.fits is not None:
+        return dataset.fits
+    size = (dataset.preprocess.height, dataset.preprocess.width)
+    return (fit_of("none", *size, *size),) * dataset.length
+
+
+def _numbered(name: str, objects: Sequence[Objects], num_classes: int | None) -> tuple[str, ...]:
+    """Return names of classes that are known by their numbers alone.
+
+    Args:
+        name: of the network, for messages.
+        objects: of all images.
+        num_classes: of the network; None: its outputs do not tell.
+
+    Raises:
+        DataError: objects of classes that the network does not have.
+    """
+    largest = max((int(of.classes.max()) for of in objects if len(of.classes)), default=-1)
+    if num_classes is not None and largest >= num_classes:
+        raise DataError(
+            f"{name}: label {largest} in the targets, but the net has {num_classes} classes; "
+            f"expected 0 to {num_classes - 1} (subtract 1 if 0 is the background)"
+        )
+    return tuple(str(k) for k in range(num_classes or largest + 1))
 
 
 def _change_text(change: Mapping[str, Any]) -> str:
