@@ -76,6 +76,8 @@ def layout_of_outputs(
     if len(fitting) == 1:
         return fitting[0] if boxes == "auto" else replace(fitting[0], boxes=boxes)
     where = "outputs " + ", ".join(_text(shape) for shape in known)
+    if not found and form == "auto" and any(None in shape[1:] for shape in known):
+        return f"{where}: sizes are not known; state what they mean with {option('layout')}"
     if not found:
         kind = "detector known here" if form == "auto" else f"detector of form {form}"
         return f"{where}: of no {kind}"

@@ -74,7 +74,7 @@ def test_a_stated_form_and_stated_boxes_decide() -> None:
         ([(1, 2100, 8)], 80, "auto", "look like xywh-obj-cls .*3 classes.*, expected 80 classes"),
         ([(1, 300, 6)], 1, "auto", "may be xywh-obj-cls .* or xyxy-score-class .*--layout"),
         ([(1, 50, 4), (1, 50, 4)], None, "auto", "may be boxes-scores .* in more than one order"),
-        ([("n", "a", "b")], None, "auto", r"outputs \[\?, \?, \?\]: of no detector"),
+        ([("n", "a", "b")], None, "auto", r"outputs \[\?, \?, \?\]: sizes are .* --layout"),
         ([(1, 2100, 8)], None, "raw", "of no detector of form raw"),
         ([], None, "auto", "of no detector"),
     ],

@@ -234,7 +234,7 @@ def test_sizes_that_only_a_statement_tells() -> None:
     net = passing([(10, 8)])
     net.graph.outputs[0].shape = ["N", "a", "b"]
     net.graph.inputs[0].shape = ["N", "a", "b"]
-    with pytest.raises(RewriteError, match=r"outputs \[1, \?, \?\]: of no detector"):
+    with pytest.raises(RewriteError, match=r"outputs \[1, \?, \?\]: sizes are not known"):
         append_nms(net.copy(), "onnx", NmsOptions())
     append_nms(net, "onnx", NmsOptions(layout="xywh-obj-cls"))
     boxes, scores = random_boxes(np.random.default_rng(10), batch=2, rows=10, classes=3)
