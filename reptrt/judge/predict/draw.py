@@ -51,8 +51,10 @@ class Bar:
 
 
 def colour_of(index: int) -> Colour:
-    """Return the colour of a class."""
-    return PALETTE[index % len(PALETTE)]
+    """Return the colour of a class: the palette, then lighter, then darker, then again."""
+    colour = PALETTE[index % len(PALETTE)]
+    shade = index // len(PALETTE) % 3
+    return colour if shade == 0 else _mixed(colour, _WHITE if shade == 1 else _BLACK)
 
 
 def draw_boxes(image: Image.Image, marks: Sequence[Mark]) -> Image.Image:
@@ -90,7 +92,9 @@ def draw_classes(image: Image.Image, bars: Sequence[Bar]) -> Image.Image:
         top = picture.height + row * height
         end = round(bar.part * width)
         if end > 0:
-            pen.rectangle((0, top, end - 1, top + height - 2), fill=_light(colour_of(bar.index)))
+            pen.rectangle(
+                (0, top, end - 1, top + height - 2), fill=_mixed(colour_of(bar.index), _WHITE)
+            )
         middle = top + height / 2
         pen.text((_padding(font), middle), bar.text, fill=_BLACK, font=font, anchor="lm")
     return sheet
@@ -190,7 +194,7 @@ def _write(
     pen.text(at, text, fill=_BLACK if bright else _WHITE, font=font, anchor="lm")
 
 
-def _light(colour: Colour) -> Colour:
-    """Return a colour mixed with white, so that black text can be read on it."""
-    red, green, blue = ((side + 255) // 2 for side in colour)
+def _mixed(first: Colour, second: Colour) -> Colour:
+    """Return the mean of two colours."""
+    red, green, blue = ((a + b) // 2 for a, b in zip(first, second, strict=True))
     return red, green, blue
