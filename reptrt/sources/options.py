@@ -50,6 +50,8 @@ class ArchitectureOptions:
             raise ConfigError(
                 f"{option('head')}: got {self.head!r}, expected one of {get_args(DetectorHead)}"
             )
+        if self.csp is not None and not 0 < self.csp <= 1:
+            raise ConfigError(f"{option('csp')}: got {self.csp}, expected a part above 0, up to 1")
         for name in self.given():
             if name in ("block", "csp", "dfl", "head"):
                 continue

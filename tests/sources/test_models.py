@@ -415,6 +415,7 @@ def test_impossible_architectures_are_refused(name, options, message):
         ({"in_channels": -3}, r"in_channels: got -3,"),
         ({"groups": 0}, r"groups: got 0,"),
         ({"branches": 0}, r"branches: got 0,"),
+        ({"csp": 1.5}, r"csp: got 1.5, expected a part above 0, up to 1"),
         ({"se_blocks": (0, -1)}, r"se_blocks: got 0,-1, expected whole numbers from 0 up"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",

@@ -55,7 +55,7 @@ def rows() -> list[Row]:
     ]
     for name in _DETECTORS:
         make = partial(build, name, ArchitectureOptions(), deploy=False)
-        nets.append(Row(name, "zoo, detector", make, (3, 320, 320), partial(_deploy_form, name)))
+        nets.append(Row(name, "zoo, detector", make, (3, 128, 128), partial(_deploy_form, name)))
     likes: dict[str, tuple[Callable[[], nn.Module], str]] = {
         "yolov5-like": (lookalikes.Yolo5, "detector"),
         "yolov6-like": (lookalikes.Yolo6, "detector"),
@@ -70,4 +70,6 @@ def rows() -> list[Row]:
 
 
 def _deploy_form(name: str, _: nn.Module) -> nn.Module:
-    return build(name, ArchitectureOptions(), deploy=True)
+    net = build(name, ArchitectureOptions(), deploy=True)
+    net.get_submodule("detect").proj_conv = nn.Identity()  # a sum over bins, or not used at all
+    return net
