@@ -25,11 +25,11 @@ from reptrt.demo.digits import Digits, load_digits
 SIZES = ((192, 256), (256, 192), (224, 224))  # height, width of the pictures
 CLASSES = tuple("0123456789")
 SEEDS = {"train": 0, "held_out": 1}
-_DIGITS = (1, 7)  # that are placed in a picture, fewest and most
-_HEIGHTS = (26, 100)  # of a digit in pixels; uniform in the logarithm
-_NARROWEST, _WIDEST = 0.8, 1.25  # width of a digit, by its natural width
-_CONTRAST = (45, 160)  # grey levels between a digit and what is behind it
-_SLANT = 20  # degrees to either side
+MOST_DIGITS = 7  # in a picture; the fewest are 1
+_HEIGHTS = (36, 112)  # of a digit in pixels; uniform in the logarithm
+_NARROWEST, _WIDEST = 0.85, 1.2  # width of a digit, by its natural width
+_CONTRAST = (60, 160)  # grey levels between a digit and what is behind it
+_SLANT = 15  # degrees to either side
 _INK = 0.3  # a box encloses the pixels where a digit hides this part of the background, or more
 _MAX_COVERED = 0.1  # part of the smaller of two boxes that the other may cover
 _JPEG_QUALITY = 90
@@ -53,7 +53,7 @@ def make_scene(digits: Digits, seed: int, index: int) -> Scene:
     pixels = _background(rng, *SIZES[rng.integers(len(SIZES))])
     boxes: list[Box] = []
     classes: list[int] = []
-    for _ in range(rng.integers(*_DIGITS, endpoint=True)):
+    for _ in range(rng.integers(1, MOST_DIGITS, endpoint=True)):
         chosen = rng.integers(len(digits.x))
         ink = _written(rng, digits.x[chosen, 0])
         top, left = rng.integers(0, np.subtract(pixels.shape[:2], ink.shape), endpoint=True)

@@ -35,7 +35,7 @@ def test_boxes_enclose_the_digits_and_nothing_else(monkeypatch: pytest.MonkeyPat
     ink = np.zeros((1, 1, 8, 8), np.uint8)
     ink[..., 1:7, 2:6] = 255  # a bar with sharp ends: its edges are one of its pixels wide
     bar = Digits(ink, np.array([3]))
-    monkeypatch.setattr(scenes, "_DIGITS", (1, 1))
+    monkeypatch.setattr(scenes, "MOST_DIGITS", 1)
     monkeypatch.setattr(scenes, "_SLANT", 0)
     for index in range(8):
         scene = scenes.make_scene(bar, 0, index)
