@@ -178,7 +178,7 @@ def _readme(served: Served) -> str:
 
 def _detections(served: Served) -> str:
     number, boxes, scores, classes = OUTPUTS
-    names = "" if served.labels is None else ", the lines of labels.txt from 0 on"
+    names = "" if served.labels is None else "; 0 is the first line of labels.txt"
     text = (
         f"The first {number} entries of {boxes}, {scores} and {classes} are used, the others are "
         f"0. A box is x1, y1, x2, y2 in pixels of the input; classes count from 0{names}."

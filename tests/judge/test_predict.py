@@ -173,7 +173,7 @@ def test_the_command_line(detector: Path, image: Path, tmp_path: Path) -> None:
     args = ["predict", str(detector), str(image), "-o", str(tmp_path / "drawn")]
     done = CliRunner().invoke(main, args, catch_exceptions=False)
     assert done.exit_code == 0
-    assert "1 class 0, 1 class 1" in done.stdout
+    assert "1 x class 0, 1 x class 1" in done.stdout
     done = CliRunner().invoke(main, [*args, "--json", "-"], catch_exceptions=False)
     (entry,) = json.loads(done.stdout)["images"]
     assert (entry["image"], entry["drawn"]) == (str(image), str(tmp_path / "drawn" / "a.png"))

@@ -82,4 +82,4 @@ class Predictions(Result):
         if self.task == "classify":
             return ", ".join(f"{item.label} {100 * item.score:.1f} %" for item in prediction.found)
         counts = Counter(item.label for item in prediction.found)
-        return ", ".join(f"{count} {label}" for label, count in counts.most_common()) or "nothing"
+        return ", ".join(f"{count} x {label}" for label, count in counts.most_common()) or "nothing"
