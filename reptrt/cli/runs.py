@@ -14,10 +14,12 @@ from reptrt.cli.export import ARCHITECTURE, EXPORT, source_of, weights_option
 from reptrt.cli.fields import PATH, FieldOptions
 
 _OPTIONS = "reptrt.runs.options:RunOptions"
-_RUN = FieldOptions(
-    _OPTIONS, only=("eval_limit", "batches", "threads", "diagnose", "bench_seconds")
+_TASK = (
+    *("task", "annotations", "layout", "boxes", "confidence", "iou", "max_boxes", "clip"),
+    "eval_limit",
 )
-_LADDER = FieldOptions(_OPTIONS, only=("eval_limit", "threads"), flags={"eval_limit": "--limit"})
+_RUN = FieldOptions(_OPTIONS, only=(*_TASK, "batches", "threads", "diagnose", "bench_seconds"))
+_LADDER = FieldOptions(_OPTIONS, only=(*_TASK, "threads"), flags={"eval_limit": "--limit"})
 _BUILD = FieldOptions("reptrt.trt.options:BuildOptions", only=("targets",))
 _STAGES = (_BUILD, ARCHITECTURE, EXPORT, CALIBRATE)
 

@@ -1,6 +1,6 @@
 """Options of evaluate, rank_layers and bench; importing this loads nothing heavy."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from reptrt.core.choices import BoxForm, DetectorForm, Device, RunnerKind, TaskName
@@ -70,6 +70,11 @@ class TaskOptions:
     def __post_init__(self) -> None:
         require_at_least(1, self, "max_boxes")
         check_bounds(self)
+
+    @property
+    def of_task(self) -> "TaskOptions":
+        """These options without those of a subclass."""
+        return TaskOptions(**{item.name: getattr(self, item.name) for item in fields(TaskOptions)})
 
 
 @dataclass(frozen=True, slots=True)

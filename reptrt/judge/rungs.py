@@ -6,7 +6,7 @@ The outputs of at most three forms are in memory at a time.
 import functools
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,6 +29,8 @@ from reptrt.judge.outputs import (
     run_dataset,
     total_sqnr_db,
 )
+from reptrt.judge.rung_scores import TOP1, RungScores
+from reptrt.judge.tasks.protocol import Task
 
 _NOT_COMPARED = ("-",) * 4
 
@@ -41,6 +43,7 @@ class Distance:
     sqnr_db: float | None  # over all outputs, each in its own unit; None: they are equal
     agreement: float | None  # fraction of images with the same arg max; None: not a classifier
     top1_change: float | None  # change of the fraction; None: no labels, or not a classifier
+    score_change: float | None = None  # change of the task's score; None: as `Rung.score`
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +55,7 @@ class Rung:
     top1: float | None = None  # fraction; None: no labels, not a classifier, or not run
     from_first: Distance | None = None  # None: this is the first rung, or it was not run
     from_before: Distance | None = None
+    score: float | None = None  # of another task than classify, such as mAP; None: there is none
     not_run: str | None = None  # the reason why it was not run; None: it was run
 
 
@@ -63,6 +67,7 @@ class Ladder(Result):
     images: int
     largest_output: float  # largest first output of the first rung, as a measure for differences
     noise_db: float | None = None  # SQNR of the first rung under the noise of its images' rounding
+    measure: str = TOP1  # name of the number that each rung has: top1, or the task's score
 
     @property
     def ill_conditioned(self) -> str | None:
@@ -80,12 +85,11 @@ class Ladder(Result):
         table.add_column("rung", overflow="fold")
         table.add_column("runs in", no_wrap=True)
         titles = ("agreement", "SQNR dB", "max diff.")
-        for title in ("top-1", *titles, "step: top-1", *titles):
+        for title in (self.measure, *titles, f"step: {self.measure}", *titles):
             table.add_column(title, justify="right", no_wrap=True)
         for rung in self.rungs:
             so_far, step = _cells(rung.from_first), _cells(rung.from_before)
-            top1 = "-" if rung.top1 is None else f"{100 * rung.top1:.2f} %"
-            table.add_row(rung.name, rung.runs_in, top1, *so_far[1:], *step)
+            table.add_row(rung.name, rung.runs_in, _measure(rung), *so_far[1:], *step)
         return table
 
     def to_lines(self) -> list[str]:
@@ -103,8 +107,13 @@ class Step(NamedTuple):
     may_fail: bool = False  # the form needs TensorRT or a GPU; without them it is not run
 
 
-def measure(steps: Iterable[Step], dataset: Dataset) -> Ladder:
+def measure(steps: Iterable[Step], dataset: Dataset, task: Task[Any] | None = None) -> Ladder:
     """Run every form on all images, one after the other.
+
+    Args:
+        steps: the forms.
+        dataset: the images.
+        task: gives each rung a score; None: top-1 does, where there are labels.
 
     Raises:
         ArtifactError: outputs are NaN or infinite, or have another shape than the first form's.
@@ -115,6 +124,7 @@ def measure(steps: Iterable[Step], dataset: Dataset) -> Ladder:
     conditioning = Conditioning(dataset.preprocess)
     first: Outputs | None = None
     before: Outputs | None = None
+    scores = RungScores(task, dataset)
     for step in steps:
         try:
             with step.open() as runner:
@@ -129,11 +139,11 @@ def measure(steps: Iterable[Step], dataset: Dataset) -> Ladder:
             continue
         first = outputs if first is None else first
         _check(step, outputs, first)
-        rungs.append(_rung(step, outputs, first, before, dataset))
+        rungs.append(_rung(step, outputs, first, before, scores))
         before = outputs
     if first is None:
         raise ArtifactError("no form of the net could be run")
-    return Ladder(tuple(rungs), dataset.length, _largest(first), conditioning.sqnr_db)
+    return Ladder(tuple(rungs), dataset.length, _largest(first), conditioning.sqnr_db, scores.title)
 
 
 def _largest(outputs: Outputs) -> float:
@@ -157,20 +167,17 @@ def _check(step: Step, outputs: Outputs, first: Outputs) -> None:
 
 
 def _rung(
-    step: Step,
-    outputs: Outputs,
-    first: Outputs,
-    before: Outputs | None,
-    dataset: Dataset,
+    step: Step, outputs: Outputs, first: Outputs, before: Outputs | None, scores: RungScores
 ) -> Rung:
+    dataset = scores.dataset
+    now, from_first, from_before = scores.of(f"{step.name} in {step.runs_in}", outputs)
+    rung = Rung(step.name, step.runs_in, _top1(outputs, dataset), score=now)
     if before is None:
-        return Rung(step.name, step.runs_in, _top1(outputs, dataset))
-    return Rung(
-        name=step.name,
-        runs_in=step.runs_in,
-        top1=_top1(outputs, dataset),
-        from_first=_distance(first, outputs, dataset),
-        from_before=_distance(before, outputs, dataset),
+        return rung
+    return replace(
+        rung,
+        from_first=replace(_distance(first, outputs, dataset), score_change=from_first),
+        from_before=replace(_distance(before, outputs, dataset), score_change=from_before),
     )
 
 
@@ -199,7 +206,8 @@ def _cells(distance: Distance | None) -> tuple[str, ...]:
     """Return top-1 change, agreement, SQNR and largest difference as texts."""
     if distance is None:
         return _NOT_COMPARED
-    top1, same, ratio = distance.top1_change, distance.agreement, distance.sqnr_db
+    top1 = distance.top1_change if distance.score_change is None else distance.score_change
+    same, ratio = distance.agreement, distance.sqnr_db
     equal = "equal" if distance.max_difference == 0 else "-"
     return (
         "-" if top1 is None else f"{100 * top1:+.2f}",
@@ -207,3 +215,9 @@ def _cells(distance: Distance | None) -> tuple[str, ...]:
         equal if ratio is None else f"{ratio:.2f}",
         f"{distance.max_difference:.2g}",
     )
+
+
+def _measure(rung: Rung) -> str:
+    if rung.score is not None:
+        return f"{100 * rung.score:.2f}"
+    return "-" if rung.top1 is None else f"{100 * rung.top1:.2f} %"

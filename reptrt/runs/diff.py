@@ -17,7 +17,7 @@ from reptrt.runs.manifest import STAGES, Manifest, check_made, read_finished, re
 from reptrt.runs.run import FLOAT_FILE, INT8_FILE
 
 _SHOWN = 20  # rows of a table for people; the JSON has all
-_METRICS = ("top1", "top5", "agreement", "sqnr_db")
+_METRICS = ("top1", "top5", "map", "map50", "miou", "agreement", "sqnr_db")
 _WEIGHT_TITLES = ("differ", "max difference", "of the bias", "ratio of scales")
 
 
@@ -133,7 +133,10 @@ def _asked(manifest: Manifest) -> dict[str, Any]:
 
 def _inputs(manifest: Manifest) -> dict[str, str]:
     files = {f"source file {i}": f.sha256 for i, f in enumerate(manifest.source_files, start=1)}
-    return {**files, "data": manifest.data.sha256, "eval data": manifest.eval_data.sha256}
+    images = {"data": manifest.data.sha256, "eval data": manifest.eval_data.sha256}
+    if manifest.annotations is not None:
+        images["annotations"] = manifest.annotations.sha256
+    return {**files, **images}
 
 
 def _made(manifest: Manifest) -> dict[str, str]:

@@ -13,7 +13,9 @@ from onnx.external_data_helper import ExternalDataInfo, uses_external_data
 from reptrt.core.artifacts import sha256_of
 from reptrt.core.errors import ArtifactError, DataError, option
 from reptrt.core.progress import track
+from reptrt.data.coco import find_annotations
 from reptrt.data.images import list_images
+from reptrt.judge.options import TaskOptions
 from reptrt.sources.source import Source
 
 
@@ -64,6 +66,20 @@ def record_data(path: Path) -> DataRecord:
         name = image.relative_to(path).as_posix()
         digest.update(f"{_sha256(image)} {label} {name}\n".encode(errors="surrogateescape"))
     return DataRecord(path.resolve(), digest.hexdigest(), len(listed.paths))
+
+
+def annotations_of(options: TaskOptions, images: Path) -> Path | None:
+    """Return the file or folder of annotations that a task reads; None: it reads none.
+
+    Args:
+        options: of the task.
+        images: to judge on.
+    """
+    if options.task not in ("detect", "segment"):
+        return None
+    if options.annotations is not None or options.task == "segment":
+        return options.annotations
+    return find_annotations(images) if images.is_dir() else None
 
 
 def source_files(source: Source) -> tuple[Path, ...]:

@@ -36,6 +36,7 @@ from reptrt.graph.model import Model, Network
 from reptrt.graph.net import Net, bytes_from_model, model_from_net
 from reptrt.graph.preprocess import Preprocess, read_preprocess
 from reptrt.judge.rungs import Ladder, Step, measure
+from reptrt.judge.tasks import open_task
 from reptrt.pipeline import (
     Calibrated,
     CalibrateOptions,
@@ -120,6 +121,8 @@ def ladder_of_run(folder: Path, data: Path | None = None, limit: int | None = No
     if data is None:
         data = manifest.eval_data.path
         check_data("data", manifest.eval_data, data)
+        if manifest.annotations is not None:
+            check_data("annotations", manifest.annotations, manifest.annotations.path)
     engine = folder / ENGINE_FILE if "build-engine" in manifest.stages else None
     forms = Forms(folder / FLOAT_FILE, folder / INT8_FILE, engine)
     if limit is not None:
@@ -161,7 +164,8 @@ def climb(
     """
     fused = _read(forms.fused)
     dataset = open_dataset(data, read_preprocess(fused.to_net()), limit=options.eval_limit)
-    return measure(_steps(source, fused, forms, calib_data, options), dataset)
+    task = open_task(options, data)
+    return measure(_steps(source, fused, forms, calib_data, options), dataset, task)
 
 
 def _read(network: Network) -> Model:

@@ -4,6 +4,7 @@
      "source": {"name", "weights", "architecture", "seed"},   reptrt.sources.source.Source
      "source_files": [{"path", "sha256"}],                    the files of the source
      "data": {"path", "sha256", "files"}, "eval_data": ...,   images for calibration, for judging
+     "annotations": {"path", "sha256", "files"} or null,      of the images to judge on
      "options": {"export": {...}, "calibrate": {...}, ...},   runs.options.RunOptions, every field
      "stages": {"export": {"key", "file", "sha256"}, ...},    the file that each stage wrote
      "versions": {package: version}, "machine": {"python", "system", "cpu", "cores"}}
@@ -60,6 +61,7 @@ class Manifest:
     source_files: tuple[FileRecord, ...]
     data: DataRecord
     eval_data: DataRecord
+    annotations: DataRecord | None  # None: the task needs none
     options: Mapping[str, Any]
     stages: Mapping[str, StageRecord]
     versions: Mapping[str, str]

@@ -3,13 +3,14 @@
 from dataclasses import dataclass, field
 
 from reptrt.core.option_fields import described, require_at_least
+from reptrt.judge.options import TaskOptions
 from reptrt.pipeline.options import CalibrateOptions, ExportOptions
 from reptrt.trt.options import BuildOptions
 
 
 @dataclass(frozen=True, slots=True)
-class RunOptions:
-    """Options of every stage of a run."""
+class RunOptions(TaskOptions):
+    """Options of every stage of a run, and what the outputs of the net mean."""
 
     export: ExportOptions = field(default_factory=ExportOptions)
     calibrate: CalibrateOptions = field(default_factory=CalibrateOptions)
@@ -28,4 +29,5 @@ class RunOptions:
     )
 
     def __post_init__(self) -> None:
+        TaskOptions.__post_init__(self)
         require_at_least(1, self, "eval_limit", "threads")

@@ -20,7 +20,7 @@ from reptrt.core.errors import ConfigError, option
 from reptrt.core.options_json import options_from_json
 from reptrt.core.result import Result
 from reptrt.runs.compare import Change, changes
-from reptrt.runs.inputs import check_data, check_source, source_files
+from reptrt.runs.inputs import annotations_of, check_data, check_source, source_files
 from reptrt.runs.manifest import FILE, STAGES, Manifest, read_finished
 from reptrt.runs.options import RunOptions
 from reptrt.runs.run import run
@@ -131,6 +131,9 @@ def replay(folder: Path, output: Path | None = None, moved: Moved | None = None)
     check_data("data", before.data, data)
     if eval_data != data:
         check_data("eval_data", before.eval_data, eval_data)
+    annotations = annotations_of(options, eval_data)
+    if before.annotations is not None:
+        check_data("annotations", before.annotations, annotations or before.annotations.path)
     _check_output(output)
     with tempfile.TemporaryDirectory() as temporary:
         where = output or Path(temporary) / "replay"

@@ -27,6 +27,7 @@ from reptrt.judge.bench import bench
 from reptrt.judge.diagnose import diagnose
 from reptrt.judge.evaluate import evaluate
 from reptrt.judge.options import BenchOptions, EvaluateOptions
+from reptrt.judge.tasks import open_task
 from reptrt.pipeline import (
     CalibrateOptions,
     CalibrateReport,
@@ -35,7 +36,7 @@ from reptrt.pipeline import (
     export,
 )
 from reptrt.runs import manifest
-from reptrt.runs.inputs import record_data, record_files, source_files
+from reptrt.runs.inputs import annotations_of, record_data, record_files, source_files
 from reptrt.runs.manifest import CALIBRATE_FILE, FORMAT, Manifest, StageRecord
 from reptrt.runs.options import RunOptions
 from reptrt.runs.report import write_report
@@ -81,8 +82,7 @@ class RunReport(Result):
         """Return accuracy and fidelity of each file, and where the report is."""
         lines = []
         for result in self.results["eval"]["results"]:
-            top1, sqnr = result["top1"], result["sqnr_db"]
-            accuracy = "no labels" if top1 is None else f"top-1 {100 * top1:.2f} %"
+            sqnr, accuracy = result["sqnr_db"], _accuracy(result)
             fidelity = "the reference" if sqnr is None else f"SQNR {sqnr:.2f} dB"
             lines.append(f"{Path(result['file']).name:12s}  {accuracy}  {fidelity}")
         return [*lines, f"run  {self.folder / 'report.json'}  {self.folder / 'report.html'}"]
@@ -163,7 +163,14 @@ def _judge(
     """Judge, diagnose and time the float file, which is the reference, and the INT8 file."""
     limit, threads, seconds = options.eval_limit, options.threads, options.bench_seconds
     calibrating, (calib_data, data) = options.calibrate, images
-    judging = EvaluateOptions(reference=files[0], limit=limit, threads=threads)
+    judging = EvaluateOptions(
+        **vars(options.of_task), reference=files[0], limit=limit, threads=threads
+    )
+    judged_by = {"data": stages.manifest.eval_data.sha256, "limit": limit}
+    if options.task != "classify":
+        annotations = stages.manifest.annotations
+        judged_by |= {"task": json_from_options(options.of_task)}
+        judged_by |= {"annotations": None if annotations is None else annotations.sha256}
     timing = BenchOptions(
         batches=options.batches,
         threads=threads,
@@ -173,7 +180,7 @@ def _judge(
     )
     stages.json(
         "eval",
-        {"data": stages.manifest.eval_data.sha256, "limit": limit},
+        judged_by,
         files,
         lambda: evaluate(files, data, judging).to_dict(),
     )
@@ -195,7 +202,10 @@ def _judge(
 
 def _plan(source: Source, data: Path, judged_on: Path, options: RunOptions) -> Manifest:
     """Return the record of a run before its first stage."""
+    open_task(options, judged_on)  # refuses annotations that cannot be used before any work
     calibrated_on = record_data(data)
+    annotations = annotations_of(options, judged_on)
+    given = None if options.annotations is None else options.annotations.resolve()
     return Manifest(
         format=FORMAT,
         finished=False,
@@ -203,11 +213,21 @@ def _plan(source: Source, data: Path, judged_on: Path, options: RunOptions) -> M
         source_files=record_files([p for p in source_files(source) if p.is_file()]),
         data=calibrated_on,
         eval_data=calibrated_on if judged_on == data else record_data(judged_on),
-        options=json_from_options(options),
+        annotations=None if annotations is None else record_data(annotations),
+        options=json_from_options(replace(options, annotations=given)),
         stages={},
         versions=manifest.versions(),
         machine=manifest.describe_machine(),
     )
+
+
+def _accuracy(result: Mapping[str, Any]) -> str:
+    """Return the accuracy of a file in words."""
+    for key, title in (("map", "mAP"), ("miou", "mIoU")):
+        if result.get(key) is not None:
+            return f"{title} {100 * result[key]:.2f}"
+    top1 = result.get("top1")
+    return "no labels" if top1 is None else f"top-1 {100 * top1:.2f} %"
 
 
 def _absolute(source: Source) -> Source:

@@ -81,8 +81,11 @@ def test_outputs_without_a_meaning_are_ranked_by_noise(classifier: tuple[Path, P
 
 @pytest.fixture(scope="module")
 def detection(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A detector, and images on which what the float net finds is what there is."""
-    folder = tmp_path_factory.mktemp("detection")
+    return write_detection(tmp_path_factory.mktemp("detection"))
+
+
+def write_detection(folder: Path) -> tuple[Path, Path]:
+    """Write a detector, and images on which what the float net finds is what there is."""
     net = net_from_model(detector("yolov6"))
     write_preprocess(net, Preprocess(3, SIZE, SIZE, (0.0,) * 3, (1.0,) * 3, "letterbox"))
     onnx.save(model_from_net(net), str(folder / "d.onnx"))
