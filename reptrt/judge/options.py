@@ -28,7 +28,8 @@ class RunnerOptions:
     threads: int | None = described(None, "CPU threads of onnxruntime; default: one for each core.")
 
 
-@dataclass(frozen=True)  # no slots: classes with options of two kinds inherit from this one too
+# No slots: classes with options of two kinds inherit from this one too.
+@dataclass(frozen=True, kw_only=True)
 class TaskOptions:
     """What the outputs mean, and what is right."""
 
