@@ -179,7 +179,7 @@ def test_changed_images_are_refused(made: Path, copied: Path, tmp_path: Path) ->
         ({"finished": False, "stages": {}}, "was stopped (nothing done)"),
         ({"format": 2}, "not the record of a run in format 1 (its format is 2)"),
         ({"wizardry": 1}, "unknown field wizardry; it was written by another version"),
-        ({"options": {}}, "options: no field batches; it was written by another version"),
+        ({"options": {}}, "options: no field annotations; it was written by another version"),
         ({"data": {"path": "x"}}, "data: no field files"),
         ({"finished": 1}, "finished: got 1, expected a value of type bool"),
     ],
