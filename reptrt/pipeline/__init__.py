@@ -26,8 +26,9 @@ if TYPE_CHECKING:
         CalibrateOptions,
         ExportOptions,
     )
-    from reptrt.pipeline.preparing import Prepared, prepare, split_layers, torch_device
+    from reptrt.pipeline.preparing import Prepared, prepare, torch_device
     from reptrt.pipeline.reports import CalibrateReport, ExportReport, TensorScale
+    from reptrt.pipeline.splitting import split_layers
     from reptrt.pipeline.values import Calibrated, Exported, Loaded
     from reptrt.sources.source import Source
 
@@ -74,8 +75,9 @@ __getattr__ = lazily(
             "CalibrateOptions",
             "ExportOptions",
         ),
-        "reptrt.pipeline.preparing": ("Prepared", "prepare", "split_layers", "torch_device"),
+        "reptrt.pipeline.preparing": ("Prepared", "prepare", "torch_device"),
         "reptrt.pipeline.reports": ("CalibrateReport", "ExportReport", "TensorScale"),
+        "reptrt.pipeline.splitting": ("split_layers",),
         "reptrt.pipeline.values": ("Calibrated", "Exported", "Loaded"),
         "reptrt.sources.source": ("Source",),
     },

@@ -9,20 +9,16 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from reptrt.core.arrays import Float64Array
 from reptrt.core.choices import Threshold
 from reptrt.core.grid import Grid, scale_from_amax
-from reptrt.execute.torchgraph import Override, TorchGraph
+from reptrt.execute.torchgraph import Override
 from reptrt.graph.net import Net
 from reptrt.graph.placement import Placement
-from reptrt.graph.plan import plan_from_placement
-from reptrt.graph.qdq import insert_qdq
 from reptrt.pipeline.options import CalibrateOptions
-from reptrt.pipeline.preparing import Prepared, torch_device
+from reptrt.pipeline.preparing import Prepared
 from reptrt.pipeline.reports import TensorScale
+from reptrt.pipeline.trial import clamp_to, quantized_error
 from reptrt.quantize.calib.collect import merge_groups
 from reptrt.quantize.calib.histogram import NUM_BINS, Histogram
 from reptrt.quantize.calib.options import ThresholdOptions
@@ -114,13 +110,10 @@ def _error(
 
     Values are clamped as `limits_of` says.
     """
-    trial = net.copy()
-    floats = replace(prepared.placement, weights=())
-    full_range = full_range_of(prepared.ranges)
-    plan = plan_from_placement(floats, scales.by_tensor, {}, options.grids[0], full_range)
-    insert_qdq(trial, plan)
-    limits = limits_of(prepared, scales)
-    return outputs.error(TorchGraph(trial, torch_device(options.device)), overrides=limits)
+    full_range, limits = full_range_of(prepared.ranges), limits_of(prepared, scales)
+    return quantized_error(
+        net, prepared.placement, scales.by_tensor, full_range, limits, outputs, options
+    )
 
 
 def limits_of(prepared: Prepared, scales: ActivationScales) -> dict[str, Override]:
@@ -133,22 +126,10 @@ def limits_of(prepared: Prepared, scales: ActivationScales) -> dict[str, Overrid
         scales: the thresholds, measured with them.
     """
     return {
-        tensor.tensor: _clamp(tensor.amax * prepared.without_judges[tensor.tensor])
+        tensor.tensor: clamp_to(tensor.amax * prepared.without_judges[tensor.tensor])
         for tensor in scales.tensors
         if tensor.tensor in prepared.without_judges
     }
-
-
-def _clamp(limits: Float64Array) -> Callable[[Tensor], Tensor]:
-    """Return a function that clamps the channels of (N, C, ...) to limits (C,)."""
-
-    def clamp(x: Tensor) -> Tensor:
-        if x.dim() < 2 or x.shape[1] != len(limits):
-            return x  # a net for one image that folds the batch
-        limit = torch.from_numpy(limits).to(x).reshape(1, -1, *[1] * (x.dim() - 2))
-        return torch.minimum(torch.maximum(x, -limit), limit)
-
-    return clamp
 
 
 def _tensor_scales(

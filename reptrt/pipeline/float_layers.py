@@ -23,12 +23,11 @@ from reptrt.graph.placement import exactly
 from reptrt.graph.probes import Probe, probes_of
 from reptrt.graph.qdq import inserted_pairs
 from reptrt.pipeline.activation_scales import limits_of
-from reptrt.pipeline.options import CalibrateOptions
+from reptrt.pipeline.options import LEFT_BY_LEARNING, CalibrateOptions
 from reptrt.pipeline.planning import Planned, plan_net
 from reptrt.pipeline.preparing import torch_device
 from reptrt.quantize.calib.outputs import Outputs, parts
 from reptrt.quantize.calib.sensitivity import IMAGES, NetPair, errors_alone
-from reptrt.quantize.choose.decide import LEFT_BY_LEARNING
 from reptrt.quantize.choose.in_float import FloatChoice, keep_in_float, prices_of
 from reptrt.quantize.reconstruct.fake_quantize import fake_quantize
 

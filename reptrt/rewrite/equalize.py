@@ -1,127 +1,120 @@
-"""Give every channel of an activation the same range, at no cost in the deployed graph.
+"""Scale the channels of activations, at no cost in the deployed graph.
 
 A ReLU is positively homogeneous: relu(r x) = r relu(x) for r > 0. So the producer of a channel may
 scale it by r if every consumer scales it by 1 / r:
 
     producer   W[c, ...] * r[c],  b[c] * r[c]              consumer   W[:, c, ...] / r[c]
-    r[c] = 1 / (largest value of channel c over the calibration images)
 
-An activation has one INT8 scale for the whole tensor. With equal ranges every channel uses all of
-its codes, as if it had its own scale. Weights have a scale per output channel, so neither the
-producer nor a depthwise consumer loses accuracy. Cross-layer equalization after Nagel et al.,
-arXiv 1906.04721, with activation ranges in place of weight ranges (ours).
+An activation has one INT8 scale for the whole tensor, a weight one for each output channel; which r
+is best for both is decided by `reptrt.quantize.choose.factors`. Cross-layer equalization after
+Nagel et al., arXiv 1906.04721; streams are ours.
 
-A tensor is scaled if
+Tensors that a ReLU, LeakyReLU, pool, the flattening of a 1 x 1 map or a sum of tensors of equal
+shape connects must have the same factors: they are one stream. A residual stream has many producers
+and readers. A stream is scaled if
 
-1. it is the output of a weighted layer, or of a ReLU or LeakyReLU that alone reads that output;
-2. all its consumers, past pools and the flattening of a 1 x 1 map, are layers with a constant
-   weight.
+1. what computes its tensors connects them, or is a layer with a constant weight of its own;
+2. what reads its tensors connects them, or is such a layer; none is an output of the net.
 
 Requires: float constants. Ensures: the graph's output is unchanged to float rounding.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
 from reptrt.core.arrays import Float64Array, FloatArray
-from reptrt.graph.net import Net, constant_value, is_private, producer, weighted_nodes
+from reptrt.graph.net import Net, constant_value, producer, weighted_nodes
 from reptrt.rewrite.contract import RewriteReport, Skipped
 from reptrt.rewrite.linear import spread_over_kernel
 
+_LAYERS = ("Conv", "Gemm")
 _HOMOGENEOUS = ("Relu", "LeakyRelu")
+_SUMS = ("Add", "Sub", "Sum")
 _PER_CHANNEL = ("MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool")
-_SMALLEST = 1e-3  # of the largest channel range: a smaller range counts as this, to bound factors
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Link:
-    """A tensor whose channels may be scaled, with the layers that compute and read it."""
+class Stream:
+    """Tensors whose channels must be scaled together, and the layers that compute and read them."""
 
-    tensor: gs.Tensor
-    producer: gs.Node
+    tensors: tuple[str, ...]  # of the same channels; the first is the output of the first producer
+    producers: tuple[gs.Node, ...]
     consumers: tuple[gs.Node, ...]
+
+    @property
+    def name(self) -> str:
+        """The first tensor."""
+        return self.tensors[0]
 
 
 def equalize(
-    net: Net, channel_max: Mapping[str, FloatArray]
-) -> tuple[RewriteReport, dict[str, Float64Array]]:
-    """Scale the channels of every tensor for which that is exact.
+    net: Net, streams: Iterable[Stream], factors: Mapping[str, Float64Array]
+) -> RewriteReport:
+    """Scale the channels of streams.
 
     Args:
         net: a float net; changed in place.
-        channel_max: tensor name -> largest |x| of each channel, (C,).
-
-    Returns:
-        The report, and layer name -> factor of each channel of its input, (C,), for the layers that
-        read a scaled tensor.
+        streams: of the net, as `find_streams` returns them.
+        factors: stream -> factor of each channel, (C,); streams without an entry stay.
     """
-    links, skipped = find_links(net)
-    input_factors: dict[str, Float64Array] = {}
-    for link in links:
-        factors = _factors(channel_max[link.tensor.name])
-        _scale(link, factors)
-        input_factors |= {consumer.name: factors for consumer in link.consumers}
-    names = tuple(link.tensor.name for link in links)
-    return RewriteReport("equalize", names, tuple(skipped)), input_factors
+    changed = []
+    for stream in streams:
+        if stream.name in factors:
+            _scale(stream, factors[stream.name])
+            changed.append(stream.name)
+    return RewriteReport("equalize", tuple(changed))
 
 
-def find_links(net: Net) -> tuple[tuple[Link, ...], tuple[Skipped, ...]]:
-    """Return the tensors that can be scaled, and the reasons why others cannot."""
-    links, skipped = [], []
+def find_streams(net: Net) -> tuple[tuple[Stream, ...], tuple[Skipped, ...]]:
+    """Return the streams that can be scaled, and the reasons why others cannot."""
+    streams, skipped = [], []
+    seen: set[str] = set()
     for layer in weighted_nodes(net.graph):
-        tensor = layer.outputs[0]
-        after = tensor.outputs[0] if is_private(net.graph, tensor) else None
-        if after is not None and after.op in _HOMOGENEOUS:
-            tensor = after.outputs[0]
-        reason = _reason_against(net, layer, tensor)
-        if reason is None:
-            links.append(Link(tensor, layer, tuple(_consumers(tensor) or ())))
-        else:
-            skipped.append(Skipped(tensor.name, reason))
-    return tuple(links), tuple(skipped)
+        if layer.outputs[0].name in seen:
+            continue
+        tensors = _connected(layer.outputs[0])
+        seen |= tensors.keys()
+        found = _stream(net, tensors)
+        if isinstance(found, str):
+            skipped.append(Skipped(layer.outputs[0].name, found))
+        elif found.consumers:
+            streams.append(found)
+    return tuple(streams), tuple(skipped)
 
 
-def _reason_against(net: Net, layer: gs.Node, tensor: gs.Tensor) -> str | None:
-    if layer.op not in ("Conv", "Gemm") or not _owns_constants(layer):
-        return "its producer is not a Conv or Gemm with its own constant weight"
-    if any(tensor is output for output in net.graph.outputs):
-        return "it is an output of the graph"
-    consumers = _consumers(tensor)
-    if not consumers:
-        return "a node other than a layer or a pool reads it"
-    if not all(_owns_constants(node) for node in consumers):
-        return "a layer that reads it does not have its own constant weight"
-    return None
+def _connected(start: gs.Tensor) -> dict[str, gs.Tensor]:
+    """Return a tensor and all that nodes connect it to, by name, in the order of discovery."""
+    found: dict[str, gs.Tensor] = {}
+    todo = [start]
+    while todo:
+        tensor = todo.pop()
+        if tensor.name in found:
+            continue
+        found[tensor.name] = tensor
+        for node in (*tensor.inputs, *tensor.outputs):
+            if _connects(node):
+                todo += [*node.inputs, *node.outputs[:1]]
+    return found
 
 
-def _owns_constants(node: gs.Node) -> bool:
-    """Whether a layer's weight and bias are constants that only this layer reads."""
-    if node.op == "Gemm" and not node.attrs.get("transB", 0):
-        return False
-    return all(
-        isinstance(tensor, gs.Constant) and len(tensor.outputs) == 1 for tensor in node.inputs[1:]
+def _connects(node: gs.Node) -> bool:
+    """Return whether the inputs of a node and its first output must have the same factors."""
+    if node.op in _SUMS:
+        shapes = {tuple((tensor.shape or [None])[1:]) for tensor in node.inputs}
+        known = all(isinstance(size, int) for shape in shapes for size in shape)
+        return known and len(shapes) == 1 and not any(map(_is_constant, node.inputs))
+    return (
+        node.op in _HOMOGENEOUS
+        or node.op in _PER_CHANNEL
+        or (node.op == "Flatten" and _is_one_by_one(node.inputs[0]))
     )
 
 
-def _consumers(tensor: gs.Tensor) -> list[gs.Node] | None:
-    """Return the layers that read a tensor, past per-channel nodes; None if other nodes do."""
-    layers: list[gs.Node] = []
-    for node in tensor.outputs:
-        if node.op in _PER_CHANNEL or (node.op == "Flatten" and _is_one_by_one(node.inputs[0])):
-            behind = _consumers(node.outputs[0])
-            if behind is None:
-                return None
-            layers += behind
-        elif node.op in ("Conv", "Gemm") and node.inputs[0] is tensor:
-            if constant_value(node.inputs[1]) is None:
-                return None
-            layers.append(node)
-        else:
-            return None
-    return layers
+def _is_constant(tensor: gs.Tensor) -> bool:
+    return constant_value(tensor) is not None
 
 
 def _is_one_by_one(tensor: gs.Tensor) -> bool:
@@ -129,37 +122,49 @@ def _is_one_by_one(tensor: gs.Tensor) -> bool:
     return node is not None and node.op in ("GlobalAveragePool", "GlobalMaxPool")
 
 
-def range_of_channels(channel_max: FloatArray) -> Float64Array:
-    """Return the range to equalize for each channel, (C,).
+def _stream(net: Net, tensors: Mapping[str, gs.Tensor]) -> Stream | str:
+    """Return the stream of connected tensors, or why they cannot be scaled."""
+    producers, consumers = [], []
+    for tensor in tensors.values():
+        maker = producer(tensor)
+        if maker is None or not (_connects(maker) or _is_layer(maker)):
+            return "its producer is not a Conv or Gemm with its own constant weight"
+        if any(tensor is output for output in net.graph.outputs):
+            return "it is an output of the graph"
+        if not _connects(maker):
+            producers.append(maker)
+        for node in tensor.outputs:
+            if _connects(node):
+                continue
+            if node.op not in _LAYERS or node.inputs[0] is not tensor:
+                return "a node other than a layer, a pool or a sum reads it"
+            if not _is_layer(node):
+                return "a layer that reads it does not have its own constant weight"
+            consumers.append(node)
+    return Stream(tuple(tensors), tuple(producers), tuple(consumers))
 
-    It is the channel's largest value, but at least `_SMALLEST` of the largest one of the tensor.
-    """
-    return np.maximum(channel_max.astype(np.float64), _SMALLEST * float(channel_max.max()))
+
+def _is_layer(node: gs.Node) -> bool:
+    """Whether a node is a layer whose weight and bias are constants that only it reads."""
+    if node.op not in _LAYERS or (node.op == "Gemm" and not node.attrs.get("transB", 0)):
+        return False
+    return all(
+        isinstance(tensor, gs.Constant) and len(tensor.outputs) == 1 for tensor in node.inputs[1:]
+    )
 
 
-def _factors(channel_max: FloatArray) -> Float64Array:
-    """Return r, normalized to a geometric mean of 1 so that values keep their magnitude."""
-    if not channel_max.any():
-        return np.ones(channel_max.shape)
-    logs = -np.log(range_of_channels(channel_max))
-    return np.asarray(np.exp(logs - logs.mean()))
-
-
-def _scale(link: Link, factors: Float64Array) -> None:
-    weight, *bias = link.producer.inputs[1:]
-    _replace(link.producer, 1, weight.values * factors.reshape(-1, *[1] * (weight.values.ndim - 1)))
-    for tensor in bias:  # a Gemm's may be (O,), (1, O) or a single value
-        _replace(link.producer, 2, tensor.values * factors)
-    for consumer in link.consumers:
-        weight = consumer.inputs[1].values
-        inverse = 1.0 / factors
-        if consumer.op == "Gemm":
-            _replace(consumer, 1, weight * inverse[None, :])
-            continue
-        groups = int(consumer.attrs.get("group", 1))
-        _replace(consumer, 1, weight * spread_over_kernel(inverse, weight, groups))
+def _scale(stream: Stream, factors: Float64Array) -> None:
+    for node in stream.producers:
+        weight, *bias = node.inputs[1:]
+        _replace(node, 1, weight.values * factors.reshape(-1, *[1] * (weight.values.ndim - 1)))
+        for tensor in bias:  # a Gemm's may be (O,), (1, O) or a single value
+            _replace(node, 2, tensor.values * factors)
+    for node in stream.consumers:
+        weight = node.inputs[1].values
+        groups = int(node.attrs.get("group", 1))
+        _replace(node, 1, weight * spread_over_kernel(1.0 / factors, weight, groups))
 
 
 def _replace(node: gs.Node, index: int, values: FloatArray) -> None:
     old = node.inputs[index]
-    node.inputs[index] = gs.Constant(old.name, values.astype(old.values.dtype))
+    node.inputs[index] = gs.Constant(old.name, np.asarray(values, old.values.dtype))

@@ -7,7 +7,7 @@ import pytest
 from reptrt.core.grid import Grid
 from reptrt.graph.net import Net, model_from_net, net_from_model
 from reptrt.quantize.calib.channels import ChannelStats
-from reptrt.quantize.choose import ChooseOptions, Decision, choose, num_macs
+from reptrt.quantize.choose import ChooseOptions, Decision, Policy, choose, num_macs
 from tests.rewrite.test_splits import conv_net, rep_weight
 
 GRIDS = (Grid.activation(8), Grid.weight(8))
@@ -60,23 +60,39 @@ def test_a_depthwise_layer_has_a_scale_for_each_kernel_and_needs_nothing() -> No
     assert decide(weight, groups=32).form == "none"
 
 
-def test_one_ill_layer_among_many_healthy_ones_is_left_whole() -> None:
-    x = gs.Variable("x", np.float32, ("N", 16, 8, 8))
+def test_one_ill_layer_among_many_healthy_ones_is_split_unless_all_stay_whole() -> None:
+    x = gs.Variable("x", np.float32, ("N", 64, 8, 8))
     nodes, tensor = [], x
     for index in range(30):
         ill = index == 7
-        weight = RNG.normal(0, 0.05, (16, 16, 1, 1)).astype(np.float32)
-        weight[0, 0] = 0.35 if ill else weight[0, 0]  # twice the activation noise, in one row
-        after = gs.Variable(f"t{index}", np.float32, ("N", 16, 8, 8))
+        weight = RNG.normal(0, 0.025, (64, 64, 1, 1)).astype(np.float32)
+        weight = rep_weight(RNG, 64, 64, 1, 1) if ill else weight
+        after = gs.Variable(f"t{index}", np.float32, ("N", 64, 8, 8))
         nodes.append(gs.Node("Conv", f"n{index}", {}, [tensor, gs.Constant(f"w{index}", weight)]))
         nodes[-1].outputs = [after]
         tensor = after
     net = with_shapes(Net(gs.Graph(nodes, [x], [tensor], opset=19, ir_version=9)))
-    decisions = choose(
-        net, {f"n{i}": stats_of(16) for i in range(30)}, ChooseOptions(*GRIDS, 1.0)
-    ).splits
-    assert {decision.form for decision in decisions} == {"none"}
-    assert all("as a whole" in decision.reason for decision in decisions)
+    stats = {f"n{i}": stats_of(64) for i in range(30)}
+    policies: tuple[Policy, ...] = ("whole", "balance", "identity")
+    split = {
+        policy: {d.layer for d in choose(net, stats, options).splits if d.form != "none"}
+        for policy in policies
+        for options in [ChooseOptions(*GRIDS, 1.0, policy)]
+    }
+    assert split == {"whole": set(), "balance": {"n7"}, "identity": {"n7"}}
+
+
+def test_the_identity_policy_splits_where_that_halves_the_weight_noise() -> None:
+    """A layer that is healthy, by its activations, is split nevertheless."""
+    weight = rep_weight(RNG, 32, 32, 1, 1)
+    net = with_shapes(conv_net(weight, groups=1, stride=1, pad=0, height=8))
+    loud = ChannelStats(np.full(32, 400.0), np.full(32, 0.5), np.zeros(32))
+    forms = {}
+    policies: tuple[Policy, ...] = ("balance", "identity")
+    for policy in policies:
+        (decision,) = choose(net, {"conv": loud}, ChooseOptions(*GRIDS, 10.0, policy)).splits
+        forms[policy] = decision.form
+    assert forms == {"balance": "none", "identity": "identity"}
 
 
 def test_the_weight_noise_is_what_a_convolution_shows() -> None:
@@ -106,8 +122,8 @@ def test_no_budget_no_node_and_a_small_one_goes_where_it_gains_most() -> None:
     free = choose(net, stats, ChooseOptions(*GRIDS, 10.0)).splits
     ill = next(d for d in free if d.layer == "ill")
     assert ill.form == "identity"
-    least = ill.option("identity-scalar").extra_macs / num_macs(net)
+    least = ill.option("identity").extra_macs / num_macs(net)
     tight = {d.layer: d for d in choose(net, stats, ChooseOptions(*GRIDS, least * 1.01)).splits}
-    assert (tight["ill"].form, tight["fair"].form) == ("identity-scalar", "none")
+    assert (tight["ill"].form, tight["fair"].form) == ("identity", "none")
     spent = sum(d.option(d.form).extra_macs for d in tight.values())
     assert spent <= least * 1.01 * num_macs(net)

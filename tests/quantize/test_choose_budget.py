@@ -14,7 +14,7 @@ from onnx import numpy_helper
 from reptrt.core.grid import Grid
 from reptrt.graph.net import Net, net_from_model
 from reptrt.graph.placement import place
-from reptrt.pipeline import CalibrateOptions, calibrate, preparing
+from reptrt.pipeline import CalibrateOptions, calibrate
 from reptrt.quantize.calib.channels import ChannelStats
 from reptrt.quantize.choose import Choice, ChooseOptions, Decision, Option, choose, num_macs
 from reptrt.rewrite.recentre import full_range_obstacle
@@ -70,9 +70,9 @@ class Measured:
         ]
         self.macs = num_macs(self.net)
 
-    def choice(self, budget: float, *, learned: bool = False, ranges: bool = True) -> Choice:
-        """Choose with a budget in multiply-accumulates."""
-        options = ChooseOptions(*GRIDS, budget / self.macs, learned=learned)
+    def choice(self, budget: float, *, left: float = 1.0, ranges: bool = True) -> Choice:
+        """Choose with a budget in multiply-accumulates; a part of the weight noise counts."""
+        options = ChooseOptions(*GRIDS, budget / self.macs, remaining=left)
         return choose(self.net, self.stats, options, self.ranges if ranges else [])
 
 
@@ -136,40 +136,39 @@ def spent(choice: Choice) -> int:
     return splits + sum(d.extra_macs for d in choice.ranges if d.full)
 
 
-@pytest.mark.parametrize("learned", [False, True])
+@pytest.mark.parametrize("left", [1.0, 0.1])
 def test_no_combination_within_the_same_cost_leaves_less_noise(
-    learned: bool, chain: Measured
+    left: float, chain: Measured
 ) -> None:
     """With the cost of a corner as the budget, taking the best rate first is optimal."""
-    left = 0.1 if learned else 1.0
-    wanted = chain.choice(1e9, learned=learned)
+    wanted = chain.choice(1e9, left=left)
     assert len({decision.form for decision in wanted.splits}) > 1
     steps = corners(combinations(wanted, left))
     assert len(steps) >= 8
     for cost, noise in steps:
-        choice = chain.choice(cost + 0.5, learned=learned)
+        choice = chain.choice(cost + 0.5, left=left)
         options = [(d, d.option(d.form)) for d in choice.splits]
         got = noise_of(options, left) - sum(d.gain for d in choice.ranges if d.full)
         assert got == pytest.approx(noise, rel=1e-9)
         assert spent(choice) == cost
-    last = chain.choice(steps[-1][0] + 0.5, learned=learned)
+    last = chain.choice(steps[-1][0] + 0.5, left=left)
     assert [d.form for d in last.splits] == [d.form for d in wanted.splits]
     assert {d.tensor for d in last.ranges if not d.full} <= {"point.relu"}  # no layer reads it
 
 
-@pytest.mark.parametrize("learned", [False, True])
-def test_the_budget_is_never_exceeded(learned: bool, chain: Measured) -> None:
-    wanted = chain.choice(1e9, learned=learned)
+@pytest.mark.parametrize("left", [1.0, 0.1])
+def test_the_budget_is_never_exceeded(left: float, chain: Measured) -> None:
+    wanted = chain.choice(1e9, left=left)
     total, costs = spent(wanted), set()
     for budget in np.linspace(0, 1.1 * total, 60):
-        choice = chain.choice(budget, learned=learned)
+        choice = chain.choice(budget, left=left)
         assert choice.extra_macs == spent(choice) <= budget
         costs.add(choice.extra_macs)
         for decision, free in zip(choice.splits, wanted.splits, strict=True):
             cut = f"; {free.form} is beyond the budget" * (decision.form != free.form)
             assert decision.reason == free.reason + cut
     assert len(costs) > 8
-    assert chain.choice(total + 0.5, learned=learned).extra_macs == total
+    assert chain.choice(total + 0.5, left=left).extra_macs == total
 
 
 def forms(choice: Choice) -> list[tuple[str, str]]:
@@ -183,7 +182,7 @@ def test_a_layer_is_upgraded_step_by_step(chain: Measured) -> None:
     for budget in np.linspace(0, spent(wanted) + 0.5, 80):
         found = next(d for d in chain.choice(budget).splits if d.layer == "a")
         taken[found.form] = found.option(found.form)
-    assert list(taken) == ["none", "identity-scalar", "identity", "coarse-fine"]
+    assert list(taken) == ["none", "identity", "coarse-fine"]
     options = list(taken.values())
     rates = [
         (a.weight_noise - b.weight_noise) / (b.extra_macs - a.extra_macs)
@@ -242,23 +241,14 @@ def test_full_range_goes_before_splits_where_rounding_is_learned() -> None:
     (wanted,) = measured.choice(1e9).splits
     budget = min(option.extra_macs for option in wanted.options if option.extra_macs)
     found = {
-        learned: (choice.splits[0].form != "none", choice.ranges[0].full)
-        for learned in (False, True)
-        for choice in [measured.choice(budget, learned=learned)]
+        left: (choice.splits[0].form != "none", choice.ranges[0].full)
+        for left in (1.0, 0.1)
+        for choice in [measured.choice(budget, left=left)]
     }
-    assert found == {False: (True, False), True: (False, True)}
-    for learned in (False, True):
-        rich = measured.choice(1e9, learned=learned)
+    assert found == {1.0: (True, False), 0.1: (False, True)}
+    for left in found:
+        rich = measured.choice(1e9, left=left)
         assert (rich.splits[0].form, rich.ranges[0].full) == (wanted.form, True)
-
-
-def test_learning_spares_a_net_the_splits_that_it_hardly_needs() -> None:
-    measured = one_rep_layer(5.0)
-    (plain,), (learned,) = (measured.choice(1e9, learned=on).splits for on in (False, True))
-    assert plain.form != "none"
-    assert learned.form == "none"
-    assert "as a whole" in learned.reason
-    assert measured.choice(1e9, learned=True).ranges[0].full
 
 
 def two_readers() -> onnx.ModelProto:
@@ -328,7 +318,7 @@ def added_macs(before: onnx.ModelProto, after: onnx.ModelProto) -> int:
 
     def cost(node: onnx.NodeProto) -> int:
         elements = int(np.prod(shapes[node.output[0]]))
-        if node.op_type in ("Add", "Mul"):
+        if node.op_type == "Add":  # a Mul before it belongs to the same pass
             return ELEMENTWISE * elements
         if node.op_type in ("Conv", "Gemm"):
             weight = initial[makers[node.input[1]].input[0]]
@@ -346,17 +336,8 @@ def added_macs(before: onnx.ModelProto, after: onnx.ModelProto) -> int:
 @pytest.mark.parametrize("learn", [False, True])
 @pytest.mark.parametrize("max_overhead", [0.0, 0.05, 0.3, 0.6, 5.0])
 def test_the_overhead_that_is_reported_is_what_was_written(
-    max_overhead: float, learn: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    max_overhead: float, learn: bool, tmp_path: Path
 ) -> None:
-    asked: list[bool] = []
-
-    def watched(
-        net: Net, stats: dict[str, ChannelStats], options: ChooseOptions, ranges: list[str]
-    ) -> Choice:
-        asked.append(options.learned)
-        return choose(net, stats, options, ranges)
-
-    monkeypatch.setattr(preparing, "choose", watched)
     model = rep_chain()
     write_net(tmp_path / "m.onnx", model)
     write_images(tmp_path / "d.npz", 16, size=SIZE)
@@ -374,7 +355,6 @@ def test_the_overhead_that_is_reported_is_what_was_written(
         for t in model.graph.initializer
         if t.name.endswith(".weight")
     )
-    assert asked == [learn]
     added = added_macs(model, onnx.load(str(tmp_path / "o.onnx")))
     choice = Choice(report.decisions, report.ranges)
     assert report.overhead == pytest.approx(spent(choice) / macs, rel=1e-12)
@@ -383,3 +363,24 @@ def test_the_overhead_that_is_reported_is_what_was_written(
     assert set(report.full_range) == {d.tensor for d in report.ranges if d.full}
     assert len(report.splits) == sum(d.form != "none" for d in report.decisions)
     json.dumps(report.to_dict())
+
+
+@pytest.mark.parametrize("form", ["identity", "coarse-fine", "identity-scalar"])
+@pytest.mark.parametrize("full_range", [False, True])
+def test_splits_that_are_asked_for_count_as_those_that_are_chosen(
+    form: str, full_range: bool, tmp_path: Path
+) -> None:
+    model = rep_chain()
+    write_net(tmp_path / "m.onnx", model)
+    write_images(tmp_path / "d.npz", 16, size=SIZE)
+    options = CalibrateOptions(
+        images=16,
+        split=form,
+        full_range=full_range,
+        max_overhead=5.0,  # type: ignore[arg-type]
+    )
+    report = calibrate(tmp_path / "m.onnx", tmp_path / "d.npz", tmp_path / "o.onnx", options)
+    assert {split.form for split in report.splits} == {form}
+    macs = num_macs(net_from_model(onnx.load(str(tmp_path / "m.onnx"))))
+    added = added_macs(model, onnx.load(str(tmp_path / "o.onnx")))
+    assert report.overhead * macs == pytest.approx(added)

@@ -1,7 +1,6 @@
-"""Equalization changes no output and gives channels equal ranges; refused where not exact."""
+"""Scaling channels changes no output, in chains and residual streams; refused where not exact."""
 
 import numpy as np
-import onnx_graphsurgeon as gs
 import pytest
 import torch
 from torch import nn
@@ -13,7 +12,7 @@ from reptrt.exporter.fuse import fuse
 from reptrt.graph.net import Net, model_from_net, net_from_model
 from reptrt.graph.preprocess import Preprocess
 from reptrt.quantize.calib.channels import collect_channels
-from reptrt.rewrite.equalize import equalize, find_links
+from reptrt.rewrite.equalize import Stream, equalize, find_streams
 from tests.support.helpers import ort_run
 
 SIZE = Preprocess.plain(3, 8, 8)
@@ -36,7 +35,7 @@ class Chain(nn.Module):
 
 
 class Branching(nn.Module):
-    """A residual tensor, a sigmoid and an output in the middle: none may be scaled."""
+    """A residual tensor with a tanh, a sigmoid, and the output: none may be scaled."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -44,7 +43,7 @@ class Branching(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = torch.relu(self.convs[0](x))
-        y = torch.relu(self.convs[1](torch.sigmoid(self.convs[4](y))) + y)
+        y = torch.relu(self.convs[1](torch.sigmoid(self.convs[4](y))) + torch.tanh(y))
         return self.convs[3](torch.sigmoid(self.convs[2](y)))
 
 
@@ -67,51 +66,84 @@ def images(tmp_path) -> Dataset:
     return open_dataset(tmp_path / "x.npy", SIZE)
 
 
-def maxima(net: Net, images: Dataset) -> dict[str, np.ndarray]:
-    names = [link.tensor.name for link in find_links(net)[0]]
-    with torch.inference_mode():
-        found = collect_channels(TorchGraph(net), images, names)
-    return {name: stats.maximum for name, stats in found.items()}
+class Residual(nn.Module):
+    """Two residual streams, each read twice; the second begins where the first is strided."""
+
+    def __init__(self, gate: bool = False) -> None:
+        super().__init__()
+        self.stem, self.gate = nn.Conv2d(3, 6, 3, padding=1), gate
+        self.a, self.b = (nn.Conv2d(6, 6, 3, padding=1) for _ in range(2))
+        self.down, self.skip = nn.Conv2d(6, 8, 3, padding=1, stride=2), nn.Conv2d(6, 8, 1, stride=2)
+        self.c, self.head = nn.Conv2d(8, 8, 3, padding=1, groups=2), nn.Linear(8, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.stem(x))
+        x = torch.relu(x + self.b(torch.relu(self.a(x))))
+        x = torch.relu(self.down(x) + torch.relu(self.skip(x)))
+        x = x * torch.sigmoid(x) if self.gate else x - torch.relu(self.c(x))
+        return self.head(torch.flatten(nn.functional.adaptive_avg_pool2d(x, 1), 1))
 
 
-def test_the_output_stays_and_the_ranges_become_equal(images: Dataset) -> None:
-    net = net_of(Chain())
-    x = next(images.batches(50))
-    expected = ort_run(model_from_net(net.copy()), {"input": x})["output"]
-    before = maxima(net, images)
-    report, grown = equalize(net, before)
-    assert len(report.changed) == 4
-    assert set(grown) == {"b", "c", "d", "head"}
-    got = ort_run(model_from_net(net.copy()), {"input": x})["output"]
+def random_factors(streams: tuple[Stream, ...]) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(1)
+    widths = {stream.name: len(stream.producers[0].inputs[1].values) for stream in streams}
+    return {name: np.exp(rng.normal(0, 1.5, width)) for name, width in widths.items()}
+
+
+@pytest.mark.parametrize(
+    ("module", "readers"),
+    [
+        (Chain(), [{"b"}, {"c"}, {"d"}, {"head"}]),
+        (Residual(), [{"a", "down", "skip"}, {"b"}, {"c", "head"}]),
+    ],
+)
+def test_the_output_stays_and_every_tensor_of_a_stream_is_scaled(
+    module: nn.Module, readers: list[set[str]], images: Dataset
+) -> None:
+    net = net_of(module)
+    x = torch.from_numpy(next(images.batches(50)))
+    streams, _ = find_streams(net)
+    assert sorted(sorted(n.name for n in s.consumers) for s in streams) == sorted(
+        map(sorted, readers)
+    )
+    factors = random_factors(streams)
+    names = [name for stream in streams for name in stream.tensors]
+    expected = ort_run(model_from_net(net.copy()), {"input": x.numpy()})["output"]
+    before = TorchGraph(net).run({"input": x}, names)
+    assert equalize(net, streams, factors).changed == tuple(factors)
+    got = ort_run(model_from_net(net.copy()), {"input": x.numpy()})["output"]
     np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
-    for name, values in maxima(net, images).items():
-        alive = before[name] > 1e-2 * before[name].max()
-        assert before[name][alive].max() > 1.2 * before[name][alive].min(), "already equal"
-        np.testing.assert_allclose(values[alive], values[alive][0], rtol=1e-4)
+    after = TorchGraph(net).run({"input": x}, names)
+    for stream in streams:
+        for name in stream.tensors:
+            shape = (1, -1, *[1] * (before[name].dim() - 2))
+            wanted = before[name].double() * torch.from_numpy(factors[stream.name]).reshape(shape)
+            error = (after[name].double() - wanted).abs().amax() / wanted.abs().amax()
+            assert float(error) < 1e-5
 
 
-def test_a_dead_channel_is_not_blown_up(images: Dataset) -> None:
-    net = net_of(Chain())
-    found = maxima(net, images)
-    for values in found.values():
-        values[0] = 0.0
-    equalize(net, found)
-    weights = [t.values for t in net.graph.tensors().values() if isinstance(t, gs.Constant)]
-    assert all(np.isfinite(w).all() for w in weights)
-    assert max(np.abs(w).max() for w in weights if w.dtype == np.float32) < 1e5
+def test_a_stream_that_one_node_cannot_scale_stays_as_a_whole() -> None:
+    streams, skipped = find_streams(net_of(Residual(gate=True)))
+    assert {node.name for stream in streams for node in stream.consumers} == {
+        "a",
+        "b",
+        "down",
+        "skip",
+    }
+    assert any("a node other than a layer" in skip.reason for skip in skipped)
 
 
 def test_what_is_not_exact_is_left_with_the_reason() -> None:
-    links, skipped = find_links(net_of(Branching()))
-    assert links == ()
+    streams, skipped = find_streams(net_of(Branching()))
+    assert streams == ()
     reasons = {skip.reason for skip in skipped}
-    assert "a node other than a layer or a pool reads it" in reasons
+    assert "a node other than a layer, a pool or a sum reads it" in reasons
     assert "it is an output of the graph" in reasons
 
 
 def test_channel_statistics_are_those_of_numpy(images: Dataset) -> None:
     net = net_of(Chain())
-    name = find_links(net)[0][0].tensor.name
+    name = find_streams(net)[0][0].tensors[0]
     x = next(images.batches(50))
     graph = TorchGraph(net)
     with torch.inference_mode():
@@ -122,7 +154,8 @@ def test_channel_statistics_are_those_of_numpy(images: Dataset) -> None:
 
 
 def test_statistics_of_two_parts_are_those_of_all(images: Dataset) -> None:
-    graph, names = TorchGraph(net_of(Chain())), list(maxima(net_of(Chain()), images))
+    net = net_of(Chain())
+    graph, names = TorchGraph(net), [stream.name for stream in find_streams(net)[0]]
     others, judges = images.parted(3)
     first, second, whole = (
         collect_channels(graph, part, names) for part in (others, judges, images)

@@ -1,17 +1,20 @@
-"""Cost in multiply-accumulates per image: of a net, and of what full range adds to it.
+"""Cost in multiply-accumulates per image: of a net, of a split, and of full range.
 
-One elementwise operation on one output element (the Add or the Mul of a split) counts as
-`ELEMENTWISE_MACS`: it moves a byte or two and computes next to nothing.
+One elementwise pass over one output element counts as `_ELEMENTWISE_MACS`: it moves a byte or two
+and computes next to nothing. The Mul and the Add of an identity split are one pass: an engine runs
+all elementwise operations behind a convolution as one kernel, with the skip as one more operand.
 """
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from reptrt.graph.net import Net, constant_value, weighted_nodes
+from reptrt.core.choices import SplitForm
+from reptrt.graph.net import Net, constant_of, constant_value, weighted_nodes
+from reptrt.graph.splits import read_splits
 from reptrt.rewrite.recentre import padded_readers
 from reptrt.rewrite.surroundings import Surroundings
 
-ELEMENTWISE_MACS = 8
+_ELEMENTWISE_MACS = 8
 
 
 def num_macs(net: Net) -> int:
@@ -19,10 +22,27 @@ def num_macs(net: Net) -> int:
     return sum(_macs(node) for node in weighted_nodes(net.graph))
 
 
-def num_positions(node: gs.Node) -> int:
-    """Return the number of output positions of a node; 1 if the shape is not known."""
-    sizes = [size for size in (node.outputs[0].shape or ())[2:] if isinstance(size, int)]
-    return int(np.prod(sizes)) if sizes else 1
+def split_macs(node: gs.Node, form: SplitForm) -> int:
+    """Return the cost of splitting a convolution."""
+    return _split_macs(node, form, node.outputs[0])
+
+
+def _split_macs(node: gs.Node, form: SplitForm, output: gs.Tensor) -> int:
+    """Return the cost of a pass that adds, and of a coarse 1x1 layer."""
+    if form == "none":
+        return 0
+    outputs, inputs = constant_of(node.inputs[1]).shape[:2]
+    coarse = int(inputs) if form == "coarse-fine" else 0
+    return int(outputs) * (_ELEMENTWISE_MACS + coarse) * _num_positions(output)
+
+
+def splits_macs(net: Net) -> int:
+    """Return the cost of all splits that a net has."""
+    nodes = {node.name: node for node in net.graph.nodes}
+    return sum(
+        _split_macs(nodes[split.main], split.form, nodes[split.sum].outputs[0])
+        for split in read_splits(net)
+    )
 
 
 def full_range_macs(net: Net, tensor: str) -> int:
@@ -35,9 +55,15 @@ def full_range_macs(net: Net, tensor: str) -> int:
     readers = Surroundings(net, set()).readers(net.graph.tensors()[tensor], fixed=False)
     averages = [] if isinstance(readers, str) else readers.averages
     channels = [int((node.outputs[0].shape or (0, 1))[1]) for node in averages]
-    return ELEMENTWISE_MACS * (int(sum(np.prod(shape) for shape in maps)) + sum(channels))
+    return _ELEMENTWISE_MACS * (int(sum(np.prod(shape) for shape in maps)) + sum(channels))
 
 
 def _macs(node: gs.Node) -> int:
     weight = constant_value(node.inputs[1])
-    return 0 if weight is None else int(weight.size) * num_positions(node)
+    return 0 if weight is None else int(weight.size) * _num_positions(node.outputs[0])
+
+
+def _num_positions(output: gs.Tensor) -> int:
+    """Return the number of positions of a layer's output; 1 if the shape is not known."""
+    sizes = [size for size in (output.shape or ())[2:] if isinstance(size, int)]
+    return int(np.prod(sizes)) if sizes else 1

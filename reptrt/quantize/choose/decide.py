@@ -1,11 +1,9 @@
 """Choose the splits and full ranges of a net by the rules of `reptrt.quantize.choose`."""
 
 from collections.abc import Collection, Mapping
-from dataclasses import replace
 
 import onnx_graphsurgeon as gs
 
-from reptrt.core.choices import SplitForm
 from reptrt.core.grid import Grid
 from reptrt.graph.net import Net, weighted_nodes
 from reptrt.quantize.calib.channels import ChannelStats
@@ -16,7 +14,6 @@ from reptrt.quantize.choose.noise import layer_noise
 
 _HEALTHY = 1.0  # largest weight noise over activation noise of a layer that stays whole
 _ENOUGH = 0.25  # largest such ratio of a split layer
-LEFT_BY_LEARNING = 0.1  # of the weight noise: learning removed 11 dB of it on the unsplit RepVGG
 
 
 def choose(
@@ -36,12 +33,9 @@ def choose(
     layers = [
         node for node in weighted_nodes(net.graph) if node.name in stats and node.op == "Conv"
     ]
-    remaining = LEFT_BY_LEARNING if options.learned else 1.0
     desired = {
         node.name: _desired_form(node, stats[node.name], options, full_range) for node in layers
     }
-    if not options.splits or _is_healthy(desired.values(), remaining):
-        desired = {name: _left_whole(decision) for name, decision in desired.items()}
     ranges = [
         _range_decision(
             net,
@@ -52,7 +46,7 @@ def choose(
         for tensor in full_range
     ]
     budget = options.max_overhead * num_macs(net)
-    return within_budget(desired.values(), ranges, budget, remaining=remaining)
+    return within_budget(desired.values(), ranges, budget, remaining=options.remaining)
 
 
 def _desired_form(
@@ -65,38 +59,27 @@ def _desired_form(
     forms = noise.options
     if options.precision == "int8":
         forms = tuple(o for o in forms if o.form in ("none", "identity-scalar"))
-    floor = noise.activation_noise
-    enough = [option for option in forms if option.weight_noise <= _limit(option.form) * floor]
-    best = min(enough, key=_cost) if enough else min(forms, key=_noise)
-    ratio = forms[0].weight_noise / floor if floor else float("inf")
+    whole, floor = forms[0].weight_noise, noise.activation_noise
+    ratio = whole / floor if floor else float("inf")
     reason = f"weight noise is {ratio:.2g} of the activation noise"
-    if best.form != "none" and not enough:
-        reason += "; no form gets below a quarter"
+    best = forms[0]
+    if options.policy == "identity":
+        halved = [o for o in forms if o.form.startswith("identity") and o.weight_noise <= whole / 2]
+        best = min(halved, key=_noise, default=best)
+    elif options.policy == "balance" and whole > _HEALTHY * floor:
+        enough = [option for option in forms if option.weight_noise <= _ENOUGH * floor]
+        best = min(enough, key=_cost) if enough else min(forms, key=_noise)
+        if best.form != "none" and not enough:
+            reason += "; no form gets below a quarter"
     return Decision(node.name, best.form, noise.signal, floor, forms, reason)
 
 
-def _limit(form: SplitForm) -> float:
-    return _HEALTHY if form == "none" else _ENOUGH
-
-
-def _cost(option: Option) -> int:
-    return option.extra_macs
+def _cost(option: Option) -> tuple[int, float]:
+    return option.extra_macs, option.weight_noise
 
 
 def _noise(option: Option) -> float:
     return option.weight_noise
-
-
-def _is_healthy(decisions: Collection[Decision], remaining: float) -> bool:
-    """Return whether the layers' remaining weight noise is at most their activation noise."""
-    alive = [decision for decision in decisions if decision.signal > 0]
-    weights = sum(d.option("none").weight_noise / d.signal for d in alive)
-    return remaining * weights <= sum(d.activation_noise / d.signal for d in alive)
-
-
-def _left_whole(decision: Decision) -> Decision:
-    reason = f"{decision.reason}; the net as a whole needs no split"
-    return replace(decision, form="none", reason=reason)
 
 
 def _range_decision(

@@ -2,9 +2,14 @@
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Literal
 
 from reptrt.core.choices import SplitForm, SplitPrecision
 from reptrt.core.grid import Grid
+
+# whole: no layer is split; identity: every layer where that form halves the weight noise;
+# balance: layers whose weight noise exceeds the activation noise, in the cheapest form that helps
+Policy = Literal["whole", "identity", "balance"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,13 +19,13 @@ class ChooseOptions:
     activations: Grid  # codes of activations
     weights: Grid  # codes of weights
     max_overhead: float  # extra multiply-accumulates allowed, as a fraction of the net's own
-    splits: bool = True  # whether layers may be split
+    policy: Policy = "balance"  # which layers are to be split
     # precision of a split layer's two summands; with INT8 summands only the scalar identity split
     # is considered, because its skip is not rounded and its other summand has known bounds
     precision: SplitPrecision = "float"
-    # whether the rounding of weights will be learned; that removes most of the weight noise, so
-    # fewer splits pay and full range goes before them
-    learned: bool = False
+    # the part of the weight noise that is left when the weights are rounded: less than 1 where
+    # rounding will be learned; then full range goes before splits
+    remaining: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from reptrt.core.grid import Grid, channel_amax
 from reptrt.graph.net import constant_value
 from reptrt.graph.qdq import quantize_weight
 from reptrt.quantize.calib.channels import ChannelStats
-from reptrt.quantize.choose.cost import ELEMENTWISE_MACS, num_positions
+from reptrt.quantize.choose.cost import split_macs
 from reptrt.quantize.choose.decisions import Option
 from reptrt.rewrite import split_coarse_fine as coarse_fine
 from reptrt.rewrite import split_identity as identity
@@ -49,24 +49,21 @@ def layer_noise(node: gs.Node, stats: ChannelStats, activations: Grid, weights: 
 
 
 def _options(node: gs.Node, weight: FloatArray, variance: FloatArray, grid: Grid) -> list[Option]:
-    positions, channels = num_positions(node), weight.shape[0]
-    options = [Option("none", _weight_noise(weight, variance, grid), 0)]
+    parts: list[tuple[SplitForm, FloatArray]] = [("none", weight)]
     if identity.reason_against(node) is None:
-        addition = channels * ELEMENTWISE_MACS * positions
-        forms: tuple[tuple[SplitForm, int], ...] = (
-            ("identity-scalar", addition),
-            ("identity", 2 * addition),
-        )
-        for form, extra in forms:
-            factor = identity.factor_of(weight, grid, form)
-            if factor is not None:
-                rest = identity.without_diagonal(weight, factor)
-                options.append(Option(form, _weight_noise(rest, variance, grid), extra))
+        forms: tuple[SplitForm, ...] = ("identity-scalar", "identity")
+        factors = ((form, identity.factor_of(weight, grid, form)) for form in forms)
+        parts += [
+            (form, identity.without_diagonal(weight, factor))
+            for form, factor in factors
+            if factor is not None
+        ]
     if coarse_fine.reason_against(node) is None:
-        _, fine = coarse_fine.coarse_and_fine(weight, grid)
-        extra = (channels * weight.shape[1] + channels * ELEMENTWISE_MACS) * positions
-        options.append(Option("coarse-fine", _weight_noise(fine, variance, grid), extra))
-    return options
+        parts.append(("coarse-fine", coarse_fine.coarse_and_fine(weight, grid)[1]))
+    return [
+        Option(form, _weight_noise(part, variance, grid), split_macs(node, form))
+        for form, part in parts
+    ]
 
 
 def _weight_noise(weight: FloatArray, variance: FloatArray, grid: Grid) -> float:

@@ -1,0 +1,170 @@
+"""Equalization, splits and full ranges, chosen together (ours).
+
+The factors of a tensor depend on the splits of its readers and on its step, and what a split or
+full range gains depends on the factors. So for each policy (`reptrt.quantize.choose`) factors and
+choice are computed in turns, from statistics alone. Where the policies lead to different nets, the
+outputs of the judging images decide (`reptrt.pipeline.preparing`): each candidate runs them once,
+with rounded weights and activations, and the one with the least error is taken.
+"""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+from reptrt.core.arrays import Float64Array
+from reptrt.core.choices import SplitForm
+from reptrt.graph.net import Net
+from reptrt.pipeline.options import CalibrateOptions
+from reptrt.quantize.calib.channels import ChannelStats
+from reptrt.quantize.choose import (
+    Choice,
+    ChooseOptions,
+    Policy,
+    best_factors,
+    choose,
+    full_range_of,
+    reader_of,
+)
+from reptrt.rewrite.equalize import equalize, find_streams
+
+_ROUNDS = 2  # of factors and choice
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Candidate:
+    """One way to prepare a net."""
+
+    factors: Mapping[str, Float64Array]  # stream -> factor of each channel, (C,)
+    choice: Choice
+    forms: Mapping[str, SplitForm]  # layer -> form, for those to split
+
+    @property
+    def full_range(self) -> frozenset[str]:
+        """The activations that use the full range of codes."""
+        return frozenset(full_range_of(self.choice.ranges))
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """What distinguishes two candidates of one net."""
+        split = frozenset((layer, form) for layer, form in self.forms.items() if form != "none")
+        return split, self.full_range
+
+
+class Candidates:
+    """Finds the candidates of a float net.
+
+    Args:
+        net: the net; not changed.
+        stats: tensor -> statistics, of every layer's input; empty if nothing is to be chosen.
+        layers: layer -> its input, of the layers that will be quantized.
+        possible: activations that can have full range.
+        forms: layer -> the form that the options ask for; empty if forms are to be chosen.
+        options: of calibration.
+    """
+
+    def __init__(
+        self,
+        net: Net,
+        stats: Mapping[str, ChannelStats],
+        layers: Mapping[str, str],
+        possible: Collection[str],
+        forms: Mapping[str, SplitForm],
+        options: CalibrateOptions,
+    ) -> None:
+        self._net, self._stats, self._layers = net, stats, layers
+        self._possible, self._forms, self._options = possible, forms, options
+        self._known: dict[tuple[object, ...], Float64Array] = {}
+        self._streams = find_streams(net)[0] if options.equalize else ()
+
+    def all(self) -> list[Candidate]:
+        """Return the candidates that differ, the one with least extra work first."""
+        policies: tuple[Policy, ...] = ("whole",)
+        if self._options.split == "auto" and self._options.max_overhead > 0:
+            policies = ("whole", "balance", "identity")
+        different: dict[tuple[object, ...], Candidate] = {}
+        for policy in policies:
+            candidate = self._of(policy)
+            different.setdefault(candidate.key, candidate)
+        return sorted(different.values(), key=lambda candidate: candidate.choice.extra_macs)
+
+    def _of(self, policy: Policy) -> Candidate:
+        options = self._choose_options(policy)
+        # On the way to a choice, weights count without the diagonal that a split would take out.
+        first: SplitForm = "none" if policy == "whole" else "identity"
+        forms = dict(self._forms) or dict.fromkeys(self._layers, first)
+        full_range = frozenset(self._possible)
+        for _ in range(_ROUNDS):
+            factors = self._factors(forms, full_range)
+            trial = self._net.copy()
+            equalize(trial, find_streams(trial)[0], factors)
+            scaled = scaled_stats(self._net, self._stats, factors)
+            inputs = {layer: scaled[name] for layer, name in self._layers.items() if name in scaled}
+            choice = choose(trial, inputs, options, self._possible)
+            forms = dict(self._forms) or {d.layer: d.form for d in choice.splits}
+            full_range = frozenset(full_range_of(choice.ranges))
+        return Candidate(factors, choice, forms)
+
+    def _choose_options(self, policy: Policy) -> ChooseOptions:
+        activations, weights = self._options.grids
+        return ChooseOptions(
+            activations=activations,
+            weights=weights,
+            max_overhead=self._options.max_overhead,
+            policy=policy,
+            precision=self._options.split_precision,
+            remaining=self._options.remaining,
+        )
+
+    def _factors(
+        self, forms: Mapping[str, SplitForm], full_range: frozenset[str]
+    ) -> dict[str, Float64Array]:
+        """Return the best factors of each stream that a quantized layer reads."""
+        grid, weights = self._options.grids
+        found = {}
+        for stream in self._streams:
+            readers = [node for node in stream.consumers if node.name in self._layers]
+            if not readers:
+                continue
+            levels = [
+                (grid.full_range if self._layers[node.name] in full_range else grid).qmax
+                for node in readers
+            ]
+            taken = [forms.get(node.name, "none") for node in readers]
+            key = (stream.name, *taken, *levels)
+            if key not in self._known:
+                self._known[key] = best_factors(
+                    [
+                        reader_of(
+                            node,
+                            self._stats[self._layers[node.name]],
+                            form,
+                            input_levels=level,
+                            weight_levels=weights.qmax,
+                            remaining=self._options.remaining,
+                        )
+                        for node, form, level in zip(readers, taken, levels, strict=True)
+                    ]
+                )
+            found[stream.name] = self._known[key]
+        return found
+
+
+def scaled_stats(
+    net: Net, stats: Mapping[str, ChannelStats], factors: Mapping[str, Float64Array]
+) -> dict[str, ChannelStats]:
+    """Return the statistics that tensors have when streams are scaled.
+
+    Args:
+        net: a float net.
+        stats: tensor -> statistics.
+        factors: stream -> factor of each channel, (C,).
+    """
+    by_tensor = {
+        tensor: factors[stream.name]
+        for stream in (find_streams(net)[0] if factors else ())
+        if stream.name in factors
+        for tensor in stream.tensors
+    }
+    return {
+        name: channels.scaled(by_tensor[name]) if name in by_tensor else channels
+        for name, channels in stats.items()
+    }
