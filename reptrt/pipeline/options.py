@@ -87,7 +87,9 @@ class CalibrateOptions:
     )
     threshold: ThresholdOptions = field(default_factory=ThresholdOptions)
     equalize: bool = described(
-        True, "Give all channels of an activation the same range; adds no work to the net."
+        True,
+        "Scale the channels of activations so that weights and activations lose less; adds no "
+        "work to the net.",
     )
     split: SplitMode = described(
         "auto",

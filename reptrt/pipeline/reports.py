@@ -96,7 +96,7 @@ class CalibrateReport(Result):
     threshold: Threshold  # the rule; of auto the one that was chosen
     margin: float  # by which auto widened its thresholds, for images not seen; 1 for a given rule
     tensors: tuple[TensorScale, ...]
-    equalized: int  # tensors whose channels were given equal ranges
+    equalized: int  # streams of tensors whose channels were scaled
     splits: tuple[Split, ...]
     decisions: tuple[Decision, ...]  # of automatically chosen splits
     left_whole: tuple[Skipped, ...]  # layers that were to be split but are not, with the reason

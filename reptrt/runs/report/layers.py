@@ -106,7 +106,7 @@ def decisions(run: RunContent) -> Section:
         return Section("decisions", title, absent=run.calibrate.reason)
     text = (
         f"All splits together cost {percent(calibration['overhead'])} more multiply-accumulates "
-        f"than the net without splits. The channel ranges of {calibration['equalized']} tensors "
+        f"than the net without splits. The channels of {calibration['equalized']} activations "
         "were equalized, which costs nothing at run time. "
     )
     mode = run.manifest.options["calibrate"]["split"]
