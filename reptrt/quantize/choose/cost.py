@@ -33,7 +33,7 @@ def _split_macs(node: gs.Node, form: SplitForm, output: gs.Tensor) -> int:
         return 0
     outputs, inputs = constant_of(node.inputs[1]).shape[:2]
     coarse = int(inputs) if form == "coarse-fine" else 0
-    return int(outputs) * (_ELEMENTWISE_MACS + coarse) * _num_positions(output)
+    return int(outputs) * (_ELEMENTWISE_MACS + coarse) * num_positions(output)
 
 
 def splits_macs(net: Net) -> int:
@@ -60,10 +60,10 @@ def full_range_macs(net: Net, tensor: str) -> int:
 
 def _macs(node: gs.Node) -> int:
     weight = constant_value(node.inputs[1])
-    return 0 if weight is None else int(weight.size) * _num_positions(node.outputs[0])
+    return 0 if weight is None else int(weight.size) * num_positions(node.outputs[0])
 
 
-def _num_positions(output: gs.Tensor) -> int:
+def num_positions(output: gs.Tensor) -> int:
     """Return the number of positions of a layer's output; 1 if the shape is not known."""
     sizes = [size for size in (output.shape or ())[2:] if isinstance(size, int)]
     return int(np.prod(sizes)) if sizes else 1

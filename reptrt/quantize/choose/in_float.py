@@ -134,7 +134,7 @@ def keep_in_float(
 def prices_of(net: Net) -> dict[str, Price]:
     """Return the price of every layer, from the shapes of a float net before splits."""
     nodes = weighted_nodes(net.graph)
-    macs = {node.name: _size(node) * num_positions(node) for node in nodes}
+    macs = {node.name: _size(node) * num_positions(node.outputs[0]) for node in nodes}
     moved = {node.name: _size(node) + sum(map(_values, _ends(node))) for node in nodes}
     sums = sum(macs.values()) or 1, sum(moved.values()) or 1
     return {name: Price(macs[name] / sums[0], moved[name] / sums[1]) for name in macs}
