@@ -48,7 +48,8 @@ class Conditioning:
             return
         self.images += len(images)
         noisy = run(with_pixel_noise(images, self.preprocess, self.generator))
-        self.distance.add({name: out[: len(images)] for name, out in outputs.items()}, noisy)
+        taken = {n: out[: len(images)] if out.ndim else out for n, out in outputs.items()}
+        self.distance.add(taken, noisy)
 
     @property
     def sqnr_db(self) -> float | None:

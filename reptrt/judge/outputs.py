@@ -115,17 +115,19 @@ def refuse_labels_beyond(
 def paired(reference: Outputs, outputs: Outputs) -> dict[str, tuple[Float32Array, Float32Array]]:
     """Return the outputs that both networks have, under the reference's names.
 
-    They are matched by name; the first outputs are a pair whatever their names. Other outputs count
-    only if they hold real values: numbers of classes or boxes have no distance.
+    They are matched by name; two first outputs without a namesake are a pair too. Classes and other
+    integers are left out beside real values: how far two of them are apart says nothing.
     """
-    names = iter(reference)
-    pairs = {next(names): (first_of(reference), first_of(outputs))}
-    first = next(iter(outputs))
-    for name in names:
-        is_real = np.issubdtype(reference[name].dtype, np.floating)
-        if is_real and name in outputs and name != first:
-            pairs[name] = (reference[name], outputs[name])
-    return pairs
+    pairs = {name: (reference[name], outputs[name]) for name in reference if name in outputs}
+    first, other = next(iter(reference)), next(iter(outputs))
+    if first not in outputs and other not in reference:
+        pairs = {first: (reference[first], outputs[other]), **pairs}
+    real = {
+        name: pair
+        for name, pair in pairs.items()
+        if all(np.issubdtype(value.dtype, np.floating) for value in pair)
+    }
+    return real or pairs
 
 
 def total_sqnr_db(reference: Outputs, outputs: Outputs) -> float:

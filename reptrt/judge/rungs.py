@@ -138,6 +138,10 @@ def measure(steps: Iterable[Step], dataset: Dataset, task: Task[Any] | None = No
             rungs.append(Rung(step.name, step.runs_in, not_run=str(err)))
             continue
         first = outputs if first is None else first
+        if first.keys().isdisjoint(outputs):
+            missing = f"torch cannot compute {', '.join(first)}, which the net returns"
+            rungs.append(Rung(step.name, step.runs_in, not_run=missing))
+            continue
         _check(step, outputs, first)
         rungs.append(_rung(step, outputs, first, before, scores))
         before = outputs
@@ -183,7 +187,7 @@ def _rung(
 
 def _distance(reference: Outputs, outputs: Outputs, dataset: Dataset) -> Distance:
     ratio = total_sqnr_db(reference, outputs)
-    exact, got = first_of(reference), first_of(outputs)
+    exact, got = next(iter(paired(reference, outputs).values()))
     top1_before, top1 = _top1(reference, dataset), _top1(outputs, dataset)
     rows, expected = class_scores(got), class_scores(exact)
     return Distance(

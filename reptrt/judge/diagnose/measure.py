@@ -87,7 +87,10 @@ class Closeness:
             {name: values[name].double() for name in references} for values in (references, outputs)
         )
         self.sums = added(self.sums, self.measure.sums(exact, other))
-        first = next(iter(references))
+        first = next((name for name, value in references.items() if value.dim()), None)
+        if first is None:  # numbers of the whole batch
+            self.same_class = None
+            return
         reference, output = references[first], outputs[first]
         self.images += len(reference)
         if self.measure.is_detector:
