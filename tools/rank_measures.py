@@ -18,8 +18,8 @@ from pathlib import Path
 import click
 import numpy as np
 import torch
+from torch import Tensor
 
-from reptrt.core.arrays import Float64Array
 from reptrt.data.dataset import open_dataset
 from reptrt.execute.torchgraph import TorchGraph
 from reptrt.graph.net import net_from_model, read_model
@@ -51,8 +51,9 @@ FILES: Mapping[str, CalibrateOptions] = {
     "fast, no split": replace(_FAST, split="none"),
     "fast, not equalized": replace(_FAST, equalize=False),
     **{f"fast W{w}A{a}": _bits(_FAST, w, a) for w, a in ((7, 7), (6, 8), (8, 6), (6, 6), (5, 8))},
-    "fast W8A5": _bits(_FAST, 8, 5),
+    **{f"fast W{w}A{a}": _bits(_FAST, w, a) for w, a in ((8, 5), (5, 5), (4, 8))},
     **{f"plain W{w}A{a}": _bits(PLAIN_INT8, w, a) for w, a in ((7, 7), (6, 8), (8, 6), (6, 6))},
+    **{f"plain W{w}A{a}": _bits(PLAIN_INT8, w, a) for w, a in ((5, 8), (8, 5))},
     **{f"fast W6A6 {rule}": _rule(_W6A6, rule) for rule in ("max", "kl")},
     "fast W6A6, no split": replace(_W6A6, split="none"),
     "fast W6A6, biases as they are": replace(_W6A6, correct_bias=False),
@@ -74,11 +75,13 @@ def main(
     rows: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as name:
         folders = _divided(data, Path(name), (images, judges), seed)
+        judge = _Judge(net, folders[1])
+        _part_of(annotations, folders[1])
         for label, options in FILES.items():
             path = Path(name) / "int8.onnx"
             calibrate(net, folders[0], path, replace(options, images=images, seed=seed))
-            rows[label] = {"map": _map(path, net, folders[1], annotations)}
-            rows[label] |= _errors(net, path, folders[1])
+            rows[label] = {"map": _map(path, folders[1])}
+            rows[label] |= judge.errors(path)
             texts = (f"{key} {value:.4g}" for key, value in rows[label].items())
             click.echo(f"{label:30s}  " + "  ".join(texts))
             if output is not None:
@@ -101,35 +104,55 @@ def _divided(data: Path, folder: Path, counts: Sequence[int], seed: int) -> list
     return folders
 
 
-def _map(path: Path, net: Path, images: Path, annotations: Path) -> float:
-    options = EvaluateOptions(task="detect", annotations=annotations)
-    return float(evaluate([path], images, options).results[0].measures["map"])
+def _part_of(annotations: Path, folder: Path) -> None:
+    """Write the annotations of the images in a folder where `evaluate` finds them, in it."""
+    coco = json.loads(annotations.read_text())
+    names = {path.name for path in folder.iterdir()}
+    coco["images"] = [image for image in coco["images"] if image["file_name"] in names]
+    kept = {image["id"] for image in coco["images"]}
+    coco["annotations"] = [one for one in coco["annotations"] if one["image_id"] in kept]
+    (folder / "annotations.json").write_text(json.dumps(coco))
 
 
-def _errors(net: Path, int8: Path, images: Path) -> dict[str, float]:
-    """Return the errors of an INT8 file: of its outputs, at its heads, and each part of these."""
-    nets = [net_from_model(read_model(path)) for path in (net, int8)]
-    exact, rounded = (TorchGraph(one) for one in nets)
-    measure = Measure(exact)
-    names = [*measure.names, *exact.output_names]
-    outputs: dict[str, Float64Array] = {}
-    heads: Sums = {}
-    with torch.inference_mode():
-        for x in open_dataset(images, read_preprocess(nets[0])).batches(_BATCH):
-            one, two = (
-                graph.run({graph.input_names[0]: torch.from_numpy(x)}, names)
-                for graph in (exact, rounded)
-            )
-            heads = added(
-                heads, measure.sums(*({n: v[n] for n in measure.names} for v in (one, two)))
-            )
-            for name in exact.output_names:
-                powers = np.array([float((one[name]).square().sum()),
-                                   float((one[name] - two[name]).square().sum())])  # fmt: skip
-                outputs[name] = outputs.get(name, np.zeros(2)) + powers
-    parts = {group: float(relative(*pair)) for group, pair in heads.items()}
-    total = sum(error / signal for signal, error in outputs.values())
-    return {"outputs": float(total), "heads": sum(parts.values()), **parts}
+def _map(path: Path, images: Path) -> float:
+    return float(
+        evaluate([path], images, EvaluateOptions(task="detect")).results[0].measures["map"]
+    )
+
+
+class _Judge:
+    """The float net's values on the judging images, to compare those of INT8 files with."""
+
+    def __init__(self, net: Path, images: Path) -> None:
+        float_net = net_from_model(read_model(net))
+        graph = TorchGraph(float_net)
+        self._measure = Measure(graph)
+        self._outputs, self._input = graph.output_names, graph.input_names[0]
+        batches = open_dataset(images, read_preprocess(float_net)).batches(_BATCH)
+        self._exact = [(x, self._run(graph, x)) for x in map(torch.from_numpy, batches)]
+
+    def errors(self, int8: Path) -> dict[str, float]:
+        """Return the errors of an INT8 file: of its outputs, at its heads, and each part of these.
+
+        The outputs count each in units of its power.
+        """
+        graph = TorchGraph(net_from_model(read_model(int8)))
+        sums: Sums = {}
+        powers = {name: np.zeros(2) for name in self._outputs}
+        for x, exact in self._exact:
+            values = self._run(graph, x)
+            heads = ({name: v[name] for name in self._measure.names} for v in (exact, values))
+            sums = added(sums, self._measure.sums(*heads))
+            for name in self._outputs:
+                parts = (exact[name], exact[name] - values[name])
+                powers[name] += [float(part.square().sum()) for part in parts]
+        parts = {group: float(relative(*pair)) for group, pair in sums.items()}
+        outputs = float(sum(error / signal for signal, error in powers.values()))
+        return {"outputs": outputs, "heads": sum(parts.values()), **parts}
+
+    def _run(self, graph: TorchGraph, x: Tensor) -> dict[str, Tensor]:
+        with torch.inference_mode():
+            return graph.run({self._input: x}, [*self._measure.names, *self._outputs])
 
 
 def _ranks(rows: Mapping[str, Mapping[str, float]], key: str) -> dict[str, float]:
