@@ -81,6 +81,19 @@ def wide() -> onnx.ModelProto:
     return b.model(b.head(b.relu(b.node("Add", [b.conv(y, 4, "last"), skip], "sum"))))
 
 
+def interleaved() -> onnx.ModelProto:
+    """Two long branches level by level: every activation function lies behind the other's layer."""
+    b = Builder()
+    left = right = b.relu(b.conv("x", 4, "c0"))
+    for i in range(MAX_LAYERS):
+        layers = b.conv(left, 4, f"l{i}"), b.conv(right, 4, f"r{i}")
+        gates = [b.node("Sigmoid", [layer], f"{layer}.gate") for layer in layers]
+        left, right = (
+            b.node("Mul", [y, g], f"{y}.silu") for y, g in zip(layers, gates, strict=True)
+        )
+    return b.model(b.head(b.relu(b.node("Add", [b.conv(left, 4, "last"), right], "sum"))))
+
+
 NETS: dict[str, Callable[[], onnx.ModelProto]] = {
     "chain": plain_chain,
     "residual": basic_block,
@@ -91,6 +104,7 @@ NETS: dict[str, Callable[[], onnx.ModelProto]] = {
     "tail": tail_without_layer,
     "late": image_read_late,
     "wide": wide,
+    "interleaved": interleaved,
 }
 
 
@@ -127,7 +141,15 @@ def test_units_lie_between_single_tensors(name: str) -> None:
     assert all(len(alive) == 1 for alive in layout.alive)
 
 
-@pytest.mark.parametrize("name", ["neck", "wide"])
+def test_no_boundary_lies_between_a_layer_and_its_activation_function() -> None:
+    net, _, layout, _ = cut("interleaved")
+    layers = {node.outputs[0].name for node in net.graph.nodes if node.op in ("Conv", "Gemm")}
+    boundaries = [set(alive) for alive in layout.alive[:-1]]
+    assert any(len(alive) > 1 for alive in boundaries)
+    assert all(layers.isdisjoint(alive) for alive in boundaries)
+
+
+@pytest.mark.parametrize("name", ["neck", "wide", "interleaved"])
 def test_where_no_single_tensor_passes_units_stay_small(name: str) -> None:
     _, _, layout, _ = cut(name)
     assert max(len(unit.layers) for unit in layout.units) <= MAX_LAYERS

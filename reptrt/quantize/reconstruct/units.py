@@ -18,6 +18,7 @@ import torch
 
 from reptrt.execute.torchgraph import TorchGraph
 from reptrt.execute.torchops.program import Step
+from reptrt.graph.queries import POINTWISE
 
 MAX_LAYERS = 8  # layers after which a unit ends even if more than one tensor is alive
 
@@ -109,7 +110,37 @@ def _steps_to(graph: TorchGraph, outputs: Sequence[str]) -> list[Step]:
         if not needed.isdisjoint(step.outputs):
             needed.update(step.inputs)
             steps.append(step)
-    return steps[::-1]
+    return _pointwise_first(steps[::-1])
+
+
+def _pointwise_first(steps: Sequence[Step]) -> list[Step]:
+    """Return nodes in an order in which pointwise ones run as soon as they can.
+
+    So no boundary lies between a layer and its activation function: what the function takes away
+    would be learned too.
+    """
+    made = {name for step in steps for name in step.outputs}
+    missing = {id(step): {name for name in step.inputs if name in made} for step in steps}
+    readers: dict[str, list[Step]] = {}
+    for step in steps:
+        for name in missing[id(step)]:
+            readers.setdefault(name, []).append(step)
+    order: dict[int, Step] = {}
+    for first in steps:
+        pending = [first]
+        while pending:
+            step = pending.pop()
+            if id(step) in order:
+                continue
+            order[id(step)] = step
+            ready = []
+            for name in step.outputs:
+                for reader in readers.get(name, []):
+                    missing[id(reader)].discard(name)
+                    if not missing[id(reader)] and reader.op in POINTWISE:
+                        ready.append(reader)
+            pending += reversed(ready)
+    return list(order.values())
 
 
 def _shapes(
