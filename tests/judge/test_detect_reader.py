@@ -39,6 +39,18 @@ def test_boxes_and_scores_of_a_layout(name: str, known: int | None) -> None:
     np.testing.assert_allclose(scores, expected, rtol=1e-6)
 
 
+def test_the_first_score_may_be_that_of_no_object() -> None:
+    """SSD: one score more than classes, which add up to 1."""
+    scores = np.concatenate([OBJECT, SCORES], axis=2)
+    outputs = {"boxes": XYXY, "scores": scores / scores.sum(axis=2, keepdims=True)}
+    reader = reader_of("net", outputs, PREPROCESS, EvaluateOptions(task="detect"), CLASSES)
+    boxes, found = reader.candidates(outputs)
+    np.testing.assert_array_equal(boxes, XYXY)
+    np.testing.assert_array_equal(found, outputs["scores"][..., 1:])
+    message = refused({"boxes": XYXY, "scores": scores}, CLASSES)
+    assert "4 classes), expected 3 classes" in message
+
+
 def softmax(values: np.ndarray) -> np.ndarray:
     powers = np.exp(values - values.max())
     return powers / powers.sum()

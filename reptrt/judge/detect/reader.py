@@ -33,6 +33,7 @@ class Reader:
     boxes: BoxForm
     is_part: bool  # boxes are parts of the input, 0..1
     has_logits: bool  # scores are before the sigmoid
+    has_background: bool  # the first score is that of no object
     height: int  # of the input
     width: int
 
@@ -58,7 +59,7 @@ class Reader:
         if self.layout.form == "raw":
             return self._of_levels(_taken(outputs, self.layout))
         boxes, scores = _boxes_and_scores(outputs, self.layout)
-        return self._in_pixels(boxes), scores
+        return self._in_pixels(boxes), scores[..., 1:] if self.has_background else scores
 
     def _in_pixels(self, boxes: FloatArray) -> FloatArray:
         if self.boxes == "xywh":
@@ -137,10 +138,14 @@ def reader_of(
         )
     shapes = [("N", *value.shape[1:]) for value in values]
     layout = layout_of_outputs(shapes, num_classes, form=options.layout, boxes=options.boxes)
+    with_background = _with_background(outputs, options, num_classes)
+    has_background = isinstance(layout, str) and with_background is not None
+    layout = with_background if has_background and with_background is not None else layout
     if isinstance(layout, str):
         raise ConfigError(f"{name}: {layout}")
     usual = layout_of_outputs(shapes, form=options.layout, boxes=options.boxes)
-    if isinstance(usual, DetectorLayout) and usual.num_classes not in (None, layout.num_classes):
+    known = (None, layout.num_classes)
+    if isinstance(usual, DetectorLayout) and usual.num_classes not in known:
         raise ConfigError(
             f"{name}: outputs look like {usual}, the annotations have {num_classes} categories; "
             f"expected as many, or state {option('layout')} if it is {layout}"
@@ -160,7 +165,25 @@ def reader_of(
         _check_scores(name, scores, layout)
         if layout.form == "boxes-scores" and options.boxes == "auto":
             boxes = _form_of_boxes(name, found)
-    return Reader(layout, boxes, is_part, has_logits, preprocess.height, preprocess.width)
+    size = (preprocess.height, preprocess.width)
+    return Reader(layout, boxes, is_part, has_logits, has_background, *size)
+
+
+def _with_background(
+    outputs: Outputs, options: TaskOptions, num_classes: int | None
+) -> DetectorLayout | None:
+    """Return boxes and scores whose first one is that of no object, as SSD has them, if they are.
+
+    There is one score more than classes, and the scores of a box add up to 1.
+    """
+    if num_classes is None or options.layout not in ("auto", "boxes-scores"):
+        return None
+    shapes = [("N", *value.shape[1:]) for value in outputs.values()]
+    layout = layout_of_outputs(shapes, num_classes + 1, form="boxes-scores", boxes=options.boxes)
+    if isinstance(layout, str):
+        return None
+    _, scores = _boxes_and_scores(outputs, layout)
+    return layout if bool((np.abs(scores.sum(axis=-1) - 1) < _SLACK).all()) else None
 
 
 def _taken(outputs: Outputs, layout: DetectorLayout) -> list[FloatArray]:
