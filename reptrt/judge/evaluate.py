@@ -79,6 +79,7 @@ class FileResult:
     identical: bool | None  # whether every output equals the reference's
     score: float | None = None  # the measure that ranks networks, larger is better
     rows: Mapping[str, Measures] = field(default_factory=dict)  # more rows of the table
+    findings: Any = field(default=None, repr=False, compare=False)  # all that the task found out
 
     @property
     def top1(self) -> float | None:
@@ -324,6 +325,7 @@ def _result(task: Task[Any], of: Judged, findings: Any, reference: Any) -> FileR
         identical=None if distance is None else distance.identical,
         score=score(task, measures),
         rows=findings.rows,
+        findings=findings,
     )
 
 

@@ -37,6 +37,7 @@ STAGES = (
     "calibrate",
     "build-engine",
     "eval",
+    "detections",
     "diagnose",
     "bench",
 )  # in the order of a run

@@ -1,6 +1,6 @@
 """Repeat a run from its record, and compare each file with the one that the run wrote.
 
-    float.onnx, int8.onnx, eval.json, diagnosis.json    must be equal
+    float.onnx, int8.onnx, eval.json, detections.json, diagnosis.json    must be equal
     model.engine    may differ: TensorRT can choose other kernels in every build
     bench.json      may differ: it holds latencies
 
@@ -35,6 +35,7 @@ _MAY_DIFFER = {
 _MADE_FROM = {
     "calibrate": ("export",),
     "eval": ("export", "calibrate"),
+    "detections": ("export", "calibrate"),
     "diagnose": ("export", "calibrate"),
 }
 _FACTORY = "nothing that is recorded differs: does the factory draw new weights at each call?"

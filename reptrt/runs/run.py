@@ -1,7 +1,7 @@
 """All stages into one folder; a run that was stopped continues.
 
     float.onnx -> int8.onnx -> model.engine
-    then eval.json, diagnosis.json, bench.json, report.json, report.html
+    then eval.json, diagnosis.json, bench.json, report.json, report.html (detections.json)
 
 ``run.json`` (`reptrt.runs.manifest`) records the options and the inputs, and for each finished
 stage a key (sha256 over its options, the content of its inputs and the package versions) and the
@@ -9,6 +9,7 @@ sha256 of its file. A stage is kept if its key and its file are unchanged, and r
 Files are written whole or not at all, so that a run can continue even after it was killed.
 """
 
+import functools
 import hashlib
 import json
 import logging
@@ -36,6 +37,7 @@ from reptrt.pipeline import (
     export,
 )
 from reptrt.runs import manifest
+from reptrt.runs.detections import shown_detections
 from reptrt.runs.inputs import annotations_of, record_data, record_files, source_files
 from reptrt.runs.manifest import CALIBRATE_FILE, FORMAT, Manifest, StageRecord
 from reptrt.runs.options import RunOptions
@@ -178,12 +180,12 @@ def _judge(
         min_seconds=seconds,
         warmup_seconds=seconds / 4,
     )
-    stages.json(
-        "eval",
-        judged_by,
-        files,
-        lambda: evaluate(files, data, judging).to_dict(),
-    )
+    judged = functools.cache(lambda: evaluate(files, data, judging))  # for two stages
+    stages.json("eval", judged_by, files, lambda: judged().to_dict())
+    if options.task == "detect":
+        stages.json("detections", judged_by, files, lambda: shown_detections(judged(), data))
+    else:
+        stages.forget("detections")
     if options.diagnose:
         stages.diagnosis(
             {**json_from_options(calibrating), "data": stages.manifest.data.sha256},

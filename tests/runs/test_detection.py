@@ -1,9 +1,16 @@
 """Runs of detectors: mAP in the record, the ladder, replay and diff."""
 
+import base64
+import io
 import json
+import re
+from collections.abc import Iterator
 from pathlib import Path
+from xml.etree import ElementTree
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from reptrt.judge.evaluate import evaluate
 from reptrt.judge.options import EvaluateOptions
@@ -13,6 +20,16 @@ from tests.support.small_run import reptrt as ran
 
 FAST = ("-n", 16, "--no-diagnose", "--batch", 1, "--bench-seconds", 0.01, "--split", "none")
 TASK = ("--task", "detect", "--boxes", "xyxy", "--clip")
+
+
+LOW = 0.04  # the scores of the small net are about 0.05
+
+
+@pytest.fixture(scope="module", autouse=True)
+def boxes_with_low_scores() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("reptrt.runs.detections.CONFIDENCE", LOW)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -91,3 +108,47 @@ def test_bad_annotations_are_refused_before_any_work(
     line = refused("run", source, "--data", data, *TASK, *FAST, *asked)
     assert "no.json" in line
     assert not list((tmp_path / "run").glob("*.onnx"))
+
+
+@pytest.mark.slow
+def test_the_report_shows_boxes_curves_and_classes(made: tuple[Path, Path, Path]) -> None:
+    folder, _, data = made
+    page = (folder / "report.html").read_text()
+    shown = json.loads((folder / "detections.json").read_text())
+    judged = json.loads((folder / "eval.json").read_text())["results"]
+    assert "img-src data:" in page.split("</head>")[0]
+    assert page.count('href="data:image/jpeg;base64,') == 2 * len(shown["pictures"]) == 12
+    section = page[page.index('<section id="detections">') :].split("</section>")[0]
+    boxes = sum(len(boxes) for of in shown["results"] for boxes in of["boxes"])
+    assert section.count('<rect class="box ') == section.count('<text class="box"') == boxes > 0
+    for name in ("c0", "c1", "c2"):
+        before, after = (row["classes"][name] for row in judged)
+        if before is not None:
+            assert f"{100 * before:.2f}</td>" in section
+            assert f"{100 * (after - before):+.2f}</td>" in section
+    for element in re.findall(r"<svg.*?</svg>", section, re.DOTALL):
+        ElementTree.fromstring(element)
+    assert f"{100 * judged[1]['map']:.2f}</b>" in page  # the tile
+    assert "<script" not in page
+    assert sorted(Path(data).iterdir())[0].name in section
+
+
+@pytest.mark.slow
+def test_curves_and_boxes_are_those_of_the_task(made: tuple[Path, Path, Path]) -> None:
+    folder, _, data = made
+    shown = json.loads((folder / "detections.json").read_text())
+    files = [folder / "float.onnx", folder / "int8.onnx"]
+    options = EvaluateOptions(task="detect", boxes="xyxy", clip=True)
+    for result, of in zip(evaluate(files, data, options).results, shown["results"], strict=True):
+        areas = [np.mean(curve) for curve in of["curves"] if curve is not None]
+        assert np.mean(areas) == pytest.approx(result.measures["map50"], abs=1e-3)
+        found = {
+            name: [s for s in of_image.scores if s >= LOW]
+            for name, of_image in zip(
+                result.findings.files, result.findings.detections, strict=True
+            )
+        }
+        for image, boxes in zip(shown["pictures"], of["boxes"], strict=True):
+            assert [box[5] for box in boxes] == pytest.approx(found[image["name"]], abs=1e-3)
+    jpeg = Image.open(io.BytesIO(base64.b64decode(shown["pictures"][0]["jpeg"])))
+    assert jpeg.size == (shown["pictures"][0]["width"], shown["pictures"][0]["height"])

@@ -28,6 +28,8 @@ class Scores:
     at_75: float | None
     by_size: Mapping[str, float | None]  # small (below 32 x 32 pixels), medium, large (96 x 96)
     by_class: tuple[float | None, ...]
+    # (C, 101): precision at IoU 0.50 where recall reaches 0, 0.01, ..., 1; -1: nothing to find
+    curves: Float64Array
     matches: tuple[Matches, ...] | None  # of each class; None: the library does not show them
 
 
@@ -75,6 +77,7 @@ def score_detections(
         at_75=_mean(every[5]),
         by_size={name: _mean(area[name]) for name in _AREAS[1:]},
         by_class=tuple(_mean(every[:, :, k]) for k in range(num_classes)),
+        curves=np.asarray(every[0].T, np.float64),
         matches=matches,
     )
 

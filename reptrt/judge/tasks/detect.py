@@ -41,6 +41,7 @@ class Found:
     detections: tuple[Detections, ...]  # of each image, in pixels of the image
     objects: tuple[Objects, ...]
     class_names: tuple[str, ...]
+    files: tuple[str, ...]  # of the images, below their folder
     scores: Scores
 
     @property
@@ -79,6 +80,7 @@ class _Tally:
         self._options = options
         self._fits = _fits(dataset)
         self._objects = truth.of(dataset)
+        self._files = dataset.names or ()
         self._reader: Reader | None = None
         self._detections: list[Detections] = []
 
@@ -100,7 +102,7 @@ class _Tally:
         scores = score_detections(
             self._objects, self._detections, len(names), self._options.max_boxes
         )
-        return Found(tuple(self._detections), tuple(self._objects), names, scores)
+        return Found(tuple(self._detections), tuple(self._objects), names, self._files, scores)
 
 
 class Detect:

@@ -18,7 +18,7 @@ from rich.table import Table
 
 from reptrt.core.artifacts import refuse_overwriting, require_folder, write_bytes
 from reptrt.core.result import Result
-from reptrt.runs.report import environment, layers, results
+from reptrt.runs.report import detections, environment, layers, results
 from reptrt.runs.report.content import AS_RECORDED, RunContent, read_run
 from reptrt.runs.report.page import Page, Section
 
@@ -33,6 +33,7 @@ _STOPPED = (
 
 _SECTIONS: tuple[tuple[str, str, Callable[[RunContent], Section]], ...] = (
     ("accuracy", "Accuracy", results.accuracy),
+    ("detections", "Detections", detections.detections),
     ("latency", "Latency", results.latency),
     ("weights", "Weight ranges", layers.ranges),
     ("noise", "Signal to noise of each layer", layers.noise),
@@ -110,7 +111,11 @@ def page_of(run: RunContent) -> Page:
         subtitle=_guarded(lambda: _subtitle(run)),
         notes=tuple(notes),
         tiles=() if isinstance(tiles, str) else tiles,
-        sections=tuple(_section(run, *entry) for entry in _SECTIONS),
+        sections=tuple(
+            _section(run, *entry)
+            for entry in _SECTIONS
+            if entry[0] != "detections" or detections.is_detector(run)
+        ),
     )
 
 

@@ -133,6 +133,64 @@ def histogram(view: HistogramView, label: str) -> Markup:
     return _svg([*steps, base, line, ends], 86, label)
 
 
+def curves(lines: Sequence[tuple[str, Sequence[float]]], label: str) -> Markup:
+    """Return lines of values 0..1 over equal steps from 0 to 1, on a square with a frame.
+
+    Args:
+        lines: style sheet class and values of each line, the first below the others.
+        label: what it shows.
+    """
+    frame = '<rect class="frame" x="0" y="0" width="100" height="100"/>'
+    grid = "".join(f'<path class="grid" d="M0 {at}H100M{at} 0V100"/>' for at in (25, 50, 75))
+    marks = []
+    for kind, values in lines:
+        step = 100.0 / max(len(values) - 1, 1)
+        points = " ".join(f"{i * step:.1f},{100 - 100 * v:.1f}" for i, v in enumerate(values))
+        marks.append(f'<polyline class="{kind}-line curve" points="{points}"/>')
+    return Markup(
+        f'<svg class="chart" viewBox="-1 -1 102 102" width="100%" role="img" '
+        f'aria-label="{escape(label)}">{frame}{grid}{"".join(marks)}</svg>'
+    )
+
+
+Marked = Sequence[tuple[tuple[float, float, float, float], str]]  # boxes x1 y1 x2 y2 with texts
+
+
+def picture(
+    jpeg: str, size: tuple[int, int], forms: Sequence[tuple[str, Marked]], label: str
+) -> Markup:
+    """Return one picture several times, side by side, each with boxes on it.
+
+    Args:
+        jpeg: base64.
+        size: width and height of the image, in whose pixels boxes are given.
+        forms: style sheet class and boxes of each copy, the last box on top.
+        label: what it shows.
+    """
+    width, height = size
+    text = max(width, height) / 28
+    copies = []
+    for kind, boxes in forms:
+        marks = []
+        for (left, top, right, bottom), words in boxes:
+            place = (
+                f'x="{left:g}" y="{top:g}" width="{right - left:.1f}" height="{bottom - top:.1f}"'
+            )
+            at = top - text / 4 if top > 1.2 * text else top + text
+            marks.append(
+                f'<rect class="edge" {place}/><rect class="box {kind}-line" {place}/>'
+                f'<text class="box" x="{left:g}" y="{at:.1f}" font-size="{text:.1f}">'
+                f"{escape(words)}</text>"
+            )
+        copies.append(
+            f'<svg class="chart" viewBox="0 0 {width} {height}" role="img" '
+            f'aria-label="{escape(label)}, {kind}"><image width="{width}" height="{height}" '
+            f'preserveAspectRatio="none" href="data:image/jpeg;base64,{escape(jpeg)}"/>'
+            f"{''.join(marks)}</svg>"
+        )
+    return Markup(f'<div class="pair">{"".join(copies)}</div>')
+
+
 def _line(left: float, right: float, top: float, bottom: float, kind: str) -> str:
     return f'<line class="{kind}" x1="{left:.2f}%" x2="{right:.2f}%" y1="{top:g}" y2="{bottom:g}"/>'
 

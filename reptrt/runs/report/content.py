@@ -56,6 +56,7 @@ class RunContent:
     manifest: Manifest
     files: tuple[FileState, ...]  # in the order of the stages
     eval: Part[JsonObject]
+    detections: Part[JsonObject]
     bench: Part[JsonObject]
     calibrate: Part[JsonObject]
     diagnosis: Part[JsonObject]
@@ -87,6 +88,7 @@ def read_run(folder: Path) -> RunContent:
         manifest=manifest,
         files=files,
         eval=_json(part("eval")),
+        detections=_json(part("detections")),
         bench=_json(part("bench")),
         calibrate=_calibrated(folder, part("calibrate"), records),
         diagnosis=_json(part("diagnose")),

@@ -45,6 +45,7 @@ class Figures:
     block: ClassVar[str] = "figures"  # for the template
 
     figures: tuple[Figure, ...]
+    wide: bool = False  # pictures, which need the space of two charts
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +97,12 @@ class Page:
     notes: tuple[str, ...]  # what the reader has to know about the state of the run
     tiles: tuple[Tile, ...]
     sections: tuple[Section, ...]
+
+    @property
+    def has_pictures(self) -> bool:
+        """Whether a section shows images, which the page's policy has to allow."""
+        blocks = (block for section in self.sections for block in section.blocks)
+        return any(isinstance(block, Figures) and block.wide for block in blocks)
 
 
 def number(value: float | None, digits: int = 4) -> str:

@@ -20,6 +20,24 @@ from reptrt.runs.report.page import (
     size,
 )
 
+_AS_HUNDREDTHS = {
+    "map": "mAP",
+    "map50": "AP50",
+    "map75": "AP75",
+    "map_small": "small",
+    "map_medium": "medium",
+    "map_large": "large",
+    "miou": "mIoU",
+}
+_MEASURES = {
+    **_AS_HUNDREDTHS,
+    "pixel_accuracy": "pixels right",
+    "pixel_agreement": "pixels agreeing",
+    "top1": "top-1",
+    "top5": "top-5",
+    "agreement": "agreement",
+}
+
 
 def tiles(run: RunContent) -> tuple[Tile, ...]:
     """Return the numbers at the top of the page: accuracy, SQNR, agreement, latency, size."""
@@ -68,17 +86,30 @@ def latency(run: RunContent) -> Section:
 
 def _accuracy_tiles(reference: JsonObject, judged: JsonObject) -> list[Tile]:
     summary = []
-    if judged["top1"] is not None:
+    for key, title in (("map", "mAP"), ("miou", "mIoU")):
+        if judged.get(key) is not None and reference.get(key) is not None:
+            points = 100 * (judged[key] - reference[key])
+            detail = f"float {100 * reference[key]:.2f}, {points:+.2f} points{_interval(judged)}"
+            summary.append(Tile(title, f"{100 * judged[key]:.2f}", detail))
+    if judged.get("top1") is not None:
         points = 100 * (judged["top1"] - reference["top1"])
         detail = f"float {percent(reference['top1'])}, {points:+.2f} points"
         summary.append(Tile("Top-1", percent(judged["top1"]), detail))
     if judged["sqnr_db"] is not None:
         detail = f"of the outputs, on {judged['images']} images"
         summary.append(Tile("SQNR", f"{judged['sqnr_db']:.2f} dB", detail))
-    if judged["agreement"] is not None:
+    if judged.get("agreement") is not None:
         agreement = percent(judged["agreement"])
         summary.append(Tile("Agreement", agreement, "same class as the float net"))
     return summary
+
+
+def _interval(judged: JsonObject) -> str:
+    """Return the 95 % interval of the change of mAP, or nothing."""
+    change = judged.get("map_change")
+    if change is None:
+        return ""
+    return f" (95 %: {100 * change['low']:+.2f} to {100 * change['high']:+.2f})"
 
 
 def _is_int8(row: JsonObject) -> bool:
@@ -97,12 +128,12 @@ def _ladder(ladder: JsonObject) -> tuple[Block, ...]:
     columns = (
         Column("form of the net", "name"),
         Column("runs in", "text"),
-        Column("top-1"),
+        Column(ladder.get("measure", "top-1")),
         Column("SQNR so far", "chart"),
         Column("dB"),
         Column("agreement"),
         Column("largest difference"),
-        Column("this step: top-1"),
+        Column(f"this step: {ladder.get('measure', 'top-1')}"),
         Column("dB"),
         Column("agreement"),
         Column("largest difference"),
@@ -122,10 +153,13 @@ def _rung(rung: JsonObject, scale: Scale) -> tuple[Cell, ...]:
     ratio = _value(first, "sqnr_db")
     chart: Cell = "" if ratio is None else bar(scale, ratio, "after", f"{ratio:.2f} dB")
     change = _value(step, "top1_change")
+    score = rung.get("score")
+    if score is not None and step is not None:
+        change = step.get("score_change")
     return (
         rung["name"],
         rung["runs_in"],
-        percent(rung["top1"]),
+        percent(rung["top1"]) if score is None else f"{100 * score:.2f}",
         chart,
         *_distance(first),
         "-" if change is None else f"{100 * change:+.2f}",
@@ -150,20 +184,29 @@ def _value(distance: Mapping[str, Any] | None, name: str) -> float | None:
 
 
 def _judged(content: JsonObject) -> Table:
-    titles = ("images", "top-1", "top-5", "agreement", "SQNR dB")
+    measures = {
+        key: title
+        for key, title in _MEASURES.items()
+        if any(key in row for row in content["results"])
+    }
+    titles = ("images", *measures.values(), "SQNR dB")
     rows = tuple(
         (
             row["file"],
             str(row["images"]),
-            percent(row["top1"]),
-            percent(row["top5"]),
-            percent(row["agreement"]),
+            *(_measure(key, row.get(key)) for key in measures),
             decibels(row["sqnr_db"]),
         )
         for row in content["results"]
     )
     columns = (Column("file", "name"), *(Column(title) for title in titles))
     return Table("Evaluated on the same images", columns, rows)
+
+
+def _measure(key: str, value: float | None) -> str:
+    if key in _AS_HUNDREDTHS:
+        return "-" if value is None else f"{100 * value:.2f}"
+    return percent(value)
 
 
 def _timings(batch: int, rows: list[JsonObject]) -> Table:
