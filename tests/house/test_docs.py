@@ -32,6 +32,7 @@ REASONS = {
     "installs into .venv",
     "needs a GPU",
     "needs a fresh clone",
+    "needs a trained detector and its images",
     "needs the trained nets and CIFAR-10",
     "needs your images",
 }
