@@ -23,12 +23,14 @@ from reptrt.quantize.calib.outputs import Outputs, parts
 from reptrt.quantize.choose import (
     Decision,
     RangeDecision,
+    full_range_of,
     num_macs,
     range_of_channels,
     splits_macs,
 )
 from reptrt.rewrite.contract import Skipped
 from reptrt.rewrite.equalize import equalize, find_streams
+from reptrt.rewrite.insert_offsets import insert_offsets, remove_offsets
 from reptrt.rewrite.recentre import full_range_obstacle
 
 
@@ -64,6 +66,7 @@ def prepare(net: Net, dataset: Dataset, options: CalibrateOptions) -> Prepared:
         for node in weighted_nodes(net.graph)
         if node.name not in placement.excluded
     }
+    offsets = insert_offsets(net, placement) if options.full_range else ()
     form = options.split_form
     asked = dict.fromkeys(layers, form) if form != "none" else {}
     with torch.inference_mode():
@@ -95,6 +98,7 @@ def prepare(net: Net, dataset: Dataset, options: CalibrateOptions) -> Prepared:
         replace(decision, full=decision.full and decision.tensor in still_possible)
         for decision in chosen.choice.ranges
     )
+    remove_offsets(net, offsets, full_range_of(ranges))
     extra = splits_macs(net) + sum(decision.extra_macs for decision in ranges if decision.full)
     return Prepared(
         equalized=len(chosen.factors),
