@@ -45,6 +45,9 @@ def find_annotations(folder: Path) -> Path | None:
 def read_annotations(path: Path) -> Annotations:
     """Read a COCO json; category ids in rising order become classes 0 to C - 1.
 
+    A category that groups others (their ``supercategory``) and has no boxes itself is no class:
+    Roboflow writes one.
+
     Raises:
         DataError: the file is no COCO json, has no boxes, or boxes that cannot be right.
     """
@@ -57,7 +60,7 @@ def read_annotations(path: Path) -> Annotations:
         sizes = {image["id"]: _size(image) for image in images}
         files = {image["id"]: str(image["file_name"]) for image in images}
         names = {category["id"]: str(category["name"]) for category in categories}
-        class_of = {identity: index for index, identity in enumerate(sorted(names))}
+        sorted(names)  # ids of different kinds have no order: a TypeError here
     except (KeyError, TypeError, ValueError) as err:
         raise DataError(
             f"{path}: an image or a category has no {_reason(err)}; expected id, file_name, width "
@@ -66,6 +69,9 @@ def read_annotations(path: Path) -> Annotations:
     _refuse_repeated(path, "images with the id", [image["id"] for image in images])
     _refuse_repeated(path, "images with the file_name", list(files.values()))
     _refuse_repeated(path, "categories with the id", [entry["id"] for entry in categories])
+    for heading in _headings(categories, entries):
+        del names[heading]
+    class_of = {identity: index for index, identity in enumerate(sorted(names))}
     by_image: dict[Any, list[Mapping[str, Any]]] = {identity: [] for identity in files}
     for entry in entries:
         _check_entry(path, entry, by_image, class_of)
@@ -106,6 +112,17 @@ def _refuse_repeated(path: Path, what: str, values: Sequence[Any]) -> None:
         if value in seen:
             raise DataError(f"{path}: two {what} {value!r}; expected each once")
         seen.add(value)
+
+
+def _headings(categories: Sequence[Any], entries: Sequence[Any]) -> list[Any]:
+    """Return the ids of categories that only group others."""
+    used = [entry.get("category_id") for entry in entries if isinstance(entry, dict)]
+    return [
+        of["id"]
+        for of in categories
+        if of["id"] not in used
+        and any(other.get("supercategory") == of["name"] for other in categories if other is not of)
+    ]
 
 
 def _check_entry(

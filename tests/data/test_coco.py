@@ -62,6 +62,18 @@ def test_usual_names(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch)
     assert find_annotations(Path(".")) == tmp_path / name
 
 
+def test_a_category_that_only_groups_others_is_no_class(tmp_path: Path) -> None:
+    value = content()
+    value["categories"].append({"id": 0, "name": "numbers", "supercategory": "none"})
+    assert read_annotations(write(tmp_path, value)).class_names == ("numbers", "four", "nine")
+    value["categories"][0]["supercategory"] = "numbers"
+    read = read_annotations(write(tmp_path, value))
+    assert read.class_names == ("four", "nine")
+    assert read.by_file["b.jpg"].classes.tolist() == [1, 0]
+    value["annotations"][0]["category_id"] = 0  # it has a box: it is a class
+    assert len(read_annotations(write(tmp_path, value)).class_names) == 3
+
+
 def change(*path: Any, value: Any) -> Callable[[Content], None]:
     def apply(of: Content) -> None:
         at: Any = of
