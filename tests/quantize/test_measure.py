@@ -167,3 +167,16 @@ def test_outputs_of_other_nets_are_measured_one_by_one() -> None:
     sums = numbers(measure.sums(exact, {n: v + 1 for n, v in exact.items()}))
     for name, value in exact.items():
         assert sums[name] == pytest.approx((float(value.square().sum()), value.numel()), rel=1e-5)
+
+
+def test_heads_without_scores_count_one_by_one() -> None:
+    """Two maps of a segmentation net, which are resized behind the last layer."""
+    b = Builder()
+    body = b.relu(b.conv("x", 8, "body"))
+    scales = b.constant("scales", np.float32([1, 1, 2, 2]))
+    maps = [b.conv(body, 4, name) for name in ("main", "aux")]
+    model = b.model(*(b.node("Resize", [m, "", scales], f"{m}.up", mode="linear") for m in maps))
+    measure = Measure(TorchGraph(model))
+    exact = {name: torch.full((2, 4, 8, 8), value) for name, value in (("main", 1.0), ("aux", 9.0))}
+    sums = numbers(measure.sums(exact, {name: value + 1 for name, value in exact.items()}))
+    assert {name: power for name, (power, _) in sums.items()} == {"main": 512, "aux": 512 * 81}

@@ -14,6 +14,8 @@ the net has one, and a box by the largest score w of its place in the float net 
               e = sum |p' - p|^n, P = sum p^n      of a class, over all heads with scores
     boxes     sum w |b' - b|^n / sum w |b|^n       over all other heads with as many channels
 
+Where no head has scores (two maps that are resized), each counts in units of its own power.
+
 If all classes were summed, a frequent one would hide the others, although mAP is the mean over
 classes; if each had the unit P, the noise of a class that no image shows would decide.
 """
@@ -44,6 +46,7 @@ class Measure:
     def __init__(self, graph: TorchGraph) -> None:
         self._is_score = graph.heads.scores
         self.names = graph.heads.names or graph.comparable_names
+        self._has_scores = any(self._is_score.get(name) for name in self.names)
 
     @property
     def is_detector(self) -> bool:
@@ -76,7 +79,8 @@ class Measure:
                 powers = _powers(value, other[name], order)
                 if (weight := _aligned(value, weights)) is not None:
                     powers = powers[0] * weight, powers[1] * weight
-                _add(sums, f"boxes of {value.shape[_channels(value)]}", powers)
+                of_sides = f"boxes of {value.shape[_channels(value)]}"
+                _add(sums, of_sides if self._has_scores else name, powers)
         for p, q in (pair for pairs in scores for pair in pairs):
             _add(sums, f"scores of {p.shape[-1]}", _powers(p, q, order), each=True)
         return sums
