@@ -14,6 +14,7 @@ the net has one, and a box by the largest score w of its place in the float net 
               e = sum |p' - p|^n, P = sum p^n      of a class, over all heads with scores
     boxes     sum w |b' - b|^n / sum w |b|^n       over all other heads with as many channels
 
+Heads that have no score for each place (prototypes of masks) form groups of their own, with w = 1.
 Where no head has scores (two maps that are resized), each counts in units of its own power.
 
 If all classes were summed, a frequent one would hide the others, although mAP is the mean over
@@ -76,11 +77,11 @@ class Measure:
             if name not in self._is_score:
                 _add(sums, name, _powers(value, other[name], order))
             elif name not in names:
-                powers = _powers(value, other[name], order)
+                powers, kind = _powers(value, other[name], order), "values"
                 if (weight := _aligned(value, weights)) is not None:
-                    powers = powers[0] * weight, powers[1] * weight
-                of_sides = f"boxes of {value.shape[_channels(value)]}"
-                _add(sums, of_sides if self._has_scores else name, powers)
+                    powers, kind = (powers[0] * weight, powers[1] * weight), "boxes"
+                group = f"{kind} of {value.shape[_channels(value)]}"
+                _add(sums, group if self._has_scores else name, powers)
         for p, q in (pair for pairs in scores for pair in pairs):
             _add(sums, f"scores of {p.shape[-1]}", _powers(p, q, order), each=True)
         return sums
