@@ -219,12 +219,14 @@ def test_the_command_line_takes_it_and_refuses_zero(folder: Path) -> None:
 def test_a_run_is_replayed_and_climbed_with_the_same_layers(folder: Path, tmp_path: Path) -> None:
     y = np.arange(COUNT) % 5
     np.savez(tmp_path / "xy.npz", x=images(COUNT), y=y)
-    run = ("--data", tmp_path / "xy.npz", "-n", 32, "--no-diagnose", "--bench-seconds", 0.01)
+    run = ("--data", tmp_path / "xy.npz", "-n", 32, "--bench-seconds", 0.01)
     asked = ("--float", "auto:1", "--batch", 1, "-o", tmp_path / "run")
     result = ran("run", folder / "bad.onnx", *run, *asked)
     assert result.exit_code == 0, result.output
     stored = json.loads((tmp_path / "run" / "calibrate.json").read_text())
     assert stored["excluded"] == ["bad"]
+    noise = json.loads((tmp_path / "run" / "diagnosis.json").read_text())
+    assert "bad" not in {layer["layer"] for layer in noise["layers"]}
     assert ran("replay", tmp_path / "run").exit_code == 0
     steps = ran("ladder", tmp_path / "run").output
     assert f"equalized ({stored['equalized']} tensor" in steps  # without the input of "bad"
