@@ -28,7 +28,7 @@ from reptrt.pipeline.planning import Planned, plan_net
 from reptrt.pipeline.preparing import torch_device
 from reptrt.quantize.calib.outputs import Outputs, parts
 from reptrt.quantize.calib.sensitivity import IMAGES, NetPair, errors_alone
-from reptrt.quantize.choose.in_float import FloatChoice, keep_in_float, prices_of
+from reptrt.quantize.choose.in_float import FloatChoice, keep_in_float, least_fall, prices_of
 from reptrt.quantize.reconstruct.fake_quantize import fake_quantize
 
 
@@ -53,16 +53,18 @@ def plan_with_float_layers(
     planned = plan_net(net, dataset, options, clock)
     with torch.inference_mode():
         trial = _Trial(planned, dataset, options)
-        choice = trial.choose(most, source)
+        choice, before = trial.choose(most, source), trial.errors(())
     clock.lap("float layers")
     if not choice.kept:
         return planned, choice
     again = plan_net(source, dataset, with_float_layers(options, choice.kept), clock)
     with torch.inference_mode():
-        after = _Trial(again, dataset, options).error(())
+        after = _Trial(again, dataset, options).errors(())
     clock.lap("judge float layers")
-    choice = replace(choice, error_after=after)
-    return (again, choice) if choice.pays else (planned, choice.without_any())
+    choice = replace(choice, error_after=sum(after))
+    if choice.pays(least_fall(before, after)):
+        return again, choice
+    return planned, choice.without_any()
 
 
 def with_float_layers(options: CalibrateOptions, layers: Sequence[str]) -> CalibrateOptions:
@@ -79,7 +81,8 @@ class _Trial:
         self._pair = NetPair(TorchGraph(planned.reference, device), TorchGraph(net, device))
         self._probes = {p.layer: p for p in probes_of(planned.reference, planned.layers)}
         _, self._judges = parts(dataset)
-        self._outputs = Outputs(self._pair.exact, self._judges)
+        halves = self._judges.parted(2) if self._judges.length > 1 else (self._judges,)
+        self._outputs = [Outputs(self._pair.exact, half) for half in halves]
         self._overrides = limits_of(planned.prepared, planned.quantities.activations)
         if options.learning is not None and options.learning.rounding:
             self._overrides |= _learned_weights(self._pair.exact, planned.reference, net)
@@ -94,10 +97,10 @@ class _Trial:
         """
         few = self._judges.spread(min(IMAGES, self._judges.length))
         alone = errors_alone(self._pair, list(self._probes.values()), few, self._overrides)
-        return keep_in_float(alone, prices_of(source), most, self.error, self._judges.length)
+        return keep_in_float(alone, prices_of(source), most, self.errors, self._judges.length)
 
-    def error(self, layers: Sequence[str]) -> float:
-        """Return the error of the outputs with some layers in float."""
+    def errors(self, layers: Sequence[str]) -> list[float]:
+        """Return the error of the outputs with some layers in float, in each half of the images."""
         seen: dict[str, Tensor] = {}
         chains: dict[str, list[Override]] = {}
 
@@ -124,7 +127,7 @@ class _Trial:
         for name, limit in self._overrides.items():
             chains.setdefault(name, []).append(limit)
         overrides = {name: functools.partial(_in_turn, chain) for name, chain in chains.items()}
-        return self._outputs.error(self._pair.quantized, overrides=overrides)
+        return [of.error(self._pair.quantized, overrides=overrides) for of in self._outputs]
 
 
 def _in_turn(functions: Sequence[Override], value: Tensor) -> Tensor:
@@ -150,13 +153,19 @@ def _half_ranges(planned: Planned, net: Net, grid: Grid) -> dict[str, tuple[str,
 
 
 def _learned_weights(graph: TorchGraph, reference: Net, net: Net) -> dict[str, Override]:
-    """Return functions that leave of the rounding of weights what learning will leave of it."""
-    exact = {node.name: node.inputs[1].name for node in weighted_nodes(reference.graph)}
+    """Return functions that leave of rounded weights what learning will leave of their error.
+
+    The corrections of biases shrink with the error of the weights that they make up for.
+    """
+    exact = {node.name: node for node in weighted_nodes(reference.graph)}
     factor = math.sqrt(LEFT_BY_LEARNING)
-    return {
-        node.inputs[1].name: functools.partial(
-            torch.lerp, graph.constants[exact[node.name]], weight=factor
-        )
-        for node in net.graph.nodes
-        if node.name in exact and node.inputs[1].name != exact[node.name]
-    }
+    overrides: dict[str, Override] = {}
+    for node in net.graph.nodes:
+        before = exact.get(node.name)
+        if before is None:
+            continue
+        for read, old in zip(node.inputs[1:], before.inputs[1:], strict=False):
+            value = graph.constants.get(old.name)
+            if value is not None:
+                overrides[read.name] = functools.partial(torch.lerp, value, weight=factor)
+    return overrides

@@ -141,8 +141,8 @@ def test_the_trial_is_the_net_with_the_layer_in_float(folder: Path, split: str) 
                     node.inputs[2].values = bias[node.name].inputs[2].values
             kept = {n: limit for n, limit in limits.items() if n in plan.activations}
             expected = outputs.error(TorchGraph(net), overrides=kept)
-            assert trial.error([layer]) == pytest.approx(expected, rel=1e-4), layer
-        assert trial.error(()) == pytest.approx(
+            assert sum(trial.errors([layer])) == pytest.approx(expected, rel=1e-4), layer
+        assert sum(trial.errors(())) == pytest.approx(
             outputs.error(TorchGraph(planned.quantized()), overrides=limits), rel=1e-6
         )
 
@@ -161,9 +161,11 @@ def test_a_shared_input_loses_its_full_range_in_the_trial(folder: Path) -> None:
             for reader, _ in readers
         ]
         halves, trial._halved = trial._halved, {}
-        whole = [trial.error([layer]) for layer in shared]
+        whole = [sum(trial.errors([layer])) for layer in shared]
         trial._halved = halves
-        ratios = [trial.error([layer]) / error for layer, error in zip(shared, whole, strict=True)]
+        ratios = [
+            sum(trial.errors([layer])) / error for layer, error in zip(shared, whole, strict=True)
+        ]
         assert all(ratio != 1 for ratio in ratios)
         assert max(ratios) > 1.2  # by chance some errors cancel
 
@@ -175,7 +177,7 @@ def test_learning_leaves_little_of_the_rounding_of_weights(folder: Path) -> None
     with torch.inference_mode():
         planned = plan_net(source.to_net(), dataset, nearest, Clock())
         errors = [
-            _Trial(planned, dataset, replace(nearest, recipe=recipe)).error(())
+            sum(_Trial(planned, dataset, replace(nearest, recipe=recipe)).errors(()))
             for recipe in ("fast", "accurate")
         ]
     assert errors[1] < 0.5 * errors[0]

@@ -14,8 +14,8 @@ ALONE = {"a": 5.0, "b": 40.0, "c": 30.0, "d": 20.0, "e": 1.0}
 def choose(most: int, prices: Mapping[str, float], effect: Mapping[str, float]) -> FloatChoice:
     """Choose where every layer takes a given part of the error away."""
 
-    def error(layers: Sequence[str]) -> float:
-        return 100.0 - sum(effect[layer] for layer in layers)
+    def error(layers: Sequence[str]) -> list[float]:
+        return [0.5 * (100.0 - sum(effect[layer] for layer in layers))] * 2
 
     priced = {layer: Price(prices.get(layer, 0.0), 0.01) for layer in ALONE}
     return keep_in_float(ALONE, priced, most, error, 8)
@@ -64,7 +64,8 @@ def test_one_layer_stays_in_int8() -> None:
 def test_the_layers_together_must_pay_too() -> None:
     choice = choose(2, {"b": 0.3, "c": 0.2}, {"a": 0.0, "b": 40.0, "c": 30.0, "d": 0.0, "e": 0.0})
     assert choice.kept == ("b", "c")
-    assert choice.pays
+    assert choice.pays(0.51)
+    assert not choice.pays(0.49)
     assert not choice.without_any().kept
     assert choice.without_any().error_after == choice.error_before
 
@@ -75,3 +76,16 @@ def test_prices_are_shares_of_work_and_of_bytes() -> None:
     assert sum(price.moved for price in prices.values()) == pytest.approx(1.0)
     assert prices["head"].macs < 0.01  # one position
     assert prices["stem"].share == prices["stem"].macs > 0.2
+
+
+def test_a_fall_must_show_in_both_halves() -> None:
+    def error(layers: Sequence[str]) -> list[float]:
+        return [
+            50.0 - 40.0 * ("b" in layers),
+            50.0 - 1.0 * ("b" in layers) - 10.0 * ("c" in layers),
+        ]
+
+    choice = keep_in_float(ALONE, {layer: Price(0.01, 0.01) for layer in ALONE}, 2, error, 8)
+    b, c, *_ = choice.decisions
+    assert (b.kept, c.kept) == (False, False)  # each helps one half only
+    assert b.gain == pytest.approx(0.02)

@@ -5,9 +5,10 @@ time. That is at most the larger of two shares: of the multiply-accumulates, and
 (the roofline model, as if the whole net were bound by what this layer needs most). Rules (ours):
 
 1. The layers are tried from the one that costs most alone (`quantize.calib.sensitivity`).
-2. A layer pays if the error of the whole net's outputs on held-out images falls by a larger share
-   than its price, and by a twentieth or more: less does not show on other images. A layer with a
-   smaller share of all layers' errors alone cannot pay and is not tried.
+2. A layer pays if the error of the whole net's outputs falls by a larger share than its price, and
+   by a twentieth or more, in both halves of the held-out images: a single image that is clipped
+   can have most of the error of one half. A layer with a smaller share of all layers' errors alone
+   cannot pay and is not tried.
 3. A layer that pays stays in float, and the next one is tried with it, until N are kept.
 """
 
@@ -42,7 +43,9 @@ class FloatDecision:
     layer: str
     kept: bool
     alone: float  # fraction of the summed errors of all layers alone
-    gain: float | None  # fraction of the net's error that goes if it is kept too; None: not tried
+    # fraction of the net's error that goes if it is kept too, in the half of the images where that
+    # is less; None: not tried
+    gain: float | None
     price: Price
     reason: str
 
@@ -62,12 +65,11 @@ class FloatChoice:
         """The layers that stay in float."""
         return tuple(decision.layer for decision in self.decisions if decision.kept)
 
-    @property
-    def pays(self) -> bool:
-        """Whether the kept layers together take away more than they cost."""
+    def pays(self, gain: float) -> bool:
+        """Return whether a gain of the kept layers together is more than they cost."""
         prices = [decision.price for decision in self.decisions if decision.kept]
         macs, moved = (sum(p.macs for p in prices), sum(p.moved for p in prices))
-        return self.gain > max(macs, moved, LEAST_GAIN)
+        return gain > max(macs, moved, LEAST_GAIN)
 
     @property
     def summary(self) -> str:
@@ -98,7 +100,7 @@ def keep_in_float(
     alone: Mapping[str, float],
     prices: Mapping[str, Price],
     most: int,
-    error: Callable[[Sequence[str]], float],
+    error: Callable[[Sequence[str]], Sequence[float]],
     images: int,
 ) -> FloatChoice:
     """Return which layers stay in float, by the rules above.
@@ -107,7 +109,8 @@ def keep_in_float(
         alone: layer -> error of the outputs if only this layer is INT8.
         prices: layer -> what it costs in float.
         most: how many layers may be kept; one layer always stays INT8.
-        error: returns the error of the INT8 net's outputs with some layers in float.
+        error: returns the errors of the INT8 net's outputs with some layers in float, in each part
+            of the images.
         images: how many images ``error`` looks at.
     """
     total = sum(alone.values()) or 1.0
@@ -122,13 +125,19 @@ def keep_in_float(
         least = max(price.share, LEAST_GAIN)
         if share >= least:
             changed = error((*kept, layer))
-            gain = 1.0 - changed / now if now else 0.0
+            gain = least_fall(now, changed)
         pays = gain is not None and gain > least
         if pays:
             kept, now = [*kept, layer], changed
         reason = _reason(share if gain is None else gain, price, pays)
         decisions.append(FloatDecision(layer, pays, share, gain, price, reason))
-    return FloatChoice(most, images, before, now, tuple(decisions))
+    return FloatChoice(most, images, sum(before), sum(now), tuple(decisions))
+
+
+def least_fall(before: Sequence[float], after: Sequence[float]) -> float:
+    """Return the fraction by which errors fall, in the part of the images where that is least."""
+    falls = [1.0 - now / old if old else 0.0 for old, now in zip(before, after, strict=True)]
+    return min(falls)
 
 
 def prices_of(net: Net) -> dict[str, Price]:
