@@ -61,10 +61,8 @@ def plan_with_float_layers(
     with torch.inference_mode():
         after = _Trial(again, dataset, options).errors(())
     clock.lap("judge float layers")
-    choice = replace(choice, error_after=sum(after))
-    if choice.pays(least_fall(before, after)):
-        return again, choice
-    return planned, choice.without_any()
+    choice = replace(choice, error_after=sum(after), gain=least_fall(before, after))
+    return (again, choice) if choice.pays else (planned, choice.without_any())
 
 
 def with_float_layers(options: CalibrateOptions, layers: Sequence[str]) -> CalibrateOptions:

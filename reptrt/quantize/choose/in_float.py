@@ -58,6 +58,7 @@ class FloatChoice:
     images: int  # held-out images that judged
     error_before: float  # of the outputs; its unit is that of `quantize.calib.outputs`
     error_after: float  # with the kept layers in float
+    gain: float  # fraction of the error that they take away, in the half where that is less
     decisions: tuple[FloatDecision, ...]
 
     @property
@@ -65,11 +66,12 @@ class FloatChoice:
         """The layers that stay in float."""
         return tuple(decision.layer for decision in self.decisions if decision.kept)
 
-    def pays(self, gain: float) -> bool:
-        """Return whether a gain of the kept layers together is more than they cost."""
+    @property
+    def pays(self) -> bool:
+        """Whether the kept layers together take away more than they cost."""
         prices = [decision.price for decision in self.decisions if decision.kept]
         macs, moved = (sum(p.macs for p in prices), sum(p.moved for p in prices))
-        return gain > max(macs, moved, LEAST_GAIN)
+        return self.gain > max(macs, moved, LEAST_GAIN)
 
     @property
     def summary(self) -> str:
@@ -79,7 +81,7 @@ class FloatChoice:
             why = f"; {worst.layer}: {worst.reason}" if worst is not None else ""
             return f"none, no layer pays{why}"
         names = ", ".join(self.kept)
-        return f"{names}; the error of the outputs falls by {100 * self.gain:.0f} %"
+        return f"{names}; the error of the outputs falls by {100 * self.gain:.0f} % or more"
 
     def without_any(self) -> "FloatChoice":
         """Return the choice with no layer kept, since the net calibrated again does not pay."""
@@ -88,12 +90,7 @@ class FloatChoice:
             replace(decision, kept=False, reason=reason) if decision.kept else decision
             for decision in self.decisions
         )
-        return replace(self, error_after=self.error_before, decisions=decisions)
-
-    @property
-    def gain(self) -> float:
-        """The fraction of the error that the kept layers take away."""
-        return 1.0 - self.error_after / self.error_before if self.error_before else 0.0
+        return replace(self, error_after=self.error_before, gain=0.0, decisions=decisions)
 
 
 def keep_in_float(
@@ -131,7 +128,8 @@ def keep_in_float(
             kept, now = [*kept, layer], changed
         reason = _reason(share if gain is None else gain, price, pays)
         decisions.append(FloatDecision(layer, pays, share, gain, price, reason))
-    return FloatChoice(most, images, sum(before), sum(now), tuple(decisions))
+    gain = least_fall(before, now)
+    return FloatChoice(most, images, sum(before), sum(now), gain, tuple(decisions))
 
 
 def least_fall(before: Sequence[float], after: Sequence[float]) -> float:

@@ -235,10 +235,9 @@ def _in_float(choice: JsonObject) -> Table:
         )
         for decision in choice["decisions"]
     )
-    gain = 1.0 - choice["error_after"] / choice["error_before"] if choice["error_before"] else 0.0
     title = (
         f"At most {choice['most']} layers were to stay in float: the error of the outputs falls by "
-        f"{percent(gain)} on {choice['images']} held-out images"
+        f"{percent(choice['gain'])} or more on {choice['images']} held-out images"
     )
     return Table(title, columns, rows)
 
