@@ -32,7 +32,7 @@ from reptrt.sources.models.repvgg import RepVGGBlock
 from reptrt.sources.models.yolov6.head import STRIDES
 
 SEED = 2  # of the pictures: the sets of the demo have others
-PICTURES, PASSES, BATCH = 6000, 10, 16
+PICTURES, PASSES, BATCH = 6000, 8, 16
 PEAK_RATE, MOMENTUM, WEIGHT_DECAY = 0.1, 0.9, 5e-4
 CANDIDATES = 10  # cells that learn from a digit, at most
 SCORE_POWER, OVERLAP_POWER = 1.0, 6.0  # of the fit between a cell and a digit

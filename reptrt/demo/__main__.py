@@ -1,12 +1,17 @@
-"""python -m reptrt.demo: all stages on the digits, and the tables of their results."""
+"""python -m reptrt.demo: all stages on two small nets, and the tables of their results."""
 
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 from rich.console import Console
 
 from reptrt.core.errors import ArtifactError, ReptrtError
+
+if TYPE_CHECKING:
+    from reptrt.demo.comparison import Comparison
+    from reptrt.demo.detection import Detection
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -21,29 +26,48 @@ from reptrt.core.errors import ArtifactError, ReptrtError
     "--json", "json_path", type=click.Path(path_type=Path), help="Write the tables as JSON."
 )
 def main(output: Path, json_path: Path | None) -> None:
-    """Take a small trained RepVGG from its checkpoint to INT8 and an engine; print the accuracy.
+    """Take two small trained nets from their checkpoints to INT8; print what it costs.
 
-    The net classifies scikit-learn's handwritten digits. Calibration uses training images only; the
-    tables are measured on images that were held out from training and calibration.
+    A RepVGG classifies scikit-learn's handwritten digits, and becomes an engine. A YOLOv6 finds
+    such digits in pictures. Calibration uses training images only; the tables are measured on
+    images that were held out from training and calibration.
     """
     from reptrt.core.artifacts import write_json
     from reptrt.demo.comparison import compare
+    from reptrt.demo.detection import detect
 
+    console = Console(width=None if sys.stdout.isatty() else 160)
     try:
         _make_folder(output)
         comparison = compare(output)
+        _print_comparison(console, comparison)
+        detection = detect(output)
+        _print_detection(console, detection)
         if json_path is not None:
-            write_json(json_path, comparison.to_dict())
+            write_json(json_path, comparison.to_dict() | {"detection": detection.to_dict()})
     except ReptrtError as err:
         click.echo(f"error: {' '.join(str(err).split())}", err=True)
         sys.exit(1)
-    console = Console(width=None if sys.stdout.isatty() else 160)
+
+
+def _print_comparison(console: Console, comparison: "Comparison") -> None:
+    console.print("A RepVGG that classifies digits:")
     console.print(comparison.to_table())
     console.print(comparison.engine_line(), soft_wrap=True, highlight=False)
     console.print("\nWhat each step to the last file changes:")
     console.print(comparison.ladder.to_table())
     for line in comparison.ladder.to_lines():
         console.print(line, soft_wrap=True, highlight=False)
+
+
+def _print_detection(console: Console, detection: "Detection") -> None:
+    console.print("\nA YOLOv6 that finds digits in pictures:")
+    console.print(detection.to_table())
+    console.print(
+        f"{detection.drawn}: boxes of the float net above, of reptrt INT8 below",
+        soft_wrap=True,
+        highlight=False,
+    )
 
 
 def _make_folder(path: Path) -> None:

@@ -79,6 +79,11 @@ def write_sets(folder: Path, counts: Mapping[str, int]) -> Mapping[str, Path]:
     }
 
 
+def annotations_of(folder: Path) -> Path:
+    """Return the COCO file of a folder of pictures."""
+    return folder.with_name(f"instances_{folder.name}.json")
+
+
 def coco_from_scenes(files: Sequence[str], scenes: Sequence[Scene]) -> dict[str, Any]:
     """Return the annotations of pictures in COCO's form; digit d is category d + 1."""
     found = [
@@ -117,7 +122,7 @@ def _write_set(folder: Path, digits: Digits, seed: int, count: int) -> Path:
     files = [f"{index:04d}.jpg" for index in range(count)]
     for file, scene in zip(files, scenes, strict=True):
         Image.fromarray(scene.pixels).save(folder / file, quality=_JPEG_QUALITY)
-    write_json(folder.with_name(f"instances_{folder.name}.json"), coco_from_scenes(files, scenes))
+    write_json(annotations_of(folder), coco_from_scenes(files, scenes))
     return folder
 
 

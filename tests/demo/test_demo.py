@@ -50,7 +50,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 def test_the_table_has_every_rung_and_column(run: Run) -> None:
-    header, *lines = run.stdout.splitlines()
+    _, header, *lines = run.stdout.splitlines()
     assert header.split("  ") != []
     for title in ("top-1", "agreement", "SQNR dB", "median ms", "ratio", "KiB"):
         assert title in header
@@ -81,6 +81,16 @@ def test_int8_files_are_small_and_timed(run: Run) -> None:
         assert rung["size_bytes"] == (run.folder / Path(rung["file"]).name).stat().st_size
     assert run.rung("float")["ratio"] == 1
     assert run.rung("reptrt INT8")["size_bytes"] < run.rung("float")["size_bytes"] / 2
+
+
+def test_the_detector_follows(run: Run) -> None:
+    table = run.stdout.partition("A YOLOv6 that finds digits in pictures:\n")[2]
+    for row in run.content["detection"]["rows"]:
+        percent = f"{100 * row['map']:.2f}"
+        assert re.search(rf"^{row['name']} +{percent} ", table, re.MULTILINE), row["name"]
+    assert "200 held-out pictures" in table
+    assert re.search(r"^\S+detections\.png: boxes of the float net above", table, re.MULTILINE)
+    assert (run.folder / "detections.png").is_file()
 
 
 def test_the_ladder_of_the_last_file_follows(run: Run) -> None:

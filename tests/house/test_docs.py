@@ -20,7 +20,7 @@ import pytest
 from reptrt.cli import main
 from reptrt.core.artifacts import read_sidecar
 from reptrt.core.errors import ReptrtError
-from reptrt.demo import comparison, digits
+from reptrt.demo import comparison, detector, digits
 from reptrt.linter.rules import RULES
 from tests.support.helpers import load_tool
 from tests.support.pages import GENERATED, REPOSITORY, Block, Page, commands, pages
@@ -40,6 +40,7 @@ LEAVES = {  # page -> files that its blocks must have left, each with its sideca
     "README.md": ("digits.onnx", "my_net.onnx", "digits.int8.onnx", "digits.engine"),
     "python.md": ("net.onnx", "net.int8.onnx", "net.engine"),
     "tutorial.md": ("a0.onnx", "a0.int8.onnx", "a0.engine"),
+    "tutorial_detect.md": ("detector.onnx", "detector.int8.onnx", "detector.engine"),
 }
 NOT_RUN_HERE = {"package", "replay"}  # named in the text: one needs a GPU's engine, one is slow
 SAYS = {"rep.ort.onnx || echo": "QDQ008"}  # command -> what its block must have said
@@ -67,7 +68,8 @@ def folder(tmp_path: Path, demo: Path) -> Iterator[Path]:
     """A folder with what the repository and `make demo` leave; gone after the test."""
     path = tmp_path / "clone"
     (path / "reptrt/demo").mkdir(parents=True)
-    shutil.copy(digits.WEIGHTS, path / "reptrt/demo")
+    for weights in (digits.WEIGHTS, detector.WEIGHTS):
+        shutil.copy(weights, path / "reptrt/demo")
     shutil.copytree(REPOSITORY / "tests/data/lint", path / "tests/data/lint")
     shutil.copytree(demo, path / "build/demo")
     yield path
@@ -263,6 +265,15 @@ def test_every_option_says_what_it_is(command: str) -> None:
     for parameter in main.commands[command].params:
         if isinstance(parameter, click.Option):
             assert parameter.help, f"reptrt {command} {parameter.opts[0]}: no help text"
+
+
+def test_the_tutorial_exports_the_demo_detector() -> None:
+    page = next(page for page in PAGES if page.name == "tutorial_detect.md")
+    command = next(block.text for block in page.blocks if "digits_yolov6.pt" in block.text)
+    for option in ("widths", "blocks"):
+        listed = ",".join(map(str, getattr(detector.ARCHITECTURE, option)))
+        assert f"--{option} {listed} " in command
+    assert f"--input-size {'x'.join(map(str, detector.INPUT_SIZE))} " in command
 
 
 def test_readme_exports_the_demo_net() -> None:
