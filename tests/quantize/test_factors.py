@@ -37,12 +37,18 @@ def rayleigh(channels: int, spread: float = 1.0) -> np.ndarray:
     return np.abs(RNG.normal(0, 1, (1000, channels))) * np.exp(RNG.normal(0, spread, channels))
 
 
+def ranges_of(x: np.ndarray) -> np.ndarray:
+    """Return the largest |x| of each channel, moved a little towards the largest of all."""
+    largest = np.abs(x).max(0)
+    return largest**0.94 * largest.max() ** 0.06
+
+
 def by_formula(
     r: np.ndarray, weights: list[np.ndarray], x: np.ndarray, groups: int, form: str = "none"
 ) -> float:
     """J, with loops and from the definitions."""
     total = 0.0
-    step_x = max(r * np.abs(x).max(0)) / 255
+    step_x = max(r * ranges_of(x)) / 255
     for weight in weights:
         outputs, inputs = weight.shape[:2]
         noise = signal = 0.0
@@ -130,9 +136,8 @@ def test_a_depthwise_layer_has_no_weight_noise_to_weigh() -> None:
     """Its steps follow the factors, so only the ranges of activations count: r R is constant."""
     x = rayleigh(8)
     factors = best_factors(readers([np.ones((8, 1, 3, 3))], x, groups=8))
-    ranges = factors * np.abs(x).max(0)
-    top = factors[np.argmax(ranges)] * 0 + ranges.max()
-    assert ranges.min() > 0.9 * top
+    ranges = factors * ranges_of(x)
+    assert ranges.min() > 0.9 * ranges.max()
 
 
 @pytest.mark.parametrize("form", ["identity", "coarse-fine"])

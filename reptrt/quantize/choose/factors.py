@@ -8,7 +8,7 @@ the float net, but it changes both noises at the outputs of a reader:
 
     s_x = max over c of r[c] R[c] / q_x          s_o = max over c, t of |W[o,c,t]| / r[c] / q_w
 
-R is the largest |x| of a channel, V its variance, q the largest code. r = 1 / R makes all ranges
+R is the range of a channel, V its variance, q the largest code. r = 1 / R makes all ranges
 equal, which is good for N_a. But it divides the columns of W by very different numbers: the steps
 of the weights grow, and N_w with them. So the factors minimise
 
@@ -19,6 +19,11 @@ maximum; a coarse-fine split leaves the taps around the centre, and half a coars
 products, powers and maxima of functions that are log-convex in log r are log-convex: log J is
 convex in log r and has one minimum, which descent finds. J does not depend on a common factor of
 all channels; r has a geometric mean of 1.
+
+The largest |x| on a few hundred images understates what other images hold, most of all where a
+channel is rarely active. So R is moved a little towards the range of the whole tensor:
+
+    log R[c] = (1 - p) log max |x_c| + p log max |x|
 """
 
 from collections.abc import Sequence
@@ -35,6 +40,7 @@ from reptrt.rewrite import split_coarse_fine as coarse_fine
 from reptrt.rewrite import split_identity as identity
 
 _SMALLEST = 1e-3  # of the largest channel range: a smaller range counts as this, to bound factors
+_PRIOR = 0.06  # by which log R is moved towards that of the channel with the largest values
 _STEPS = 60
 _RATE = (0.3, 0.005)  # of Adam on log r, first and last
 _POWER = (16.0, 256.0)  # of the norms that stand for the two maxima, first and last
@@ -47,7 +53,7 @@ class Reader:
     log_largest: Float64Array  # log max over t of |W|, (groups, O / groups, C / groups)
     squares: Float64Array  # sum of W^2 over outputs and taps, (C,)
     variance: Float64Array  # V times the number of taps, (C,)
-    log_range: Float64Array  # log R, (C,)
+    log_range: Float64Array  # log R after the prior, (C,)
     signal: float
     input_levels: int  # q_x
     weight_levels: int  # q_w
@@ -85,11 +91,12 @@ def reader_of(
     largest = _step_setting(node, weight, form, weight_levels).reshape(groups, -1, inputs)
     squares = np.square(weight).reshape(groups, outputs // groups, inputs, taps).sum((1, 3))
     tiny = np.finfo(np.float64).tiny
+    logs = np.log(np.maximum(range_of_channels(stats.maximum), tiny))
     return Reader(
         np.log(np.maximum(largest, tiny)),
         squares.reshape(-1),
         stats.variance * taps,
-        np.log(np.maximum(range_of_channels(stats.maximum), tiny)),
+        (1 - _PRIOR) * logs + _PRIOR * logs.max(),
         float((squares.reshape(-1) * stats.mean_square).sum()),
         input_levels,
         weight_levels,
