@@ -127,7 +127,7 @@ def test_weights_count_where_equal_ranges_would_drown_them() -> None:
     factors = best_factors(given)
     assert np.log(factors).mean() == pytest.approx(0, abs=1e-9)
     ratio = noise_and_gradient(np.log(factors), given)[0] / noise_and_gradient(equal, given)[0]
-    assert ratio < 0.5
+    assert ratio < 0.6
     spread = equal.max() - equal[0]
     assert np.log(np.median(factors) / factors[0]) < 0.9 * spread  # between no factors and 1 / R
 
