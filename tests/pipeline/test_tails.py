@@ -47,7 +47,8 @@ def detector(tail: str) -> onnx.ModelProto:
     b.nodes.append(helper.make_node("Split", ["flat", "sizes"], ["corner", "logit"], axis=1))
     b.nodes.append(helper.make_node("Transpose", ["corner"], ["boxes"], perm=[0, 2, 1]))
     b.nodes.append(helper.make_node("Sigmoid", ["logit"], ["scores"]))
-    b.constant("flag", np.array(True))
+    b.nodes.append(helper.make_node("ReduceMax", ["scores"], ["best"], keepdims=0))
+    b.nodes.append(helper.make_node("Greater", ["best", b.constant("no", np.float32(0))], ["flag"]))
     node, kind = TAILS[tail]
     b.nodes.append(node)
     inputs = [helper.make_tensor_value_info("x", FLOAT, ["N", 3, 8, 8])]
@@ -70,7 +71,7 @@ def test_the_body_is_calibrated_by_what_the_tail_reads(
     report = calibrate(tmp_path / "m.onnx", tmp_path / "images.npz", tmp_path / "o.onnx", options)
     assert report.layers == 2
     exact, int8 = (TorchGraph(onnx.load(tmp_path / name)) for name in ("m.onnx", "o.onnx"))
-    assert {"p3", "boxes", "scores"}.issuperset(exact.comparable_names)
+    assert {"p3", "boxes", "scores", "best"}.issuperset(exact.comparable_names)
     x = {"x": torch.from_numpy(IMAGES / np.float32(255))}
     with torch.inference_mode():
         values, rounded = (g.run(x, exact.comparable_names) for g in (exact, int8))
