@@ -18,7 +18,7 @@ COPY pyproject.toml README.md LICENSE constraints-dev.txt /src/
 COPY reptrt /src/reptrt
 # pycuda is compiled here: the base image has CUDA's compiler. TensorRT's package is that of the CUDA.
 ARG CUDA=cu13
-RUN pip install --no-cache-dir -c /src/constraints-dev.txt "tensorrt-${CUDA}>=10.12" "/src[gpu]"
+RUN pip install --no-cache-dir -c /src/constraints-dev.txt "tensorrt-${CUDA}>=10.12" "/src[gpu,detect]"
 
 WORKDIR /work
 ENTRYPOINT ["reptrt"]
