@@ -276,7 +276,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     digits.write_arrays(folder)
     result = reptrt(
         "run", *NET, "--data", folder / "train.npz", "--eval-data", folder / "held_out.npz",
-        "--recipe", "fast", "-n", 64, "--eval-limit", 300, "--batch", 1, "--bench-seconds", 0.01,
+        "--recipe", "fast", "-n", 128, "--eval-limit", 300, "--batch", 1, "--bench-seconds", 0.01,
         "-o", folder / "run",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
@@ -350,7 +350,7 @@ def test_the_first_rung_is_the_checkpoint_in_torch(rungs: list[dict[str, Any]], 
 
 def test_a_source_gives_what_its_run_gives(rungs: list[dict[str, Any]], made: Path) -> None:
     found = rows_of(
-        *NET, "--data", made / "held_out.npz", "--calib-data", made / "train.npz", "-n", 64,
+        *NET, "--data", made / "held_out.npz", "--calib-data", made / "train.npz", "-n", 128,
         "--recipe", "fast", "--limit", 300,
     )  # fmt: skip
     assert found == rungs

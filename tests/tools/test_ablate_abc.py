@@ -17,7 +17,7 @@ from tests.support.helpers import load_tool
 from tests.support.learned_nets import rep_net, write_images, write_net
 
 COUNT = 48
-TINY = ("--seeds", "1", "--iterations", "10", "--bits", "8", "--splits", "none")
+TINY = ("--seeds", "1", "--iterations", "10", "--bits", "5", "--splits", "none")
 
 tool = load_tool("ablate_abc")
 
@@ -81,14 +81,14 @@ def table(folder: Path, *arguments: str) -> list[Line]:
 def test_two_rows(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = Calls(monkeypatch)
     nearest, learned = table(made, *TINY, "--rows", "nearest;rounding, MAE")
-    assert nearest[:4] == ("tiny", 8, "none", "nearest")
-    assert learned[:4] == ("tiny", 8, "none", "rounding, MAE")
+    assert nearest[:4] == ("tiny", 5, "none", "nearest")
+    assert learned[:4] == ("tiny", 5, "none", "rounding, MAE")
     for line in (nearest, learned):
-        assert 15 < line.sqnr < 60
+        assert 5 < line.sqnr < 60
         assert line.spread == 0  # of one seed
         assert 50 < line.agreed <= 100
     assert nearest.sqnr != learned.sqnr
-    plain = CalibrateOptions(images=COUNT // 2, split="none")
+    plain = CalibrateOptions(images=COUNT // 2, split="none", weight_bits=5, activation_bits=5)
     assert calls.options == [
         plain,
         replace(plain, learn=LearnOptions(affine=False, steps=False, iterations=10)),
