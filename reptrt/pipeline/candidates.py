@@ -139,7 +139,6 @@ class Candidates:
                             form,
                             input_levels=level,
                             weight_levels=weights.qmax,
-                            remaining=self._options.remaining,
                         )
                         for node, form, level in zip(readers, taken, levels, strict=True)
                     ]

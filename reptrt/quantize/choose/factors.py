@@ -57,7 +57,6 @@ class Reader:
     signal: float
     input_levels: int  # q_x
     weight_levels: int  # q_w
-    remaining: float = 1.0  # the part of N_w that counts
 
 
 def range_of_channels(maximum: Float64Array) -> Float64Array:
@@ -72,7 +71,6 @@ def reader_of(
     *,
     input_levels: int,
     weight_levels: int,
-    remaining: float = 1.0,
 ) -> Reader:
     """Return a layer as J sees it.
 
@@ -82,7 +80,6 @@ def reader_of(
         form: that it will take.
         input_levels: q_x.
         weight_levels: q_w.
-        remaining: the part of its weight noise that is left when the weights are rounded.
     """
     weight = np.asarray(constant_value(node.inputs[1]), dtype=np.float64)
     outputs, inputs = weight.shape[:2]
@@ -100,7 +97,6 @@ def reader_of(
         float((squares.reshape(-1) * stats.mean_square).sum()),
         input_levels,
         weight_levels,
-        remaining,
     )
 
 
@@ -186,7 +182,7 @@ def _weight_noise(logs: Float64Array, reader: Reader, power: float) -> tuple[flo
     rows = squares * spread.sum(axis=1, keepdims=True)
     pulled = np.einsum("go,goc->gc", rows, share)
     slope = 2 * (squares.sum(axis=1, keepdims=True) * spread - pulled)
-    return reader.remaining * float(rows.sum()), reader.remaining * slope.reshape(-1)
+    return float(rows.sum()), slope.reshape(-1)
 
 
 def _log_maximum(values: Float64Array, power: float) -> tuple[Float64Array, Float64Array]:
