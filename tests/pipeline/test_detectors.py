@@ -72,7 +72,7 @@ def test_learning_brings_the_heads_nearer_on_other_images(tmp_path: Path) -> Non
     model, fast, learned = (tmp_path / f"{name}.onnx" for name in ("m", "fast", "learned"))
     onnx.save(detector("yolov6"), model)
     many = write_images(tmp_path / "many.npz", 128, size=SIZE)  # few would be learned by heart
-    options = CalibrateOptions(images=128, weight_bits=4, split="none")
+    options = CalibrateOptions(images=128, weight_bits=3, split="none")
     calibrate(model, many, fast, options)
     report = calibrate(model, many, learned, replace(options, recipe="accurate"))
     assert report.learned is not None
