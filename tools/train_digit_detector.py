@@ -22,13 +22,13 @@ import torch
 from PIL import Image
 from torch import nn
 from torch.nn import functional as F
+from train_digits import start_as_identity
 
 from reptrt.data.images import resized
 from reptrt.demo import detector, scenes
 from reptrt.demo.digits import Digits, load_digits
 from reptrt.graph.preprocess import fit_of
 from reptrt.sources.models import build
-from reptrt.sources.models.repvgg import RepVGGBlock
 from reptrt.sources.models.yolov6.head import STRIDES
 
 SEED = 2  # of the pictures: the sets of the demo have others
@@ -104,15 +104,6 @@ def make_picture(digits: Digits, index: int) -> tuple[np.ndarray, np.ndarray, np
     boxes[: len(scene.boxes)] = fit.boxes_in_input(scene.boxes)
     classes[: len(scene.boxes)] = scene.classes
     return np.asarray(image).transpose(2, 0, 1), boxes, classes
-
-
-def start_as_identity(net: nn.Module) -> None:
-    """Set the batch norms so that a block with an identity branch begins as that branch."""
-    for block in net.modules():
-        if isinstance(block, RepVGGBlock) and block.rbr_identity is not None:
-            nn.init.ones_(block.rbr_identity.weight)
-            nn.init.zeros_(block.rbr_dense.bn.weight)
-            nn.init.zeros_(block.rbr_1x1.bn.weight)
 
 
 def train(net: nn.Module, pictures: Pictures, passes: int) -> None:
