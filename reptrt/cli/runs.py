@@ -20,7 +20,9 @@ _TASK = (
 )
 _RUN = FieldOptions(_OPTIONS, only=(*_TASK, "batches", "threads", "diagnose", "bench_seconds"))
 _LADDER = FieldOptions(_OPTIONS, only=(*_TASK, "threads"), flags={"eval_limit": "--limit"})
-_BUILD = FieldOptions("reptrt.trt.options:BuildOptions", only=("targets",))
+_BUILD = FieldOptions(
+    "reptrt.trt.options:BuildOptions", only=("targets",), flags={"targets": "--gpu-target"}
+)
 _STAGES = (_BUILD, ARCHITECTURE, EXPORT, CALIBRATE)
 
 

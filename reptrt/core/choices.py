@@ -16,6 +16,7 @@ Layout = Literal["NCHW", "NHWC"]  # of a network's input
 Recipe = Literal["fast", "balanced", "accurate"]
 Rounding = Literal["nearest", "learned"]  # reptrt.quantize.reconstruct
 Rule = Literal["max", "percentile", "mse", "mae", "entropy", "kl"]  # quantize.calib.thresholds
+TargetName = Literal["tensorrt", "onnxruntime"]  # reptrt.quantize.targets
 TaskName = Literal["classify", "detect", "segment", "any"]  # reptrt.judge.tasks
 Threshold = Literal["auto", Rule]
 Resize = Literal["none", "stretch", "crop", "letterbox"]  # reptrt.graph.preprocess

@@ -110,7 +110,8 @@ class Candidates:
             weights=weights,
             max_overhead=self._options.max_overhead,
             policy=policy,
-            precision=self._options.split_precision,
+            precision=self._options.summands,
+            costs=self._options.runtime.costs,
             remaining=self._options.remaining,
         )
 

@@ -14,12 +14,14 @@ from reptrt.core.choices import (
     SplitForm,
     SplitMode,
     SplitPrecision,
+    TargetName,
     TorchDevice,
 )
 from reptrt.core.errors import ConfigError, option
 from reptrt.core.option_fields import check_bounds, described, require_at_least
 from reptrt.quantize.calib.options import ThresholdOptions
 from reptrt.quantize.reconstruct.options import LearnOptions
+from reptrt.quantize.targets import TARGETS, Target
 
 if TYPE_CHECKING:
     from reptrt.core.grid import Grid
@@ -80,6 +82,11 @@ class CalibrateOptions:
         "if the data has fewer.",
         short="-n",
     )
+    target: TargetName = described(
+        "tensorrt",
+        "Runtime that the file is made for, which decides what runs in INT8 and what it costs: "
+        "tensorrt (NVIDIA GPUs), onnxruntime (CPUs).",
+    )
     recipe: Recipe = described(
         "fast",
         "How much work is spent on accuracy: fast rounds weights to nearest, balanced and accurate "
@@ -97,8 +104,10 @@ class CalibrateOptions:
         "identity and the rest; identity-scalar: one factor for all channels), coarse-fine (large "
         "steps and small steps), none; auto decides for each layer.",
     )
-    split_precision: SplitPrecision = described(
-        "float", "Precision of the two summands of a split layer."
+    split_precision: SplitPrecision | None = described(
+        None,
+        "Precision of the two summands of a split layer; default: that which the target adds "
+        "fastest, float for tensorrt, int8 for onnxruntime.",
     )
     max_overhead: float = described(
         0.10,
@@ -165,7 +174,7 @@ class CalibrateOptions:
         for name in ("weight_bits", "activation_bits"):
             if not 2 <= (bits := getattr(self, name)) <= 8:
                 raise ConfigError(f"{option(name)}: got {bits}, expected 2..8 (simulated in INT8)")
-        if self.equalize and self.split_precision == "int8" and self.split == "coarse-fine":
+        if self.equalize and self.summands == "int8" and self.split == "coarse-fine":
             raise ConfigError(
                 f"{option('split', 'coarse-fine')}, {option('split_precision', 'int8')}: the "
                 "summands lie before the ReLU, where equalized channels have no common range; give "
@@ -208,6 +217,16 @@ class CalibrateOptions:
         return int(number)
 
     @property
+    def runtime(self) -> Target:
+        """What the target is known to run, and at which cost."""
+        return TARGETS[self.target]
+
+    @property
+    def summands(self) -> SplitPrecision:
+        """The precision of the summands of split layers."""
+        return self.split_precision or self.runtime.precision
+
+    @property
     def split_form(self) -> SplitForm:
         """The form into which every layer is split that can be; "none" for ``auto``.
 
@@ -216,7 +235,7 @@ class CalibrateOptions:
         """
         if self.split == "auto":
             return "none"
-        if self.split == "identity" and self.split_precision == "int8":
+        if self.split == "identity" and self.summands == "int8":
             return "identity-scalar"
         return self.split
 

@@ -99,7 +99,9 @@ def prepare(net: Net, dataset: Dataset, options: CalibrateOptions) -> Prepared:
         for decision in chosen.choice.ranges
     )
     remove_offsets(net, offsets, full_range_of(ranges))
-    extra = splits_macs(net) + sum(decision.extra_macs for decision in ranges if decision.full)
+    extra = splits_macs(net, options.runtime.costs) + sum(
+        decision.extra_macs for decision in ranges if decision.full
+    )
     return Prepared(
         equalized=len(chosen.factors),
         splits=read_splits(net),

@@ -23,7 +23,7 @@ def split_as_asked(
     """
     nodes = {node.name: node for node in weighted_nodes(net.graph)}
     obstacles: dict[str, str] = {}
-    if options.split_precision == "int8":
+    if options.summands == "int8":
         reasons = {
             layer: int8_obstacle(nodes[layer], form, options.grids[1])
             for layer, form in forms.items()
@@ -44,7 +44,7 @@ def split_layers(
         forms: layer -> form to split it into; "none" leaves it whole.
         options: the grid of weights and the precision of summands.
     """
-    grid, precision = options.grids[1], options.split_precision
+    grid, precision = options.grids[1], options.summands
 
     def of(form: SplitForm) -> list[str]:
         return [layer for layer, chosen in forms.items() if chosen == form]

@@ -1,8 +1,7 @@
 """Cost in multiply-accumulates per image: of a net, of a split, and of full range.
 
-One elementwise pass over one output element counts as `_ELEMENTWISE_MACS`: it moves a byte or two
-and computes next to nothing. The Mul and the Add of an identity split are one pass: an engine runs
-all elementwise operations behind a convolution as one kernel, with the skip as one more operand.
+What one elementwise pass over one output element counts is a property of the runtime
+(`reptrt.quantize.targets`). The Mul and the Add of an identity split are one pass.
 """
 
 import numpy as np
@@ -11,10 +10,9 @@ import onnx_graphsurgeon as gs
 from reptrt.core.choices import SplitForm
 from reptrt.graph.net import Net, constant_of, constant_value, weighted_nodes
 from reptrt.graph.splits import read_splits
+from reptrt.quantize.targets import Costs
 from reptrt.rewrite.recentre import padded_readers
 from reptrt.rewrite.surroundings import Surroundings
-
-_ELEMENTWISE_MACS = 8
 
 
 def num_macs(net: Net) -> int:
@@ -22,30 +20,30 @@ def num_macs(net: Net) -> int:
     return sum(_macs(node) for node in weighted_nodes(net.graph))
 
 
-def split_macs(node: gs.Node, form: SplitForm) -> int:
+def split_macs(node: gs.Node, form: SplitForm, costs: Costs) -> int:
     """Return the cost of splitting a convolution."""
-    return _split_macs(node, form, node.outputs[0])
+    return _split_macs(node, form, node.outputs[0], costs)
 
 
-def _split_macs(node: gs.Node, form: SplitForm, output: gs.Tensor) -> int:
+def _split_macs(node: gs.Node, form: SplitForm, output: gs.Tensor, costs: Costs) -> int:
     """Return the cost of a pass that adds, and of a coarse 1x1 layer."""
     if form == "none":
         return 0
     outputs, inputs = constant_of(node.inputs[1]).shape[:2]
     coarse = int(inputs) if form == "coarse-fine" else 0
-    return int(outputs) * (_ELEMENTWISE_MACS + coarse) * num_positions(output)
+    return round(int(outputs) * (costs.pass_macs + coarse) * num_positions(output))
 
 
-def splits_macs(net: Net) -> int:
+def splits_macs(net: Net, costs: Costs) -> int:
     """Return the cost of all splits that a net has."""
     nodes = {node.name: node for node in net.graph.nodes}
     return sum(
-        _split_macs(nodes[split.main], split.form, nodes[split.sum].outputs[0])
+        _split_macs(nodes[split.main], split.form, nodes[split.sum].outputs[0], costs)
         for split in read_splits(net)
     )
 
 
-def full_range_macs(net: Net, tensor: str) -> int:
+def full_range_macs(net: Net, tensor: str, costs: Costs) -> int:
     """Return the cost of full range for one activation.
 
     Each padded convolution that reads the activation needs a map for its border, and each average
@@ -55,7 +53,7 @@ def full_range_macs(net: Net, tensor: str) -> int:
     readers = Surroundings(net, set()).readers(net.graph.tensors()[tensor], fixed=False)
     averages = [] if isinstance(readers, str) else readers.averages
     channels = [int((node.outputs[0].shape or (0, 1))[1]) for node in averages]
-    return _ELEMENTWISE_MACS * (int(sum(np.prod(shape) for shape in maps)) + sum(channels))
+    return round(costs.border_macs * (int(sum(np.prod(shape) for shape in maps)) + sum(channels)))
 
 
 def _macs(node: gs.Node) -> int:

@@ -4,7 +4,6 @@ from collections.abc import Collection, Mapping
 
 import onnx_graphsurgeon as gs
 
-from reptrt.core.grid import Grid
 from reptrt.graph.net import Net, weighted_nodes
 from reptrt.quantize.calib.channels import ChannelStats
 from reptrt.quantize.choose.budget import within_budget
@@ -41,7 +40,7 @@ def choose(
             net,
             tensor,
             [desired[node.name] for node in layers if node.inputs[0].name == tensor],
-            options.activations,
+            options,
         )
         for tensor in full_range
     ]
@@ -55,7 +54,7 @@ def _desired_form(
     """Return the form that one layer should take if the budget allows it."""
     has_full_range = node.inputs[0].name in full_range
     activations = options.activations.full_range if has_full_range else options.activations
-    noise = layer_noise(node, stats, activations, options.weights)
+    noise = layer_noise(node, stats, activations, options.weights, options.costs)
     forms = noise.options
     if options.precision == "int8":
         forms = tuple(o for o in forms if o.form in ("none", "identity-scalar"))
@@ -83,13 +82,14 @@ def _noise(option: Option) -> float:
 
 
 def _range_decision(
-    net: Net, tensor: str, readers: Collection[Decision], grid: Grid
+    net: Net, tensor: str, readers: Collection[Decision], options: ChooseOptions
 ) -> RangeDecision:
     """Return the gain and the cost of full range for one tensor; it is not yet granted.
 
     The decisions of its readers count the noise with full range. Without it, the noise is larger by
     the square of the ratio of the steps.
     """
+    grid = options.activations
     removed = (grid.full_range.qmax / grid.qmax) ** 2 - 1.0
     gain = sum(removed * d.activation_noise / (d.signal or 1.0) for d in readers)
-    return RangeDecision(tensor, False, gain, full_range_macs(net, tensor))
+    return RangeDecision(tensor, False, gain, full_range_macs(net, tensor, options.costs))

@@ -6,6 +6,7 @@ from typing import Literal
 
 from reptrt.core.choices import SplitForm, SplitPrecision
 from reptrt.core.grid import Grid
+from reptrt.quantize.targets import TARGETS, Costs
 
 # whole: no layer is split; identity: every layer where that form halves the weight noise;
 # balance: layers whose weight noise exceeds the activation noise, in the cheapest form that helps
@@ -26,6 +27,7 @@ class ChooseOptions:
     # the part of the weight noise that is left when the weights are rounded: less than 1 where
     # rounding will be learned; then full range goes before splits
     remaining: float = 1.0
+    costs: Costs = TARGETS["tensorrt"].costs
 
 
 @dataclass(frozen=True, slots=True)

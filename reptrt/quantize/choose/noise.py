@@ -13,6 +13,7 @@ from reptrt.graph.qdq import quantize_weight
 from reptrt.quantize.calib.channels import ChannelStats
 from reptrt.quantize.choose.cost import split_macs
 from reptrt.quantize.choose.decisions import Option
+from reptrt.quantize.targets import Costs
 from reptrt.rewrite import split_coarse_fine as coarse_fine
 from reptrt.rewrite import split_identity as identity
 from reptrt.rewrite.linear import spread_over_kernel
@@ -27,7 +28,9 @@ class LayerNoise:
     options: tuple[Option, ...]  # the whole layer first, then the splits that it can take
 
 
-def layer_noise(node: gs.Node, stats: ChannelStats, activations: Grid, weights: Grid) -> LayerNoise:
+def layer_noise(
+    node: gs.Node, stats: ChannelStats, activations: Grid, weights: Grid, costs: Costs
+) -> LayerNoise:
     """Return the noises of a convolution.
 
     Args:
@@ -35,6 +38,7 @@ def layer_noise(node: gs.Node, stats: ChannelStats, activations: Grid, weights: 
         stats: of its input.
         activations: codes of the input.
         weights: codes of the weight.
+        costs: of passes.
     """
     weight = np.asarray(constant_value(node.inputs[1]), dtype=np.float64)
     groups = int(node.attrs.get("group", 1))
@@ -44,11 +48,13 @@ def layer_noise(node: gs.Node, stats: ChannelStats, activations: Grid, weights: 
     return LayerNoise(
         signal=float((np.square(weight) * mean_square).sum()),
         activation_noise=float(np.square(weight).sum()) * step**2 / 12.0,
-        options=tuple(_options(node, weight, variance, weights)),
+        options=tuple(_options(node, weight, variance, weights, costs)),
     )
 
 
-def _options(node: gs.Node, weight: FloatArray, variance: FloatArray, grid: Grid) -> list[Option]:
+def _options(
+    node: gs.Node, weight: FloatArray, variance: FloatArray, grid: Grid, costs: Costs
+) -> list[Option]:
     parts: list[tuple[SplitForm, FloatArray]] = [("none", weight)]
     if identity.reason_against(node) is None:
         forms: tuple[SplitForm, ...] = ("identity-scalar", "identity")
@@ -61,7 +67,7 @@ def _options(node: gs.Node, weight: FloatArray, variance: FloatArray, grid: Grid
     if coarse_fine.reason_against(node) is None:
         parts.append(("coarse-fine", coarse_fine.coarse_and_fine(weight, grid)[1]))
     return [
-        Option(form, _weight_noise(part, variance, grid), split_macs(node, form))
+        Option(form, _weight_noise(part, variance, grid), split_macs(node, form, costs))
         for form, part in parts
     ]
 

@@ -1,0 +1,23 @@
+"""What the choice of splits and full ranges has to know about a runtime; importing it is cheap."""
+
+from dataclasses import dataclass
+
+from reptrt.core.choices import SplitPrecision, TargetName
+
+
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """What work beside the convolutions costs, in multiply-accumulates of an INT8 convolution."""
+
+    pass_macs: float  # one elementwise pass over one element of a layer's output
+    border_macs: float  # full range, for one element of a border map or of an average
+    source: str  # where the numbers come from
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A runtime."""
+
+    name: TargetName
+    precision: SplitPrecision  # of the summands of a split layer, unless another is asked for
+    costs: Costs

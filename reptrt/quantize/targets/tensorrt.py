@@ -1,0 +1,18 @@
+"""TensorRT: the sum of a split layer is part of the convolution's kernel and is made in float.
+
+The Mul and the Add of an identity split are one pass: an engine runs all elementwise operations
+behind a convolution as one kernel, with the skip as one more operand. Full range needs an Add of a
+constant map behind each padded convolution, because TensorRT takes no zero point but 0.
+"""
+
+from reptrt.quantize.targets.target import Costs, Target
+
+TENSORRT = Target(
+    name="tensorrt",
+    precision="float",
+    costs=Costs(
+        pass_macs=8.0,
+        border_macs=8.0,
+        source="assumed: a pass moves a byte or two per element and computes next to nothing",
+    ),
+)
