@@ -13,22 +13,26 @@ nothing), so errors are measured where decoding begins.
 
 What went through a Sigmoid but is read by arithmetic (offsets in a cell, the bins of a box's side)
 is part of a box.
+
+The same heads are found in a graph with Q/DQ pairs: the pairs are looked through.
 """
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
 from reptrt.graph.flow import Flow
-from reptrt.graph.net import QUANTIZED_OPS, Net, weighted_nodes
+from reptrt.graph.net import QUANTIZED_OPS, Net, constant_value, weighted_nodes
 from reptrt.graph.queries import ACTIVATIONS, moves, value_inputs, value_past_casts
 from reptrt.graph.splits import read_splits
 
 _TO_SCORES = ("Sigmoid", "HardSigmoid", "Softmax")
 _OF_SCORES = ("Mul", "Sqrt")  # of scores alone: scores
 _SHAPES = ("Shape", "Size")
+_PAIR = ("QuantizeLinear", "DequantizeLinear")
 _ARITHMETIC = (
     *("Add", "Sub", "Div", "Pow", "Exp", "Neg", "MatMul", "Gemm", "Conv", "Einsum"),
     *("ReduceSum", "ReduceMean"),
@@ -53,10 +57,57 @@ def heads_of(net: Net) -> Heads:
     """
     if any(node.op in QUANTIZED_OPS for node in net.graph.nodes):
         return Heads()
-    graph, sums = net.copy().graph.toposort(), {split.sum for split in read_splits(net)}
-    tail, starts = _tail(graph, sums)
+    return _heads(net.copy().graph.toposort(), net)
+
+
+def decoding_of(net: Net) -> frozenset[str]:
+    """Return the names of the nodes that compute boxes: all behind the raw heads, and their grids.
+
+    A grid, or any other operand that no layer makes, may be computed by nodes too. Nodes that make
+    integers are left out.
+
+    Args:
+        net: float or with Q/DQ pairs; not changed. No node is returned if no head has scores.
+    """
+    graph = net.copy().graph.toposort()
+    _look_through_pairs(graph)
+    heads = _heads(graph, net)
+    if not any(heads.scores[name] for name in heads.names):
+        return frozenset()
+    behind = {id(tensor) for name, tensor in graph.tensors().items() if name in heads.names}
+    ends = set(behind)
+    decoding = []
+    for node in graph.nodes:
+        if any(id(tensor) in behind for tensor in node.inputs):
+            decoding.append(node)
+            behind |= {id(tensor) for tensor in node.outputs}
+    pending, names = [*decoding], set[str]()
+    while pending:
+        node = pending.pop()
+        if node.name not in names and any(map(_may_be_float, node.outputs)):
+            names.add(node.name)
+            read = (t for t in node.inputs if id(t) not in ends and _may_be_float(t))
+            pending += [maker for tensor in read for maker in tensor.inputs]
+    return frozenset(names)
+
+
+def _heads(graph: gs.Graph, net: Net) -> Heads:
+    """Return the heads of a graph without pairs, which is that of a net."""
+    tail, starts = _tail(graph, {split.sum for split in read_splits(net)})
     ends, scores = _Walk(graph, tail, starts).result()
     return Heads(tuple(ends), scores) if tail and len(ends) > 1 else Heads()
+
+
+def _look_through_pairs(graph: gs.Graph) -> None:
+    """Turn Q and DQ into Identity, in place, and the DQ of constant codes into the constant."""
+    for node in graph.nodes:
+        if node.op not in _PAIR:
+            continue
+        source = node.inputs[0]
+        if constant_value(source) is not None:
+            for reader in list(node.outputs[0].outputs):
+                reader.inputs = [source if t is node.outputs[0] else t for t in reader.inputs]
+        node.op, node.attrs, node.inputs = "Identity", {}, [source]
 
 
 def _tail(graph: gs.Graph, sums: Collection[str]) -> tuple[list[gs.Node], list[gs.Tensor]]:
@@ -148,6 +199,10 @@ def _kind(node: gs.Node, scores: dict[int, bool]) -> bool | None:
         return kind if kind and (node.op == "Sqrt" or len(operands) > 1) else None
     is_passed = moves(node) or node.op in ("Identity", "Concat") or node.op in ACTIVATIONS
     return kind if is_passed else None
+
+
+def _may_be_float(tensor: gs.Tensor) -> bool:
+    return tensor.dtype is None or np.issubdtype(tensor.dtype, np.floating)
 
 
 def _is_in_box(tensor: gs.Tensor) -> bool:

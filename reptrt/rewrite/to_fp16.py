@@ -9,16 +9,15 @@ A scale is rounded to FP16, which changes it by a factor of 1 +- 2^-11 at most; 
 same rounded scale. Codes of weights stay: quantizing codes * scale anew with the rounded scale
 would move a code by 127 * 2^-11 = 0.06 at most, never to another code.
 
-Scales outside FP16's normal range [6.1e-5, 65504] and constants beyond 65504 stay in FP32 together
-with their layer, so that the layer still fuses into one INT8 kernel. They are reported. Graph
-inputs and outputs keep their types.
+What FP16 cannot hold and what decodes boxes stays in FP32 (`reptrt.rewrite.stay_fp32`) and is
+reported. Graph inputs and outputs keep their types.
 
 Requires: a float graph, or one with the Q/DQ that reptrt writes. Ensures: opset 19 or newer (FP16
 scales), the same nodes apart from casts and copies of DQ, the same codes of weights.
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -26,23 +25,21 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from reptrt.core.errors import RewriteError, option
-from reptrt.graph.net import (
-    WEIGHTED_OPS,
-    Net,
-    is_private,
-    model_from_net,
-    net_from_model,
-    producer,
-)
+from reptrt.graph.net import Net, model_from_net, net_from_model, producer
 from reptrt.rewrite.contract import RewriteReport, Skipped
+from reptrt.rewrite.stay_fp32 import (
+    DECODES,
+    Scales,
+    is_pair,
+    reasons_to_stay,
+    scales_of,
+    with_neighbours,
+)
 
 _LOG = logging.getLogger(__name__)
-_SMALLEST = float(np.finfo(np.float16).smallest_normal)  # 6.1e-5
-_LARGEST = float(np.finfo(np.float16).max)  # 65504
 _OPSET = 19  # the first whose scales can be FP16
 _FREE = "tensor(float16)"
 _BY_ATTRIBUTE = ("Cast", "Constant", "ConstantOfShape")  # an attribute says what type they make
-_POINTWISE = ("Relu", "Clip", "LeakyRelu", "PRelu", "Sigmoid", "HardSwish", "HardSigmoid", "Tanh")
 
 
 def to_fp16(net: Net) -> RewriteReport:
@@ -57,9 +54,9 @@ def to_fp16(net: Net) -> RewriteReport:
     """
     net.graph = _typed_graph(net)
     graph = net.graph
-    scales = _scales(graph)
-    reasons = _unfit(graph, scales)
-    kept = _with_neighbours(graph, scales, set(reasons))
+    scales = scales_of(graph)
+    reasons = reasons_to_stay(net, scales)
+    kept = with_neighbours(graph, scales, set(reasons))
     _split_dequantizers(net, kept)
     typing = _Typing(net, kept, scales)
     for node in list(graph.nodes):
@@ -71,13 +68,17 @@ def to_fp16(net: Net) -> RewriteReport:
 
 
 def log_left_fp32(skipped: Sequence[Skipped]) -> None:
-    """Log the number of nodes that `to_fp16` left in FP32; each with its reason at level INFO."""
-    if skipped:
+    """Log what `to_fp16` left in FP32, each with its reason at level INFO.
+
+    The number of nodes that FP16 cannot hold is a warning; decoding stays as it should.
+    """
+    unfit = sum(skip.reason != DECODES for skip in skipped)
+    if unfit:
         _LOG.warning(
             "%d node%s in FP32, because FP16 cannot hold a scale or constant there; the sidecar "
             "and the log at level INFO (-v) list each",
-            len(skipped),
-            " stays" if len(skipped) == 1 else "s stay",
+            unfit,
+            " stays" if unfit == 1 else "s stay",
         )
     for skip in skipped:
         _LOG.info("%s stays in FP32: %s", skip.node, skip.reason)
@@ -113,96 +114,6 @@ def _typed_graph(net: Net) -> gs.Graph:
     return graph
 
 
-class _Scales:
-    """The scales that a graph will have: rounded to FP16 where it can hold them."""
-
-    def __init__(self) -> None:
-        self.values: dict[str, npt.NDArray[np.float32]] = {}
-        self.unfit: dict[str, str] = {}  # constant -> why FP16 cannot hold it
-
-    def add(self, constant: gs.Constant) -> None:
-        value = np.asarray(constant.values, dtype=np.float32)
-        outside = (value < _SMALLEST) | (value > _LARGEST)
-        if outside.any():
-            worst = float(value[outside].ravel()[0])
-            self.unfit[constant.name] = (
-                f"scale {worst:.3g} is outside FP16's normal range "
-                f"[{_SMALLEST:.2g}, {_LARGEST:.0f}]"
-            )
-            self.values[constant.name] = value
-        else:
-            self.values[constant.name] = value.astype(np.float16).astype(np.float32)
-
-
-def _scales(graph: gs.Graph) -> _Scales:
-    scales = _Scales()
-    for node in graph.nodes:
-        if _is_qdq(node) and _is_float_constant(node.inputs[1]):
-            scales.add(node.inputs[1])
-    return scales
-
-
-def _unfit(graph: gs.Graph, scales: _Scales) -> dict[str, str]:
-    """Return the nodes with constants that FP16 cannot hold: name -> reason."""
-    reasons: dict[str, str] = {}
-    for node in graph.nodes:
-        if _is_qdq(node):
-            if node.inputs[1].name in scales.unfit:
-                reasons[node.name] = scales.unfit[node.inputs[1].name]
-            continue
-        for tensor in node.inputs:
-            if node.op != "Clip" and _is_float_constant(tensor):  # a bound may become infinite
-                value = np.abs(tensor.values)
-                largest = float(np.max(value, where=np.isfinite(value), initial=0.0))
-                if largest > _LARGEST:
-                    reasons[node.name] = (
-                        f"{tensor.name} holds {largest:.3g}, beyond FP16's {_LARGEST:.0f}"
-                    )
-    return reasons
-
-
-def _with_neighbours(graph: gs.Graph, scales: _Scales, kept: set[str]) -> set[str]:
-    """Return the names of all nodes that stay in FP32, given those with unfit constants.
-
-    These are the layers that consume an unfit DQ, the nodes between a layer and an unfit Q, and the
-    nodes that fuse with such a layer: sums and pointwise nodes behind it, up to the next Q.
-    """
-    kept = set(kept)
-    for node in graph.nodes:
-        if node.op == "DequantizeLinear" and node.inputs[1].name in scales.unfit:
-            kept |= {reader.name for reader in node.outputs[0].outputs if reader.op in WEIGHTED_OPS}
-        if node.op == "QuantizeLinear" and node.inputs[1].name in scales.unfit:
-            kept |= {maker.name for maker in _makers(graph, node)}
-    for node in graph.nodes:  # in execution order
-        if node.op in (*_POINTWISE, "Add") and any(
-            maker.name in kept and not _is_qdq(maker) and is_private(graph, tensor)
-            for tensor in node.inputs
-            if (maker := producer(tensor)) is not None
-        ):
-            kept |= {node.name, *_factors(graph, node)}
-    return kept
-
-
-def _factors(graph: gs.Graph, node: gs.Node) -> Iterator[str]:
-    """Yield the Mul nodes that feed only this sum: they join the same kernel."""
-    for tensor in node.inputs if node.op == "Add" else ():
-        maker = producer(tensor)
-        if maker is not None and maker.op == "Mul" and is_private(graph, tensor):
-            yield maker.name
-
-
-def _makers(graph: gs.Graph, node: gs.Node) -> Iterator[gs.Node]:
-    """Yield the nodes in front of a Q, back to the layer, as long as they feed only the Q."""
-    while is_private(graph, node.inputs[0]):
-        maker = producer(node.inputs[0])
-        if maker is None or maker.op not in (*_POINTWISE, *WEIGHTED_OPS):
-            return
-        yield maker
-        if maker.op in WEIGHTED_OPS:
-            return
-        node = maker
-
-
 def _split_dequantizers(net: Net, kept: set[str]) -> None:
     """Give layers that stay in FP32 their own DQs, which stay in FP32 too."""
     for node in [node for node in net.graph.nodes if node.op == "DequantizeLinear"]:
@@ -223,7 +134,7 @@ def _split_dequantizers(net: Net, kept: set[str]) -> None:
 class _Typing:
     """Sets the types of nodes and tensors, and inserts Casts where two types meet."""
 
-    def __init__(self, net: Net, kept: set[str], scales: _Scales) -> None:
+    def __init__(self, net: Net, kept: set[str], scales: Scales) -> None:
         graph = net.graph
         self._net, self._graph, self._kept, self._scales = net, graph, kept, scales
         self._opset = int(graph.opset)
@@ -258,7 +169,7 @@ class _Typing:
 
     def convert(self, node: gs.Node) -> None:
         """Set the types of a node's inputs and outputs."""
-        if _is_qdq(node):
+        if is_pair(node):
             self._convert_qdq(node)
             return
         half = node.name in self._half_makers
@@ -357,14 +268,6 @@ def _reconnect(reader: gs.Node, old: gs.Tensor, new: gs.Tensor) -> None:
     for index, tensor in enumerate(reader.inputs):
         if tensor is old:
             reader.inputs[index] = new
-
-
-def _is_qdq(node: gs.Node) -> bool:
-    return node.op in ("QuantizeLinear", "DequantizeLinear")
-
-
-def _is_float_constant(tensor: gs.Tensor) -> bool:
-    return isinstance(tensor, gs.Constant) and tensor.dtype == np.float32
 
 
 def _short(kind: npt.DTypeLike) -> str:

@@ -1,14 +1,16 @@
 """Where the float tail of a detector begins."""
 
+import numpy as np
 import onnx
 import pytest
 import torch
 
 from reptrt.execute.torchgraph import TorchGraph
-from reptrt.graph.heads import heads_of
+from reptrt.graph.heads import decoding_of, heads_of
 from reptrt.graph.net import net_from_model, weighted_nodes
 from tests.support.detector_nets import FORMS, SIZE, detector
 from tests.support.onnx_nets import Builder
+from tests.support.qdq_nets import images, quantized
 
 BOTH = ("0", "1")  # levels
 HEADS = {
@@ -132,3 +134,62 @@ def test_a_pool_that_averages_is_a_layer() -> None:
         "Sigmoid", [b.node("GlobalAveragePool", [b.relu(b.conv(body, 8, "c"))], "m2")], "p"
     )
     assert found(b.model(b.node("Exp", [first], "y"), second)) == ({"mean"}, {"p"})
+
+
+def behind(model: onnx.ModelProto) -> set[str]:
+    """Nodes that make floats and need a head, by definition: they change if a head changes."""
+    net = net_from_model(model)
+    graph = TorchGraph(net)
+    x = torch.rand(2, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
+    made = {node.name: [t.name for t in node.outputs] for node in net.graph.nodes}
+    names = [name for outputs in made.values() for name in outputs]
+    exact = graph.run({"x": x}, names)
+    heads = {name: exact[name] + 0.1 for name in heads_of(net).names}
+    other = graph.run({"x": x, **heads}, names)
+    return {
+        node
+        for node, outputs in made.items()
+        if any(not torch.equal(exact[t], other[t]) for t in outputs if t not in heads)
+    }
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_decoding_is_what_the_heads_change(form: str) -> None:
+    net = net_from_model(detector(form))
+    assert behind(detector(form)) <= decoding_of(net)
+    makers = {
+        node.name for name in heads_of(net).names for node in net.graph.tensors()[name].inputs
+    }
+    assert decoding_of(net).isdisjoint(makers)
+    assert decoding_of(net).isdisjoint(node.name for node in weighted_nodes(net.graph))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_decoding_is_the_same_behind_pairs(form: str) -> None:
+    before = detector(form)
+    after = quantized(before, images(size=SIZE))
+    assert decoding_of(net_from_model(after)) == decoding_of(net_from_model(before))
+
+
+def test_a_grid_that_nodes_compute_is_decoding() -> None:
+    b = Builder()
+    body = b.relu(b.conv("x", 8, "body"))
+    scores = b.node("Sigmoid", [b.conv(body, 3, "cls")], "scores")
+    shape = b.node("Shape", [body], "shape")
+    grid = b.node("ConstantOfShape", [shape], "grid")
+    b.node("Cast", [grid], "grid.float", to=1)
+    model = b.model(scores, b.node("Add", [b.conv(body, 8, "reg"), "grid.float"], "boxes"))
+    assert decoding_of(net_from_model(model)) == {"grid", "grid.float", "boxes"}
+
+
+def test_two_maps_that_are_resized_are_not_decoded() -> None:
+    b = Builder()
+    body = b.relu(b.conv("x", 8, "body"))
+    b.constant("twice", np.array([1, 1, 2, 2], np.float32))
+    maps = [
+        b.node("Resize", [b.conv(body, 3, name), "", "twice"], f"{name}.y", mode="linear")
+        for name in ("main", "auxiliary")
+    ]
+    net = net_from_model(b.model(*maps))
+    assert heads_of(net).names
+    assert decoding_of(net) == set()

@@ -15,14 +15,17 @@ from reptrt.core.errors import RewriteError
 from reptrt.core.metrics import sqnr_db
 from reptrt.execute.lowering import lower
 from reptrt.execute.runner import OrtRunner
+from reptrt.graph.heads import decoding_of
 from reptrt.graph.intent import planned_int8
 from reptrt.graph.net import model_from_net, net_from_model
 from reptrt.linter import lint_net
 from reptrt.pipeline import CalibrateOptions, ExportOptions, Source, calibrate, export
 from reptrt.rewrite.contract import RewriteReport
-from reptrt.rewrite.to_fp16 import to_fp16
+from reptrt.rewrite.to_fp16 import log_left_fp32, to_fp16
+from reptrt.trt.audit import audit
 from reptrt.trt.build import build_engine
 from reptrt.trt.options import BuildOptions
+from tests.support.detector_nets import FORMS, SIZE, detector
 from tests.support.helpers import SHARED, needs_shared, optimized_op_counts, ort_run
 from tests.support.onnx_nets import Builder, basic_block, plain_chain
 from tests.support.qdq_nets import images, quantized, residual_net
@@ -221,6 +224,52 @@ def test_a_constant_beyond_fp16_stays_with_its_layer() -> None:
     assert constants(after)["c2.bias"].dtype == np.float32
 
 
+def types(model: onnx.ModelProto) -> dict[str, int]:
+    inferred = onnx.shape_inference.infer_shapes(model).graph
+    values = (*inferred.value_info, *inferred.output)
+    return {value.name: value.type.tensor_type.elem_type for value in values}
+
+
+@pytest.mark.parametrize("is_int8", [False, True], ids=["float", "int8"])
+@pytest.mark.parametrize("form", FORMS)
+def test_boxes_are_computed_in_fp32(form: str, is_int8: bool) -> None:
+    before = detector(form)
+    if is_int8:
+        before = quantized(before, images(size=SIZE))
+    after, report = halved(before)
+    decoding = decoding_of(net_from_model(before))
+    assert decoding
+    made = {node.name: node.output for node in after.graph.node}
+    half = {name for name, kind in types(after).items() if kind == TensorProto.FLOAT16}
+    assert half.isdisjoint(tensor for name in decoding for tensor in made[name])
+    layers = {node.name for node in after.graph.node if node.op_type == "Conv"}
+    assert all(set(made[name]) <= half for name in layers - decoding)
+    assert {skip.node for skip in report.skipped} == decoding
+    assert lint_ids(after) == [rule for rule in lint_ids(before) if rule != "QDQ205"]
+
+
+def test_boxes_at_the_far_side_keep_their_fraction_of_a_pixel() -> None:
+    """Two distances below a pixel, added to x = 1000.7: FP16 knows 1000.5 and 1001 there."""
+    b = Builder()
+    body = b.relu(b.conv("x", 8, "body"))
+    scores = b.node("Sigmoid", [b.conv(body, 3, "cls")], "scores")
+    side = b.node("Sigmoid", [b.conv(body, 8, "reg")], "side")
+    b.constant("grid", np.array(1000.7, np.float32))
+    before = b.model(scores, b.node("Add", [side, "grid"], "boxes"))
+    after, _ = halved(before)
+    x = images(4, seed=2)
+    expected, got = (ort_run(model, {"x": x}, False)["boxes"] for model in (before, after))
+    np.testing.assert_allclose(got, expected, rtol=0, atol=2e-3)
+
+
+def test_what_decodes_is_no_warning(caplog: pytest.LogCaptureFixture) -> None:
+    _, report = halved(detector("yolox"))
+    with caplog.at_level("INFO"):
+        log_left_fp32(report.skipped)
+    assert {record.levelname for record in caplog.records} == {"INFO"}
+    assert len(caplog.records) == len(report.skipped)
+
+
 def test_opset_13_is_raised() -> None:
     model = quantized(plain_chain(), images())
     model.opset_import[0].version = 13
@@ -283,11 +332,14 @@ def test_lint_is_clean(name: str) -> None:
 
 @pytest.mark.slow
 @needs_rtx
-@pytest.mark.parametrize("name", list(NETS))
+@pytest.mark.parametrize("name", [*NETS, "yolov6", "yolov8"])
 def test_tensorrt_rtx_builds_it(
     tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    after, _ = halved(quantized(NETS[name](), images()))
+    if name in NETS:
+        after, _ = halved(quantized(NETS[name](), images()))
+    else:
+        after, _ = halved(quantized(detector(name), images(size=SIZE)))
     onnx.save(after, str(tmp_path / "m.onnx"))
     options = BuildOptions("tensorrt-rtx", targets=("sm80", "sm120"))
     summary = build_engine(tmp_path / "m.onnx", tmp_path / "m.engine", options)
@@ -295,6 +347,7 @@ def test_tensorrt_rtx_builds_it(
     ends = (*summary.details.inputs, *summary.details.outputs)
     assert {tensor.dtype for tensor in ends} == {"FLOAT"}
     assert [record.message for record in caplog.records if record.levelname == "WARNING"] == []
+    assert audit(tmp_path / "m.engine").misses == ()
 
 
 @pytest.mark.slow
