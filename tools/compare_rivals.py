@@ -11,7 +11,7 @@ net.
 
 OUT/rivals.json and OUT/rivals.md contain the tables. A result for the same bytes, options and
 versions is reused. The row of a rival that fails gives the reason. Without --test (for nets without
-trained weights), accuracy is left out.
+trained weights), accuracy is left out. Detectors are judged by mAP: --task detect.
 """
 
 import os
@@ -20,18 +20,16 @@ import re
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 from rivals import environments, measure
-from rivals.measure import Bench, Result
+from rivals.measure import Bench, Result, Test
 from rivals.rows import ADAROUND_ITERATIONS, Row, rows
 from rivals.table import firsts, table
 
 from reptrt.core.artifacts import package_versions, sha256_of, write_bytes, write_json
 from reptrt.core.errors import ReptrtError
-from reptrt.judge.evaluate import evaluate
-from reptrt.judge.options import EvaluateOptions
 from reptrt.trt.machine import cpu_name
 
 Batches = tuple[int, ...]
@@ -48,32 +46,30 @@ def one_row(at: Bench, row: Row) -> Result:
     return result
 
 
-def float_row(at: Bench, test: Path | None, limit: int | None) -> dict[str, Any]:
-    """Return the size and the top-1 of the float net."""
+def float_row(at: Bench, test: Test | None) -> dict[str, Any]:
+    """Return the size and the accuracy of the float net: its top-1 or mAP."""
     row: dict[str, Any] = {"kib": at.net.stat().st_size / 1024, "sha256": sha256_of(at.net)}
     if test is not None:
-        key = [row["sha256"], str(test.resolve()), limit]
-        row["top1"] = measure.cached(
+        row["accuracy"] = measure.cached(
             at.folder / "float.eval.json",
-            key,
-            lambda: (
-                evaluate([at.net], test, EvaluateOptions(limit=limit, threads=1)).results[0].top1
-            ),
+            [row["sha256"], *test.key],
+            lambda: test.evaluate([at.net]).results[0].score,
         )
     return row
 
 
 def compare(
-    at: Bench, chosen: tuple[Row, ...], test: Path | None, limit: int | None, batches: Batches
+    at: Bench, chosen: tuple[Row, ...], test: Test | None, batches: Batches
 ) -> dict[str, Any]:
     """Return all results for one net as JSON values."""
     results = [one_row(at, row) for row in chosen]
     if test is not None:
-        results = measure.judge(at, results, test, limit)
+        results = measure.judge(at, results, test)
     timed, report = measure.time_all(at, results, batches)
     return {
         "net": at.net.name,
-        "float": float_row(at, test, limit),
+        "measure": "mAP" if test is not None and test.task == "detect" else "top-1",
+        "float": float_row(at, test),
         "rows": [asdict(result) for result in timed],
         "firsts": firsts(timed, batches),
         "bench": {name: report[name] for name in ("cpu", "onnxruntime", "before", "remarks")},
@@ -83,8 +79,8 @@ def compare(
 
 def markdown(results: dict[str, Any]) -> list[str]:
     """Return the section for the results of one net."""
-    top1 = results["float"].get("top1")
-    said = "" if top1 is None else f", top-1 {100 * top1:.2f} %"
+    accuracy = results["float"].get("accuracy")
+    said = "" if accuracy is None else f", {results['measure']} {100 * accuracy:.2f} %"
     behind = [
         f"{first['column']}: {' '.join(first['rival'])} (reptrt: {' '.join(first['ours'])})"
         for first in results["firsts"]
@@ -114,6 +110,8 @@ _FOLDER = click.Path(path_type=Path, exists=True)
 @click.argument("nets", nargs=-1, required=True, type=_FOLDER)
 @click.option("--calib", required=True, type=_FOLDER, help="Images that calibrate.")
 @click.option("--test", type=_FOLDER, help="Labelled images that judge.")
+@click.option("--task", type=click.Choice(["classify", "detect"]), default="classify")
+@click.option("--annotations", type=_FOLDER, help="COCO json of a detector's --test images.")
 @click.option("-n", "--images", default=512, show_default=True, help="Number of --calib images.")
 @click.option("--limit", type=int, help="Number of --test images; default: all.")
 @click.option("-o", "--output", default=Path("build/rivals"), type=click.Path(path_type=Path))
@@ -137,6 +135,8 @@ def main(
     nets: tuple[Path, ...],
     calib: Path,
     test: Path | None,
+    task: Literal["classify", "detect"],
+    annotations: Path | None,
     images: int,
     limit: int | None,
     output: Path,
@@ -152,13 +152,14 @@ def main(
     if not chosen:
         raise click.BadParameter(f"--rows {pattern}: no row has such a name")
     home = home or output / "environments"
+    judge = None if test is None else Test(test, limit, task, annotations)
     sections = []
     for net in nets:
         at = Bench(net, output / net.stem, home, timeout, bench_seconds)
         at.folder.mkdir(parents=True, exist_ok=True)
         try:
             measure.write_images(at, calib, images)
-            sections.append(compare(at, chosen, test, limit, batches))
+            sections.append(compare(at, chosen, judge, batches))
         except ReptrtError as err:
             click.echo(f"error: {err}", err=True)
             sys.exit(1)

@@ -10,7 +10,7 @@ import onnx
 import pytest
 import torch
 from click.testing import CliRunner
-from onnx import TensorProto, helper
+from onnx import helper
 from PIL import Image
 
 import reptrt
@@ -27,6 +27,7 @@ from tests.support.coco_sets import (
     IDS,
     ORDERED,
     SIZE,
+    constant_detector,
     fits_of,
     outputs_for,
     preprocess,
@@ -167,38 +168,10 @@ def test_the_change_is_paired(folder: Path) -> None:
 # --- whole runs ----------------------------------------------------------------------------------
 
 
-def detector(outputs: np.ndarray) -> onnx.ModelProto:
-    """A net that gives the same ``outputs`` (A, K) for every image, plus its mean times 1e-6."""
-    constants = [
-        onnx.numpy_helper.from_array(outputs[None], "boxes"),
-        onnx.numpy_helper.from_array(np.float32(1e-6), "tiny"),
-    ]
-    nodes = [
-        helper.make_node("ReduceMean", ["x"], ["mean"], axes=[1, 2], keepdims=0),
-        helper.make_node("ReduceMean", ["mean"], ["one"], axes=[1], keepdims=1),
-        helper.make_node("Unsqueeze", ["one", "axis"], ["deep"]),
-        helper.make_node("Mul", ["deep", "tiny"], ["small"]),
-        helper.make_node("Add", ["small", "boxes"], ["y"]),
-    ]
-    constants.append(onnx.numpy_helper.from_array(np.array([2]), "axis"))
-    graph = helper.make_graph(
-        nodes,
-        "detector",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", 3, SIZE, SIZE])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["N", *outputs.shape])],
-        constants,
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-    helper.set_model_props(
-        model, {"reptrt.preprocess": json.dumps(preprocess("letterbox").to_dict())}
-    )
-    return model
-
-
 @pytest.fixture
 def net(folder: Path, tmp_path: Path) -> Path:
     outputs = outputs_for(folder.parent / "instances_val.json")[0]
-    onnx.save(detector(outputs), tmp_path / "net.onnx")
+    onnx.save(constant_detector(outputs), tmp_path / "net.onnx")
     return tmp_path / "net.onnx"
 
 
@@ -360,7 +333,7 @@ def test_another_number_of_categories(folder: Path, net: Path) -> None:
 
 
 def test_a_classifier(folder: Path, tmp_path: Path) -> None:
-    model = detector(np.zeros((4, 8), np.float32))
+    model = constant_detector(np.zeros((4, 8), np.float32))
     model.graph.node[-1].input[1] = "one"
     del model.graph.node[2:4]
     model.graph.node[-1].input[0] = "one"

@@ -18,6 +18,7 @@ from click.testing import CliRunner
 from reptrt.judge.evaluate import evaluate
 from reptrt.judge.options import EvaluateOptions
 from reptrt.pipeline import CalibrateOptions, calibrate
+from tests.support.coco_sets import constant_detector, outputs_for, write_set
 from tests.support.helpers import TOOLS, load_tool
 from tests.support.onnx_nets import Builder, plain_chain
 
@@ -100,7 +101,7 @@ def test_images_are_those_of_the_float_net(files: Path, at: Any) -> None:
 
 def test_a_rival_is_measured_and_judged(files: Path, at: Any) -> None:
     [result] = measure.judge(
-        at, [tool.one_row(at, row("copies", files))], files / "images.npz", None
+        at, [tool.one_row(at, row("copies", files))], measure.Test(files / "images.npz")
     )
     assert result.why is None
     assert 0 < result.seconds < 10
@@ -115,6 +116,27 @@ def test_a_rival_is_measured_and_judged(files: Path, at: Any) -> None:
     assert found == (expected.top1, expected.agreement, expected.sqnr_db)
     nodes = onnx.load(files / "ready.int8.onnx").graph.node
     assert result.nodes == len(nodes)
+
+
+def test_a_detector_is_judged_by_its_boxes(tmp_path: Path, files: Path) -> None:
+    """The "rival" returns the float net's file: the same mAP, and no top-1 in the table."""
+    boxes = outputs_for(write_set(tmp_path / "val"))[0]
+    onnx.save(constant_detector(boxes), files / "net.onnx")
+    (files / "out").mkdir()
+    sources = files / "runners"
+    bench = measure.Bench(files / "net.onnx", files / "out", files, 60.0, 0.0, sources)
+    measure.write_images(bench, tmp_path / "val", 12)
+    test = measure.Test(tmp_path / "val", task="detect")
+    copied = tool.one_row(bench, row("copies", files, file=str(files / "net.onnx")))
+    [result] = measure.judge(bench, [copied], test)
+    [expected] = evaluate(
+        [files / "net.onnx"], tmp_path / "val", EvaluateOptions(task="detect")
+    ).results
+    assert result.map == expected.measures["map"] > 0
+    assert tool.float_row(bench, test)["accuracy"] == result.map
+    heading = table_module.table([result], (1,))[0]
+    assert "| mAP | " in heading
+    assert "top-1" not in heading
 
 
 @pytest.mark.slow
@@ -146,7 +168,7 @@ def test_a_file_that_cannot_be_judged_is_a_row_with_its_reason(files: Path, at: 
     onnx.save(b.model(b.head("x", classes=4)), files / "broken.onnx")
     good = tool.one_row(at, row("copies", files))
     bad = tool.one_row(at, row("counts", files, file=str(files / "broken.onnx")))
-    judged = measure.judge(at, [good, bad], files / "images.npz", None)
+    judged = measure.judge(at, [good, bad], measure.Test(files / "images.npz"))
     assert judged[0].why is None
     assert judged[0].agreement > 0.5
     assert "they cannot be compared" in judged[1].why

@@ -17,12 +17,13 @@ from rivals.rows import Row
 
 import reptrt
 from reptrt.core.artifacts import package_versions, replacing, sha256_of, write_json
+from reptrt.core.choices import TaskName
 from reptrt.core.errors import ReptrtError
 from reptrt.data.dataset import open_dataset
 from reptrt.graph.net import net_from_model, read_model
 from reptrt.graph.preprocess import read_preprocess
 from reptrt.judge.bench import bench
-from reptrt.judge.evaluate import evaluate
+from reptrt.judge.evaluate import EvalReport, evaluate
 from reptrt.judge.options import BenchOptions, EvaluateOptions
 from reptrt.linter import lint
 
@@ -53,6 +54,7 @@ class Result:
     lint_rules: tuple[str, ...] = ()  # ids of the rules that they break
     top1: float | None = None  # fraction 0..1
     agreement: float | None = None  # fraction 0..1
+    map: float | None = None  # of a detector, fraction 0..1
     sqnr_db: float | None = None
     ratios: Mapping[str, tuple[float, float, float]] | None = None  # batch -> ratio, low, high
 
@@ -72,6 +74,33 @@ class Bench:
     def images(self) -> Path:
         """Where the prepared images are."""
         return self.folder / "images.npy"
+
+
+@dataclass(frozen=True, slots=True)
+class Test:
+    """What judges the files."""
+
+    images: Path
+    limit: int | None = None  # number of images; None: all
+    task: TaskName = "classify"
+    annotations: Path | None = None  # of a detector; None: beside the images
+
+    @property
+    def key(self) -> list[str | int | None]:
+        """What a judgement depends on, beside the files."""
+        asked = [self.limit, self.task, self.annotations and str(self.annotations.resolve())]
+        return [str(self.images.resolve()), *asked]
+
+    def evaluate(self, paths: Sequence[Path], reference: Path | None = None) -> EvalReport:
+        """Return what `reptrt eval` says about files."""
+        options = EvaluateOptions(
+            reference=reference,
+            limit=self.limit,
+            task=self.task,
+            annotations=self.annotations,
+            threads=1,
+        )
+        return evaluate(paths, self.images, options)
 
 
 def cached(path: Path, key: Sequence[Any], compute: Callable[[], Any]) -> Any:
@@ -149,20 +178,20 @@ def quantize(at: Bench, row: Row) -> Result:
     )
 
 
-def judge(at: Bench, results: Sequence[Result], test: Path, limit: int | None) -> list[Result]:
-    """Return results with top-1, agreement and SQNR of their files over test images.
+def judge(at: Bench, results: Sequence[Result], test: Test) -> list[Result]:
+    """Return results with the accuracy and the SQNR of their files over test images.
 
     All files that are not judged yet run side by side, so that the images are decoded only once and
     the float net runs only once. If that fails, each file runs alone, and the result of a file that
     fails has the reason.
     """
-    shared = [sha256_of(at.net), str(test.resolve()), limit]
+    shared = [sha256_of(at.net), *test.key]
     files = {result.name: at.folder / f"{result.name}.onnx" for result in results if not result.why}
     keys = {name: [sha256_of(path), *shared] for name, path in files.items()}
     new = [path for name, path in files.items() if _stored(_judged(path), keys[name]) is None]
 
     def judged(paths: Sequence[Path]) -> None:
-        report = evaluate(paths, test, EvaluateOptions(reference=at.net, limit=limit, threads=1))
+        report = test.evaluate(paths, at.net)
         for path, judgement in zip(paths, report.results, strict=True):
             _store(_judged(path), keys[path.stem], judgement.to_dict())
 
@@ -186,7 +215,8 @@ def _with_judgement(
     if result.name in failed:
         return replace(result, why=failed[result.name])
     judgement = _stored(_judged(at.folder / f"{result.name}.onnx"), keys[result.name])
-    return replace(result, **{name: judgement[name] for name in ("top1", "agreement", "sqnr_db")})
+    names = [name for name in ("top1", "agreement", "map", "sqnr_db") if name in judgement]
+    return replace(result, **{name: judgement[name] for name in names})
 
 
 def _judged(path: Path) -> Path:

@@ -18,6 +18,7 @@ class Column:
     value: Callable[[Result], float | None] | None = None
     more_is_better: bool = False
     margin: float = 0.0  # relative difference up to which two rows are equal
+    is_accuracy: bool = False  # of a task that the net may not have
 
 
 def _number(form: str, value: float | None, unit: str = "") -> str:
@@ -32,12 +33,19 @@ def _ratio(result: Result, batch: int) -> float | None:
     return None if result.ratios is None else result.ratios[str(batch)][0]
 
 
+def _accuracy(
+    title: str, text: Callable[[float | None], str], value: Callable[[Result], float | None]
+) -> Column:
+    return Column(title, lambda result: text(value(result)), value, True, is_accuracy=True)
+
+
 def columns(batches: Sequence[int]) -> list[Column]:
     """Return the columns of the table."""
     return [
-        Column("top-1", lambda r: _percent(r.top1), lambda r: r.top1, True),
-        Column("agreement", lambda r: _percent(r.agreement), lambda r: r.agreement, True),
-        Column("SQNR dB", lambda r: _number(".2f", r.sqnr_db), lambda r: r.sqnr_db, True),
+        _accuracy("top-1", _percent, lambda r: r.top1),
+        _accuracy("agreement", _percent, lambda r: r.agreement),
+        _accuracy("mAP", lambda v: _number(".2f", None if v is None else 100 * v), lambda r: r.map),
+        _accuracy("SQNR dB", lambda v: _number(".2f", v), lambda r: r.sqnr_db),
         Column("seconds", lambda r: _number(".1f", r.seconds), lambda r: r.seconds),
         Column("peak MiB", lambda r: _number(".0f", r.peak_rss_mib), lambda r: r.peak_rss_mib),
         Column("KiB", lambda r: _number(".0f", r.kib), lambda r: r.kib, margin=_NAMES),
@@ -57,8 +65,15 @@ def columns(batches: Sequence[int]) -> list[Column]:
 
 
 def table(results: Sequence[Result], batches: Sequence[int]) -> list[str]:
-    """Return the lines of the table; marks and failures are footnotes below it."""
-    shown = columns(batches)
+    """Return the lines of the table; marks and failures are footnotes below it.
+
+    Accuracy that no result has is left out.
+    """
+    shown = [
+        column
+        for column in columns(batches)
+        if not column.is_accuracy or any(map(column.text, results))
+    ]
     lines = ["| | " + " | ".join(column.title for column in shown) + " |"]
     lines.append("|---" * (len(shown) + 1) + "|")
     notes: dict[str, int] = {}
