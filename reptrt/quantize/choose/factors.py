@@ -27,12 +27,12 @@ channel is rarely active. So R is moved a little towards the range of the whole 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from reptrt.core.arrays import Float64Array
+from reptrt.core.arrays import Float64Array, FloatArray
 from reptrt.core.choices import SplitForm
 from reptrt.graph.net import constant_value
 from reptrt.quantize.calib.channels import ChannelStats
@@ -50,7 +50,7 @@ _POWER = (16.0, 256.0)  # of the norms that stand for the two maxima, first and 
 class Reader:
     """What J needs to know of one layer that reads the tensor."""
 
-    log_largest: Float64Array  # log max over t of |W|, (groups, O / groups, C / groups)
+    log_largest: FloatArray  # log max over t of |W|, (groups, O / groups, C / groups)
     squares: Float64Array  # sum of W^2 over outputs and taps, (C,)
     variance: Float64Array  # V times the number of taps, (C,)
     log_range: Float64Array  # log R after the prior, (C,)
@@ -119,7 +119,11 @@ def best_factors(readers: Sequence[Reader]) -> Float64Array:
     Args:
         readers: of one tensor, at least one.
     """
-    alive = [reader for reader in readers if reader.signal > 0]
+    alive = [
+        replace(reader, log_largest=reader.log_largest.astype(np.float32))  # four times as fast
+        for reader in readers
+        if reader.signal > 0
+    ]
     logs = -np.mean([reader.log_range for reader in readers], axis=0)
     if not alive:
         return np.ones(len(logs))
@@ -167,27 +171,36 @@ def noise_and_gradient(
 def _activation_noise(
     logs: Float64Array, reader: Reader, power: float
 ) -> tuple[float, Float64Array]:
-    top, share = _log_maximum(logs + reader.log_range, power)
+    top, share, total = _log_maximum(logs + reader.log_range, power)
     passed = reader.squares * np.exp(-2 * logs)
     noise = float(passed.sum() * np.exp(2 * top) / reader.input_levels**2 / 12)
-    return noise, 2 * noise * (share - passed / (passed.sum() or 1.0))
+    return noise, 2 * noise * (share / total - passed / (passed.sum() or 1.0))
 
 
 def _weight_noise(logs: Float64Array, reader: Reader, power: float) -> tuple[float, Float64Array]:
     groups = len(reader.log_largest)
     by_group = logs.reshape(groups, 1, -1)
-    top, share = _log_maximum(reader.log_largest - by_group, power)
-    squares = np.exp(2 * top) / reader.weight_levels**2 / 12  # step_o^2 / 12, (groups, O / groups)
+    below = reader.log_largest - by_group.astype(reader.log_largest.dtype)
+    top, share, total = _log_maximum(below, power)
+    squares = np.exp(2.0 * top) / reader.weight_levels**2 / 12  # step_o^2 / 12, (groups, O/groups)
     spread = np.exp(2 * by_group[:, 0]) * reader.variance.reshape(groups, -1)
     rows = squares * spread.sum(axis=1, keepdims=True)
-    pulled = np.einsum("go,goc->gc", rows, share)
+    pulled = ((rows / total)[:, None].astype(share.dtype) @ share)[:, 0]
     slope = 2 * (squares.sum(axis=1, keepdims=True) * spread - pulled)
     return float(rows.sum()), slope.reshape(-1)
 
 
-def _log_maximum(values: Float64Array, power: float) -> tuple[Float64Array, Float64Array]:
-    """Return the maximum along the last axis, and the gradient of the p-norm in its place."""
+def _log_maximum(values: FloatArray, power: float) -> tuple[Float64Array, FloatArray, Float64Array]:
+    """Return the maximum along the last axis, and the gradient of the p-norm in its place.
+
+    The gradient is the second result over the third, its sum. ``values`` is overwritten with the
+    second: this is where the time goes.
+    """
     top = values.max(axis=-1, keepdims=True)
-    below = values - top
-    weights = (below == 0).astype(np.float64) if np.isinf(power) else np.exp(power * below)
-    return top[..., 0], weights / weights.sum(axis=-1, keepdims=True)
+    if np.isinf(power):
+        np.equal(values, top, out=values)
+    else:
+        np.subtract(values, top, out=values)
+        np.multiply(values, power, out=values)
+        np.exp(values, out=values)
+    return top[..., 0].astype(np.float64), values, values.sum(axis=-1, dtype=np.float64)
