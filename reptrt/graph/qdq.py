@@ -101,6 +101,11 @@ class Pair:
     clip: gs.Node | None  # that simulates fewer bits
 
     @property
+    def before(self) -> tuple[gs.Node, ...]:
+        """The nodes of the pair before its DequantizeLinear."""
+        return (self.quantize,) if self.clip is None else (self.clip, self.quantize)
+
+    @property
     def source(self) -> gs.Tensor:
         """The tensor that the pair quantizes; casts before Q and Clip are looked through."""
         return base((self.quantize if self.clip is None else self.clip).inputs[0])

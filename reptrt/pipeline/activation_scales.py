@@ -18,7 +18,7 @@ from reptrt.graph.placement import Placement
 from reptrt.pipeline.options import CalibrateOptions
 from reptrt.pipeline.preparing import Prepared
 from reptrt.pipeline.reports import TensorScale
-from reptrt.pipeline.trial import clamp_to, quantized_error
+from reptrt.pipeline.trial import Trial, clamp_to
 from reptrt.quantize.calib.collect import merge_groups
 from reptrt.quantize.calib.histogram import NUM_BINS, Histogram
 from reptrt.quantize.calib.options import ThresholdOptions
@@ -77,8 +77,10 @@ def choose_scales(
     if len(candidates) == 1:
         return candidates[0]
 
+    trial = Trial(net, prepared.placement, full_range, outputs, options)  # with float weights
+
     def error(scales: ActivationScales) -> float:
-        return _error(net, prepared, scales, outputs, options)
+        return trial.error(scales.by_tensor, limits_of(prepared, scales))
 
     errors = [error(scales) for scales in candidates]
     least = min(errors)
@@ -97,23 +99,6 @@ def _with_margin(
             break
         best, least = wider, now
     return best
-
-
-def _error(
-    net: Net,
-    prepared: Prepared,
-    scales: ActivationScales,
-    outputs: Outputs,
-    options: CalibrateOptions,
-) -> float:
-    """Return the error of the outputs with quantized activations and float weights.
-
-    Values are clamped as `limits_of` says.
-    """
-    full_range, limits = full_range_of(prepared.ranges), limits_of(prepared, scales)
-    return quantized_error(
-        net, prepared.placement, scales.by_tensor, full_range, limits, outputs, options
-    )
 
 
 def limits_of(prepared: Prepared, scales: ActivationScales) -> dict[str, Override]:

@@ -47,6 +47,7 @@ class Prepared:
     placement: Placement  # where Q/DQ pairs go in the net as it is now
     # tensor -> range of each channel without the judging images / range with them, (C,), at most 1
     without_judges: Mapping[str, Float64Array]
+    outputs: Outputs  # of the float net on the judging images
 
 
 def prepare(net: Net, dataset: Dataset, options: CalibrateOptions) -> Prepared:
@@ -111,6 +112,7 @@ def prepare(net: Net, dataset: Dataset, options: CalibrateOptions) -> Prepared:
         overhead=extra / total if total else 0.0,
         placement=placement,
         without_judges=shares,
+        outputs=outputs,
     )
 
 

@@ -23,7 +23,7 @@ from reptrt.pipeline.options import CalibrateOptions
 from reptrt.pipeline.preparing import Prepared, torch_device
 from reptrt.quantize.calib.bias import bias_errors, deployed_weights
 from reptrt.quantize.calib.collect import Statistics, collect
-from reptrt.quantize.calib.outputs import Outputs, parts
+from reptrt.quantize.calib.outputs import Outputs
 from reptrt.quantize.calib.saturation import without_dead_values
 
 _LOG = logging.getLogger(__name__)
@@ -56,8 +56,7 @@ def quantities_of(
         seen, placement, dead = _collect_alive(graph, net, prepared, dataset, options)
         prepared = replace(prepared, placement=placement)
         clock.lap("collect")
-        _, judges = parts(dataset)
-        outputs = Outputs(graph, judges)
+        outputs = prepared.outputs
         histograms = without_dead_values(net, seen.histograms)
         activations = choose_scales(net, prepared, histograms, outputs, options)
         clock.lap("thresholds")

@@ -1,5 +1,6 @@
 """The error that a prepared net would make once it is quantized, on the judging images."""
 
+import functools
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 
@@ -9,44 +10,78 @@ import torch
 from torch import Tensor
 
 from reptrt.core.arrays import Float64Array
-from reptrt.core.grid import scale_from_amax
+from reptrt.core.grid import Grid, scale_from_amax
 from reptrt.execute.torchgraph import Override, TorchGraph
 from reptrt.graph.net import Net
 from reptrt.graph.placement import Placement
 from reptrt.graph.plan import QuantizedWeight, plan_from_placement
-from reptrt.graph.qdq import insert_qdq, quantize_weights
+from reptrt.graph.qdq import insert_qdq, inserted_pairs, quantize_weights
 from reptrt.pipeline.options import CalibrateOptions
 from reptrt.quantize.calib.channels import ChannelStats
 from reptrt.quantize.calib.outputs import Outputs
 from reptrt.rewrite.linear import spread_over_kernel
 
 
-def quantized_error(
-    net: Net,
-    placement: Placement,
-    scales: Mapping[str, float],
-    full_range: Collection[str],
-    limits: Mapping[str, Override],
-    outputs: Outputs,
-    options: CalibrateOptions,
-    constants: Mapping[str, Tensor] | None = None,
-) -> float:
-    """Return the error of the outputs with quantized activations and given weights.
+class Trial:
+    """A prepared net with quantized activations; every run may have other scales.
+
+    The pairs are inserted and the net is compiled once.
 
     Args:
         net: a prepared float net; not changed.
         placement: of the net.
-        scales: tensor -> scale, for every activation of the placement.
         full_range: activations with full range.
-        limits: tensor -> function that clamps it before it is quantized.
         outputs: the judge.
         options: of calibration.
-        constants: name -> value, of weights and biases in place of those of the net.
     """
-    trial = net.copy()
-    floats = replace(placement, weights=())
-    insert_qdq(trial, plan_from_placement(floats, scales, {}, options.grids[0], full_range))
-    return outputs.error(TorchGraph(trial, options.device), constants or {}, limits)
+
+    def __init__(
+        self,
+        net: Net,
+        placement: Placement,
+        full_range: Collection[str],
+        outputs: Outputs,
+        options: CalibrateOptions,
+    ) -> None:
+        trial, floats = net.copy(), replace(placement, weights=())
+        scales = {activation.tensor: 1.0 for activation in placement.activations}
+        plan = plan_from_placement(floats, scales, {}, options.grids[0], full_range)
+        insert_qdq(trial, plan)
+        self._grids = {name: activation.grid for name, activation in plan.activations.items()}
+        self._pairs = {
+            name: (pair.dequantizes[0].name, [node.name for node in pair.before])
+            for name, pair in inserted_pairs(trial, plan).items()
+        }
+        self._graph, self._outputs = TorchGraph(trial, options.device), outputs
+
+    def error(
+        self,
+        scales: Mapping[str, float],
+        limits: Mapping[str, Override],
+        constants: Mapping[str, Tensor] | None = None,
+    ) -> float:
+        """Return the error of the outputs.
+
+        Args:
+            scales: tensor -> scale, for every activation of the placement.
+            limits: tensor -> function that clamps it before it is quantized.
+            constants: name -> value, of weights and biases in place of those of the net.
+        """
+        hooks: dict[str, Callable[..., Tensor]] = {}
+        for tensor, (dequantize, before) in self._pairs.items():
+            hooks |= dict.fromkeys(before, _unchanged)
+            step = torch.tensor(np.float32(scales[tensor]), device=self._graph.placement.device)
+            hooks[dequantize] = functools.partial(_rounded_to_codes, step, self._grids[tensor])
+        return self._outputs.error(self._graph, constants or {}, limits, hooks)
+
+
+def _unchanged(x: Tensor, *_: Tensor) -> Tensor:
+    return x
+
+
+def _rounded_to_codes(step: Tensor, grid: Grid, x: Tensor, *_: Tensor) -> Tensor:
+    """Return what a Q/DQ pair makes of a tensor, with one new tensor in place of four."""
+    return x.div(step).round_().clamp_(grid.qmin, grid.qmax).mul_(step)
 
 
 def error_at_maxima(
@@ -87,12 +122,14 @@ def error_at_maxima(
     }
     limits = {a.tensor: clamp_to(groups[a.group] * without_judges[a.tensor]) for a in known}
     weights = quantize_weights(net, placement, options.grids[1])
-    constants = _rounded(net, weights, stats, np.sqrt(options.remaining), options.correct_bias)
+    constants = _with_rounded_weights(
+        net, weights, stats, np.sqrt(options.remaining), options.correct_bias
+    )
     placement = replace(placement, activations=known)
-    return quantized_error(net, placement, scales, full_range, limits, outputs, options, constants)
+    return Trial(net, placement, full_range, outputs, options).error(scales, limits, constants)
 
 
-def _rounded(
+def _with_rounded_weights(
     net: Net,
     weights: Mapping[str, QuantizedWeight],
     stats: Mapping[str, ChannelStats],
@@ -123,7 +160,8 @@ def clamp_to(limits: Float64Array) -> Callable[[Tensor], Tensor]:
     def clamp(x: Tensor) -> Tensor:
         if x.dim() < 2 or x.shape[1] != len(limits):
             return x  # a net for one image that folds the batch
-        limit = torch.from_numpy(limits).to(x).reshape(1, -1, *[1] * (x.dim() - 2))
-        return torch.minimum(torch.maximum(x, -limit), limit)
+        limit = bound.to(x).reshape(1, -1, *[1] * (x.dim() - 2))
+        return torch.clamp(x, -limit, limit)
 
+    bound = torch.from_numpy(limits)
     return clamp

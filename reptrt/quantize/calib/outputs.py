@@ -7,7 +7,7 @@ activations to the ranges that were measured without the held-out images.
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
 import torch
@@ -18,9 +18,12 @@ from reptrt.execute.torchgraph import Override, TorchGraph
 from reptrt.quantize.calib.collect import COMPUTE_BATCH
 from reptrt.quantize.calib.measure import Measure, Sums, added, relative
 
+Replacement = Callable[..., Tensor]
+
 _MOST_HELD_OUT = 64  # images
 _NOTHING: Mapping[str, Tensor] = MappingProxyType({})
 _NO_OVERRIDES: Mapping[str, Override] = MappingProxyType({})
+_NO_REPLACEMENTS: Mapping[str, Replacement] = MappingProxyType({})
 
 
 def stride_of(length: int) -> int:
@@ -67,6 +70,7 @@ class Outputs:
         graph: TorchGraph,
         constants: Mapping[str, Tensor] = _NOTHING,
         overrides: Mapping[str, Override] = _NO_OVERRIDES,
+        replace: Mapping[str, Replacement] = _NO_REPLACEMENTS,
     ) -> float:
         """Return the squared error of another graph's outputs, summed over images and outputs.
 
@@ -76,10 +80,11 @@ class Outputs:
             graph: a graph with the same input and outputs.
             constants: name -> value, for constants of that graph to replace.
             overrides: tensor name -> function of the tensor, applied in that graph.
+            replace: node name -> function of its inputs that runs in its place.
         """
         sums: Sums = {}
         for x, exact in self._exact:
-            outputs = self._run(graph, x, constants, overrides)
+            outputs = self._run(graph, x, constants, overrides, replace)
             sums = added(sums, self._measure.sums(exact, outputs))
         if len(sums) == 1 and not self._measure.is_detector:
             return sum(float(error) for _, error in sums.values())
@@ -91,6 +96,7 @@ class Outputs:
         x: Tensor,
         constants: Mapping[str, Tensor] = _NOTHING,
         overrides: Mapping[str, Override] = _NO_OVERRIDES,
+        replace: Mapping[str, Replacement] = _NO_REPLACEMENTS,
     ) -> dict[str, Tensor]:
         inputs = {graph.input_names[0]: x, **constants}
-        return graph.run(inputs, self._measure.names, overrides=overrides)
+        return graph.run(inputs, self._measure.names, overrides=overrides, replace=replace)

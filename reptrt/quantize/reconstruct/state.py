@@ -200,11 +200,10 @@ def _pairs(net: Net, plan: QuantPlan) -> dict[str, Pair]:
     pairs: dict[str, Pair] = {}
     for tensor, inserted in inserted_pairs(net, plan).items():
         activation = plan.activations[tensor]
-        clips = () if inserted.clip is None else (inserted.clip,)
         pairs[tensor] = Pair(
             tensor=tensor,
             readers=frozenset(reader for reader, _ in activation.readers),
-            nodes=tuple(node.name for node in (*clips, inserted.quantize)),
+            nodes=tuple(node.name for node in inserted.before),
             dequantize=inserted.dequantizes[0].name,
             group=activation.group,
             grid=activation.grid,
