@@ -16,6 +16,7 @@ from reptrt.cli.fields import PATH, FieldOptions
 _OPTIONS = "reptrt.runs.options:RunOptions"
 _TASK = (
     *("task", "annotations", "layout", "boxes", "confidence", "iou", "max_boxes", "clip"),
+    "subset",
     "eval_limit",
 )
 _RUN = FieldOptions(_OPTIONS, only=(*_TASK, "batches", "threads", "diagnose", "bench_seconds"))

@@ -5,7 +5,7 @@ it, H x W the grid of a level. Boxes are in pixels of the network's input.
 
     xywh-obj-cls      (N, A, 5 + C)            box, objectness, a score for each class
     ultralytics       (N, 4 + C, A)            box, a score for each class
-    boxes-scores      (N, A, 4), (N, A, C)     two tensors
+    boxes-scores      (N, A, 4), (N, A, C)     two tensors; (N, A) for one class
     raw               (N, C, H, W), (N, 4, H, W) for each level: scores before the sigmoid, and the
                       distances left, top, right, bottom of a cell's centre in cells (YOLOv6);
                       or their distributions over 0 to R - 1, (N, 4 R, H, W) (DFL)
@@ -13,9 +13,11 @@ it, H x W the grid of a level. Boxes are in pixels of the network's input.
     nms               (N, 1), (N, K, 4), (N, K), (N, K): number, boxes, scores, classes
 
 A score is objectness times that of the class where there is an objectness. All but `raw` may have
-the axis of the boxes last; a known number of classes says so.
+the axis of the boxes last; a known number of classes says so. Where scores have the shape of boxes
+(four classes), the names of the outputs tell which is which: ``cls0`` and ``reg0``.
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -27,6 +29,8 @@ Shape = tuple[int | None, ...]  # None: not known
 _BOX, _ROW = 4, 6  # numbers of a box; of a box with its score and class
 _DISTRIBUTIONS = (64, 68)  # channels: 16 or 17 values for each side, as YOLO nets have them
 _MOST_ROWS = 1000  # nets without suppression return fewer boxes, grids have more
+_BOXES = re.compile(r"box|reg|dist|loc|coord|delta|offset", re.IGNORECASE)
+_SCORES = re.compile(r"cls|class|score|conf|logit|prob", re.IGNORECASE)
 _USUAL_BOXES: dict[DetectorForm, BoxForm] = {"xywh-obj-cls": "xywh", "ultralytics": "xywh"}
 
 
@@ -49,6 +53,7 @@ def layout_of_outputs(
     shapes: Sequence[Sequence[object]],
     num_classes: int | None = None,
     *,
+    names: Sequence[str] = (),
     form: DetectorForm = "auto",
     boxes: BoxForm = "auto",
 ) -> DetectorLayout | str:
@@ -57,6 +62,7 @@ def layout_of_outputs(
     Args:
         shapes: of all outputs, in their order; a dimension that is no positive int is not known.
         num_classes: how many classes the labels have, if known: it decides between forms.
+        names: of all outputs, if known: they decide which one holds boxes if shapes do not.
         form: stated by the user; ``auto`` tries all of them.
         boxes: stated by the user; ``auto`` is what is usual for the form.
 
@@ -73,6 +79,7 @@ def layout_of_outputs(
         found = [layout for layout in found if layout.form == form][:1] or _stated(known, form)
     fitting = [item for item in found if num_classes in (None, item.num_classes)]
     fitting += [item for item in found if num_classes is not None and item.num_classes is None]
+    fitting = [item for item in fitting if _is_named(item, names)] or fitting
     if len(fitting) == 1:
         return fitting[0] if boxes == "auto" else replace(fitting[0], boxes=boxes)
     where = "outputs " + ", ".join(_text(shape) for shape in known)
@@ -87,6 +94,17 @@ def layout_of_outputs(
     if len({layout.form for layout in fitting}) == 1:
         names += " in more than one order"
     return f"{where}: may be {names}; state one with {option('layout')}"
+
+
+def _is_named(layout: DetectorLayout, names: Sequence[str]) -> bool:
+    """Return whether the names of all outputs say what the layout says."""
+    if not names or layout.form not in ("raw", "boxes-scores"):
+        return False
+    roles = (_SCORES, _BOXES) if layout.form == "raw" else (_BOXES, _SCORES)
+    return all(
+        roles[place % 2].search(names[index]) and not roles[1 - place % 2].search(names[index])
+        for place, index in enumerate(layout.outputs)
+    )
 
 
 def _known(shape: Sequence[object]) -> Shape:
@@ -105,6 +123,8 @@ def _readings(shapes: Sequence[Shape], num_classes: int | None) -> Iterator[Dete
         yield from _one_tensor(shapes[index], index, num_classes)
     elif ranks == [3, 3]:
         yield from _two_tensors(shapes)
+    elif sorted(ranks) == [2, 3]:
+        yield from _one_class(shapes, ranks.index(3))
     elif ranks and set(ranks) == {4} and len(ranks) % 2 == 0:
         yield from _levels(shapes, num_classes)
     elif sorted(ranks) in ([2, 2, 2, 3], [1, 2, 2, 3]):
@@ -138,6 +158,15 @@ def _two_tensors(shapes: Sequence[Shape]) -> Iterator[DetectorLayout]:
                 if classes is not None and (others == rows or None in (others, rows)):
                     last = (boxes_last, scores_last)
                     yield _layout("boxes-scores", (first, second), classes, last)
+
+
+def _one_class(shapes: Sequence[Shape], boxes: int) -> Iterator[DetectorLayout]:
+    """Yield boxes with one score each, (N, A)."""
+    count = shapes[1 - boxes][1]
+    for boxes_last in (False, True):
+        rows, columns = _axes(shapes[boxes], boxes_last)
+        if columns == _BOX and (count == rows or None in (count, rows)):
+            yield _layout("boxes-scores", (boxes, 1 - boxes), 1, (boxes_last, False))
 
 
 def _levels(shapes: Sequence[Shape], num_classes: int | None) -> Iterator[DetectorLayout]:

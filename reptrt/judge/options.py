@@ -67,6 +67,11 @@ class TaskOptions:
     clip: bool = described(
         False, "detect: cut boxes off at the border of the image before they are judged."
     )
+    subset: bool = described(
+        False,
+        "detect: judge by the images of the folder alone if the annotations list more, as COCO's "
+        "tools do; without it, they are refused.",
+    )
 
     def __post_init__(self) -> None:
         require_at_least(1, self, "max_boxes")

@@ -15,7 +15,8 @@ its R numbers, over 0 to R - 1 (DFL, arXiv 2006.04388).
 Requires: outputs of the given layout; for raw heads an input of known size. Ensures: the outputs
 and all that computes them stay as they are; the batch stays free.
 
-1. One tensor is sliced; the objectness is multiplied into the scores of the classes.
+1. One tensor is sliced; the objectness is multiplied into the scores of the classes. Scores of one
+   class (N, A) get an axis of classes.
 2. A tensor whose boxes are on the last axis is transposed, one in FP16 is cast.
 3. The levels of raw heads are joined, the finest first; scores that are a Sigmoid's result get no
    second one.
@@ -85,7 +86,8 @@ def detector_layout(net: Net, options: NmsOptions) -> DetectorLayout:
         RewriteError: it is not known, or the outputs need no NMS.
     """
     shapes = output_shapes(net)
-    layout = layout_of_outputs(shapes, form=options.layout, boxes=options.boxes)
+    names = [tensor.name for tensor in net.graph.outputs]
+    layout = layout_of_outputs(shapes, names=names, form=options.layout, boxes=options.boxes)
     if isinstance(layout, str):
         raise RewriteError(f"graph {net.graph.name}: NMS cannot be appended: {layout}")
     if layout.form in _SUPPRESSED:
@@ -132,6 +134,8 @@ def find_boxes(net: Net, layout: DetectorLayout) -> tuple[gs.Tensor, gs.Tensor, 
             _boxes_first(nodes, tensor) if last else tensor
             for tensor, last in zip(outputs, layout.boxes_last, strict=True)
         ]
+        if len(rows) == 2 and len(shapes[layout.outputs[1]]) == 2:
+            rows[1] = nodes.add("Unsqueeze", [rows[1], nodes.integers("one", 2)], "one_class")
         boxes, scores = rows if len(rows) == 2 else _sliced(nodes, rows[0], layout)
     return boxes, scores, RewriteReport("find_boxes", tuple(nodes.added))
 

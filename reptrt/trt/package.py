@@ -232,7 +232,8 @@ def _labels(
     """Read one label for each class of a detector, or of the last axis of the first output."""
     if options.labels is None:
         return None
-    layout = layout_of_outputs([tensor.shape for tensor in outputs])
+    names = [tensor.name for tensor in outputs]
+    layout = layout_of_outputs([tensor.shape for tensor in outputs], names=names)
     if isinstance(layout, DetectorLayout):
         count = layout.num_classes or num_classes
     else:

@@ -29,6 +29,8 @@ def _found(
         ([(1, 84, 60)], 80, "ultralytics", 80),
         ([(1, 2100, 4), (1, 2100, 3)], None, "boxes-scores", 3),
         ([(1, 80, 8400), (1, 8400, 4)], 80, "boxes-scores", 80),
+        ([(1, 2100, 4), (1, 2100)], None, "boxes-scores", 1),
+        ([("n", "a"), ("n", 4, "a")], 1, "boxes-scores", 1),
         ([(1, 300, 6)], 80, "xyxy-score-class", None),
         ([(1, 1), (1, 100, 4), (1, 100), (1, 100)], 80, "nms", None),
         ([("n", 80, 40, 40), ("n", 68, 40, 40)], None, "raw", 80),
@@ -63,6 +65,40 @@ def test_a_stated_form_and_stated_boxes_decide() -> None:
     layout = layout_of_outputs([(1, 50, 4), (1, 50, 2)], boxes="xywh")
     assert isinstance(layout, DetectorLayout)
     assert layout.boxes == "xywh"
+
+
+FOUR_RAW = [(1, 4, 40, 40), (1, 4, 40, 40), (1, 4, 20, 20), (1, 4, 20, 20)]
+
+
+@pytest.mark.parametrize(
+    ("shapes", "names", "outputs"),
+    [
+        (FOUR_RAW, ("cls0", "reg0", "cls1", "reg1"), (0, 1, 2, 3)),
+        (FOUR_RAW, ("bbox_pred_0", "scores_0", "bbox_pred_1", "scores_1"), (1, 0, 3, 2)),
+        ([(1, 50, 4), (1, 50, 4)], ("pred_logits", "pred_boxes"), (1, 0)),
+        ([(1, 50, 4), (1, 50, 4)], ("boxes", "confidence"), (0, 1)),
+    ],
+    ids=str,
+)
+def test_names_tell_boxes_from_four_classes(
+    shapes: list[tuple[int, ...]], names: tuple[str, ...], outputs: tuple[int, ...]
+) -> None:
+    layout = layout_of_outputs(shapes, 4, names=names)
+    assert isinstance(layout, DetectorLayout), layout
+    assert (layout.num_classes, layout.outputs) == (4, outputs)
+
+
+@pytest.mark.parametrize("names", [("cls_reg", "y"), ("boxes", "y"), ("boxes0", "boxes1")])
+def test_names_that_do_not_tell(names: tuple[str, str]) -> None:
+    layout = layout_of_outputs(FOUR_RAW[:2], 4, names=names)
+    assert isinstance(layout, str)
+    assert "in more than one order" in layout
+
+
+def test_shapes_go_before_names() -> None:
+    layout = layout_of_outputs([(1, 50, 4), (1, 50, 3)], names=("scores", "boxes"))
+    assert isinstance(layout, DetectorLayout)
+    assert layout.outputs == (0, 1)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -308,6 +309,30 @@ def test_images_that_are_missing(folder: Path, net: Path) -> None:
     assert "1 of 12 images of" in (message := refused(folder, net))
     assert "instances_val.json are not in" in message
     assert "03.png" in message
+    assert "subset=True to judge without them" in message
+
+
+def test_a_subset_is_judged_as_if_the_json_were_of_it_alone(
+    folder: Path, net: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def drop(content: dict[str, Any]) -> None:
+        kept = [i for i in content["images"] if i["file_name"] not in ("03.png", "07.png")]
+        ids = {image["id"] for image in kept}
+        content["images"] = kept
+        content["annotations"] = [a for a in content["annotations"] if a["image_id"] in ids]
+
+    for name in ("03.png", "07.png"):
+        (folder / name).unlink()
+    asked = EvaluateOptions(task="detect", threads=1, subset=True)
+    part = evaluate([net], folder, asked).to_dict()
+    assert "2 of 12 images of" in caplog.text
+    caplog.clear()
+    edit(folder, drop)
+    assert evaluate([net], folder, asked).to_dict() == part
+    assert evaluate([net], folder, replace(asked, subset=False)).to_dict() == part
+    assert caplog.text == ""
+    (folder / "new.png").write_bytes((folder / "00.png").read_bytes())
+    assert "have no entry in" in refused(folder, net, subset=True)
 
 
 def test_names_with_another_folder(folder: Path, net: Path) -> None:

@@ -29,6 +29,15 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.parametrize("known", [1, None])
+def test_one_class_may_have_no_axis(known: int | None) -> None:
+    outputs = {"boxes": XYXY, "scores": SCORES[..., 0]}
+    reader = reader_of("net", outputs, PREPROCESS, EvaluateOptions(task="detect"), known)
+    boxes, scores = reader.candidates(outputs)
+    np.testing.assert_array_equal(boxes, XYXY)
+    np.testing.assert_array_equal(scores, SCORES[..., :1])
+
+
 @pytest.mark.parametrize("known", [CLASSES, None], ids=["classes known", "not known"])
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_boxes_and_scores_of_a_layout(name: str, known: int | None) -> None:

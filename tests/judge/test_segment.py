@@ -277,6 +277,31 @@ def test_no_folder_of_masks_and_arrays_are_one_line(saved: Path) -> None:
         evaluate([saved / "net.onnx"], saved / "images.npz", options)
 
 
+@pytest.mark.parametrize("kind", ["logits", "probabilities"])
+def test_a_single_map_is_class_1_where_it_is_likely(tmp_path: Path, kind: str) -> None:
+    model = segmenter((8, 12))
+    weight = numpy_helper.to_array(model.graph.initializer[0])[:1]
+    weight = weight - weight.mean()  # logits of both signs
+    model.graph.initializer[0].CopyFrom(numpy_helper.from_array(weight, "w"))
+    if kind == "probabilities":
+        model.graph.node.append(helper.make_node("Sigmoid", ["logits"], ["p"]))
+        model.graph.output[0].name = "p"
+    onnx.save(model, tmp_path / "net.onnx")
+    masks = [np.where(mask == 3, 0, mask) for mask in write(tmp_path, [(8, 12)] * 3)]
+    for number, mask in enumerate(masks):
+        Image.fromarray(mask.astype(np.uint8)).save(tmp_path / f"masks/{number}.png")
+    images = [np.asarray(opened(tmp_path / f"images/{i}.bmp")) for i in range(3)]
+    x = np.stack(images).transpose(0, 3, 1, 2).astype(np.float32) / np.float32(255)
+    (output,) = ort_run(model, {"x": x}).values()
+    large = F.interpolate(torch.from_numpy(output), size=(8, 12), mode="bilinear")
+    found = (large[:, 0] > (0.5 if kind == "probabilities" else 0)).numpy().astype(int)
+    by_class, right = expected(np.stack(masks), found)
+    (result,) = judged(tmp_path, "net.onnx", batch_size=2).results
+    np.testing.assert_allclose(result.measures["class_iou"], by_class[:2], rtol=1e-12)
+    assert result.measures["pixel_accuracy"] == pytest.approx(right, rel=1e-12)
+    assert 0.1 < found.mean() < 0.9
+
+
 def test_outputs_that_are_no_classes_of_pixels_are_refused(saved: Path) -> None:
     model = segmenter((8, 12))
     model.graph.node.append(helper.make_node("GlobalAveragePool", ["logits"], ["p"]))

@@ -108,9 +108,25 @@ def test_scores_of_classes_first_and_boxes_as_centre_and_size() -> None:
         _assert_equal(kept, suppress(b, s, 0.25, 0.65, 100))
 
 
-@pytest.mark.parametrize("bins", [1, 17], ids=["distances", "distributions"])
-def test_raw_heads_are_decoded(bins: int) -> None:
-    model = tiny_detector("raw", classes=3, size=32, bins=bins)
+@pytest.mark.parametrize("boxes_last", [False, True])
+def test_scores_of_one_class_without_an_axis(boxes_last: bool) -> None:
+    boxes, scores = random_boxes(np.random.default_rng(8), batch=2, rows=30, classes=1)
+    given = np.ascontiguousarray(boxes.transpose(0, 2, 1)) if boxes_last else boxes
+    net = passing([scores.shape[1:2], given.shape[1:]])
+    append_nms(net, "onnx", NmsOptions(confidence=0.4, iou=0.5))
+    results = ort_run(model_from_net(net), {"in0": scores[..., 0], "in1": given})
+    for kept, b, s in zip(_kept(results, 100), boxes, scores, strict=True):
+        assert len(kept.scores) > 3
+        _assert_equal(kept, suppress(b, s, 0.4, 0.5, 100))
+
+
+@pytest.mark.parametrize(
+    ("bins", "classes"),
+    [(1, 3), (17, 3), (1, 4)],
+    ids=["distances", "distributions", "as many classes as distances"],
+)
+def test_raw_heads_are_decoded(bins: int, classes: int) -> None:
+    model = tiny_detector("raw", classes=classes, size=32, bins=bins)
     images = np.random.default_rng(7).normal(0, 2, (2, 3, 32, 32)).astype(np.float32)
     heads = ort_run(model, {"images": images})
     boxes: list[list[list[float]]] = [[], []]

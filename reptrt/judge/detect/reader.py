@@ -7,6 +7,7 @@ pixels or in parts of the input, and whether raw scores are before the sigmoid.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -137,13 +138,16 @@ def reader_of(
             f"judge scores of classes with {option('task', 'classify')}"
         )
     shapes = [("N", *value.shape[1:]) for value in values]
-    layout = layout_of_outputs(shapes, num_classes, form=options.layout, boxes=options.boxes)
+    layout_for = partial(
+        layout_of_outputs, shapes, names=list(outputs), form=options.layout, boxes=options.boxes
+    )
+    layout = layout_for(num_classes)
     with_background = _with_background(outputs, options, num_classes)
     has_background = isinstance(layout, str) and with_background is not None
     layout = with_background if has_background and with_background is not None else layout
     if isinstance(layout, str):
         raise ConfigError(f"{name}: {layout}")
-    usual = layout_of_outputs(shapes, form=options.layout, boxes=options.boxes)
+    usual = layout_for()
     known = (None, layout.num_classes)
     if isinstance(usual, DetectorLayout) and usual.num_classes not in known:
         raise ConfigError(
@@ -192,7 +196,9 @@ def _taken(outputs: Outputs, layout: DetectorLayout) -> list[FloatArray]:
 
 
 def _boxes_first(values: FloatArray, boxes_last: bool) -> FloatArray:
-    """Return (n, A, columns)."""
+    """Return (n, A, columns), one column if there are none."""
+    if values.ndim == 2:
+        return values[..., None]
     return values.transpose(0, 2, 1) if boxes_last else values
 
 

@@ -111,7 +111,9 @@ def _task(
     """Return the task of a network, and refuse labels that are too few or too many."""
     count = None if labels is None else len(labels)
     shapes = [("N", *value.shape[1:]) for value in outputs.values()]
-    layout = layout_of_outputs(shapes, count, form=options.layout, boxes=options.boxes)
+    layout = layout_of_outputs(
+        shapes, count, names=list(outputs), form=options.layout, boxes=options.boxes
+    )
     scores = class_scores(first_of(outputs)) if len(outputs) == 1 else None
     if options.task == "detect" or (options.task == "auto" and isinstance(layout, DetectorLayout)):
         if isinstance(layout, str):

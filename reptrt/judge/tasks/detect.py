@@ -9,7 +9,8 @@
 All are fractions 0..1, and None where there are no such objects.
 """
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -31,6 +32,7 @@ from reptrt.judge.options import TaskOptions
 from reptrt.judge.outputs import Outputs
 from reptrt.judge.tasks.protocol import Column, Measures, hundredths
 
+_LOG = logging.getLogger(__name__)
 _SIZES = ("small", "medium", "large")
 
 
@@ -127,7 +129,7 @@ class Detect:
 
     def __init__(self, options: TaskOptions, images: Images) -> None:
         self._options = options
-        self._truth = _Truth(images, options.annotations)
+        self._truth = _Truth(images, options)
 
     def tally(self, name: str, dataset: Dataset) -> _Tally:
         """Return an empty tally for a network."""
@@ -154,7 +156,8 @@ class _Truth:
 
     class_names: tuple[str, ...] | None = None
 
-    def __init__(self, images: Images, path: Path | None) -> None:
+    def __init__(self, images: Images, options: TaskOptions) -> None:
+        path = options.annotations
         if isinstance(images, Arrays) and images.objects is not None:
             if path is not None:
                 raise ConfigError(
@@ -175,7 +178,7 @@ class _Truth:
             )
         self._annotations = read_annotations(path)
         files = [file.relative_to(images).as_posix() for file in list_images(images).paths]
-        self._objects = _matched(images, files, self._annotations)
+        self._objects = _matched(images, files, self._annotations, options.subset)
         self.class_names = self._annotations.class_names
 
     def of(self, dataset: Dataset) -> list[Objects]:
@@ -206,8 +209,16 @@ class _Truth:
         return objects
 
 
-def _matched(folder: Path, files: Sequence[str], truth: Annotations) -> dict[str, Objects]:
+def _matched(
+    folder: Path, files: Sequence[str], truth: Annotations, subset: bool
+) -> dict[str, Objects]:
     """Return file -> its objects; matched by file_name, or by its last part where that is unique.
+
+    Args:
+        folder: of the images.
+        files: its files.
+        truth: the objects of all images.
+        subset: whether it may have images that the folder does not have; they are logged.
 
     Raises:
         DataError: a file without annotations, or annotations without a file.
@@ -224,19 +235,29 @@ def _matched(folder: Path, files: Sequence[str], truth: Annotations) -> dict[str
                     for name, short in zip(files, last, strict=True)
                     if short in by_last
                 } | {k: of for k, of in by_last.items() if k not in last}
-    for have, want, where in (
-        (by_file, files, f"{folder} have no entry in {truth.name}"),
-        (set(files), list(by_file), f"{truth.name} are not in {folder}"),
-    ):
-        missing = [name for name in want if name not in have]
-        if missing:
-            names = ", ".join(sorted(missing)[:NAMED])
+    if unknown := _missing(files, by_file):
+        raise DataError(
+            f"{unknown[0]} of {folder} have no entry in {truth.name}: {unknown[1]}; expected one "
+            "entry for each file, with its file_name"
+        )
+    if absent := _missing(by_file, files):
+        if not subset:
             raise DataError(
-                f"{len(missing)} of {len(want)} images of {where}: {names}"
-                f"{', ...' if len(missing) > NAMED else ''}; expected one entry for each file, "
-                "with its file_name"
+                f"{absent[0]} of {truth.name} are not in {folder}: {absent[1]}; expected a file "
+                f"for each entry, or {option('subset', True)} to judge without them"
             )
+        _LOG.warning("%s of %s are not in %s, and judge nothing", absent[0], truth.name, folder)
     return {name: by_file[name] for name in files}
+
+
+def _missing(names: Collection[str], known: Collection[str]) -> tuple[str, str] | None:
+    """Return "3 of 72 images" and the first names that are not known; None: all are."""
+    known = set(known)
+    missing = sorted(name for name in names if name not in known)
+    if not missing:
+        return None
+    more = ", ..." if len(missing) > NAMED else ""
+    return f"{len(missing)} of {len(names)} images", ", ".join(missing[:NAMED]) + more
 
 
 def _fits(dataset: Dataset) -> tuple[Fit, ...]:

@@ -5,6 +5,9 @@ to the size of the network's input, bilinearly, with the middles of corner pixel
 the border (``align_corners=False``); the class is that of the largest. Masks are brought to the
 same size as the images are; see `reptrt.data.masks`.
 
+A single map of numbers (N, 1, h, w) is that of class 1: a pixel belongs to it if its logit is above
+0, or its probability above 1/2 where all numbers of the first images lie in 0..1.
+
 Over all pixels of all images that have a class, with p pixels of class c in the masks, q pixels
 that the network gives c, and n of both:
 
@@ -51,9 +54,10 @@ class _Tally:
         self._masks = masks
         self._confusion: IntArray = np.zeros((0, 0), dtype=np.int64)  # [mask, network]: pixels
         self._maps: list[bytes] = []
+        self._least: float | None = None  # value of a single map above which class 1 begins
 
     def add(self, outputs: Outputs, reference: Outputs | None = None) -> None:
-        for output in _scores_or_classes(self._name, first_of(outputs)):
+        for output in self._of_two_classes(_scores_or_classes(self._name, first_of(outputs))):
             classes = output.argmax(axis=0) if output.ndim == 3 else output
             index = len(self._maps)
             own = self._without_border(classes, index).astype(np.uint16)
@@ -64,6 +68,15 @@ class _Tally:
     def findings(self) -> Pixels:
         measures = _measures(self._confusion) if self._masks is not None else _unknown()
         return Pixels(measures, tuple(self._maps))
+
+    def _of_two_classes(self, output: AnyArray) -> AnyArray:
+        """Return logits (N, 2, h, w) of a single map (N, 1, h, w), anything else as it is."""
+        if output.ndim != 4 or output.shape[1] > 1:
+            return output
+        if self._least is None:
+            is_probability = output.min(initial=1) >= 0 and output.max(initial=0) <= 1
+            self._least = 0.5 if is_probability else 0.0
+        return np.concatenate([np.full_like(output, self._least), output], axis=1)
 
     def _count(self, output: AnyArray, path: Path, index: int) -> None:
         preprocess, fits = self._dataset.preprocess, self._dataset.fits
@@ -177,17 +190,16 @@ def _nearest(classes: AnyArray, height: int, width: int) -> IntArray:
 
 
 def _scores_or_classes(name: str, output: AnyArray) -> AnyArray:
-    """Return (N, C, h, w) of logits, or (N, h, w) of classes."""
+    """Return (N, C, h, w) of logits (or N, 1, h, w), or (N, h, w) of classes."""
     if np.issubdtype(output.dtype, np.integer):
         classes = output[:, 0] if output.ndim == 4 and output.shape[1] == 1 else output
         if classes.ndim == 3 and classes.min(initial=0) >= 0:
             return classes
-    elif output.ndim == 4 and output.shape[1] > 1:
+    elif output.ndim == 4 and output.shape[1] > 0:
         return output
     raise ConfigError(
-        f"{name}: the first output is {output.dtype} {output.shape}; expected logits (N, C, h, w) "
-        f"of two classes or more, or classes (N, h, w) as integers from 0, for "
-        f"{option('task', 'segment')}"
+        f"{name}: the first output is {output.dtype} {output.shape}; expected logits (N, C, h, w), "
+        f"or classes (N, h, w) as integers from 0, for {option('task', 'segment')}"
     )
 
 
