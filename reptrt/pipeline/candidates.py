@@ -18,6 +18,7 @@ from reptrt.quantize.calib.channels import ChannelStats
 from reptrt.quantize.choose import (
     Choice,
     ChooseOptions,
+    Noises,
     Policy,
     best_factors,
     choose,
@@ -49,6 +50,15 @@ class Candidate:
         return split, self.full_range
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Equalized:
+    """A float net whose channels are scaled, for the choice of splits."""
+
+    net: Net
+    inputs: Mapping[str, ChannelStats]  # layer -> statistics of its input
+    noises: Noises  # computed so far
+
+
 class Candidates:
     """Finds the candidates of a float net.
 
@@ -73,6 +83,7 @@ class Candidates:
         self._net, self._stats, self._layers = net, stats, layers
         self._possible, self._forms, self._options = possible, forms, options
         self._known: dict[tuple[object, ...], Float64Array] = {}
+        self._trials: dict[tuple[int, ...], _Equalized] = {}
         self._streams = find_streams(net)[0] if options.equalize else ()
 
     def all(self) -> list[Candidate]:
@@ -94,14 +105,22 @@ class Candidates:
         full_range = frozenset(self._possible)
         for _ in range(_ROUNDS):
             factors = self._factors(forms, full_range)
-            trial = self._net.copy()
-            equalize(trial, find_streams(trial)[0], factors)
-            scaled = scaled_stats(self._net, self._stats, factors)
-            inputs = {layer: scaled[name] for layer, name in self._layers.items() if name in scaled}
-            choice = choose(trial, inputs, options, self._possible)
+            trial = self._equalized(factors)
+            choice = choose(trial.net, trial.inputs, options, self._possible, trial.noises)
             forms = dict(self._forms) or {d.layer: d.form for d in choice.splits}
             full_range = frozenset(full_range_of(choice.ranges))
         return Candidate(factors, choice, forms)
+
+    def _equalized(self, factors: Mapping[str, Float64Array]) -> "_Equalized":
+        """Return the net with given factors; policies often agree on them in the first round."""
+        key = tuple(id(values) for values in factors.values())  # all of them are kept
+        if key not in self._trials:
+            net = self._net.copy()
+            equalize(net, find_streams(net)[0], factors)
+            scaled = scaled_stats(self._net, self._stats, factors)
+            inputs = {layer: scaled[name] for layer, name in self._layers.items() if name in scaled}
+            self._trials[key] = _Equalized(net, inputs, {})
+        return self._trials[key]
 
     def _choose_options(self, policy: Policy) -> ChooseOptions:
         activations, weights = self._options.grids

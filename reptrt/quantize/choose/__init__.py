@@ -48,7 +48,7 @@ from reptrt.quantize.choose.factors import (
     reader_of,
 )
 from reptrt.quantize.choose.in_float import FloatChoice, FloatDecision
-from reptrt.quantize.choose.noise import int8_obstacle
+from reptrt.quantize.choose.noise import Noises, int8_obstacle
 
 __all__ = [
     "Choice",
@@ -56,6 +56,7 @@ __all__ = [
     "Decision",
     "FloatChoice",
     "FloatDecision",
+    "Noises",
     "Option",
     "Policy",
     "RangeDecision",

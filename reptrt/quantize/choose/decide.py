@@ -9,7 +9,7 @@ from reptrt.quantize.calib.channels import ChannelStats
 from reptrt.quantize.choose.budget import within_budget
 from reptrt.quantize.choose.cost import full_range_macs, num_macs
 from reptrt.quantize.choose.decisions import Choice, ChooseOptions, Decision, Option, RangeDecision
-from reptrt.quantize.choose.noise import layer_noise
+from reptrt.quantize.choose.noise import Noises, layer_noise
 
 _HEALTHY = 1.0  # largest weight noise over activation noise of a layer that stays whole
 _ENOUGH = 0.25  # largest such ratio of a split layer
@@ -20,6 +20,7 @@ def choose(
     stats: Mapping[str, ChannelStats],
     options: ChooseOptions,
     full_range: Collection[str] = (),
+    noises: Noises | None = None,
 ) -> Choice:
     """Return a decision for every convolution and for every activation that can have full range.
 
@@ -28,12 +29,16 @@ def choose(
         stats: layer name -> statistics of its input; layers without an entry are not considered.
         options: what may be chosen, and what it may cost.
         full_range: activations that can have full range.
+        noises: of layers of the same net with the same statistics, codes and costs, as far as they
+            were computed for other policies; those of this call are added.
     """
+    known: Noises = {} if noises is None else noises
     layers = [
         node for node in weighted_nodes(net.graph) if node.name in stats and node.op == "Conv"
     ]
     desired = {
-        node.name: _desired_form(node, stats[node.name], options, full_range) for node in layers
+        node.name: _desired_form(node, stats[node.name], options, full_range, known)
+        for node in layers
     }
     ranges = [
         _range_decision(
@@ -49,12 +54,19 @@ def choose(
 
 
 def _desired_form(
-    node: gs.Node, stats: ChannelStats, options: ChooseOptions, full_range: Collection[str]
+    node: gs.Node,
+    stats: ChannelStats,
+    options: ChooseOptions,
+    full_range: Collection[str],
+    known: Noises,
 ) -> Decision:
     """Return the form that one layer should take if the budget allows it."""
     has_full_range = node.inputs[0].name in full_range
     activations = options.activations.full_range if has_full_range else options.activations
-    noise = layer_noise(node, stats, activations, options.weights, options.costs)
+    key = node.name, activations
+    if key not in known:
+        known[key] = layer_noise(node, stats, activations, options.weights, options.costs)
+    noise = known[key]
     forms = noise.options
     if options.precision == "int8":
         forms = tuple(o for o in forms if o.form in ("none", "identity-scalar"))

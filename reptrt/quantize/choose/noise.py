@@ -1,6 +1,7 @@
 """Signal and noises at the output of one convolution, for each form that it can take."""
 
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -26,6 +27,9 @@ class LayerNoise:
     signal: float  # sum W^2 E[x^2]
     activation_noise: float  # sum W^2 step_x^2 / 12
     options: tuple[Option, ...]  # the whole layer first, then the splits that it can take
+
+
+Noises: TypeAlias = dict[tuple[str, Grid], LayerNoise]  # by layer and codes of its input
 
 
 def layer_noise(
