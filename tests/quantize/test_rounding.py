@@ -1,5 +1,7 @@
 """Fake quantization and learned rounding with their gradients, against their formulas."""
 
+from dataclasses import replace
+
 import numpy as np
 import onnx
 import pytest
@@ -139,19 +141,44 @@ def kernel(seed: int = 0) -> np.ndarray:
     return weight
 
 
+def soft_of(*weights: np.ndarray, grid: Grid) -> tuple[SoftCodes, list[WeightSite]]:
+    """Return the soft codes of weights, and the sites with the names 0, 1, ..."""
+    sites = [replace(site(weight, grid), node=str(i)) for i, weight in enumerate(weights)]
+    return SoftCodes(sites, grid), sites
+
+
+def plain_weights(soft: SoftCodes, sites: list[WeightSite], grid: Grid) -> dict[str, torch.Tensor]:
+    """The formula, layer by layer; differentiable."""
+    weights, start = {}, 0
+    for found in sites:
+        shape, exact = found.weight.shape, found.weight / found.scale
+        v = soft.v[start : start + exact.numel()]
+        if len(shape) == 4:  # kept channels last
+            v = v.reshape(shape[0], *shape[2:], shape[1]).permute(0, 3, 1, 2)
+        start += exact.numel()
+        h = (1.2 * torch.sigmoid(v.reshape(shape)) - 0.1).clamp(0, 1)
+        low, high = (f(exact).clamp(grid.qmin, grid.qmax) for f in (torch.floor, torch.ceil))
+        weights[found.node] = (torch.floor(exact) + h).clamp(low, high) * found.scale
+    return weights
+
+
+def regularizer(soft: SoftCodes, beta: float) -> torch.Tensor:
+    h = (1.2 * torch.sigmoid(soft.v) - 0.1).clamp(0, 1)
+    return (1 - (2 * h - 1).abs().pow(beta)).sum()
+
+
 @pytest.mark.parametrize("bits", [8, 6, 4, 2])
 def test_at_first_the_codes_are_the_float_weight(bits: int) -> None:
     """Equal up to float32 rounding in a sigmoid and its inverse: a few millionths of a step."""
     grid = Grid.weight(bits)
-    found = site(kernel(), grid)
-    soft = SoftCodes(found, grid)
+    soft, (found,) = soft_of(kernel(), grid=grid)
     np.testing.assert_allclose(
-        (soft.soft() * found.scale).detach(), found.weight, atol=4e-5 * float(found.scale.max())
+        soft.weights()["0"].detach(), found.weight, atol=4e-5 * float(found.scale.max())
     )
     nearest = quantize(kernel(), found.scale.numpy().reshape(-1), grid, 0)
     scaled = (found.weight / found.scale).numpy()
     ties = np.abs(np.abs(scaled - np.rint(scaled)) - 0.5) < 1e-4
-    np.testing.assert_array_equal(soft.harden().numpy()[~ties], nearest[~ties])
+    np.testing.assert_array_equal(soft.harden()["0"].numpy()[~ties], nearest[~ties])
 
 
 @pytest.mark.parametrize("bits", [8, 6, 4])
@@ -160,17 +187,17 @@ def test_hardened_codes_are_floors_or_ceilings_inside_the_grid(
     bits: int, push: float | str
 ) -> None:
     grid = Grid.weight(bits)
-    found = site(kernel(1), grid)
-    soft = SoftCodes(found, grid)
+    soft, (found,) = soft_of(kernel(1), grid=grid)
     noise = torch.randn(soft.v.shape, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         soft.v += 5 * noise if isinstance(push, str) else push
     scaled = (found.weight / found.scale).numpy()
-    for codes in (soft.harden().numpy(), soft.soft().detach().numpy()):
-        low = np.clip(np.floor(scaled), grid.qmin, grid.qmax)
-        high = np.clip(np.ceil(scaled), grid.qmin, grid.qmax)
-        assert ((codes >= low) & (codes <= high)).all()
-    hard = soft.harden().numpy()
+    low = np.clip(np.floor(scaled), grid.qmin, grid.qmax)
+    high = np.clip(np.ceil(scaled), grid.qmin, grid.qmax)
+    between = soft.weights()["0"].detach() / found.scale
+    for codes in (soft.harden()["0"].numpy(), between.numpy()):
+        assert ((codes >= low - 1e-5) & (codes <= high + 1e-5)).all()
+    hard = soft.harden()["0"].numpy()
     assert ((hard == low) | (hard == high)).all()
     assert np.abs(hard).max() <= grid.qmax
     if push == 9.0:
@@ -181,42 +208,58 @@ def test_hardened_codes_are_floors_or_ceilings_inside_the_grid(
 
 def test_hardening_rounds_what_was_learned() -> None:
     grid = Grid.weight(8)
-    soft = SoftCodes(site(kernel(2), grid), grid)
+    soft, (found,) = soft_of(kernel(2), grid=grid)
     with torch.no_grad():
         soft.v += torch.randn(soft.v.shape, generator=torch.Generator().manual_seed(1))
-    learned = soft.soft().detach()
+    learned = soft.weights()["0"].detach() / found.scale
     undecided = (learned - learned.round()).abs() > 0.49
-    assert torch.equal(soft.harden()[~undecided], learned.round()[~undecided])
+    assert torch.equal(soft.harden()["0"][~undecided], learned.round()[~undecided])
 
 
-def test_the_regularizer_is_zero_for_integers_alone() -> None:
+@pytest.mark.parametrize("beta", [None, 20.0, 7.5, 2.0])
+@pytest.mark.parametrize("bits", [8, 3])
+def test_weights_and_gradients_are_those_of_the_formula(bits: int, beta: float | None) -> None:
+    """Several layers in one buffer; oracle: autograd of the formula, layer by layer."""
+    grid, rng = Grid.weight(bits), np.random.default_rng(bits)
+    dense, narrow = (
+        rng.standard_normal(shape).astype(np.float32) for shape in ((7, 11), (4, 1, 3, 3))
+    )
+    soft, sites = soft_of(kernel(3), dense, narrow, grid=grid)
+    with torch.no_grad():
+        soft.v += 2 * torch.randn(soft.v.shape, generator=torch.Generator().manual_seed(2))
+    loss = [torch.from_numpy(rng.standard_normal(s.weight.shape).astype(np.float32)) for s in sites]
+    plain, found = plain_weights(soft, sites, grid), soft.weights(beta, 0.25)
+    gradients = []
+    for weights, extra in ((found, 0.0), (plain, 0.25 if beta else 0.0)):
+        total = sum(
+            ((weights[s.node] * factor).sum() for s, factor in zip(sites, loss, strict=True)),
+            start=extra * regularizer(soft, beta or 1.0),
+        )
+        (gradient,) = torch.autograd.grad(total, soft.v)
+        gradients.append(gradient)
+    for found_site in sites:
+        torch.testing.assert_close(found[found_site.node], plain[found_site.node])
+    exact = torch.cat(
+        [
+            (s.weight / s.scale).permute(0, 2, 3, 1).reshape(-1)
+            if s.weight.dim() == 4
+            else (s.weight / s.scale).reshape(-1)
+            for s in sites
+        ]
+    )
+    free = exact != exact.round()  # what already is a code does not move
+    torch.testing.assert_close(gradients[0][free], gradients[1][free], rtol=2e-4, atol=2e-6)
+
+
+def test_the_regularizer_decides() -> None:
     grid = Grid.weight(8)
-    soft = SoftCodes(site(kernel(), grid), grid)
-    for beta in (20.0, 7.0, 2.0):
-        assert float(soft.regularizer(beta).detach()) > 1
-        with torch.no_grad():
-            kept = soft.v.clone()
-            soft.v.copy_(torch.where(soft.v >= 0, 9.0, -9.0))
-        assert float(soft.regularizer(beta).detach()) == 0.0
-        with torch.no_grad():
-            soft.v[0, 0, 0, 0] = 0.0  # h = 1/2: the furthest from an integer
-        assert float(soft.regularizer(beta).detach()) == pytest.approx(1.0)
-        with torch.no_grad():
-            soft.v.copy_(kept)
-
-
-def test_the_regularizer_is_its_formula_and_decides() -> None:
-    grid = Grid.weight(8)
-    soft = SoftCodes(site(kernel(), grid), grid)
-    h = np.clip(1.2 / (1 + np.exp(-soft.v.detach().double().numpy())) - 0.1, 0, 1)
-    wanted = (1 - np.abs(2 * h - 1) ** 3.0).sum()
-    assert float(soft.regularizer(3.0).detach()) == pytest.approx(wanted, rel=1e-4)
+    soft, (found,) = soft_of(kernel(), grid=grid)
     optimizer = torch.optim.Adam([soft.v], lr=0.3)
     for _ in range(60):
         optimizer.zero_grad()
-        soft.regularizer(2.0).backward()
+        (0.0 * soft.weights(2.0, 1.0)["0"]).sum().backward()
         optimizer.step()
-    codes = soft.soft().detach()
+    codes = soft.weights()["0"].detach() / found.scale
     assert float((codes - codes.round()).abs().max()) < 1e-3
 
 

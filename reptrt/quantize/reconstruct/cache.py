@@ -30,7 +30,7 @@ _COPIES = 8  # copies of a unit's activations while it is learned: values, gradi
 
 
 class Store:
-    """One tensor for all images, (N, *shape)."""
+    """One tensor for all images, (N, *shape); images lie in memory as convolutions read them."""
 
     def __init__(
         self, count: int, shape: Sequence[int], storage: Storage, device: torch.device, folder: Path
@@ -45,9 +45,10 @@ class Store:
                 file.truncate(max(size, 1))
                 self._mapping = mmap.mmap(file.fileno(), max(size, 1))
             array = np.frombuffer(self._mapping, np.float16, size // 2)
-            self._values = torch.from_numpy(array.reshape(count, *shape))
+            values = torch.from_numpy(array.reshape(count, *_in_memory(shape)))
         else:
-            self._values = torch.empty((count, *shape), dtype=dtype, device=device)
+            values = torch.empty((count, *_in_memory(shape)), dtype=dtype, device=device)
+        self._values, self._axes = values, (0, 3, 1, 2) if len(shape) == 3 else None
 
     def to_host(self) -> None:
         """Move the values to CPU memory; `read` still returns tensors on the computing device."""
@@ -57,7 +58,7 @@ class Store:
         """Store the values of the images ``start``, ``start + 1``, ..."""
         if self._half:
             values = values.clamp(-_LARGEST, _LARGEST)
-        self._values[start : start + len(values)] = values.detach()
+        self._as_read(self._values[start : start + len(values)]).copy_(values.detach())
         self._release_pages()
 
     def read(self, index: Tensor | slice) -> Tensor:
@@ -66,12 +67,21 @@ class Store:
             index = index.to(self._values.device)
         values = self._values[index].to(self._device, torch.float32)
         self._release_pages()
-        return values
+        return self._as_read(values)
+
+    def _as_read(self, values: Tensor) -> Tensor:
+        """Return a view (n, C, H, W) of stored images (n, H, W, C)."""
+        return values if self._axes is None else values.permute(self._axes)
 
     def _release_pages(self) -> None:
         """Return the pages of a file to the system; they would count as this process's memory."""
         if self._mapping is not None and hasattr(mmap, "MADV_DONTNEED"):
             self._mapping.madvise(mmap.MADV_DONTNEED)
+
+
+def _in_memory(shape: Sequence[int]) -> Sequence[int]:
+    """Return the order of axes in memory: channels last for an image."""
+    return (*shape[1:], shape[0]) if len(shape) == 3 else shape
 
 
 class Activations:

@@ -20,6 +20,8 @@ def fake_quantize(x: Tensor, step: Tensor, grid: Grid) -> Tensor:
         step: the scale, a scalar.
         grid: the codes.
     """
+    if not torch.is_grad_enabled() or not (x.requires_grad or step.requires_grad):
+        return x.div(step).round_().clamp_(grid.qmin, grid.qmax).mul_(step)
     return _FakeQuantize.apply(x, step, grid)  # type: ignore[no-untyped-call,no-any-return]
 
 
@@ -35,8 +37,17 @@ class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         scaled, codes = ctx.saved_tensors
-        inside = (scaled >= ctx.grid.qmin - 0.5) & (scaled <= ctx.grid.qmax + 0.5)
-        of_step = None
+        of_x, of_step = None, None
         if ctx.needs_input_grad[1]:
-            of_step = (grad * torch.where(inside, codes - scaled, codes)).sum()
-        return grad * inside if ctx.needs_input_grad[0] else None, of_step, None
+            # grad * (codes - scaled) inside, grad * codes outside
+            of_step = (codes - _inside(scaled, scaled, ctx.grid)).mul_(grad).sum()
+        if ctx.needs_input_grad[0]:
+            of_x = _inside(grad, scaled, ctx.grid)
+        return of_x, of_step, None
+
+
+def _inside(values: Tensor, scaled: Tensor, grid: Grid) -> Tensor:
+    """Return the values where ``scaled`` lies inside the grid, else 0, in one pass."""
+    low, high = grid.qmin - 0.5, grid.qmax + 0.5
+    inside: Tensor = torch.ops.aten.hardtanh_backward(values, scaled, low, high)
+    return inside

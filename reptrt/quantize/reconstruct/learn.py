@@ -48,10 +48,13 @@ class Task:
 
 
 def relative_error(value: Tensor, target: Tensor, loss: str) -> Tensor:
-    """Return mean |value - target| / mean |target| ("mae"), or the same of squares ("mse")."""
+    """Return sum |value - target| / sum |target| ("mae"), or the same of squares ("mse").
+
+    Sums, because the gradient of a mean is a tensor of another memory layout.
+    """
     if loss == "mae":
-        return (value - target).abs().mean() / target.abs().mean().clamp_min(_LEAST_SIGNAL)
-    return (value - target).square().mean() / target.square().mean().clamp_min(_LEAST_SIGNAL)
+        return (value - target).abs().sum() / target.abs().sum().clamp_min(_LEAST_SIGNAL)
+    return (value - target).square().sum() / target.square().sum().clamp_min(_LEAST_SIGNAL)
 
 
 def errors_of(
@@ -110,7 +113,7 @@ def learn(
     trial = _Trial(task, start, options)
     if not trial.parameters:
         return State()
-    optimizer = torch.optim.Adam(trial.parameters)
+    optimizer = torch.optim.Adam(trial.parameters, fused=True)
     rates = [group["lr"] for group in optimizer.param_groups]
     for step in range(options.iterations):
         picked = images[torch.randint(len(images), (options.batch,), generator=generator)]
@@ -135,11 +138,8 @@ class _Trial:
         sites = task.sites
         unit_sites = [site for node, site in sites.weights.items() if node in task.nodes]
         self._weights = dequantized_weights(sites, start, [site.node for site in unit_sites])
-        self._soft: dict[str, SoftCodes] = {}
-        if options.rounding:
-            self._soft = {
-                site.node: SoftCodes(site, sites.grid) for site in unit_sites if not site.exact
-            }
+        learned = [site for site in unit_sites if options.rounding and not site.exact]
+        self._soft = SoftCodes(learned, sites.grid) if learned else None
         layers: set[str] = set()
         if options.affine:
             layers = {site.layer for site in unit_sites} & sites.affines.keys()
@@ -151,7 +151,6 @@ class _Trial:
         self._log_step = {
             group: _trainable(start.step[group].log()) for group in sorted(groups) if options.steps
         }
-        self._num_weights = sum(codes.v.numel() for codes in self._soft.values())
 
     @property
     def parameters(self) -> list[dict[str, object]]:
@@ -159,7 +158,7 @@ class _Trial:
         options = self._options
         affine = [*self._gain.values(), *self._shift.values()]
         groups: list[tuple[Sequence[Tensor], float, bool]] = [
-            ([codes.v for codes in self._soft.values()], options.rounding_rate, True),
+            ([] if self._soft is None else [self._soft.v], options.rounding_rate, True),
             (affine, options.affine_rate, False),
             ([*self._log_step.values()], options.step_rate, False),
         ]
@@ -170,32 +169,32 @@ class _Trial:
         ]
 
     def loss(self, picked: Tensor, beta: float | None) -> Tensor:
-        """Return the loss on the picked images; ``beta`` None leaves out the regularizer."""
+        """Return the loss on the picked images without the value of the regularizer.
+
+        Its gradient is part of the backward pass, unless ``beta`` is None.
+        """
         task, kind = self._task, self._options.loss
-        outputs = self._run(task.inputs(picked))
+        outputs = self._run(task.inputs(picked), beta)
         errors = errors_of(outputs, task.targets(picked), task.measure, kind)
         loss = torch.stack(errors).mean()
         if task.stage is not None:
             loss = loss + self._options.stage_weight * task.stage(outputs, picked)
-        if beta is not None and self._soft:
-            terms = [codes.regularizer(beta) for codes in self._soft.values()]
-            loss = loss + self._options.regularizer * torch.stack(terms).sum() / self._num_weights
         return loss
 
     def learned(self) -> State:
         """Return the current values, with hardened codes."""
         return State(
-            {node: codes.harden() for node, codes in self._soft.items()},
+            {} if self._soft is None else self._soft.harden(),
             {layer: value.detach() for layer, value in self._gain.items()},
             {layer: value.detach() for layer, value in self._shift.items()},
             {group: value.detach().exp() for group, value in self._log_step.items()},
         )
 
-    def _run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        sites = self._task.sites
-        soft = {
-            node: codes.soft() * sites.weights[node].scale for node, codes in self._soft.items()
-        }
+    def _run(self, inputs: Mapping[str, Tensor], beta: float | None) -> dict[str, Tensor]:
+        sites, soft = self._task.sites, {}
+        if self._soft is not None:
+            strength = self._options.regularizer / self._soft.v.numel()  # a mean over weights
+            soft = self._soft.weights(beta, strength)
         current = State(
             {}, self._gain, self._shift, {g: value.exp() for g, value in self._log_step.items()}
         )
