@@ -46,8 +46,8 @@ def test_full_range_costs_what_the_target_says() -> None:
 
 
 def test_a_file_and_its_sidecar_name_the_target(tmp_path: Path) -> None:
-    model = write_net(tmp_path, rep_net(1))
-    data = write_images(tmp_path, 16)
+    model = write_net(tmp_path / "m.onnx", rep_net(1))
+    data = write_images(tmp_path / "x.npz", 16)
     for target in get_args(TargetName):
         output = tmp_path / f"{target}.onnx"
         calibrate(model, data, output, CalibrateOptions(images=16, target=target))
