@@ -5,8 +5,9 @@
     x_dq  = q * scale                                         all zero points are 0
 
 Activations have one scale per tensor and codes in [-128, 127], or in [0, 255] (UINT8) with full
-range. Weights have one scale per output channel and codes in [-127, 127]. Fewer bits are simulated
-with 8-bit codes: weights of 6 bits use the codes in [-31, 31] and scale = amax / 31.
+range. A runtime that has zero points takes any 256 codes around 0, stored as UINT8. Weights have
+one scale per output channel and codes in [-127, 127]. Fewer bits are simulated with 8-bit codes:
+weights of 6 bits use the codes in [-31, 31] and scale = amax / 31.
 """
 
 from dataclasses import dataclass
@@ -37,16 +38,43 @@ class Grid:
 
     @property
     def dtype(self) -> type[np.int8] | type[np.uint8]:
-        """The type of the codes: UINT8 if they begin at 0, else INT8.
+        """The type of the codes: INT8 if it holds them and they begin below 0, else UINT8.
 
         Raises:
-            ValueError: the type cannot represent all codes.
+            ValueError: 8 bits cannot represent all codes.
         """
-        dtype: type[np.int8] | type[np.uint8] = np.uint8 if self.qmin == 0 else np.int8
-        limits = np.iinfo(dtype)
-        if not limits.min <= self.qmin <= self.qmax <= limits.max:
-            raise ValueError(f"{self}: 8 bits with zero point 0 cannot represent these codes")
-        return dtype
+        if -128 <= self.qmin < 0 <= self.qmax <= 127:
+            return np.int8
+        if not (
+            self.qmin <= 0 <= self.qmax and (self.is_whole or -1 < self.qmin <= self.qmax < 256)
+        ):
+            raise ValueError(f"{self}: 8 bits cannot represent these codes")
+        return np.uint8
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the grid has all 256 codes, so that saturation alone keeps values in it."""
+        return self.qmax - self.qmin == np.iinfo(np.uint8).max
+
+    @property
+    def zero_point(self) -> int:
+        """The stored code of 0: codes are stored with it added, in the type `dtype`."""
+        return 0 if self.dtype is np.int8 else -self.qmin
+
+    @property
+    def mirrored(self) -> "Grid":
+        """The grid that reaches as far on both sides as this one on its longer side."""
+        return Grid(self.qmin, max(self.qmax, -self.qmin - 1)) if self.zero_point else self
+
+    @staticmethod
+    def between(low: float, high: float) -> "Grid":
+        """Return all 256 codes, of which as large a part is negative as of the values low..high.
+
+        >>> Grid.between(-1.0, 3.0)
+        Grid(qmin=-64, qmax=191)
+        """
+        negative = round(255 * -low / (high - low))
+        return Grid(-negative, 255 - negative)
 
     @property
     def full_range(self) -> "Grid":

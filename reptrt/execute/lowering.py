@@ -17,9 +17,8 @@ that follows it directly, so it would run every convolution of an unchanged grap
 4. If the weights of a channel are so small compared to its bias that those codes would overflow,
    the step of the weights grows until the bias fits; if all weights are zero, the step is chosen
    for the bias. This moves an output by less than 2^-22 of the bias for each weight of the channel.
-5. The remaining INT8 activations get UINT8 codes with zero point 128, 128 more than before: the
-   x86 kernels of onnxruntime take unsigned activations. onnxruntime does the same by itself, except
-   where a tensor has two consumers; it then computes that layer in float.
+5. The remaining INT8 activations get UINT8 codes with zero point 128
+   (`reptrt.rewrite.to_unsigned`).
 6. Layers for which there is no INT8 kernel, because no Q follows, sum codes in float operators
    (`reptrt.execute.code_sums`), which is exact. For a runtime without any INT8 kernels,
    `reptrt.execute.torchgraph`, all layers do. Codes and outputs are then those of onnxruntime, to
@@ -42,6 +41,7 @@ from reptrt.graph.flow import moves_values
 from reptrt.graph.net import constant_value, model_from_net, net_from_model, producer
 from reptrt.graph.queries import quantization_of, symmetric_int8_scale
 from reptrt.rewrite.restore import restore
+from reptrt.rewrite.to_unsigned import make_unsigned
 
 _MAX_BIAS_CODE = 1 << 30  # leaves room for the sum in an INT32 accumulator
 _LONE_BIAS_CODE = 1 << 22  # of a channel without weights: sums in float are exact below 2^24
@@ -72,7 +72,7 @@ def lower(model: onnx.ModelProto, *, kernels: bool = True) -> onnx.ModelProto:
             if node.op == "Gemm":
                 _quantize_bias(graph, node)
     for node in graph.nodes:
-        _make_unsigned(graph, node)
+        make_unsigned(graph, node)
     for node in list(graph.nodes):
         if not (kernels and _has_kernel(graph, node)):
             sum_codes(graph, node)
@@ -162,21 +162,6 @@ def _saturate_instead(graph: gs.Graph, node: gs.Node) -> None:
     graph.nodes.append(clip)
     node.outputs.clear()
     node.inputs.clear()
-
-
-def _make_unsigned(graph: gs.Graph, quantize: gs.Node) -> None:
-    """Step 5."""
-    if quantize.op != "QuantizeLinear" or symmetric_int8_scale(quantize) is None:
-        return
-    codes = quantize.outputs[0]
-    if codes in graph.outputs or any(
-        symmetric_int8_scale(reader) is None for reader in codes.outputs
-    ):
-        return
-    zero_point = gs.Constant(f"{codes.name}.u8_zero_point", np.array(128, dtype=np.uint8))
-    for node in (quantize, *codes.outputs):
-        node.inputs[2] = zero_point
-    codes.dtype = np.dtype(np.uint8)
 
 
 def _bounds(node: gs.Node) -> tuple[float, float]:

@@ -8,6 +8,7 @@ read by `reptrt.graph.quantized.plan_from_net`.
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 import numpy as np
 import numpy.typing as npt
@@ -87,6 +88,7 @@ def plan_from_placement(
     weights: Mapping[str, QuantizedWeight],
     grid: Grid,
     full_range: Collection[str] = (),
+    grids: Mapping[str, Grid] = MappingProxyType({}),
 ) -> QuantPlan:
     """Return the plan that fills a placement with numbers.
 
@@ -96,14 +98,16 @@ def plan_from_placement(
         weights: node -> codes and scales, for every weight of the placement.
         grid: the codes of activations.
         full_range: activations that are never negative and take the codes ``grid.full_range``.
+        grids: tensor -> codes, of activations that have others.
     """
+    codes = {**dict.fromkeys(full_range, grid.full_range), **grids}
     return QuantPlan(
         activations={
             activation.tensor: QuantizedActivation(
                 activation.readers,
                 activation.group,
                 float(np.float32(scales[activation.tensor])),
-                grid.full_range if activation.tensor in full_range else grid,
+                codes.get(activation.tensor, grid),
             )
             for activation in placement.activations
         },

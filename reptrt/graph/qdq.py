@@ -22,8 +22,6 @@ from reptrt.graph.placement import Placement
 from reptrt.graph.plan import QuantizedActivation, QuantizedWeight, QuantPlan
 from reptrt.graph.queries import base, producer_past_casts
 
-_INT8 = Grid.activation(8)
-_WHOLE = (_INT8, _INT8.full_range)  # grids that saturation alone enforces
 _ROLES = ("scale", "zero_point", "q", "dq", "quantize", "dequantize", "clip", "clipped")
 
 
@@ -148,11 +146,11 @@ def _append_pair(net: Net, tensor: gs.Tensor, activation: QuantizedActivation) -
     dtype = activation.grid.dtype
     parameters = [
         gs.Constant(f"{name}.scale", np.array(activation.scale, dtype=np.float32)),
-        gs.Constant(f"{name}.zero_point", np.array(0, dtype=dtype)),
+        gs.Constant(f"{name}.zero_point", np.array(activation.grid.zero_point, dtype)),
     ]
     codes = gs.Variable(f"{name}.q", dtype=dtype, shape=tensor.shape)
     result = gs.Variable(f"{name}.dq", dtype=np.float32, shape=tensor.shape)
-    if activation.grid not in _WHOLE:
+    if not activation.grid.is_whole:
         tensor = _clip(net.graph, name, tensor, activation)
     net.graph.nodes += [
         gs.Node("QuantizeLinear", f"{name}.quantize", {}, [tensor, *parameters], [codes]),

@@ -37,6 +37,7 @@ class ActivationScales:
     """The scales of all activations, and how they were chosen."""
 
     tensors: tuple[TensorScale, ...]
+    summands: frozenset[str]  # tensors that have thresholds of their own, without a margin
     rule: Threshold
     margin: float  # factor by which the thresholds of the rule were widened; 1 for a given rule
 
@@ -45,9 +46,17 @@ class ActivationScales:
         """Tensor -> scale."""
         return {tensor.tensor: tensor.scale for tensor in self.tensors}
 
+    @property
+    def grids(self) -> dict[str, Grid]:
+        """Tensor -> codes."""
+        return {tensor.tensor: tensor.grid for tensor in self.tensors}
+
     def widened(self, factor: float) -> "ActivationScales":
-        """Return the same scales with all thresholds multiplied by a factor."""
-        tensors = tuple(tensor.widened(factor) for tensor in self.tensors)
+        """Return the same scales with thresholds multiplied by a factor."""
+        tensors = tuple(
+            tensor if tensor.tensor in self.summands else tensor.widened(factor)
+            for tensor in self.tensors
+        )
         return replace(self, tensors=tensors, margin=self.margin * factor)
 
 
@@ -57,6 +66,7 @@ def choose_scales(
     histograms: Mapping[str, Histogram],
     outputs: Outputs,
     options: CalibrateOptions,
+    summands: Collection[str] = (),
 ) -> ActivationScales:
     """Return the scales of all activations.
 
@@ -66,21 +76,26 @@ def choose_scales(
         histograms: tensor -> histogram of |x|.
         outputs: judges a net by its outputs; used where there is more than one candidate rule.
         options: of calibration.
+        summands: tensors whose histogram shows what a sum needs of them.
     """
-    grid, full_range = options.grids[0], full_range_of(prepared.ranges)
+    grids = _grids_of(prepared, histograms, options)
+    alone = frozenset(summands if options.is_auto else ())
     candidates = [
         ActivationScales(
-            _tensor_scales(prepared.placement, histograms, rule, grid, full_range), rule.rule, 1.0
+            _tensor_scales(prepared.placement, histograms, rule, grids, alone),
+            alone,
+            rule.rule,
+            1.0,
         )
         for rule in options.threshold.candidates
     ]
     if len(candidates) == 1:
         return candidates[0]
 
-    trial = Trial(net, prepared.placement, full_range, outputs, options)  # with float weights
+    trial = Trial(net, prepared.placement, outputs, options)  # with float weights
 
     def error(scales: ActivationScales) -> float:
-        return trial.error(scales.by_tensor, limits_of(prepared, scales))
+        return trial.error(scales.by_tensor, scales.grids, limits_of(prepared, scales))
 
     errors = [error(scales) for scales in candidates]
     least = min(errors)
@@ -117,26 +132,50 @@ def limits_of(prepared: Prepared, scales: ActivationScales) -> dict[str, Overrid
     }
 
 
+def _grids_of(
+    prepared: Prepared, histograms: Mapping[str, Histogram], options: CalibrateOptions
+) -> dict[str, Grid]:
+    """Return the codes of every activation.
+
+    Where the runtime has zero points, the codes are spread over the values that a tensor takes.
+    """
+    grid, full_range = options.grids[0], full_range_of(prepared.ranges)
+    activations = prepared.placement.activations
+    grids = {a.tensor: grid.full_range if a.tensor in full_range else grid for a in activations}
+    if not (options.runtime.unsigned and options.full_range and grid.is_whole):
+        return grids
+    groups = merge_groups(activations, histograms)
+    alive = (a for a in activations if groups[a.group].maximum > 0)
+    return grids | {a.tensor: Grid.between(*groups[a.group].range) for a in alive}
+
+
 def _tensor_scales(
     placement: Placement,
     histograms: Mapping[str, Histogram],
     threshold: ThresholdOptions,
-    grid: Grid,
-    full_range: Collection[str],
+    grids: Mapping[str, Grid],
+    summands: Collection[str],
 ) -> tuple[TensorScale, ...]:
     groups = merge_groups(placement.activations, histograms)
     tensors = []
     for activation in placement.activations:
         histogram = histograms[activation.tensor]
         total = int(histogram.counts.sum()) + histogram.zeros
-        codes = grid.full_range if activation.tensor in full_range else grid
-        kept = amax_from_histogram(groups[activation.group], threshold, codes)
+        codes, rule = grids[activation.tensor], threshold
+        if activation.tensor in summands:
+            rule = ThresholdOptions("mse")
+        group = groups[activation.group]
+        kept = amax_from_histogram(group, rule, codes.mirrored)
+        if codes.is_whole and codes.qmin < 0 and codes.zero_point:
+            low, high = (max(min(bound, kept), -kept) for bound in group.range)
+            codes = Grid.between(low, high)
         tensors.append(
             TensorScale(
                 tensor=activation.tensor,
                 maximum=histogram.maximum,
                 amax=kept,
-                scale=float(scale_from_amax(kept, codes)),
+                scale=float(scale_from_amax(kept, codes.mirrored)),
+                grid=codes,
                 zeros=histogram.zeros / total,
                 bins=_bins(histogram),
                 bin_width=histogram.width * _MERGED,

@@ -42,6 +42,7 @@ from reptrt.rewrite.insert_affine import insert_affine
 from reptrt.rewrite.recentre import recentre, round_scales
 from reptrt.rewrite.round_biases import round_biases
 from reptrt.rewrite.to_fp16 import log_left_fp32, to_fp16
+from reptrt.rewrite.to_unsigned import to_unsigned
 
 _LOG = logging.getLogger(__name__)
 
@@ -224,10 +225,15 @@ def _calibrate(
 
 def _finish(net: Net, plan: QuantPlan, options: CalibrateOptions) -> tuple[Skipped, ...]:
     """Bring a Q/DQ graph into the form that is written; return the nodes that FP16 cannot hold."""
-    plan = round_scales(net, plan)
+    unsigned = options.runtime.unsigned
+    if not unsigned:
+        plan = round_scales(net, plan)
     round_biases(net)
-    recentre(net, plan)
+    if not unsigned:
+        recentre(net, plan)
     fold_skip_scale(net)
+    if unsigned:
+        to_unsigned(net)
     left_fp32 = to_fp16(net).skipped if options.high_precision == "fp16" else ()
     log_left_fp32(left_fp32)
     record_target(net, options.target)

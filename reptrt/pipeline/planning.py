@@ -13,7 +13,7 @@ from reptrt.graph.qdq import insert_qdq
 from reptrt.pipeline.options import CalibrateOptions
 from reptrt.pipeline.preparing import Prepared, prepare
 from reptrt.pipeline.quantities import Quantities, quantities_of
-from reptrt.quantize.choose import RangeDecision, full_range_of
+from reptrt.quantize.choose import RangeDecision
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +66,6 @@ def plan_net(net: Net, dataset: Dataset, options: CalibrateOptions, clock: Clock
         found.activations.by_tensor,
         found.weights,
         options.grids[0],
-        full_range_of(ranges),
+        grids=found.activations.grids,
     )
     return Planned(net, reference, prepared, found, ranges, plan)

@@ -24,14 +24,16 @@ from reptrt.quantize.choose import (
     Decision,
     RangeDecision,
     full_range_of,
+    keep_ends,
     num_macs,
+    prices_of_ends,
     range_of_channels,
     splits_macs,
 )
 from reptrt.rewrite.contract import Skipped
 from reptrt.rewrite.equalize import equalize, find_streams
 from reptrt.rewrite.insert_offsets import insert_offsets, remove_offsets
-from reptrt.rewrite.recentre import full_range_obstacle
+from reptrt.rewrite.recentre import full_range_obstacle, unsigned_obstacle
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,21 +69,24 @@ def prepare(net: Net, dataset: Dataset, options: CalibrateOptions) -> Prepared:
         for node in weighted_nodes(net.graph)
         if node.name not in placement.excluded
     }
-    offsets = insert_offsets(net, placement) if options.full_range else ()
+    shifted = options.full_range and not options.runtime.unsigned
+    offsets = insert_offsets(net, placement) if shifted else ()
     form = options.split_form
     asked = dict.fromkeys(layers, form) if form != "none" else {}
     with torch.inference_mode():
         graph = TorchGraph(net, torch_device(options.device))
         stats, shares = _measure(graph, net, placement, layers, dataset, options)
-        possible = _can_have_full_range(net, place(net, *in_float)) if options.full_range else []
+        possible = (
+            _can_have_full_range(net, place(net, *in_float), options) if options.full_range else []
+        )
         candidates = Candidates(net, stats, layers, possible, asked, options).all()
 
-        def error(candidate: Candidate) -> float:
+        def error(candidate: Candidate, ends: Sequence[str] = ()) -> float:
             trial = net.copy()
             _apply(trial, candidate, asked, options)
             return error_at_maxima(
                 trial,
-                place(trial, *in_float),
+                place(trial, (*in_float[0], *exactly(ends)), in_float[1]),
                 scaled_stats(net, stats, candidate.factors),
                 candidate.full_range,
                 shares,
@@ -91,10 +96,17 @@ def prepare(net: Net, dataset: Dataset, options: CalibrateOptions) -> Prepared:
 
         outputs = Outputs(graph, parts(dataset)[1])
         chosen = candidates[0] if len(candidates) == 1 else min(candidates, key=error)
+        if options.runtime.float_ends and stats:
+            trial = net.copy()
+            _apply(trial, chosen, asked, options)
+            whole = {node.name for node in weighted_nodes(trial.graph)} & layers.keys()
+            prices = prices_of_ends(net, whole, options.runtime.costs)
+            ends = keep_ends(prices, lambda kept: error(chosen, kept))
+            in_float = ((*in_float[0], *exactly(ends)), in_float[1])
     total = num_macs(net)
     left_whole = _apply(net, chosen, asked, options)
     placement = place(net, *in_float)  # of the net with its splits
-    still_possible = _can_have_full_range(net, placement) if chosen.full_range else ()
+    still_possible = _can_have_full_range(net, placement, options) if chosen.full_range else ()
     ranges = tuple(
         replace(decision, full=decision.full and decision.tensor in still_possible)
         for decision in chosen.choice.ranges
@@ -168,11 +180,12 @@ def _statistics(
     return stats, shares
 
 
-def _can_have_full_range(net: Net, placement: Placement) -> list[str]:
+def _can_have_full_range(net: Net, placement: Placement, options: CalibrateOptions) -> list[str]:
+    obstacle = unsigned_obstacle if options.runtime.unsigned else full_range_obstacle
     return [
         activation.tensor
         for activation in placement.activations
-        if full_range_obstacle(net, placement, activation.tensor) is None
+        if obstacle(net, placement, activation.tensor) is None
     ]
 
 

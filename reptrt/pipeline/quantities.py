@@ -24,7 +24,7 @@ from reptrt.pipeline.preparing import Prepared, torch_device
 from reptrt.quantize.calib.bias import bias_errors, deployed_weights
 from reptrt.quantize.calib.collect import Statistics, collect
 from reptrt.quantize.calib.outputs import Outputs
-from reptrt.quantize.calib.saturation import without_dead_values
+from reptrt.quantize.calib.saturation import renamed, with_needed
 
 _LOG = logging.getLogger(__name__)
 
@@ -53,12 +53,13 @@ def quantities_of(
     """
     with torch.inference_mode():
         graph = TorchGraph(net, torch_device(options.device))
-        seen, placement, dead = _collect_alive(graph, net, prepared, dataset, options)
+        watched, needed = with_needed(net)
+        watching = TorchGraph(watched, torch_device(options.device)) if needed else graph
+        seen, placement, dead = _collect_alive(watching, net, prepared, dataset, options, needed)
         prepared = replace(prepared, placement=placement)
         clock.lap("collect")
         outputs = prepared.outputs
-        histograms = without_dead_values(net, seen.histograms)
-        activations = choose_scales(net, prepared, histograms, outputs, options)
+        activations = choose_scales(net, prepared, seen.histograms, outputs, options, needed)
         clock.lap("thresholds")
         weights = quantize_weights(net, placement, options.grids[1])
         if options.correct_bias:
@@ -68,7 +69,12 @@ def quantities_of(
 
 
 def _collect_alive(
-    graph: TorchGraph, net: Net, prepared: Prepared, dataset: Dataset, options: CalibrateOptions
+    graph: TorchGraph,
+    net: Net,
+    prepared: Prepared,
+    dataset: Dataset,
+    options: CalibrateOptions,
+    needed: Mapping[str, str],
 ) -> tuple[Statistics, Placement, tuple[str, ...]]:
     """Collect statistics; take dead tensors, and the layers that read one, out of the placement.
 
@@ -76,7 +82,7 @@ def _collect_alive(
     """
     placement = prepared.placement
     in_float = (exactly(placement.excluded), exactly(placement.float_nodes))
-    seen = _collect(graph, net, placement, dataset, options)
+    seen = _collect(graph, net, placement, dataset, options, needed)
     if seen.same_images:
         _LOG.warning("%s: all %d images are equal: ranges of one", dataset.name, dataset.length)
     dead: tuple[str, ...] = ()
@@ -94,11 +100,18 @@ def _collect_alive(
 
 
 def _collect(
-    graph: TorchGraph, net: Net, placement: Placement, dataset: Dataset, options: CalibrateOptions
+    graph: TorchGraph,
+    net: Net,
+    placement: Placement,
+    dataset: Dataset,
+    options: CalibrateOptions,
+    needed: Mapping[str, str],
 ) -> Statistics:
     inputs = {node.name: node.inputs[0].name for node in net.graph.nodes if node.inputs}
     means = {inputs[weight.node] for weight in placement.weights} if options.correct_bias else ()
-    return collect(graph, dataset, [a.tensor for a in placement.activations], means)
+    tensors = [needed.get(a.tensor, a.tensor) for a in placement.activations]
+    seen = collect(graph, dataset, tensors, means)
+    return replace(seen, histograms=renamed(seen.histograms, needed))
 
 
 def _correct_biases(

@@ -10,6 +10,7 @@ import numpy as np
 from rich.table import Table
 
 from reptrt.core.choices import Threshold
+from reptrt.core.grid import Grid
 from reptrt.core.result import Result
 from reptrt.exporter.prove import Proof
 from reptrt.graph.splits import Split
@@ -70,6 +71,7 @@ class TensorScale:
     maximum: float  # largest |x| seen
     amax: float  # largest |x| kept
     scale: float
+    grid: Grid  # the codes, less the zero point
     zeros: float  # fraction of exact zeros
     bins: tuple[int, ...]  # how often |x| fell into [i * width, (i + 1) * width), without the zeros
     bin_width: float

@@ -23,14 +23,13 @@ from reptrt.rewrite.linear import spread_over_kernel
 
 
 class Trial:
-    """A prepared net with quantized activations; every run may have other scales.
+    """A prepared net with quantized activations; every run may have other scales and codes.
 
     The pairs are inserted and the net is compiled once.
 
     Args:
         net: a prepared float net; not changed.
         placement: of the net.
-        full_range: activations with full range.
         outputs: the judge.
         options: of calibration.
     """
@@ -39,15 +38,13 @@ class Trial:
         self,
         net: Net,
         placement: Placement,
-        full_range: Collection[str],
         outputs: Outputs,
         options: CalibrateOptions,
     ) -> None:
         trial, floats = net.copy(), replace(placement, weights=())
         scales = {activation.tensor: 1.0 for activation in placement.activations}
-        plan = plan_from_placement(floats, scales, {}, options.grids[0], full_range)
+        plan = plan_from_placement(floats, scales, {}, options.grids[0])
         insert_qdq(trial, plan)
-        self._grids = {name: activation.grid for name, activation in plan.activations.items()}
         self._pairs = {
             name: (pair.dequantizes[0].name, [node.name for node in pair.before])
             for name, pair in inserted_pairs(trial, plan).items()
@@ -57,6 +54,7 @@ class Trial:
     def error(
         self,
         scales: Mapping[str, float],
+        grids: Mapping[str, Grid],
         limits: Mapping[str, Override],
         constants: Mapping[str, Tensor] | None = None,
     ) -> float:
@@ -64,6 +62,7 @@ class Trial:
 
         Args:
             scales: tensor -> scale, for every activation of the placement.
+            grids: tensor -> codes, likewise.
             limits: tensor -> function that clamps it before it is quantized.
             constants: name -> value, of weights and biases in place of those of the net.
         """
@@ -71,7 +70,7 @@ class Trial:
         for tensor, (dequantize, before) in self._pairs.items():
             hooks |= dict.fromkeys(before, _unchanged)
             step = torch.tensor(np.float32(scales[tensor]), device=self._graph.placement.device)
-            hooks[dequantize] = functools.partial(_rounded_to_codes, step, self._grids[tensor])
+            hooks[dequantize] = functools.partial(_rounded_to_codes, step, grids[tensor])
         return self._outputs.error(self._graph, constants or {}, limits, hooks)
 
 
@@ -114,19 +113,15 @@ def error_at_maxima(
         largest = float(stats[activation.tensor].maximum.max())
         groups[activation.group] = max(groups.get(activation.group, 0.0), largest)
     grid = options.grids[0]
-    scales = {
-        a.tensor: float(
-            scale_from_amax(groups[a.group], grid.full_range if a.tensor in full_range else grid)
-        )
-        for a in known
-    }
+    grids = {a.tensor: grid.full_range if a.tensor in full_range else grid for a in known}
+    scales = {a.tensor: float(scale_from_amax(groups[a.group], grids[a.tensor])) for a in known}
     limits = {a.tensor: clamp_to(groups[a.group] * without_judges[a.tensor]) for a in known}
     weights = quantize_weights(net, placement, options.grids[1])
     constants = _with_rounded_weights(
         net, weights, stats, np.sqrt(options.remaining), options.correct_bias
     )
     placement = replace(placement, activations=known)
-    return Trial(net, placement, full_range, outputs, options).error(scales, limits, constants)
+    return Trial(net, placement, outputs, options).error(scales, grids, limits, constants)
 
 
 def _with_rounded_weights(

@@ -37,7 +37,7 @@ import onnx_graphsurgeon as gs
 from reptrt.core.arrays import Float64Array
 from reptrt.core.errors import RewriteError
 from reptrt.graph.layers import add_to_bias, dequantized_weight
-from reptrt.graph.net import Net, producer
+from reptrt.graph.net import Net, producer, producer_of
 from reptrt.graph.placement import Activation, Placement
 from reptrt.graph.plan import QuantizedActivation, QuantizedWeight, QuantPlan
 from reptrt.graph.qdq import Pair, inserted_pairs, update_qdq
@@ -66,15 +66,12 @@ def full_range_obstacle(net: Net, placement: Placement, tensor: str) -> str | No
         placement: where pairs go.
         tensor: an activation of the placement.
     """
-    activation = next((a for a in placement.activations if a.tensor == tensor), None)
-    if activation is None:
-        return "it gets no Q/DQ pair"
-    if any(a.group == activation.group and a is not activation for a in placement.activations):
-        return "a Concat gives it the scale of other tensors"
+    reason = unsigned_obstacle(net, placement, tensor)
+    if reason is not None:
+        return reason
+    activation = next(a for a in placement.activations if a.tensor == tensor)
     source = net.graph.tensors()[tensor]
-    relu = producer(source)
-    if relu is None or relu.op != "Relu":
-        return f"it is made by {'the caller' if relu is None else relu.op}, not by a ReLU"
+    relu = producer_of(source)
     if not _only_pair_reads(net.graph, source, activation):
         return "it is read in float too"
     around = Surroundings(net, {reader for a in placement.activations for reader in a.readers})
@@ -83,6 +80,25 @@ def full_range_obstacle(net: Net, placement: Placement, tensor: str) -> str | No
         return holder
     readers = around.readers(source)
     return readers if isinstance(readers, str) else None
+
+
+def unsigned_obstacle(net: Net, placement: Placement, tensor: str) -> str | None:
+    """Return why a tensor cannot have UINT8 codes with zero point 0, or None if it can.
+
+    Args:
+        net: the float net that ``placement`` was made for; not changed.
+        placement: where pairs go.
+        tensor: an activation of the placement.
+    """
+    activation = next((a for a in placement.activations if a.tensor == tensor), None)
+    if activation is None:
+        return "it gets no Q/DQ pair"
+    if any(a.group == activation.group and a is not activation for a in placement.activations):
+        return "a Concat gives it the scale of other tensors"
+    relu = producer(net.graph.tensors()[tensor])
+    if relu is None or relu.op != "Relu":
+        return f"it is made by {'the caller' if relu is None else relu.op}, not by a ReLU"
+    return None
 
 
 def padded_readers(net: Net, tensor: str) -> tuple[PaddedReader, ...]:

@@ -7,7 +7,7 @@ counts are integers; hence the result does not depend on batch size or order. Me
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +27,12 @@ class Histogram:
     zeros: int  # number of exact zeros
     minimum: float  # smallest x, with its sign
     maximum: float  # largest |x|
+    highest: float = math.inf  # largest x, with its sign; inf: not known
+
+    @property
+    def range(self) -> tuple[float, float]:
+        """The values that zero and all x lie between."""
+        return min(self.minimum, 0.0), max(min(self.highest, self.maximum), 0.0)
 
     def merged(self, other: "Histogram") -> "Histogram":
         """Return the histogram of the values of both."""
@@ -37,14 +43,8 @@ class Histogram:
             self.zeros + other.zeros,
             min(self.minimum, other.minimum),
             max(self.maximum, other.maximum),
+            max(self.highest, other.highest),
         )
-
-    def below(self, limit: float) -> "Histogram":
-        """Return the histogram without the values above a limit, which is rounded up to a bin."""
-        if limit >= self.maximum or not self.width:
-            return self
-        kept = np.where(np.arange(NUM_BINS) * self.width < limit, self.counts, 0)
-        return replace(self, counts=kept, minimum=max(self.minimum, -limit), maximum=limit)
 
 
 def histogram_of(x: torch.Tensor) -> Histogram:
@@ -64,7 +64,7 @@ def histogram_of(x: torch.Tensor) -> Histogram:
         counts += torch.bincount(index, minlength=NUM_BINS)
         zeros += len(part) - _count_nonzero(part)
     counts[0] -= zeros
-    return Histogram(counts.cpu().numpy(), width, zeros, low, maximum)
+    return Histogram(counts.cpu().numpy(), width, zeros, low, maximum, high)
 
 
 def _count_nonzero(x: torch.Tensor) -> int:

@@ -1,40 +1,56 @@
-"""Values of a summand that may be clipped because they cannot change the quantized result.
+"""What an INT8 sum needs to know of a summand, where a ReLU follows.
 
-In an INT8 identity split the output of the rest is added to d0 x; a ReLU follows, and a Q/DQ pair
-that keeps values up to y_max:
+In an INT8 identity split the output of the rest is added to d0 x, and a ReLU follows:
 
-    y = relu(rest + d0 x),   0 <= x <= x_max,   0 < d0
+    y = relu(rest + d0 x)
 
-If rest < -d0 x_max, the sum is negative for every x, and y is 0. If rest > y_max, the pair
-saturates. The codes of the rest therefore only have to reach max(d0 x_max, y_max), although its
-values are far below zero in channels whose output is mostly 0. Ours.
+Where the ReLU is off, the value of the rest is of no account as long as it keeps the ReLU off. So
+the codes of the rest have to represent only
+
+    needed = y - d0 x = max(rest, -d0 x)          relu(needed + d0 x) = y
+
+which lies near 0 where the rest lies far below it. An error of ``needed`` is the error of y. Ours.
 """
 
 from collections.abc import Mapping
 
-from reptrt.graph.net import Net, constant_of, is_private
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from reptrt.graph.net import Net, is_private
 from reptrt.graph.splits import read_splits
 from reptrt.quantize.calib.histogram import Histogram
 
 
-def without_dead_values(net: Net, histograms: Mapping[str, Histogram]) -> dict[str, Histogram]:
-    """Return the histograms; those of INT8 rests lose the values that cannot change the result.
+def with_needed(net: Net) -> tuple[Net, dict[str, str]]:
+    """Return a net that also computes what its INT8 sums need, and the names of those tensors.
 
     Args:
-        net: the float net, after the splits.
-        histograms: tensor name -> histogram, of every activation to be quantized.
+        net: a float net, after the splits; not changed.
+
+    Returns:
+        A copy, and output of a rest -> what is needed of it.
     """
-    limited = dict(histograms)
-    nodes = {node.name: node for node in net.graph.nodes}
+    copy = net.copy()
+    nodes = {node.name: node for node in copy.graph.nodes}
+    needed: dict[str, str] = {}
     for split in read_splits(net):
         if split.form != "identity-scalar" or split.precision != "int8":
             continue
-        added, mul = nodes[split.sum].outputs[0], nodes[split.side]
-        rest, x = nodes[split.main].outputs[0].name, histograms.get(mul.inputs[0].name)
-        relu = added.outputs[0] if is_private(net.graph, added) else None
-        y = histograms.get(relu.outputs[0].name) if relu is not None else None
-        if relu is None or relu.op != "Relu" or x is None or y is None or x.minimum < 0:
+        added, skip = nodes[split.sum].outputs[0], nodes[split.side].outputs[0]
+        relu = added.outputs[0] if is_private(copy.graph, added) else None
+        if relu is None or relu.op != "Relu":
             continue
-        skip = float(constant_of(mul.inputs[1])) * x.maximum
-        limited[rest] = limited[rest].below(max(skip, y.maximum))
-    return limited
+        rest = nodes[split.main].outputs[0].name
+        needed[rest] = copy.fresh_name(f"{rest}.needed")
+        difference = gs.Variable(needed[rest], np.float32, added.shape)
+        inputs = [relu.outputs[0], skip]
+        copy.graph.nodes.append(gs.Node("Sub", needed[rest], {}, inputs, [difference]))
+    copy.graph.toposort()
+    return copy, needed
+
+
+def renamed(histograms: Mapping[str, Histogram], needed: Mapping[str, str]) -> dict[str, Histogram]:
+    """Return the histograms with what is needed of a summand in place of its values."""
+    of_others = {k: v for k, v in histograms.items() if k not in needed.values()}
+    return of_others | {rest: histograms[name] for rest, name in needed.items()}

@@ -26,6 +26,7 @@ they choose by the outputs.
     noise       signal and noises of one layer, in each form
     cost        multiply-accumulates of a net, a form, a full range
     budget      what to spend the budget on
+    ends        which layers at the ends of the net stay in float
     in_float    which layers stay in float, where that is asked for
 """
 
@@ -40,6 +41,7 @@ from reptrt.quantize.choose.decisions import (
     RangeDecision,
     full_range_of,
 )
+from reptrt.quantize.choose.ends import keep_ends, prices_of_ends
 from reptrt.quantize.choose.factors import (
     Reader,
     best_factors,
@@ -65,8 +67,10 @@ __all__ = [
     "choose",
     "full_range_of",
     "int8_obstacle",
+    "keep_ends",
     "noise_and_gradient",
     "num_macs",
+    "prices_of_ends",
     "range_of_channels",
     "reader_of",
     "splits_macs",

@@ -17,7 +17,7 @@ from reptrt.rewrite.surroundings import Surroundings
 
 def num_macs(net: Net) -> int:
     """Return the multiply-accumulates of a net's weighted layers, as far as shapes are known."""
-    return sum(_macs(node) for node in weighted_nodes(net.graph))
+    return sum(layer_macs(node) for node in weighted_nodes(net.graph))
 
 
 def split_macs(node: gs.Node, form: SplitForm, costs: Costs) -> int:
@@ -56,9 +56,16 @@ def full_range_macs(net: Net, tensor: str, costs: Costs) -> int:
     return round(costs.border_macs * (int(sum(np.prod(shape) for shape in maps)) + sum(channels)))
 
 
-def _macs(node: gs.Node) -> int:
+def layer_macs(node: gs.Node) -> int:
+    """Return the multiply-accumulates of a weighted layer, as far as shapes are known."""
     weight = constant_value(node.inputs[1])
     return 0 if weight is None else int(weight.size) * num_positions(node.outputs[0])
+
+
+def num_values(tensor: gs.Tensor) -> int:
+    """Return the values of one image, as far as sizes are known."""
+    sizes = [size for size in (tensor.shape or ())[1:] if isinstance(size, int) and size > 0]
+    return int(np.prod(sizes)) if sizes else 1
 
 
 def num_positions(output: gs.Tensor) -> int:

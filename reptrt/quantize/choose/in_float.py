@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 import onnx_graphsurgeon as gs
 
 from reptrt.graph.net import Net, constant_value, weighted_nodes
-from reptrt.quantize.choose.cost import num_positions
+from reptrt.quantize.choose.cost import num_positions, num_values
 
 LEAST_GAIN = 0.05  # of the error of the outputs
 
@@ -142,7 +142,7 @@ def prices_of(net: Net) -> dict[str, Price]:
     """Return the price of every layer, from the shapes of a float net before splits."""
     nodes = weighted_nodes(net.graph)
     macs = {node.name: _size(node) * num_positions(node.outputs[0]) for node in nodes}
-    moved = {node.name: _size(node) + sum(map(_values, _ends(node))) for node in nodes}
+    moved = {node.name: _size(node) + sum(map(num_values, _ends(node))) for node in nodes}
     sums = sum(macs.values()) or 1, sum(moved.values()) or 1
     return {name: Price(macs[name] / sums[0], moved[name] / sums[1]) for name in macs}
 
@@ -163,11 +163,3 @@ def _size(node: gs.Node) -> int:
 
 def _ends(node: gs.Node) -> tuple[gs.Tensor, gs.Tensor]:
     return node.inputs[0], node.outputs[0]
-
-
-def _values(tensor: gs.Tensor) -> int:
-    """Return the values of one image, as far as sizes are known."""
-    number = 1
-    for size in (tensor.shape or ())[1:]:
-        number *= size if isinstance(size, int) and size > 0 else 1
-    return number

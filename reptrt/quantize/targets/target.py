@@ -11,6 +11,8 @@ class Costs:
 
     pass_macs: float  # one elementwise pass over one element of a layer's output
     border_macs: float  # full range, for one element of a border map or of an average
+    float_macs: float  # one multiply-accumulate of a layer in float
+    crossing_macs: float  # one value that goes from float to INT8 or back
     source: str  # where the numbers come from
 
 
@@ -20,4 +22,7 @@ class Target:
 
     name: TargetName
     precision: SplitPrecision  # of the summands of a split layer, unless another is asked for
+    # activations have UINT8 codes with any zero point; if not: INT8 codes with zero point 0
+    unsigned: bool
+    float_ends: bool  # layers at both ends of the net stay in float where that is cheap and helps
     costs: Costs

@@ -10,9 +10,13 @@ from reptrt.quantize.targets.target import Costs, Target
 TENSORRT = Target(
     name="tensorrt",
     precision="float",
+    unsigned=False,
+    float_ends=False,
     costs=Costs(
         pass_macs=8.0,
         border_macs=8.0,
-        source="assumed: a pass moves a byte or two per element and computes next to nothing",
+        float_macs=2.0,
+        crossing_macs=8.0,
+        source="assumed: a pass moves a byte or two per value and computes next to nothing",
     ),
 )
