@@ -137,7 +137,7 @@ def run(
         json_from_options(options.build),
         [q],
         lambda: build_engine(q, engine, options.build),
-        simulation=options.calibrate.simulation,
+        refused=_why_no_engine(options.calibrate),
     )
     _judge(stages, [fp, q], (data, judged_on), options)
     return stages.report()
@@ -157,6 +157,13 @@ def _diagnose(files: list[Path], data: Path, options: CalibrateOptions) -> dict[
     content = diagnose(fp, data, options, replace(report, path=q)).to_dict()
     del content["seconds"]  # everything else is the same in a replay
     return content
+
+
+def _why_no_engine(options: CalibrateOptions) -> str | None:
+    """Return why no engine can be built from an INT8 file; None: one can."""
+    if options.simulation is not None:
+        return f"a simulation, no engine can run it ({options.simulation})"
+    return None if options.target == "tensorrt" else f"made for {options.target}"
 
 
 def _judge(
@@ -299,12 +306,11 @@ class _Stages:
         options: Mapping[str, Any],
         inputs: list[Path],
         work: Callable[[], Any],
-        simulation: str | None,
+        refused: str | None,
     ) -> None:
-        """Build the engine, if TensorRT is installed and the net does not simulate fewer bits."""
-        if simulation is not None:
-            why = f"a simulation, no engine can run it ({simulation})"
-            self._skip("build-engine", output, ConfigError(why))
+        """Build the engine, if TensorRT is installed and nothing speaks against it."""
+        if refused is not None:
+            self._skip("build-engine", output, ConfigError(refused))
             return
         try:
             self.file("build-engine", output, options, inputs, work)

@@ -12,8 +12,9 @@ from pathlib import Path
 import onnx
 
 from reptrt.core.choices import HighPrecision
-from reptrt.core.errors import EngineError
+from reptrt.core.errors import EngineError, option
 from reptrt.graph.intent import runtime_scale_node, uint8_node
+from reptrt.graph.made_for import recorded_target
 from reptrt.graph.model import Model, Network, label_of
 from reptrt.graph.net import WEIGHTED_OPS, model_from_net, net_from_model
 from reptrt.rewrite.to_fp16 import log_left_fp32, to_fp16
@@ -33,8 +34,8 @@ def read_buildable(source: Network) -> Model:
 
     Raises:
         ArtifactError: the file cannot be read, or is not the one its sidecar was written for.
-        EngineError: the file simulates fewer bits, has UINT8 codes, a scale that is computed at run
-            time, or an input that is too large.
+        EngineError: the file simulates fewer bits, is made for another runtime, has UINT8 codes, a
+            scale that is computed at run time, or an input that is too large.
     """
     buildable = Model.read(source) if isinstance(source, Path) else source
     model, where = buildable.proto, label_of(source)
@@ -42,6 +43,12 @@ def read_buildable(source: Network) -> Model:
     if simulation:
         raise EngineError(
             f"{where}: a simulation, no engine can run it ({simulation}); quantize to 8 bits"
+        )
+    target = recorded_target(model)
+    if target is not None:
+        raise EngineError(
+            f"{where}: made for {target}, whose codes TensorRT does not take; calibrate again with "
+            f"{option('target', 'tensorrt')}"
         )
     refused = uint8_node(model)
     if refused is not None:

@@ -14,9 +14,10 @@ from click.testing import CliRunner
 from onnx import numpy_helper
 
 from reptrt.cli import main
-from reptrt.core.grid import Grid, dequantize, quantize
+from reptrt.core.grid import Grid
 from reptrt.execute.runner import OrtRunner
 from reptrt.execute.torch_runner import float_activations, graph_runner
+from reptrt.execute.torchgraph import TorchGraph
 from reptrt.graph.net import Net, constant_of, model_from_net, net_from_model, read_model
 from reptrt.graph.placement import place
 from reptrt.graph.plan import plan_from_placement
@@ -24,7 +25,7 @@ from reptrt.graph.qdq import insert_qdq, quantize_weights
 from reptrt.pipeline import CalibrateOptions, calibrate
 from reptrt.quantize.calib.histogram import histogram_of
 from reptrt.quantize.calib.options import ThresholdOptions
-from reptrt.quantize.calib.saturation import without_dead_values
+from reptrt.quantize.calib.saturation import with_needed
 from reptrt.quantize.choose import int8_obstacle
 from reptrt.rewrite.fold_skip_scale import fold_skip_scale
 from reptrt.rewrite.recentre import recentre
@@ -119,40 +120,38 @@ def split_sum(factor: float) -> Net:
 
 
 @pytest.mark.parametrize(("factor", "mean"), [(0.5, -3), (3.0, -3), (3.0, -15)])
-def test_cutting_dead_values_off_changes_no_code_behind_the_relu(factor: float, mean: int) -> None:
-    """Brute force over what x and the rest can be, with the bound that was found."""
+def test_what_a_sum_needs_of_its_summand_makes_the_same_output(factor: float, mean: int) -> None:
+    """Brute force: in the range that was found, and only there, every y is as before."""
     net = split_sum(factor)
     (mul,) = muls(net)
     added = mul.outputs[0].outputs[0]
     rest, x, y = added.inputs[0].name, mul.inputs[0].name, added.outputs[0].outputs[0].outputs[0]
     rng = np.random.default_rng(0)
-    values = {x: rng.uniform(0, 2, 4000), rest: rng.normal(mean, 4, 4000)}
-    values[x][0] = 2.0
-    values[y.name] = np.maximum(values[rest] + factor * values[x], 0)
-    histograms = {t: histogram_of(torch.from_numpy(v).float()) for t, v in values.items()}
-    bound = without_dead_values(net, histograms)[rest].maximum
-    assert bound < histograms[rest].maximum
-    top = values[y.name].max()
-    assert bound == pytest.approx(max(factor * 2.0, top))
-    assert (top < factor * 2.0) == (mean == -15)  # either may be the larger
-    grid, step = Grid.activation(8), np.float32(top / 127)
-    skip, all_rests = factor * np.linspace(0, 2, 101), np.linspace(-20, 20, 4001)
-    whole = np.maximum(all_rests[:, None] + skip, 0)
-    cut = np.maximum(np.clip(all_rests, -bound, bound)[:, None] + skip, 0)
-    codes = [quantize(v.astype(np.float32), step, grid, None) for v in (whole, cut)]
-    np.testing.assert_array_equal(*codes)
-    assert np.abs(dequantize(codes[0], step, None)).max() > 0
+    values = {x: rng.uniform(0, 2, (4000, 1, 1, 1)), rest: rng.normal(mean, 4, (4000, 1, 1, 1))}
+    tensors = {name: torch.from_numpy(value).float() for name, value in values.items()}
+    watched, needed = with_needed(net)
+    graph = TorchGraph(watched)
+    before = graph.run(tensors, [y.name])[y.name]
+    found = graph.run(tensors, [needed[rest]])[needed[rest]]
+    low, high = histogram_of(found).range
+    assert low > float(tensors[rest].min())
+    assert (low, high) == (float(found.min().clamp(max=0)), float(found.max().clamp(min=0)))
+
+    def cut(low: float) -> torch.Tensor:
+        clipped = {x: tensors[x], rest: tensors[rest].clamp(low, high)}
+        return graph.run(clipped, [y.name])[y.name]
+
+    torch.testing.assert_close(cut(low), before, rtol=0, atol=1e-5)
+    assert not torch.equal(cut(0.7 * low), before)
 
 
-def test_nothing_is_cut_where_no_relu_follows() -> None:
+def test_nothing_is_hidden_where_no_relu_follows() -> None:
     net = split_sum(0.5)
     (mul,) = muls(net)
-    added = mul.outputs[0].outputs[0]
-    added.outputs[0].outputs[0].op = "Sigmoid"
-    tensors = (mul.inputs[0], added.inputs[0], added.outputs[0].outputs[0].outputs[0])
-    wide = histogram_of(torch.linspace(-9, 9, 100))
-    found = without_dead_values(net, {tensor.name: wide for tensor in tensors})
-    assert all(histogram is wide for histogram in found.values())
+    mul.outputs[0].outputs[0].outputs[0].outputs[0].op = "Sigmoid"
+    watched, needed = with_needed(net)
+    assert needed == {}
+    assert len(watched.graph.nodes) == len(net.graph.nodes)
 
 
 # The whole way -----------------------------------------------------------------------------------
