@@ -22,7 +22,7 @@ from reptrt.pipeline.trial import Trial, clamp_to
 from reptrt.quantize.calib.collect import merge_groups
 from reptrt.quantize.calib.histogram import NUM_BINS, Histogram
 from reptrt.quantize.calib.options import ThresholdOptions
-from reptrt.quantize.calib.outputs import Outputs
+from reptrt.quantize.calib.outputs import Outputs, least
 from reptrt.quantize.calib.thresholds import amax_from_histogram
 from reptrt.quantize.choose import full_range_of
 
@@ -94,23 +94,21 @@ def choose_scales(
 
     trial = Trial(net, prepared.placement, outputs, options)  # with float weights
 
-    def error(scales: ActivationScales) -> float:
-        return trial.error(scales.by_tensor, scales.grids, limits_of(prepared, scales))
+    def error(scales: ActivationScales, most: float) -> float:
+        return trial.error(scales.by_tensor, scales.grids, limits_of(prepared, scales), most=most)
 
-    errors = [error(scales) for scales in candidates]
-    least = min(errors)
-    return _with_margin(candidates[errors.index(least)], least, error)
+    return _with_margin(*least(candidates, error), error)
 
 
 def _with_margin(
-    chosen: ActivationScales, least: float, error: Callable[[ActivationScales], float]
+    chosen: ActivationScales, least: float, error: Callable[[ActivationScales, float], float]
 ) -> ActivationScales:
     """Return the scales widened in equal steps as long as the error of the outputs falls."""
     best, margin = chosen, 1.0
     while margin < _WIDEST:
         margin *= _WIDER
         wider = chosen.widened(margin)
-        if (now := error(wider)) >= least:
+        if (now := error(wider, least)) >= least:
             break
         best, least = wider, now
     return best

@@ -177,13 +177,18 @@ def scaled_stats(
         stats: tensor -> statistics.
         factors: stream -> factor of each channel, (C,).
     """
-    by_tensor = {
+    scaled = factors_of_tensors(net, factors)
+    return {
+        name: channels.scaled(scaled[name]) if name in scaled else channels
+        for name, channels in stats.items()
+    }
+
+
+def factors_of_tensors(net: Net, factors: Mapping[str, Float64Array]) -> dict[str, Float64Array]:
+    """Return tensor -> factor of each channel, (C,), from those of streams."""
+    return {
         tensor: factors[stream.name]
         for stream in (find_streams(net)[0] if factors else ())
         if stream.name in factors
         for tensor in stream.tensors
-    }
-    return {
-        name: channels.scaled(by_tensor[name]) if name in by_tensor else channels
-        for name, channels in stats.items()
     }

@@ -139,8 +139,9 @@ class CalibrateOptions:
     )
     memory_budget: float = described(
         4.0,
-        "Memory in GiB that the process may use for learning; activations that do not fit are "
-        "stored in half precision, or on disk.",
+        "Memory in GiB that the process may use; half of it may keep values from the first pass "
+        "over the images. Activations that do not fit while learning are stored in half "
+        "precision, or on disk.",
     )
     learn: LearnOptions | None = None  # in place of all that the recipe says; for experiments
     weight_bits: int = described(8, "Bits of a weight, 2 to 8; fewer than 8 are simulated in INT8.")
@@ -264,6 +265,11 @@ class CalibrateOptions:
         """The part of the weight noise that is left when the weights are rounded."""
         learning = self.learning
         return 1.0 if learning is None or not learning.rounding else LEFT_BY_LEARNING
+
+    @property
+    def kept_bytes(self) -> int:
+        """How much of the values of the first pass over the images may be kept."""
+        return int(self.memory_budget * 2**29) if self.device == "cpu" else 0
 
     @property
     def grids(self) -> "tuple[Grid, Grid]":

@@ -1,5 +1,6 @@
 """Prepare a float graph for quantization: equalize, split, choose which tensors get full range."""
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -14,12 +15,13 @@ from reptrt.execute.torchgraph import TorchGraph
 from reptrt.graph.net import Net, weighted_nodes
 from reptrt.graph.placement import Placement, exactly, place
 from reptrt.graph.splits import Split, read_splits
-from reptrt.pipeline.candidates import Candidate, Candidates, scaled_stats
+from reptrt.pipeline.candidates import Candidate, Candidates, factors_of_tensors, scaled_stats
 from reptrt.pipeline.options import CalibrateOptions
 from reptrt.pipeline.splitting import split_as_asked, split_layers
 from reptrt.pipeline.trial import error_at_maxima
 from reptrt.quantize.calib.channels import ChannelStats, collect_channels
-from reptrt.quantize.calib.outputs import Outputs, parts
+from reptrt.quantize.calib.collect import Kept
+from reptrt.quantize.calib.outputs import Outputs, least, parts
 from reptrt.quantize.choose import (
     Decision,
     RangeDecision,
@@ -50,6 +52,8 @@ class Prepared:
     # tensor -> range of each channel without the judging images / range with them, (C,), at most 1
     without_judges: Mapping[str, Float64Array]
     outputs: Outputs  # of the float net on the judging images
+    kept: Kept  # values of tensors before channels were scaled
+    factors: Mapping[str, Float64Array]  # tensor -> factor of each channel, (C,), if scaled
 
 
 def prepare(net: Net, dataset: Dataset, options: CalibrateOptions) -> Prepared:
@@ -75,13 +79,14 @@ def prepare(net: Net, dataset: Dataset, options: CalibrateOptions) -> Prepared:
     asked = dict.fromkeys(layers, form) if form != "none" else {}
     with torch.inference_mode():
         graph = TorchGraph(net, torch_device(options.device))
-        stats, shares = _measure(graph, net, placement, layers, dataset, options)
+        kept = Kept(options.kept_bytes, dataset.length)
+        stats, shares = _measure(graph, net, placement, layers, dataset, options, kept)
         possible = (
             _can_have_full_range(net, place(net, *in_float), options) if options.full_range else []
         )
         candidates = Candidates(net, stats, layers, possible, asked, options).all()
 
-        def error(candidate: Candidate, ends: Sequence[str] = ()) -> float:
+        def error(candidate: Candidate, most: float, ends: Sequence[str] = ()) -> float:
             trial = net.copy()
             _apply(trial, candidate, asked, options)
             return error_at_maxima(
@@ -92,17 +97,19 @@ def prepare(net: Net, dataset: Dataset, options: CalibrateOptions) -> Prepared:
                 shares,
                 outputs,
                 options,
+                most,
             )
 
         outputs = Outputs(graph, parts(dataset)[1])
-        chosen = candidates[0] if len(candidates) == 1 else min(candidates, key=error)
+        chosen = candidates[0] if len(candidates) == 1 else least(candidates, error)[0]
         if options.runtime.float_ends and stats:
             trial = net.copy()
             _apply(trial, chosen, asked, options)
             whole = {node.name for node in weighted_nodes(trial.graph)} & layers.keys()
             prices = prices_of_ends(net, whole, options.runtime.costs)
-            ends = keep_ends(prices, lambda kept: error(chosen, kept))
+            ends = keep_ends(prices, lambda ends: error(chosen, math.inf, ends))
             in_float = ((*in_float[0], *exactly(ends)), in_float[1])
+    factors = factors_of_tensors(net, chosen.factors)
     total = num_macs(net)
     left_whole = _apply(net, chosen, asked, options)
     placement = place(net, *in_float)  # of the net with its splits
@@ -125,6 +132,8 @@ def prepare(net: Net, dataset: Dataset, options: CalibrateOptions) -> Prepared:
         placement=placement,
         without_judges=shares,
         outputs=outputs,
+        kept=kept,
+        factors=factors,
     )
 
 
@@ -147,6 +156,7 @@ def _measure(
     layers: Mapping[str, str],
     dataset: Dataset,
     options: CalibrateOptions,
+    kept: Kept,
 ) -> tuple[dict[str, ChannelStats], dict[str, Float64Array]]:
     """Return what `_statistics` does, of every tensor that a decision needs; empty if none does."""
     if not (options.equalize or options.split == "auto" or options.full_range or options.is_auto):
@@ -155,19 +165,23 @@ def _measure(
     equalized = {tensor for stream in streams for tensor in stream.tensors}
     quantized = (activation.tensor for activation in placement.activations)
     tensors = sorted({*layers.values(), *quantized})
-    return _statistics(graph, dataset, tensors, equalized)
+    return _statistics(graph, dataset, tensors, equalized, kept)
 
 
 def _statistics(
-    graph: TorchGraph, dataset: Dataset, tensors: Sequence[str], equalized: Collection[str]
+    graph: TorchGraph,
+    dataset: Dataset,
+    tensors: Sequence[str],
+    equalized: Collection[str],
+    kept: Kept,
 ) -> tuple[dict[str, ChannelStats], dict[str, Float64Array]]:
     """Return the statistics of tensors over all images, and a ratio of ranges per channel.
 
     The ratio is the range without the judging images / the range with them, (C,), at most 1.
     """
     others, judges = parts(dataset)
-    without = collect_channels(graph, others, tensors)
-    alone = collect_channels(graph, judges, tensors)
+    without = collect_channels(graph, others, tensors, kept)
+    alone = collect_channels(graph, judges, tensors, kept)
     share = judges.length / dataset.length
     stats = {name: without[name].merged(alone[name], share) for name in tensors}
     shares = {}

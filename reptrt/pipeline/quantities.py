@@ -22,7 +22,7 @@ from reptrt.pipeline.dead import dead_tensors, refuse_dead_trunk
 from reptrt.pipeline.options import CalibrateOptions
 from reptrt.pipeline.preparing import Prepared, torch_device
 from reptrt.quantize.calib.bias import bias_errors, deployed_weights
-from reptrt.quantize.calib.collect import Statistics, collect
+from reptrt.quantize.calib.collect import Statistics, collect, collect_kept
 from reptrt.quantize.calib.outputs import Outputs
 from reptrt.quantize.calib.saturation import renamed, with_needed
 
@@ -82,7 +82,8 @@ def _collect_alive(
     """
     placement = prepared.placement
     in_float = (exactly(placement.excluded), exactly(placement.float_nodes))
-    seen = _collect(graph, net, placement, dataset, options, needed)
+    seen = _collect(graph, net, prepared, dataset, options, needed)
+    prepared.kept.clear()
     if seen.same_images:
         _LOG.warning("%s: all %d images are equal: ranges of one", dataset.name, dataset.length)
     dead: tuple[str, ...] = ()
@@ -102,15 +103,23 @@ def _collect_alive(
 def _collect(
     graph: TorchGraph,
     net: Net,
-    placement: Placement,
+    prepared: Prepared,
     dataset: Dataset,
     options: CalibrateOptions,
     needed: Mapping[str, str],
 ) -> Statistics:
+    """Collect what calibration needs; without a pass over the images if the values were kept.
+
+    Splits into INT8 summands make tensors that were not there in the first pass.
+    """
+    placement, kept = prepared.placement, prepared.kept
     inputs = {node.name: node.inputs[0].name for node in net.graph.nodes if node.inputs}
-    means = {inputs[weight.node] for weight in placement.weights} if options.correct_bias else ()
-    tensors = [needed.get(a.tensor, a.tensor) for a in placement.activations]
-    seen = collect(graph, dataset, tensors, means)
+    means = {inputs[weight.node] for weight in placement.weights} if options.correct_bias else set()
+    tensors = {needed.get(a.tensor, a.tensor) for a in placement.activations}
+    if kept.holds(tensors | means):
+        seen = collect_kept(kept, prepared.factors, dataset, tensors, means)
+    else:
+        seen = collect(graph, dataset, tensors, means)
     return replace(seen, histograms=renamed(seen.histograms, needed))
 
 

@@ -1,6 +1,7 @@
 """The error that a prepared net would make once it is quantized, on the judging images."""
 
 import functools
+import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 
@@ -57,21 +58,23 @@ class Trial:
         grids: Mapping[str, Grid],
         limits: Mapping[str, Override],
         constants: Mapping[str, Tensor] | None = None,
+        most: float = math.inf,
     ) -> float:
-        """Return the error of the outputs.
+        """Return the error of the outputs, or a number from ``most`` on if it is that large.
 
         Args:
             scales: tensor -> scale, for every activation of the placement.
             grids: tensor -> codes, likewise.
             limits: tensor -> function that clamps it before it is quantized.
             constants: name -> value, of weights and biases in place of those of the net.
+            most: an error that is too large to be chosen.
         """
         hooks: dict[str, Callable[..., Tensor]] = {}
         for tensor, (dequantize, before) in self._pairs.items():
             hooks |= dict.fromkeys(before, _unchanged)
             step = torch.tensor(np.float32(scales[tensor]), device=self._graph.placement.device)
             hooks[dequantize] = functools.partial(_rounded_to_codes, step, grids[tensor])
-        return self._outputs.error(self._graph, constants or {}, limits, hooks)
+        return self._outputs.error(self._graph, constants or {}, limits, hooks, most=most)
 
 
 def _unchanged(x: Tensor, *_: Tensor) -> Tensor:
@@ -91,6 +94,7 @@ def error_at_maxima(
     without_judges: Mapping[str, Float64Array],
     outputs: Outputs,
     options: CalibrateOptions,
+    most: float = math.inf,
 ) -> float:
     """Return the error with weights rounded to nearest and the largest values as thresholds.
 
@@ -106,6 +110,7 @@ def error_at_maxima(
         without_judges: tensor -> range without the judging images / range, (C,).
         outputs: the judge.
         options: of calibration.
+        most: an error that is too large to be chosen; the result may be anything from it on.
     """
     known = tuple(a for a in placement.activations if a.tensor in stats)
     groups: dict[int, float] = {}
@@ -121,7 +126,8 @@ def error_at_maxima(
         net, weights, stats, np.sqrt(options.remaining), options.correct_bias
     )
     placement = replace(placement, activations=known)
-    return Trial(net, placement, outputs, options).error(scales, grids, limits, constants)
+    trial = Trial(net, placement, outputs, options)
+    return trial.error(scales, grids, limits, constants, most)
 
 
 def _with_rounded_weights(

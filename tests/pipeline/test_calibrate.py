@@ -18,11 +18,20 @@ from reptrt.graph.net import net_from_model
 from reptrt.graph.preprocess import Preprocess, write_preprocess
 from reptrt.judge.evaluate import evaluate
 from reptrt.judge.options import EvaluateOptions
-from reptrt.pipeline import PLAIN_INT8, CalibrateOptions, ExportOptions, calibrate, export
+from reptrt.pipeline import (
+    PLAIN_INT8,
+    CalibrateOptions,
+    ExportOptions,
+    calibrate,
+    export,
+    quantities,
+)
+from reptrt.quantize.calib.collect import collect
 from reptrt.quantize.calib.options import ThresholdOptions
 from reptrt.sources.options import ArchitectureOptions
 from reptrt.sources.source import Source
 from tests.support.helpers import SHARED, needs_shared, optimized_op_counts, ort_run
+from tests.support.learned_nets import rep_net, write_images, write_net
 from tests.support.onnx_nets import Builder, basic_block, plain_chain, without_names
 from tests.support.qdq_nets import residual_net, with_outputs
 
@@ -127,6 +136,27 @@ def test_bytes_do_not_depend_on_order_or_on_how_images_are_stored(tmp_path: Path
             calibrate(model, source, tmp_path / "o.onnx", options)
             written.add((tmp_path / "o.onnx").read_bytes())
         assert len(written) == 1, options
+
+
+@pytest.mark.parametrize("split", ["auto", "identity"])
+def test_values_that_do_not_fit_into_memory_are_computed_again(
+    split: SplitMode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The scales are the same to float rounding; summands in INT8 are new after the first pass."""
+    path, passes = write_net(tmp_path / "m.onnx", rep_net(2)), []
+    data = write_images(tmp_path / "d.npz", COUNT)
+    monkeypatch.setattr(
+        quantities, "collect", lambda *given: passes.append(given) or collect(*given)
+    )
+    options = CalibrateOptions(images=COUNT, split=split)
+    if split == "identity":
+        options = replace(options, split_precision="int8", max_overhead=1.0)
+    scales = []
+    for budget in (4.0, 1e-6):
+        calibrate(path, data, tmp_path / "o.onnx", replace(options, memory_budget=budget))
+        scales.append(scales_of(tmp_path / "o.onnx"))
+    assert len(passes) == (1 if split == "auto" else 2)
+    assert scales[0] == pytest.approx(scales[1], rel=1e-5)
 
 
 def test_the_seed_chooses_the_images(tmp_path: Path, data: Path) -> None:

@@ -13,11 +13,14 @@ import torch
 from reptrt.core.errors import CalibrationError
 from reptrt.data.dataset import Dataset, open_dataset
 from reptrt.execute.torchgraph import TorchGraph
+from reptrt.graph.net import net_from_model
 from reptrt.graph.placement import Activation
 from reptrt.graph.preprocess import Preprocess
+from reptrt.pipeline.candidates import factors_of_tensors
 from reptrt.quantize.calib.channels import collect_channels
-from reptrt.quantize.calib.collect import COMPUTE_BATCH, collect, merge_groups
+from reptrt.quantize.calib.collect import COMPUTE_BATCH, Kept, collect, collect_kept, merge_groups
 from reptrt.quantize.calib.histogram import Histogram, histogram_of
+from reptrt.rewrite.equalize import equalize, find_streams
 from tests.support.helpers import ort_run
 from tests.support.onnx_nets import Builder, basic_block
 from tests.support.qdq_nets import residual_net, with_outputs
@@ -210,3 +213,40 @@ def test_statistics_per_channel(seed: int | None) -> None:
         np.testing.assert_allclose(
             found[name].mean_square, as_they_are[name].mean_square, rtol=1e-12
         )
+
+
+def test_kept_values_give_what_a_pass_over_the_scaled_net_gives() -> None:
+    """Oracle: the equalized net, run again; powers of two scale without rounding."""
+    net, dataset = net_from_model(basic_block()), dataset_of(PIXELS)
+    names = ["x", "stem.relu", "add.relu", "pool"]
+    streams = find_streams(net)[0]
+    assert streams
+    rng = np.random.default_rng(3)
+    kept = Kept(1 << 30, dataset.length)
+    with torch.inference_mode():
+        collect_channels(TorchGraph(net), dataset, names, kept)
+        sizes = {s.name: s.producers[0].inputs[1].values.shape[0] for s in streams}
+        factors = {name: 2.0 ** rng.integers(-3, 4, size) for name, size in sizes.items()}
+        scaled = factors_of_tensors(net, factors)
+        equalize(net, streams, factors)
+        expected = collect(TorchGraph(net), dataset, names, names)
+        assert kept.holds(names)
+        found = collect_kept(kept, scaled, dataset, names, names)
+    assert not scaled.keys().isdisjoint(names)
+    assert_equal(dict(found.histograms), dict(expected.histograms))
+    for name in names:
+        torch.testing.assert_close(found.means[name], expected.means[name], rtol=1e-6, atol=0)
+    assert not kept.holds(names)  # they are given up
+
+
+@pytest.mark.parametrize("images", [3, 100])
+def test_nothing_is_kept_that_would_not_fit_for_all_images(images: int) -> None:
+    value = torch.zeros(COMPUTE_BATCH, 4)
+    kept = Kept(16 * 100, images)
+    kept.record("a", COMPUTE_BATCH, value)
+    assert kept.holds(["a"])
+    kept.record("b", COMPUTE_BATCH, value)  # with both, 2 x 16 bytes for each image
+    assert kept.holds(["a", "b"]) == (images == 3)
+    kept.clear()
+    assert not kept.holds(["a"])
+    assert kept.take("a") == []

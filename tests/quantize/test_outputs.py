@@ -23,7 +23,7 @@ from reptrt.graph.qdq import insert_qdq
 from reptrt.judge.diagnose.measure import closeness
 from reptrt.pipeline import CalibrateOptions, CalibrateReport, calibrate, prepare
 from reptrt.quantize.calib.options import ThresholdOptions
-from reptrt.quantize.calib.outputs import Outputs, stride_of
+from reptrt.quantize.calib.outputs import Outputs, least, stride_of
 from tests.support import detector_nets
 from tests.support.detector_nets import detector
 from tests.support.helpers import ort_run
@@ -121,6 +121,46 @@ def test_every_output_counts_in_its_own_unit(tmp_path: Path) -> None:
     results = closeness(graphs[0], graphs, dataset)
     decibels = [math.inf, 40 + 10 * math.log10(2), 20 + 10 * math.log10(2)]
     assert [result.sqnr_db for result in results] == pytest.approx(decibels, abs=0.01)
+
+
+def test_an_error_that_is_too_large_is_not_measured_to_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is a lower bound then; with several outputs, each in its own unit, all images count."""
+    path, data = write_net(tmp_path / "m.onnx", rep_net(1)), write_images(tmp_path / "d.npz", 96)
+    net = net_from_model(onnx.load(str(path)))
+    dataset = open_dataset(data, read_preprocess(net))
+    exact, other = TorchGraph(net), TorchGraph(net)
+    bias = "stem.bias"
+    outputs, runs = Outputs(exact, dataset), []
+    run = TorchGraph.run
+    monkeypatch.setattr(
+        TorchGraph,
+        "run",
+        lambda self, *given, **named: (
+            runs.append(1) if self is other else None,
+            run(self, *given, **named),
+        )[1],
+    )
+    changed = {bias: other.constants[bias] + 0.5}
+    whole = outputs.error(other, changed)
+    assert len(runs) == 3
+    assert outputs.error(other, changed, most=1.01 * whole) == whole
+    runs.clear()
+    part = outputs.error(other, changed, most=0.01 * whole)
+    assert len(runs) == 1
+    assert 0.01 * whole <= part < whole
+
+
+def test_the_first_of_the_least_is_taken() -> None:
+    asked: list[tuple[float, float]] = []
+
+    def error(candidate: float, most: float) -> float:
+        asked.append((candidate, most))
+        return candidate
+
+    assert least([3.0, 1.0, 2.0, 1.0], error) == (1.0, 1.0)
+    assert asked == [(3.0, math.inf), (1.0, 3.0), (2.0, 1.0), (1.0, 1.0)]
 
 
 def scales_of(report: CalibrateReport, margin: float = 1.0) -> dict[str, float]:

@@ -10,7 +10,7 @@ import torch
 from reptrt.core.arrays import Float64Array
 from reptrt.data.dataset import Dataset
 from reptrt.execute.torchgraph import TorchGraph
-from reptrt.quantize.calib.collect import not_finite, watch
+from reptrt.quantize.calib.collect import Kept, not_finite, watch
 from reptrt.quantize.calib.histogram import LARGEST
 
 
@@ -43,9 +43,11 @@ class ChannelStats:
 
 
 def collect_channels(
-    graph: TorchGraph, dataset: Dataset, tensors: Sequence[str]
+    graph: TorchGraph, dataset: Dataset, tensors: Sequence[str], kept: Kept | None = None
 ) -> dict[str, ChannelStats]:
     """Return the statistics of each named tensor (N, C, ...) over all images.
+
+    The values are recorded in ``kept``.
 
     The maxima do not depend on the order of images. The means, summed in float32 within an image
     and in float64 over images, depend on it by about one part in 1e12.
@@ -68,7 +70,8 @@ def collect_channels(
             total = moment.mean(2).double().sum(0)
             totals[name] = total if name not in totals else totals[name] + total
 
-    watch(graph, dataset, {name: [record] for name in tensors}, "ranges")
+    records = [record] if kept is None else [record, kept.record]
+    watch(graph, dataset, dict.fromkeys(tensors, records), "ranges")
     return {
         name: ChannelStats(
             maxima[name].double().cpu().numpy(),

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from reptrt.core.arrays import Float32Array
+from reptrt.core.arrays import Float32Array, Float64Array
 from reptrt.core.errors import CalibrationError
 from reptrt.core.progress import track
 from reptrt.data.dataset import Dataset
@@ -42,39 +42,131 @@ def collect(
     Raises:
         CalibrationError: a tensor with a histogram holds NaN or Inf.
     """
-    merged: dict[str, Histogram] = {}
-    sums: dict[str, Tensor] = {}
-
-    def count_values(name: str, count: int, value: Tensor) -> None:
-        # Some tensors have several rows per image (windows), others have no batch axis.
-        rows = len(value) * count // COMPUTE_BATCH or len(value)
-        histogram = histogram_of(value[:rows])
-        if math.isinf(histogram.maximum):
-            raise not_finite(name)
-        merged[name] = histogram if name not in merged else merged[name].merged(histogram)
-
-    def add_up(name: str, count: int, value: Tensor) -> None:
-        if name not in sums:
-            sums[name] = torch.zeros_like(value[:1], dtype=torch.float64)
-        for image in torch.split(value[:count], 1):  # without a copy of all of them in float64
-            sums[name] += image
-
-    first: list[Tensor] = []
-    others: list[bool] = []
-
-    def compare(name: str, count: int, value: Tensor) -> None:
-        first.extend([] if first else [value[:1].clone()])
-        others.append(not torch.equal(value[:count], first[0].expand_as(value[:count])))
-
-    image = graph.input_names[0]
-    records: dict[str, list[Record]] = {n: [] for n in sorted({*histograms, *means, image})}
-    records[image].append(compare)
-    for record, names in ((count_values, histograms), (add_up, means)):
+    totals = _Totals()
+    records: dict[str, list[Record]] = {n: [] for n in sorted({*histograms, *means})}
+    for record, names in ((totals.count_values, histograms), (totals.add_up, means)):
         for name in names:
             records[name].append(record)
     watch(graph, dataset, records, "calibrate")
-    averages = {n: (total / dataset.length).float() for n, total in sums.items()}
-    return Statistics(merged, averages, dataset.length > 1 and not any(others))
+    return totals.statistics(dataset)
+
+
+def collect_kept(
+    kept: "Kept",
+    factors: Mapping[str, Float64Array],
+    dataset: Dataset,
+    histograms: Collection[str],
+    means: Collection[str] = (),
+) -> Statistics:
+    """Return what `collect` does for the net with scaled channels, without running it.
+
+    Args:
+        kept: the values of all named tensors before channels were scaled; they are given up.
+        factors: tensor -> factor of each channel, (C,), for those that were scaled.
+        dataset: the images that the values were computed from.
+        histograms: as for `collect`.
+        means: as for `collect`.
+
+    Raises:
+        CalibrationError: a tensor with a histogram holds NaN or Inf.
+    """
+    totals = _Totals()
+    for name in sorted({*histograms, *means}):
+        for count, value in track(kept.take(name), math.ceil(dataset.length / COMPUTE_BATCH), name):
+            if name in factors:
+                factor = torch.from_numpy(factors[name]).to(value)
+                value = value * factor.reshape(-1, *[1] * (value.dim() - 2))
+            if name in histograms:
+                totals.count_values(name, count, value)
+            if name in means:
+                totals.add_up(name, count, value)
+    return totals.statistics(dataset)
+
+
+class _Totals:
+    """Histograms and sums over the images seen so far."""
+
+    def __init__(self) -> None:
+        self._merged: dict[str, Histogram] = {}
+        self._sums: dict[str, Tensor] = {}
+
+    def count_values(self, name: str, count: int, value: Tensor) -> None:
+        histogram = histogram_of(value[: _rows(count, value)])
+        if math.isinf(histogram.maximum):
+            raise not_finite(name)
+        before = self._merged.get(name)
+        self._merged[name] = histogram if before is None else before.merged(histogram)
+
+    def add_up(self, name: str, count: int, value: Tensor) -> None:
+        if name not in self._sums:
+            self._sums[name] = torch.zeros_like(value[:1], dtype=torch.float64)
+        for image in torch.split(value[:count], 1):  # without a copy of all of them in float64
+            self._sums[name] += image
+
+    def statistics(self, dataset: Dataset) -> Statistics:
+        averages = {n: (total / dataset.length).float() for n, total in self._sums.items()}
+        return Statistics(self._merged, averages, _are_equal(dataset))
+
+
+def _rows(count: int, value: Tensor) -> int:
+    """Return how many rows of a batch belong to the images that count.
+
+    Some tensors have several rows per image (windows), others have no batch axis.
+    """
+    return len(value) * count // COMPUTE_BATCH or len(value)
+
+
+def _are_equal(dataset: Dataset) -> bool:
+    """Whether there are several images, and all are equal; looks no further than the first other.
+
+    The images were decoded already.
+    """
+    first: Float32Array | None = None
+    for batch in dataset.batches(COMPUTE_BATCH):
+        first = batch[:1] if first is None else first
+        if not (batch == first).all():
+            return False
+    return dataset.length > 1
+
+
+class Kept:
+    """Values of tensors over all images, in batches, as long as all of them fit into a limit.
+
+    Channels are scaled after one pass over the images, and histograms need the scaled channels.
+    Where the values fit, they are scaled, and the second pass is saved.
+
+    Args:
+        limit: the most bytes.
+        images: how many there will be.
+    """
+
+    def __init__(self, limit: int, images: int) -> None:
+        self._limit, self._images = limit, images
+        self._expected = 0.0
+        self._values: dict[str, list[tuple[int, Tensor]]] | None = {}
+
+    def record(self, name: str, count: int, value: Tensor) -> None:
+        """Keep the values of one batch, of which ``count`` images count."""
+        if self._values is None:
+            return
+        if name not in self._values:
+            self._expected += value.nbytes / COMPUTE_BATCH * self._images
+            if self._expected > self._limit:
+                self._values = None
+                return
+        self._values.setdefault(name, []).append((count, value))
+
+    def holds(self, names: Collection[str]) -> bool:
+        """Whether the values of all these tensors are here."""
+        return self._values is not None and self._values.keys() >= {*names}
+
+    def take(self, name: str) -> list[tuple[int, Tensor]]:
+        """Return the values of a tensor, and give them up."""
+        return [] if self._values is None else self._values.pop(name)
+
+    def clear(self) -> None:
+        """Give up all values."""
+        self._values = None
 
 
 def watch(

@@ -7,8 +7,10 @@ activations to the ranges that were measured without the held-out images.
 """
 
 import functools
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +21,7 @@ from reptrt.quantize.calib.collect import COMPUTE_BATCH
 from reptrt.quantize.calib.measure import Measure, Sums, added, relative
 
 Replacement = Callable[..., Tensor]
+Candidate = TypeVar("Candidate")
 
 _MOST_HELD_OUT = 64  # images
 _NOTHING: Mapping[str, Tensor] = MappingProxyType({})
@@ -40,6 +43,27 @@ def parts(dataset: Dataset) -> tuple[Dataset, Dataset]:
     if dataset.length == 1:
         return dataset, dataset
     return dataset.parted(stride_of(dataset.length))
+
+
+def least(
+    candidates: Sequence[Candidate], error: Callable[[Candidate, float], float]
+) -> tuple[Candidate, float]:
+    """Return the first candidate with the least error, and its error.
+
+    Args:
+        candidates: at least one.
+        error: of a candidate, as a function of the least error so far; from that on, it may return
+            anything as large.
+    """
+    best, smallest = candidates[0], math.inf
+    for candidate in candidates:
+        if (now := error(candidate, smallest)) < smallest:
+            best, smallest = candidate, now
+    return best, smallest
+
+
+def _single(sums: Sums) -> float:
+    return sum(float(error) for _, error in sums.values())
 
 
 class Outputs:
@@ -71,6 +95,8 @@ class Outputs:
         constants: Mapping[str, Tensor] = _NOTHING,
         overrides: Mapping[str, Override] = _NO_OVERRIDES,
         replace: Mapping[str, Replacement] = _NO_REPLACEMENTS,
+        *,
+        most: float = math.inf,
     ) -> float:
         """Return the squared error of another graph's outputs, summed over images and outputs.
 
@@ -81,14 +107,22 @@ class Outputs:
             constants: name -> value, for constants of that graph to replace.
             overrides: tensor name -> function of the tensor, applied in that graph.
             replace: node name -> function of its inputs that runs in its place.
+            most: an error at which nobody asks how large it is exactly: once some of the images
+                reach it, the others are not run, and the result is at least ``most``.
         """
         sums: Sums = {}
         for x, exact in self._exact:
             outputs = self._run(graph, x, constants, overrides, replace)
             sums = added(sums, self._measure.sums(exact, outputs))
-        if len(sums) == 1 and not self._measure.is_detector:
-            return sum(float(error) for _, error in sums.values())
+            if self._is_single(sums) and _single(sums) >= most:
+                break
+        if self._is_single(sums):
+            return _single(sums)
         return sum(float(relative(*pair)) for pair in sums.values())
+
+    def _is_single(self, sums: Sums) -> bool:
+        """Whether a single output counts as it is; the error then grows with every image."""
+        return len(sums) == 1 and not self._measure.is_detector
 
     def _run(
         self,
