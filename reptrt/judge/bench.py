@@ -25,9 +25,11 @@ from reptrt.execute.runner import (
     ort_version,
     usable_cores,
 )
+from reptrt.graph.made_for import target_of
 from reptrt.graph.model import Network, unique_labels
 from reptrt.judge.bench_report import BenchReport, Timing
 from reptrt.judge.options import BenchOptions
+from reptrt.pipeline.values import Calibrated
 from reptrt.trt.machine import Conditions, cpu_name, read_conditions, remarks
 
 MIN_ROUNDS = 10
@@ -36,7 +38,18 @@ MIN_ROUNDS = 10
 class _Net(NamedTuple):
     name: str
     runner: Runner
+    target: str | None  # what it was made for
     events: EventTimer | None  # the runner, if its runs are timed by events on the GPU
+
+    @property
+    def elsewhere(self) -> str | None:
+        """Say so if the net was made for another runtime than it is timed in."""
+        in_tensorrt = "tensorrt" in (self.runner.name, self.runner.device)
+        here = "tensorrt" if in_tensorrt else "onnxruntime" if not self.on_gpu else "no target"
+        if self.target in (None, here):
+            return None
+        place = f"{self.runner.name} on {self.runner.device}"
+        return f"{self.name} was made for {self.target} and timed in {place}"
 
     @property
     def on_gpu(self) -> bool:
@@ -87,6 +100,7 @@ def bench(
         before=before,
         after=after,
         remarks=remarks(before, after, usable_cores()),
+        warnings=tuple(warning for net in nets if (warning := net.elsewhere) is not None),
     )
 
 
@@ -96,7 +110,8 @@ def _open(name: str, network: Network, options: BenchOptions, stack: contextlib.
         open_runner(network, runner=options.runner, threads=options.threads, device=options.device)
     )
     events = runner if not options.host_copies and isinstance(runner, EventTimer) else None
-    return _Net(name, runner, events)
+    options_used = network.origin.options if isinstance(network, Calibrated) else None
+    return _Net(name, runner, target_of(network, options_used), events)
 
 
 def _time_all(
@@ -135,7 +150,7 @@ def _own_batch(nets: Sequence[_Net]) -> tuple[int]:
 
 
 def _check_shape(net: _Net, batches: Sequence[int]) -> None:
-    name, runner, _ = net
+    name, runner = net.name, net.runner
     fixed, *image = runner.input_shape
     if not all(image):
         raise ConfigError(
@@ -232,4 +247,5 @@ def _timing(
         ratio=None if ratio is None else ratio.value,
         ratio_low=None if ratio is None else ratio.low,
         ratio_high=None if ratio is None else ratio.high,
+        target=net.target,
     )

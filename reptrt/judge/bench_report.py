@@ -5,16 +5,17 @@ The JSON form of a report:
     {"results": [{"file", "runner", "device", "threads", "host_copies", "batch", "rounds",
                   "median_ms", "median_low_ms", "median_high_ms", "p90_ms", "p90_low_ms",
                   "p90_high_ms", "p95_ms", ..., "p99_ms", ..., "throughput_ips", "ratio",
-                  "ratio_low", "ratio_high"}],
-     "baseline", "cpu", "onnxruntime", "seed", "warmup_seconds", "min_seconds",
+                  "ratio_low", "ratio_high", "target"}],
+     "baseline", "cpu", "onnxruntime", "seed", "warmup_seconds", "min_seconds", "warnings",
      "before": {"cpu_mhz", "load_average", "gpu": {"sm_mhz", "memory_mhz", "temperature_c",
                 "power_w", "held_back_by"}}, "after", "remarks",
      "explanations": [{"file", "batch", "lines"}]}
 
 ``low`` and ``high`` bound a 95 % bootstrap interval. ``ratio`` is the median over all rounds of the
 file's time divided by the baseline's time in the same round: a ratio below 1 means that the file is
-faster than the baseline; without a baseline it is null. ``before`` was read when all files were
-warm, ``after`` right after the last run; values that could not be read are null
+faster than the baseline; without a baseline it is null. ``target`` is the runtime that the file was
+made for; ``warnings`` name files that were timed in another. ``before`` was read when all files
+were warm, ``after`` right after the last run; values that could not be read are null
 (`reptrt.trt.machine`). ``explanations`` say why a file is not clearly faster than the baseline
 (`reptrt.judge.explain`).
 """
@@ -55,6 +56,7 @@ class Timing:
     ratio: float | None = None  # time / time of the baseline
     ratio_low: float | None = None
     ratio_high: float | None = None
+    target: str | None = None  # runtime that the file was made for; None: not known, or float
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +92,7 @@ class BenchReport(Result):
     after: Conditions
     remarks: tuple[str, ...]  # what may have disturbed the measurement
     explanations: tuple[Explanation, ...] | None = None  # None: not requested
+    warnings: tuple[str, ...] = ()  # files that were made for another runtime
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON values."""
@@ -100,9 +103,12 @@ class BenchReport(Result):
 
     def to_table(self) -> Table:
         """Return the report as a table for people."""
-        caption = "\n".join((self.cpu, *self.remarks))
+        caption = "\n".join((self.cpu, *self.remarks, *self.warnings))
         table = Table(box=None, pad_edge=False, caption=caption, caption_justify="left")
         table.add_column("file", overflow="fold")
+        with_target = any(row.target is not None for row in self.results)
+        if with_target:
+            table.add_column("made for", no_wrap=True)
         titles = ["device", "batch", "median ms", "95 %", "p90", "p95", "p99", "images/s"]
         for title in [*titles, *(["ratio", "95 %"] if self.baseline is not None else [])]:
             table.add_column(title, justify="right", no_wrap=True)
@@ -117,7 +123,8 @@ class BenchReport(Result):
             ]
             if row.ratio is not None:
                 cells += [f"{row.ratio:.3f}", f"{row.ratio_low:.3f}-{row.ratio_high:.3f}"]
-            table.add_row(row.file, *cells)
+            made_for = [row.target or "-"] if with_target else []
+            table.add_row(row.file, *made_for, *cells)
         return table
 
     def to_lines(self) -> list[str]:

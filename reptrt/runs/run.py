@@ -87,6 +87,7 @@ class RunReport(Result):
             sqnr, accuracy = result["sqnr_db"], _accuracy(result)
             fidelity = "the reference" if sqnr is None else f"SQNR {sqnr:.2f} dB"
             lines.append(f"{Path(result['file']).name:12s}  {accuracy}  {fidelity}")
+        lines += self.results["bench"].get("warnings", ())
         return [*lines, f"run  {self.folder / 'report.json'}  {self.folder / 'report.html'}"]
 
 
@@ -367,6 +368,8 @@ def _named_within(folder: Path, content: dict[str, Any]) -> dict[str, Any]:
     changed = {**content, "results": [{**r, "file": within(r["file"])} for r in content["results"]]}
     if content.get("baseline") is not None:
         changed["baseline"] = within(content["baseline"])
+    if "warnings" in content:
+        changed["warnings"] = [text.replace(f"{folder}/", "") for text in content["warnings"]]
     return changed
 
 

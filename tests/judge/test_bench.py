@@ -9,13 +9,16 @@ import onnx
 import pytest
 from onnx import helper, numpy_helper
 
+import reptrt
 from reptrt.core.errors import ConfigError, DataError
 from reptrt.core.intervals import RESAMPLES, percentile_interval, resampled_percentiles
 from reptrt.judge import bench as bench_module
 from reptrt.judge.bench import MIN_ROUNDS, bench
 from reptrt.judge.bench_report import BenchReport
 from reptrt.judge.options import BenchOptions
+from reptrt.pipeline import CalibrateOptions, calibrate
 from reptrt.trt.machine import Conditions, GpuState, cpu_name
+from tests.support.learned_nets import rep_net, write_images, write_net
 from tests.support.tiny_nets import classifier, make_model
 
 QUICK = {"min_seconds": 0.0, "warmup_seconds": 0.0, "threads": 1}
@@ -25,6 +28,23 @@ QUICK = {"min_seconds": 0.0, "warmup_seconds": 0.0, "threads": 1}
 def net(tmp_path: Path) -> Path:
     onnx.save(classifier(), tmp_path / "net.onnx")
     return tmp_path / "net.onnx"
+
+
+def test_a_net_that_was_made_for_another_runtime_is_named(tmp_path: Path) -> None:
+    net, data = write_net(tmp_path / "m.onnx", rep_net(1)), write_images(tmp_path / "d.npz", 16)
+    for target in ("tensorrt", "onnxruntime"):
+        options = CalibrateOptions(images=16, target=target)
+        calibrate(net, data, tmp_path / f"{target}.onnx", options)
+    files = [net, tmp_path / "tensorrt.onnx", tmp_path / "onnxruntime.onnx"]
+    in_memory = reptrt.calibrate(net, data, images=16)
+    report = bench([*files, in_memory], BenchOptions(**QUICK))
+    made_for = [row.target for row in report.results]
+    assert made_for == [None, "tensorrt", "onnxruntime", "tensorrt"]
+    here = "and timed in onnxruntime on cpu"
+    names = [str(files[1]), report.results[3].file]
+    assert report.warnings == tuple(f"{n} was made for tensorrt {here}" for n in names)
+    assert "made for tensorrt" in " ".join(str(report).split())
+    assert bench([net], BenchOptions(**QUICK)).warnings == ()
 
 
 # --- a clock that only runs as the fake nets say -------------------------------------------------

@@ -81,6 +81,7 @@ def latency(run: RunContent) -> Section:
         rows = [row for row in bench["results"] if row["batch"] == batch]
         blocks.append(_timings(batch, rows))
     blocks += [Text(f"The measurement was disturbed: {remark}.") for remark in bench["remarks"]]
+    blocks += [Text(f"{warning}.") for warning in bench.get("warnings", ())]
     return Section("latency", "Latency", tuple(blocks))
 
 
