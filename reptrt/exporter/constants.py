@@ -9,16 +9,11 @@ import numpy as np
 import onnx
 import onnx.version_converter
 from onnx import helper, numpy_helper
-from onnx_ir.passes.common import LiftConstantsToInitializersPass, RemoveUnusedNodesPass
-from onnxscript import ir
-from onnxscript.optimizer import fold_constants_ir
 
 from reptrt.graph.net import first_free
 
 _MOST_VALUES = 2**24  # of a constant that is computed here
 _KEPT = ("DequantizeLinear", "RandomNormal", "RandomUniform", "RandomNormalLike")  # left as it is
-
-logging.getLogger("onnxscript.optimizer").setLevel(logging.ERROR)  # it warns of what it leaves
 
 
 def has_constant_arithmetic(model: onnx.ModelProto) -> bool:
@@ -49,6 +44,12 @@ def with_constants_folded(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _folded(model: onnx.ModelProto) -> onnx.ModelProto:
+    # A fifth of what calibrate imports, for the few files that have something to fold.
+    from onnx_ir.passes.common import LiftConstantsToInitializersPass, RemoveUnusedNodesPass
+    from onnxscript import ir
+    from onnxscript.optimizer import fold_constants_ir
+
+    logging.getLogger("onnxscript.optimizer").setLevel(logging.ERROR)  # it warns of what it leaves
     graph = ir.serde.deserialize_model(model)
     fold_constants_ir(
         graph,

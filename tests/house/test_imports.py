@@ -78,6 +78,16 @@ def test_help_of_no_command_loads_anything_heavy() -> None:
     assert done.stdout.splitlines()[-1] == "loaded []"
 
 
+def test_calibrate_loads_no_optimizer_of_graphs() -> None:
+    """onnxscript and sympy take as long as half of torch; few files need them."""
+    code = (
+        "import sys, torch; before = set(sys.modules); import reptrt.pipeline.calibrating\n"
+        "names = {'onnxscript', 'onnx_ir', 'sympy', 'scipy', 'sklearn', 'pandas', 'matplotlib'}\n"
+        "print('loaded', sorted(names & (set(sys.modules) - before)))"
+    )
+    assert python(code).stdout.splitlines()[-1] == "loaded []"
+
+
 def test_the_list_of_commands_loads_no_options() -> None:
     code = (
         "import sys; from reptrt.cli import main; main(['--help'], standalone_mode=False)\n"
