@@ -86,7 +86,12 @@ def prepare(net: Net, dataset: Dataset, options: CalibrateOptions) -> Prepared:
         )
         candidates = Candidates(net, stats, layers, possible, asked, options).all()
 
-        def error(candidate: Candidate, most: float, ends: Sequence[str] = ()) -> float:
+        def error(
+            candidate: Candidate,
+            most: float,
+            ends: Sequence[str] = (),
+            limits: Mapping[str, Float64Array] = shares,
+        ) -> float:
             trial = net.copy()
             _apply(trial, candidate, asked, options)
             return error_at_maxima(
@@ -94,7 +99,7 @@ def prepare(net: Net, dataset: Dataset, options: CalibrateOptions) -> Prepared:
                 place(trial, (*in_float[0], *exactly(ends)), in_float[1]),
                 scaled_stats(net, stats, candidate.factors),
                 candidate.full_range,
-                shares,
+                limits,
                 outputs,
                 options,
                 most,
@@ -107,7 +112,8 @@ def prepare(net: Net, dataset: Dataset, options: CalibrateOptions) -> Prepared:
             _apply(trial, chosen, asked, options)
             whole = {node.name for node in weighted_nodes(trial.graph)} & layers.keys()
             prices = prices_of_ends(net, whole, options.runtime.costs)
-            ends = keep_ends(prices, lambda ends: error(chosen, math.inf, ends))
+            no_limits = {name: np.ones_like(share) for name, share in shares.items()}
+            ends = keep_ends(prices, lambda ends: error(chosen, math.inf, ends, no_limits))
             in_float = ((*in_float[0], *exactly(ends)), in_float[1])
     factors = factors_of_tensors(net, chosen.factors)
     total = num_macs(net)
