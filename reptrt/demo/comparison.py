@@ -1,4 +1,4 @@
-"""Compare three ways to INT8, build an engine, and measure what each step changes."""
+"""Compare four ways to INT8, build an engine, and measure what each step changes."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -19,19 +19,21 @@ from reptrt.runs.options import RunOptions
 from reptrt.trt.build import EngineSummary, build_engine
 from reptrt.trt.options import BuildOptions
 
-FLOAT, OURS = "float", "reptrt INT8"
+FLOAT, OURS, FOR_CPU = "float", "reptrt INT8", "reptrt INT8 for CPUs"
 SOURCE = pipeline.Source("repvgg", digits.WEIGHTS, digits.ARCHITECTURE)
 EXPORT = pipeline.ExportOptions(digits.INPUT_SIZE, digits.MEAN, digits.STD)
 CALIBRATIONS = {
     "plain INT8": pipeline.PLAIN_INT8,
     "reptrt INT8, no split": pipeline.CalibrateOptions(split="none"),  # no more nodes than plain
     OURS: pipeline.CalibrateOptions(),
+    FOR_CPU: pipeline.CalibrateOptions(target="onnxruntime"),
 }
 _FILES = {
     FLOAT: "digits.onnx",
     "plain INT8": "digits.plain.onnx",
     "reptrt INT8, no split": "digits.nosplit.onnx",
     OURS: "digits.int8.onnx",
+    FOR_CPU: "digits.cpu.onnx",
 }
 _BENCH_SECONDS = 1.0  # for each file
 _KIB = 1 << 10
@@ -104,11 +106,14 @@ class Comparison:
         )
 
     def _caption(self) -> str:
-        return f"{self.images} held-out images; onnxruntime, batch 1, 1 thread, {self.cpu}"
+        return (
+            f"{self.images} held-out images; onnxruntime, batch 1, 1 thread, {self.cpu}; "
+            "the INT8 files but the last are made for TensorRT"
+        )
 
 
 def compare(folder: Path) -> Comparison:
-    """Export, calibrate in three ways, evaluate, time, build an engine; all files in ``folder``.
+    """Export, calibrate in four ways, evaluate, time, build an engine; all files in ``folder``.
 
     Raises:
         ReptrtError: a stage failed; its file was not written.
@@ -148,7 +153,7 @@ def compare(folder: Path) -> Comparison:
 
 
 def write_files(folder: Path, images: Path) -> Mapping[str, Path]:
-    """Export the net and quantize it in three ways; return the files by the name of their row."""
+    """Export the net and quantize it in four ways; return the files by the name of their row."""
     files = {name: folder / file for name, file in _FILES.items()}
     pipeline.export(SOURCE, files[FLOAT], EXPORT)
     for name, calibration in CALIBRATIONS.items():

@@ -5,7 +5,9 @@ noise of the last layer. Both are small in most nets. In float a layer costs
 
     (float_macs - 1) MACs  +  crossing_macs values that cross between float and INT8
 
-as a fraction of the net's own multiply-accumulates. An end is a candidate if that is at most
+as a fraction of the net's own multiply-accumulates. A first layer whose output is also a summand is
+no candidate: onnxruntime keeps float layers and INT8 layers in different layouts, and would change
+the layout before and behind every sum of the chain. Any other end is one if that is at most
 `MOST`, and stays in float if the error of the outputs falls by a larger share.
 """
 
@@ -14,6 +16,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 import onnx_graphsurgeon as gs
 
 from reptrt.graph.net import Net, weighted_nodes
+from reptrt.graph.queries import POINTWISE, value_inputs
 from reptrt.quantize.choose.cost import layer_macs, num_macs, num_values
 from reptrt.quantize.targets import Costs
 
@@ -25,7 +28,7 @@ def prices_of_ends(net: Net, layers: Collection[str], costs: Costs) -> dict[str,
     """Return the first and last layers that cost little in float, and the price of each.
 
     Args:
-        net: a float net with known shapes.
+        net: a float net with known shapes, after the splits.
         layers: names of those that may stay in float.
         costs: of the runtime.
     """
@@ -37,6 +40,8 @@ def prices_of_ends(net: Net, layers: Collection[str], costs: Costs) -> dict[str,
     for node in nodes:
         is_first, is_last = node.name not in later, not behind[id(node)]
         if node.name not in layers or not (is_first or is_last) or not total:
+            continue
+        if is_first and not is_last and _is_summand(node.outputs[0]):
             continue
         ends = [node.outputs[0]] * is_first + [node.inputs[0]] * is_last
         crossing = costs.crossing_macs * sum(map(num_values, ends))
@@ -62,6 +67,16 @@ def keep_ends(
         if now - changed > prices[layer] * now:
             kept, now = [*kept, layer], changed
     return tuple(kept)
+
+
+def _is_summand(tensor: gs.Tensor) -> bool:
+    """Return whether a sum reads a tensor, or a function of it alone, or a multiple of it."""
+    for reader in tensor.outputs:
+        if reader.op in ("Add", "Sum", "Sub") and len(value_inputs(reader)) > 1:
+            return True
+        if reader.op in POINTWISE and any(map(_is_summand, reader.outputs)):
+            return True
+    return False
 
 
 def _reaches(start: gs.Node, layers: Sequence[gs.Node]) -> set[str]:
