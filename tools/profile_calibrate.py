@@ -9,7 +9,8 @@ backward passes of the float net in torch over as many images as all steps take.
 stage needs by its data flow, in seconds of torch's passes:
 
     prepare      one pass: no channel is scaled before the ranges of all are known
-    collect      one pass: a histogram needs the scaled channels
+    collect      nothing where the values of that pass fit into half of --memory-budget, else one
+                 pass: a histogram needs the scaled channels
     thresholds   four rules on the images that judge
     biases       the net with and without corrections on the images that judge
     learn        each unit is computed once in both nets; its steps go forward and backward
@@ -92,7 +93,7 @@ def needed(options: CalibrateOptions) -> dict[str, Callable[[Mapping[str, float]
     judges = 1 / stride_of(options.images)  # share of the images that judge
     return {
         "prepare": lambda p: p["torch"],
-        "collect": lambda p: p["torch"],
+        "collect": lambda _: 0.0,
         "thresholds": lambda p: _RULES * judges * p["torch"],
         "biases": lambda p: 2 * judges * p["torch"],
         "learn": lambda p: 2 * p["torch"] + p["steps"],
