@@ -10,7 +10,8 @@
    input quantized, so that the convolution before it can write INT8.
 3. A residual Add gets Q/DQ on the skip input only: the output of the convolution that TensorRT
    fuses with the Add stays untouched. If neither input is such an output, both get Q/DQ. A sum
-   inside an activation function (GELU by tanh) is no residual Add.
+   inside an activation function (GELU by tanh) is no residual Add. In a net for onnxruntime, which
+   fuses no sum, all inputs get Q/DQ.
 4. All inputs of a Concat, and its output, share one scale.
 5. The sum of a split layer adds two parts of one layer: in the float form (default) neither
    summand gets Q/DQ, which is exact; in the INT8 form both do, at the price of their rounding.
@@ -33,6 +34,7 @@ import onnx_graphsurgeon as gs
 from reptrt.core.errors import ConfigError, option
 from reptrt.graph.flow import Flow, tail_of
 from reptrt.graph.layers import output_axis
+from reptrt.graph.made_for import KEY
 from reptrt.graph.net import QUANTIZED_OPS, Net, constant_value, weighted_nodes
 from reptrt.graph.queries import SUMS, before_epilogue, is_private_past_casts, value_inputs
 from reptrt.graph.splits import Split, read_splits
@@ -169,6 +171,7 @@ class _Rules:
         self._muls = {
             split.side for split in self._splits.values() if split.form.startswith("identity")
         }
+        self._fuses_sums = net.metadata.get(KEY) != "onnxruntime"
         self.flow = Flow(net.graph, self._chosen, float_nodes)
 
     def quantized_inputs(self, node: gs.Node) -> list[int]:
@@ -188,6 +191,8 @@ class _Rules:
     def _skip_inputs(self, node: gs.Node) -> list[int]:
         """Rule 3: every input but the one whose convolution TensorRT fuses with the Add."""
         operands = value_inputs(node)
+        if not self._fuses_sums:
+            return [index for index, _ in operands]
         fused = [(size, -index) for index, t in operands if (size := self._fusable(t)) is not None]
         main = -max(fused)[1] if fused else None  # of two convolutions, the larger
         return [index for index, _ in operands if index != main]

@@ -21,7 +21,6 @@ from reptrt.core.options_json import json_from_options
 from reptrt.data.dataset import Dataset, Images, count_images, open_dataset
 from reptrt.execute.runner import refuse_unrunnable
 from reptrt.exporter.front_door import accept
-from reptrt.graph.made_for import record_target
 from reptrt.graph.model import Model, blaming, label_of
 from reptrt.graph.net import Net, refuse_not_finite
 from reptrt.graph.plan import QuantPlan
@@ -236,7 +235,6 @@ def _finish(net: Net, plan: QuantPlan, options: CalibrateOptions) -> tuple[Skipp
         to_unsigned(net)
     left_fp32 = to_fp16(net).skipped if options.high_precision == "fp16" else ()
     log_left_fp32(left_fp32)
-    record_target(net, options.target)
     if options.simulation is not None:
         net.metadata["reptrt.simulation"] = options.simulation
     return left_fp32

@@ -12,6 +12,7 @@ from reptrt.core.choices import SplitForm
 from reptrt.core.errors import ConfigError, option
 from reptrt.data.dataset import Dataset
 from reptrt.execute.torchgraph import TorchGraph
+from reptrt.graph.made_for import record_target
 from reptrt.graph.net import Net, weighted_nodes
 from reptrt.graph.placement import Placement, exactly, place
 from reptrt.graph.splits import Split, read_splits
@@ -64,6 +65,7 @@ def prepare(net: Net, dataset: Dataset, options: CalibrateOptions) -> Prepared:
         dataset: calibration images.
         options: of calibration.
     """
+    record_target(net, options.target)  # placement depends on it
     net.graph.cleanup(remove_unused_graph_inputs=False)  # nodes that lead to no output
     placement = place(net, options.exclude, options.float_patterns)
     # Rewrites name the parts of a layer after it: later placements match today's names exactly.

@@ -4,11 +4,13 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import onnx
 import onnxruntime
 import pytest
 
+from reptrt.core.choices import TargetName
 from reptrt.core.errors import EngineError
 from reptrt.core.grid import Grid
 from reptrt.graph.net import net_from_model, read_model
@@ -23,6 +25,7 @@ from reptrt.trt.input import read_buildable
 from tests.pipeline.test_calibrate import CIFAR, ZOO
 from tests.support.helpers import SHARED, needs_shared, optimized_op_counts
 from tests.support.learned_nets import rep_net, write_images, write_net
+from tests.support.onnx_nets import Builder
 
 FOR_CPU = CalibrateOptions(images=32, target="onnxruntime", split="identity")
 
@@ -84,6 +87,32 @@ def test_a_trained_net_keeps_its_accuracy_in_onnxruntime(tmp_path: Path) -> None
 def test_an_engine_is_refused(made: Path) -> None:
     with pytest.raises(EngineError, match=r"o\.onnx: made for onnxruntime.*target"):
         read_buildable(made / "o.onnx")
+
+
+def residual(seed: int = 0) -> onnx.ModelProto:
+    """Two residual blocks, the first with a convolution on the skip."""
+    b = Builder(size=8, seed=seed)
+    y = b.relu(b.conv("x", 8, "stem"))
+    for name, skip in (("a", True), ("b", False)):
+        shortcut = b.conv(y, 8, f"{name}.skip", size=1, pads=[0] * 4) if skip else y
+        inner = b.conv(b.relu(b.conv(y, 8, f"{name}.1")), 8, f"{name}.2")
+        y = b.relu(b.node("Add", [inner, shortcut], f"{name}.sum"))
+    return b.model(b.head(y))
+
+
+def test_residual_sums_run_in_int8(tmp_path: Path) -> None:
+    """A convolution whose output is added in float would run in float."""
+    model = write_net(tmp_path / "m.onnx", residual())
+    data = write_images(tmp_path / "d.npz", 32, size=8)
+    counts = {}
+    for target in get_args(TargetName):
+        output = tmp_path / f"{target}.onnx"
+        calibrate(model, data, output, CalibrateOptions(images=32, target=target, split="none"))
+        counts[target] = optimized_op_counts(output.read_bytes())
+    assert counts["tensorrt"]["QLinearAdd"] == 0
+    assert counts["onnxruntime"]["QLinearAdd"] == 2
+    assert counts["onnxruntime"]["QLinearConv"] >= 5
+    assert counts["onnxruntime"]["Add"] == 0
 
 
 # Ends --------------------------------------------------------------------------------------------
