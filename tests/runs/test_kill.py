@@ -12,7 +12,7 @@ import pytest
 from tests.support.small_run import make_run, write_data, write_factory
 
 ROOT = Path(__file__).resolve().parents[2]
-KILLS = int(os.environ.get("REPTRT_KILLS", "10"))
+KILLS = int(os.environ.get("REPTRT_KILLS", "6"))
 EQUAL = ("float.onnx", "float.onnx.json", "int8.onnx", "int8.onnx.json")
 EQUAL += ("eval.json", "diagnosis.json")
 MEASURED = ("bench", "build-engine")  # times; tensorrt-rtx need not write the same bytes twice
