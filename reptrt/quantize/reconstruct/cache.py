@@ -30,12 +30,16 @@ _COPIES = 8  # copies of a unit's activations while it is learned: values, gradi
 
 
 class Store:
-    """One tensor for all images, (N, *shape); images lie in memory as convolutions read them."""
+    """One tensor for all images, (N, *shape)."""
 
     def __init__(
         self, count: int, shape: Sequence[int], storage: Storage, device: torch.device, folder: Path
     ) -> None:
         self._device = device
+        # On a CPU, images lie in memory as `spatial_layout` wants them: (n, H, W, C).
+        is_last = len(shape) == 3 and device.type == "cpu"
+        self._axes = (0, 3, 1, 2) if is_last else None
+        stored = (*shape[1:], shape[0]) if is_last else tuple(shape)
         self._half = storage != "float32"
         dtype = torch.float16 if self._half else torch.float32
         self._mapping: mmap.mmap | None = None
@@ -45,10 +49,9 @@ class Store:
                 file.truncate(max(size, 1))
                 self._mapping = mmap.mmap(file.fileno(), max(size, 1))
             array = np.frombuffer(self._mapping, np.float16, size // 2)
-            values = torch.from_numpy(array.reshape(count, *_in_memory(shape)))
+            self._values = torch.from_numpy(array.reshape(count, *stored))
         else:
-            values = torch.empty((count, *_in_memory(shape)), dtype=dtype, device=device)
-        self._values, self._axes = values, (0, 3, 1, 2) if len(shape) == 3 else None
+            self._values = torch.empty((count, *stored), dtype=dtype, device=device)
 
     def to_host(self) -> None:
         """Move the values to CPU memory; `read` still returns tensors on the computing device."""
@@ -70,18 +73,13 @@ class Store:
         return self._as_read(values)
 
     def _as_read(self, values: Tensor) -> Tensor:
-        """Return a view (n, C, H, W) of stored images (n, H, W, C)."""
+        """Return stored images as a view (n, C, H, W)."""
         return values if self._axes is None else values.permute(self._axes)
 
     def _release_pages(self) -> None:
         """Return the pages of a file to the system; they would count as this process's memory."""
         if self._mapping is not None and hasattr(mmap, "MADV_DONTNEED"):
             self._mapping.madvise(mmap.MADV_DONTNEED)
-
-
-def _in_memory(shape: Sequence[int]) -> Sequence[int]:
-    """Return the order of axes in memory: channels last for an image."""
-    return (*shape[1:], shape[0]) if len(shape) == 3 else shape
 
 
 class Activations:

@@ -62,20 +62,26 @@ class SoftCodes:
     def _by_node(self, flat: Tensor) -> dict[str, Tensor]:
         parts = torch.split(flat, self._sizes)
         return {
-            site.node: _shaped(part, site.weight.shape)
+            site.node: _like(part, site.weight)
             for site, part in zip(self._sites, parts, strict=True)
         }
 
 
 def _flat(weight: Tensor) -> Tensor:
-    """Return all values in the order in which convolutions read them: channels last."""
-    return (weight.permute(0, 2, 3, 1) if weight.dim() == 4 else weight).reshape(-1)
+    """Return all values in the order in which convolutions read them: on a CPU channels last."""
+    return (weight.permute(0, 2, 3, 1) if _is_last(weight) else weight).reshape(-1)
 
 
-def _shaped(flat: Tensor, shape: torch.Size) -> Tensor:
-    if len(shape) != 4:
-        return flat.view(shape)
-    return flat.view(shape[0], *shape[2:], shape[1]).permute(0, 3, 1, 2)
+def _like(flat: Tensor, weight: Tensor) -> Tensor:
+    """Return the values that `_flat` laid out in the shape of a weight, without a copy."""
+    if not _is_last(weight):
+        return flat.view(weight.shape)
+    outputs, inputs, *window = weight.shape
+    return flat.view(outputs, *window, inputs).permute(0, 3, 1, 2)
+
+
+def _is_last(weight: Tensor) -> bool:
+    return weight.dim() == 4 and weight.device.type == "cpu"
 
 
 class _SoftWeights(torch.autograd.Function):
