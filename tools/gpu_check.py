@@ -272,7 +272,7 @@ def calibrations(check: Check, recipes: Sequence[str], images: int) -> None:
         name += "-cuda" if device == "cuda" else ""
         report = calibrate(name, "--recipe", recipe, "--device", device)
         reports[recipe, device] = report
-        return {"seconds": report["seconds"], "images": report["images"]}
+        return {name: report[name] for name in ("seconds", "images", "overhead")}
 
     def both(recipe: str) -> dict[str, Any]:
         pair = [reports.get((recipe, device)) for device in ("cpu", "cuda")]
@@ -284,12 +284,12 @@ def calibrations(check: Check, recipes: Sequence[str], images: int) -> None:
         for device in ("cpu", "cuda"):
             check.step(f"calibrate {recipe} {device}", lambda r=recipe, d=device: on(r, d))  # type: ignore[misc]
         check.step(f"calibrate {recipe} cpu against cuda", lambda r=recipe: both(r))  # type: ignore[misc]
-    check.step(
-        "calibrate without splits",
-        lambda: {
-            "seconds": calibrate("int8-nosplit", "--recipe", chosen, "--split", "none")["seconds"]
-        },
-    )
+
+    def whole() -> dict[str, Any]:
+        report = calibrate("int8-nosplit", "--recipe", chosen, "--split", "none")
+        return {name: report[name] for name in ("seconds", "overhead")}
+
+    check.step("calibrate without splits", whole)
     for net, source in NETS.items():
         if source is not None:
             check.step(

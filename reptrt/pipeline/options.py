@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from reptrt.core.choices import (
@@ -22,6 +23,7 @@ from reptrt.core.option_fields import check_bounds, described, require_at_least
 from reptrt.quantize.calib.options import ThresholdOptions
 from reptrt.quantize.reconstruct.options import LearnOptions
 from reptrt.quantize.targets import TARGETS, Target
+from reptrt.quantize.targets.measured import costs_from_check
 
 if TYPE_CHECKING:
     from reptrt.core.grid import Grid
@@ -86,6 +88,11 @@ class CalibrateOptions:
         "tensorrt",
         "Runtime that the file is made for, which decides what runs in INT8 and what it costs: "
         "tensorrt (NVIDIA GPUs), onnxruntime (CPUs).",
+    )
+    costs: Path | None = described(
+        None,
+        "File of tools/gpu_check.py whose measurements replace the assumed costs of the target "
+        "tensorrt.",
     )
     recipe: Recipe = described(
         "fast",
@@ -191,6 +198,11 @@ class CalibrateOptions:
                 f"{option('keep_affine')}: no gains and shifts are learned; give "
                 f"{option('qprep', True)} too, or a recipe that learns"
             )
+        if self.costs is not None and self.target != "tensorrt":
+            raise ConfigError(
+                f"{option('costs')}: {self.costs} holds measurements of TensorRT; drop it with "
+                f"{option('target', self.target)}"
+            )
         _ = self.most_float_layers
         require_at_least(1, self, "images")
         require_at_least(0, self, "max_overhead")
@@ -220,12 +232,15 @@ class CalibrateOptions:
     @property
     def runtime(self) -> Target:
         """What the target is known to run, and at which cost."""
-        return TARGETS[self.target]
+        target = TARGETS[self.target]
+        if self.costs is None:
+            return target
+        return replace(target, costs=costs_from_check(self.costs, target.costs))
 
     @property
     def summands(self) -> SplitPrecision:
         """The precision of the summands of split layers."""
-        return self.split_precision or self.runtime.precision
+        return self.split_precision or TARGETS[self.target].precision
 
     @property
     def split_form(self) -> SplitForm:

@@ -129,7 +129,7 @@ def run(
         "calibrate",
         q,
         {**json_from_options(options.calibrate), "data": planned.data.sha256},
-        [fp],
+        [fp] if options.calibrate.costs is None else [fp, options.calibrate.costs],
         lambda: _calibrate(fp, data, q, options.calibrate),
         beside=[folder / CALIBRATE_FILE],
     )

@@ -1,13 +1,16 @@
 """What is known of runtimes, and that options and choice use it."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
 import onnx
+import pytest
 
 from reptrt.core.artifacts import read_sidecar
 from reptrt.core.choices import TargetName
+from reptrt.core.errors import ArtifactError, ConfigError
 from reptrt.core.grid import Grid
 from reptrt.graph.made_for import recorded_target
 from reptrt.pipeline import CalibrateOptions, calibrate
@@ -55,3 +58,64 @@ def test_a_file_and_its_sidecar_name_the_target(tmp_path: Path) -> None:
         assert sidecar is not None
         assert sidecar.options["target"] == target
         assert (recorded_target(onnx.load(output)) or "tensorrt") == target
+
+
+def check_file(path: Path, ratio: float, shares: tuple[float, float], batch: int = 1) -> Path:
+    """Write what gpu_check writes, with engines whose times have the given ratio."""
+    names = ("int8-fp16", "int8-nosplit-fp16")
+    rows = [
+        {"file": f"out/{name}.tensorrt.engine", "batch": batch, "median_ms": time}
+        for name, time in zip(names, (2.0 * ratio, 2.0), strict=True)
+    ]
+    results = {
+        "environment": {"gpu": "a GPU of this test"},
+        "calibrate fast cpu": {"overhead": shares[0]},
+        "calibrate without splits": {"overhead": shares[1]},
+        "tensorrt bench, no host copies": {"results": rows},
+    }
+    steps = [{"name": name, "state": "done", "result": r} for name, r in results.items()]
+    path.write_text(json.dumps({"steps": steps}))
+    return path
+
+
+@pytest.mark.parametrize("real", [0.0, 3.0, 8.0, 40.0])
+def test_costs_of_passes_follow_from_timings(tmp_path: Path, real: float) -> None:
+    """Engines whose passes really cost ``real`` per value, in a net whose shares are known."""
+    split, whole = (1 + real * share / 8 for share in (0.09, 0.02))
+    path = check_file(tmp_path / "gpu_check.json", split / whole, (0.09, 0.02))
+    costs = CalibrateOptions(costs=path).runtime.costs
+    assert costs.pass_macs == pytest.approx(real, abs=1e-9)
+    assert costs.source == "measured: gpu_check.json, a GPU of this test"
+
+
+def test_splits_are_free_where_timings_say_so_within_their_spread(tmp_path: Path) -> None:
+    path = check_file(tmp_path / "gpu_check.json", 0.999, (0.09, 0.02))
+    assert CalibrateOptions(costs=path).runtime.costs.pass_macs == 0
+
+
+def test_files_without_measurements_are_refused(tmp_path: Path) -> None:
+    other = tmp_path / "other.json"
+    for content in ("", "[]", '{"steps": []}'):
+        other.write_text(content)
+        with pytest.raises(ArtifactError, match=r"other\.json: no costs in it .*gpu_check"):
+            _ = CalibrateOptions(costs=other).runtime
+    late = check_file(tmp_path / "late.json", 1.1, (0.09, 0.02), batch=8)
+    with pytest.raises(ArtifactError, match="no timings of int8-fp16"):
+        _ = CalibrateOptions(costs=late).runtime
+    with pytest.raises(ConfigError, match=r"costs: .*late\.json holds measurements of TensorRT"):
+        CalibrateOptions(costs=late, target="onnxruntime")
+
+
+def test_the_choice_counts_with_the_measured_costs(tmp_path: Path) -> None:
+    model = write_net(tmp_path / "m.onnx", rep_net(1))
+    data = write_images(tmp_path / "x.npz", 16)
+    overheads = []
+    for real in (8.0, 0.8):
+        split, whole = (1 + real * share / 8 for share in (0.09, 0.02))
+        path = check_file(tmp_path / "gpu_check.json", split / whole, (0.09, 0.02))
+        options = CalibrateOptions(images=16, costs=path, split="identity")
+        overheads.append(calibrate(model, data, tmp_path / "o.onnx", options).overhead)
+        sidecar = read_sidecar(tmp_path / "o.onnx")
+        assert sidecar is not None
+        assert sidecar.details["costs"]["pass_macs"] == pytest.approx(real)
+    assert overheads[1] == pytest.approx(overheads[0] / 10, rel=0.01)

@@ -195,7 +195,8 @@ def _halves(
             "pass what calibrate returned for the same arguments, or nothing"
         )
     device = torch_device(options.device)
-    return halves_of(net, placement, scales, options.grids, device, report.full_range)
+    codes = {tensor.tensor: tensor.grid for tensor in report.tensors}
+    return halves_of(net, placement, scales, options.grids, device, codes)
 
 
 def _corners(

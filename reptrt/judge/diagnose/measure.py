@@ -6,8 +6,9 @@ the deployed file. Only sums of squares are kept, so the memory is one batch of 
 
 import functools
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -124,7 +125,7 @@ def halves_of(
     scales: Mapping[str, float],
     grids: tuple[Grid, Grid],
     device: torch.device,
-    full_range: Collection[str] = (),
+    codes: Mapping[str, Grid] = MappingProxyType({}),
 ) -> Halves:
     """Return a float net with only its weights and with only its activations quantized.
 
@@ -134,11 +135,11 @@ def halves_of(
         scales: tensor name -> scale, for every activation of the placement.
         grids: the codes of activations and of weights.
         device: where to compute.
-        full_range: activations with the full range of codes.
+        codes: tensor -> codes, of activations that have others than those of ``grids``.
     """
     weights, activations = net.copy(), net.copy()
-    codes = quantize_weights(net, placement, grids[1])
-    plan = plan_from_placement(placement, scales, codes, grids[0], full_range)
+    rounded = quantize_weights(net, placement, grids[1])
+    plan = plan_from_placement(placement, scales, rounded, grids[0], grids=codes)
     insert_qdq(weights, replace(plan, activations={}))
     insert_qdq(activations, replace(plan, weights={}))
     return Halves(*(TorchGraph(graph, device) for graph in (net, weights, activations)))
