@@ -22,6 +22,7 @@ from reptrt.quantize.choose import (
     Policy,
     best_factors,
     choose,
+    full_range_macs,
     full_range_of,
     reader_of,
 )
@@ -81,7 +82,9 @@ class Candidates:
         options: CalibrateOptions,
     ) -> None:
         self._net, self._stats, self._layers = net, stats, layers
-        self._possible, self._forms, self._options = possible, forms, options
+        self._forms, self._options = forms, options
+        costs = options.runtime.costs
+        self._possible = {tensor: full_range_macs(net, tensor, costs) for tensor in possible}
         self._known: dict[tuple[object, ...], Float64Array] = {}
         self._trials: dict[tuple[int, ...], _Equalized] = {}
         self._streams = find_streams(net)[0] if options.equalize else ()

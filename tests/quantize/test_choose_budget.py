@@ -16,7 +16,15 @@ from reptrt.graph.net import Net, net_from_model
 from reptrt.graph.placement import place
 from reptrt.pipeline import CalibrateOptions, calibrate
 from reptrt.quantize.calib.channels import ChannelStats
-from reptrt.quantize.choose import Choice, ChooseOptions, Decision, Option, choose, num_macs
+from reptrt.quantize.choose import (
+    Choice,
+    ChooseOptions,
+    Decision,
+    Option,
+    choose,
+    full_range_macs,
+    num_macs,
+)
 from reptrt.rewrite.recentre import full_range_obstacle
 from tests.rewrite.test_splits import rep_weight
 from tests.support.helpers import ort_run
@@ -63,17 +71,19 @@ class Measured:
         self.inputs = {node.name: node.input[0] for node in layers}
         self.stats = {layer: stats64(self.values[name]) for layer, name in self.inputs.items()}
         placement = place(self.net)
-        self.ranges = [
-            activation.tensor
+        self.ranges = {
+            activation.tensor: full_range_macs(
+                self.net, activation.tensor, ChooseOptions(*GRIDS, 0.0).costs
+            )
             for activation in placement.activations
             if full_range_obstacle(self.net, placement, activation.tensor) is None
-        ]
+        }
         self.macs = num_macs(self.net)
 
     def choice(self, budget: float, *, left: float = 1.0, ranges: bool = True) -> Choice:
         """Choose with a budget in multiply-accumulates; a part of the weight noise counts."""
         options = ChooseOptions(*GRIDS, budget / self.macs, remaining=left)
-        return choose(self.net, self.stats, options, self.ranges if ranges else [])
+        return choose(self.net, self.stats, options, self.ranges if ranges else {})
 
 
 def stats64(values: np.ndarray) -> ChannelStats:
@@ -224,7 +234,7 @@ def one_rep_layer(noise: float) -> Measured:
     y = b.relu(b.conv(b.relu(b.conv("x", CHANNELS, "stem", size=1, pads=[0] * 4)), CHANNELS, "rep"))
     set_weight(b, "rep", rep_weight(np.random.default_rng(0), CHANNELS, CHANNELS, 3, 1))
     measured = Measured(b.model(b.conv(y, 4, "last", size=1, pads=[0] * 4)), images(16, size=SIZE))
-    measured.ranges = ["stem.relu"]
+    measured.ranges = {"stem.relu": measured.ranges["stem.relu"]}
     stats = measured.stats["rep"]
     measured.stats = {"rep": replace(stats, mean=np.zeros(CHANNELS))}
     (decision,) = measured.choice(0.0).splits

@@ -30,7 +30,7 @@ they choose by the outputs.
     in_float    which layers stay in float, where that is asked for
 """
 
-from reptrt.quantize.choose.cost import num_macs, splits_macs
+from reptrt.quantize.choose.cost import full_range_macs, num_macs, splits_macs
 from reptrt.quantize.choose.decide import choose
 from reptrt.quantize.choose.decisions import (
     Choice,
@@ -65,6 +65,7 @@ __all__ = [
     "Reader",
     "best_factors",
     "choose",
+    "full_range_macs",
     "full_range_of",
     "int8_obstacle",
     "keep_ends",

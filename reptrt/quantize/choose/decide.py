@@ -4,10 +4,11 @@ from collections.abc import Collection, Mapping
 
 import onnx_graphsurgeon as gs
 
+from reptrt.core.grid import Grid
 from reptrt.graph.net import Net, weighted_nodes
 from reptrt.quantize.calib.channels import ChannelStats
 from reptrt.quantize.choose.budget import within_budget
-from reptrt.quantize.choose.cost import full_range_macs, num_macs
+from reptrt.quantize.choose.cost import num_macs
 from reptrt.quantize.choose.decisions import Choice, ChooseOptions, Decision, Option, RangeDecision
 from reptrt.quantize.choose.noise import Noises, layer_noise
 
@@ -19,7 +20,7 @@ def choose(
     net: Net,
     stats: Mapping[str, ChannelStats],
     options: ChooseOptions,
-    full_range: Collection[str] = (),
+    full_range: Mapping[str, int] | None = None,
     noises: Noises | None = None,
 ) -> Choice:
     """Return a decision for every convolution and for every activation that can have full range.
@@ -28,26 +29,27 @@ def choose(
         net: a float net with known shapes; not changed.
         stats: layer name -> statistics of its input; layers without an entry are not considered.
         options: what may be chosen, and what it may cost.
-        full_range: activations that can have full range.
+        full_range: activations that can have full range, with its cost (`full_range_macs`).
         noises: of layers of the same net with the same statistics, codes and costs, as far as they
             were computed for other policies; those of this call are added.
     """
     known: Noises = {} if noises is None else noises
+    possible = full_range or {}
     layers = [
         node for node in weighted_nodes(net.graph) if node.name in stats and node.op == "Conv"
     ]
     desired = {
-        node.name: _desired_form(node, stats[node.name], options, full_range, known)
+        node.name: _desired_form(node, stats[node.name], options, possible, known)
         for node in layers
     }
     ranges = [
         _range_decision(
-            net,
             tensor,
             [desired[node.name] for node in layers if node.inputs[0].name == tensor],
-            options,
+            options.activations,
+            extra_macs,
         )
-        for tensor in full_range
+        for tensor, extra_macs in possible.items()
     ]
     budget = options.max_overhead * num_macs(net)
     return within_budget(desired.values(), ranges, budget, remaining=options.remaining)
@@ -94,14 +96,13 @@ def _noise(option: Option) -> float:
 
 
 def _range_decision(
-    net: Net, tensor: str, readers: Collection[Decision], options: ChooseOptions
+    tensor: str, readers: Collection[Decision], grid: Grid, extra_macs: int
 ) -> RangeDecision:
     """Return the gain and the cost of full range for one tensor; it is not yet granted.
 
     The decisions of its readers count the noise with full range. Without it, the noise is larger by
     the square of the ratio of the steps.
     """
-    grid = options.activations
     removed = (grid.full_range.qmax / grid.qmax) ** 2 - 1.0
     gain = sum(removed * d.activation_noise / (d.signal or 1.0) for d in readers)
-    return RangeDecision(tensor, False, gain, full_range_macs(net, tensor, options.costs))
+    return RangeDecision(tensor, False, gain, extra_macs)
