@@ -113,7 +113,7 @@ def prepare(net: Net, dataset: Dataset, options: CalibrateOptions) -> Prepared:
             trial = net.copy()
             _apply(trial, chosen, asked, options)
             whole = {node.name for node in weighted_nodes(trial.graph)} & layers.keys()
-            prices = prices_of_ends(trial, whole, options.runtime.costs)
+            prices = prices_of_ends(trial, whole, options.runtime.costs, num_macs(net))
             no_limits = {name: np.ones_like(share) for name, share in shares.items()}
             ends = keep_ends(prices, lambda ends: error(chosen, math.inf, ends, no_limits))
             in_float = ((*in_float[0], *exactly(ends)), in_float[1])

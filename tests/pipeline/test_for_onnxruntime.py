@@ -18,6 +18,7 @@ from reptrt.graph.quantized import plan_from_net
 from reptrt.judge.evaluate import evaluate
 from reptrt.judge.options import EvaluateOptions
 from reptrt.pipeline import CalibrateOptions, Source, calibrate, export
+from reptrt.quantize.choose import num_macs
 from reptrt.quantize.choose.ends import MOST, keep_ends, prices_of_ends
 from reptrt.quantize.targets import TARGETS
 from reptrt.rewrite.split_identity import split_identity
@@ -121,11 +122,14 @@ def test_residual_sums_run_in_int8(tmp_path: Path) -> None:
 def test_the_price_of_an_end_is_its_share_of_the_work(made: Path) -> None:
     net, costs = net_from_model(read_model(made / "m.onnx")), TARGETS["onnxruntime"].costs
     names = [node.name for node in net.graph.nodes if node.op in ("Conv", "Gemm")]
-    prices = prices_of_ends(net, names, costs)
+    prices = prices_of_ends(net, names, costs, num_macs(net))
     assert set(prices) <= {names[0], names[-1]}
     assert all(0 < price <= MOST for price in prices.values())
     assert names[-1] in prices
-    assert prices_of_ends(net, [], costs) == {}
+    assert prices_of_ends(net, [], costs, num_macs(net)) == {}
+    total, whole = num_macs(net), prices[names[-1]]
+    split_identity(net, names, grid=Grid.weight(8), form="identity-scalar", precision="int8")
+    assert prices_of_ends(net, names, costs, total)[names[-1]] == whole
 
 
 def test_a_first_layer_that_feeds_a_sum_stays_in_int8(made: Path) -> None:
@@ -133,9 +137,10 @@ def test_a_first_layer_that_feeds_a_sum_stays_in_int8(made: Path) -> None:
     net, costs = net_from_model(read_model(made / "m.onnx")), TARGETS["onnxruntime"].costs
     free = replace(costs, crossing_macs=0.0, float_macs=1.0)
     names = [node.name for node in net.graph.nodes if node.op in ("Conv", "Gemm")]
-    assert set(prices_of_ends(net, names, free)) == {names[0], names[-1]}
+    total = num_macs(net)
+    assert set(prices_of_ends(net, names, free, total)) == {names[0], names[-1]}
     split_identity(net, names, grid=Grid.weight(8), form="identity-scalar", precision="int8")
-    assert set(prices_of_ends(net, names, free)) == {names[-1]}
+    assert set(prices_of_ends(net, names, free, total)) == {names[-1]}
 
 
 def test_an_end_stays_in_float_where_the_error_falls_by_more_than_it_costs() -> None:

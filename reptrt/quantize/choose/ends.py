@@ -17,22 +17,22 @@ import onnx_graphsurgeon as gs
 
 from reptrt.graph.net import Net, weighted_nodes
 from reptrt.graph.queries import POINTWISE, value_inputs
-from reptrt.quantize.choose.cost import layer_macs, num_macs, num_values
+from reptrt.quantize.choose.cost import layer_macs, num_values
 from reptrt.quantize.targets import Costs
 
 MOST = 0.04  # of the net's multiply-accumulates, for one layer
 _TRIED = 4  # layers; each costs one run of the judging images
 
 
-def prices_of_ends(net: Net, layers: Collection[str], costs: Costs) -> dict[str, float]:
+def prices_of_ends(net: Net, layers: Collection[str], costs: Costs, total: int) -> dict[str, float]:
     """Return the first and last layers that cost little in float, and the price of each.
 
     Args:
         net: a float net with known shapes, after the splits.
         layers: names of those that may stay in float.
         costs: of the runtime.
+        total: multiply-accumulates of the net before the splits, whose parts have no shapes.
     """
-    total = num_macs(net)
     nodes = weighted_nodes(net.graph)
     behind = {id(node): _reaches(node, nodes) for node in nodes}
     later = {name for names in behind.values() for name in names}
