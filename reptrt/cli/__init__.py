@@ -5,6 +5,7 @@
     engine     build-engine, inspect, package
     judge      eval, predict, diagnose, bench
     runs       run, report, ladder, replay, diff
+    search     tune
 
 Results go to stdout, progress and logs to stderr. Exit status 0: done; 1: a stated failure, in one
 line; 2: wrong usage; 130: Ctrl-C. Nothing heavy is imported before a command runs.
@@ -16,6 +17,7 @@ from reptrt.cli.export import export
 from reptrt.cli.group import main
 from reptrt.cli.judge import bench, diagnose, evaluate, predict
 from reptrt.cli.runs import diff, ladder, replay, report, run
+from reptrt.cli.search import tune
 
 __all__ = ["main"]
 
@@ -35,5 +37,6 @@ for _command in (
     ladder,
     replay,
     diff,
+    tune,
 ):
     main.add_command(_command)

@@ -65,5 +65,6 @@ def main(verbose: bool) -> None:
     logger.handlers[:] = [handler]
     logger.setLevel(logging.INFO if verbose else logging.WARNING)
     # What takes long is announced before it starts; the result of each unit needs -v.
-    for name in ("reptrt.quantize.reconstruct", "reptrt.quantize.calib.sensitivity"):
+    announced = ("quantize.reconstruct", "quantize.calib.sensitivity", "search")
+    for name in (f"reptrt.{room}" for room in announced):
         logging.getLogger(name).setLevel(logging.DEBUG if verbose else logging.INFO)

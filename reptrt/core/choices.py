@@ -13,6 +13,7 @@ Device = Literal["cpu", "cuda", "tensorrt"]  # execution provider of onnxruntime
 HighPrecision = Literal["fp32", "fp16"]  # reptrt.rewrite.to_fp16
 InputValues = Literal["normalized", "pixels", "bytes"]  # reptrt.graph.preprocess
 Layout = Literal["NCHW", "NHWC"]  # of a network's input
+Metric = Literal["auto", "top1", "map", "miou", "agreement", "sqnr"]  # reptrt.search.judging
 Recipe = Literal["fast", "balanced", "accurate"]
 Rounding = Literal["nearest", "learned"]  # reptrt.quantize.reconstruct
 Rule = Literal["max", "percentile", "mse", "mae", "entropy", "kl"]  # quantize.calib.thresholds

@@ -7,7 +7,7 @@ that scales them itself, and a network that takes (N, H, W, C) gets images in th
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
@@ -104,6 +104,7 @@ def open_dataset(
     seed: int = 0,
     labels: bool = False,
     parameter: str = "limit",
+    taken: Sequence[int] | None = None,
 ) -> Dataset:
     """Prepare images for a network.
 
@@ -117,6 +118,7 @@ def open_dataset(
         seed: for the sample.
         labels: whether labels are required.
         parameter: the name of the option that sets ``limit``, for messages.
+        taken: the indices of the images to take, in place of a sample; in any order, kept sorted.
 
     Raises:
         ConfigError: ``limit`` is not positive.
@@ -126,8 +128,8 @@ def open_dataset(
         raise ConfigError(f"{option(parameter)}: got {limit}, expected at least 1")
     if isinstance(images, Path) and images.is_dir():
         name, listed = str(images), list_images(images)
-        taken = _sample(name, len(listed.paths), limit, seed, parameter)
-        files = ImageFiles(images, [listed.paths[i] for i in taken], preprocess)
+        kept = _kept(taken, _sample(name, len(listed.paths), limit, seed, parameter))
+        files = ImageFiles(images, [listed.paths[i] for i in kept], preprocess)
         source: PixelSource = files
         names: tuple[str, ...] | None = files.names
         fits: tuple[Fit, ...] | None = files.fits
@@ -136,17 +138,17 @@ def open_dataset(
         arrays = images if isinstance(images, Arrays) else load_arrays(images)
         arrays, name, all_labels = arrays.checked(preprocess), arrays.name, arrays.labels
         names = fits = num_classes = None
-        taken = _sample(name, len(arrays.images), limit, seed, parameter)
-        source = ArrayImages(arrays, taken, preprocess)
-        objects = None if arrays.objects is None else tuple(arrays.objects[i] for i in taken)
+        kept = _kept(taken, _sample(name, len(arrays.images), limit, seed, parameter))
+        source = ArrayImages(arrays, kept, preprocess)
+        objects = None if arrays.objects is None else tuple(arrays.objects[i] for i in kept)
     if labels and all_labels is None:
         raise DataError(
             f"{name}: no labels; expected one sub-folder for each class, or an .npz with an array y"
         )
-    kept = None if all_labels is None else all_labels[taken]
-    if kept is not None:
-        kept.flags.writeable = False
-    return Dataset(name, len(taken), kept, preprocess, source, num_classes, names, fits, objects)
+    known = None if all_labels is None else all_labels[kept]
+    if known is not None:
+        known.flags.writeable = False
+    return Dataset(name, len(kept), known, preprocess, source, num_classes, names, fits, objects)
 
 
 def count_images(images: Images) -> int:
@@ -188,6 +190,10 @@ class SelectedImages:
         images: AnyArray = self._source.read(int(taken[0]), int(taken[-1]) + 1)
         selected: AnyArray = images[taken - taken[0]]
         return selected
+
+
+def _kept(taken: Sequence[int] | None, sample: IntArray) -> IntArray:
+    return sample if taken is None else np.sort(np.asarray(taken, np.int64))
 
 
 def _sample(name: str, total: int, limit: int | None, seed: int, parameter: str) -> IntArray:

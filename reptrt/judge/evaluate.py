@@ -161,6 +161,7 @@ def evaluate(
     options: EvaluateOptions = EvaluateOptions(),
     *,
     reference: Network | None = None,
+    taken: Sequence[int] | None = None,
 ) -> EvalReport:
     """Run every network on the same images and compare.
 
@@ -172,6 +173,7 @@ def evaluate(
         images: the images to run; top-1 and top-5 need labels.
         options: how networks are run, how many images are used, and the reference.
         reference: the network to compare outputs with; it overrides ``options.reference``.
+        taken: the indices of the images to use, in place of a sample.
 
     Raises:
         ReptrtError: a file or image cannot be used, or outputs cannot be compared.
@@ -181,7 +183,10 @@ def evaluate(
     labels_of = dict(zip(different, unique_labels(different), strict=True))
     task = open_task(options, images)
     groups = [
-        (open_dataset(images, preprocess, limit=options.limit, seed=options.seed), group)
+        (
+            open_dataset(images, preprocess, limit=options.limit, seed=options.seed, taken=taken),
+            group,
+        )
         for preprocess, group in _by_preprocess(different, reference).items()
     ]
     with contextlib.ExitStack() as stack:

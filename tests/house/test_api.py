@@ -16,6 +16,7 @@ from reptrt.core.keywords import changed, parameters
 from reptrt.judge.options import BenchOptions, EvaluateOptions
 from reptrt.judge.predict.options import PredictOptions
 from reptrt.pipeline import CalibrateOptions, ExportOptions
+from reptrt.search.options import TuneOptions
 from reptrt.trt.options import BuildOptions, PackageOptions
 from tests.house.test_imports import HEAVY, python
 from tests.support.pages import REPOSITORY
@@ -36,6 +37,7 @@ SIGNATURES = {  # parameters before those that are fields of options
     "rank_layers": "net, data, eval_data, *, options",
     "report": "folder, output",
     "run": "source, data, output, *, eval_data, weights, options",
+    "tune": "net, data, eval_data, output, *, options",
 }
 CHANGES = {
     "bench": BenchOptions,
@@ -46,6 +48,7 @@ CHANGES = {
     "export": ExportOptions,
     "package": PackageOptions,
     "predict": PredictOptions,
+    "tune": TuneOptions,
 }
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from markupsafe import Markup, escape
 
 _HEIGHT = 18
+_PLOT = 260  # of a scatter plot
 _STRIP = 7  # height of one bar among several
 _DOT = 4.5
 _WITH_GAP = 2.5  # percent of the width; a gap would hide a narrower bar
@@ -151,6 +152,57 @@ def curves(lines: Sequence[tuple[str, Sequence[float]]], label: str) -> Markup:
         f'<svg class="chart" viewBox="-1 -1 102 102" width="100%" role="img" '
         f'aria-label="{escape(label)}">{frame}{grid}{"".join(marks)}</svg>'
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """One point of a scatter plot."""
+
+    x: float
+    y: float
+    kind: str  # style sheet class
+    label: str
+    title: str  # shown where the pointer is
+
+
+def scatter(marks: Sequence[Mark], bound: float, label: str) -> Markup:
+    """Return points with labels, and a level line; y grows upwards.
+
+    Args:
+        marks: the points.
+        bound: height of the line.
+        label: what it shows.
+    """
+    across = _padded([mark.x for mark in marks])
+    upward = _padded([*(mark.y for mark in marks), bound])
+    parts = []
+    for tick in (0.0, 0.5, 1.0):
+        x = across.low + tick * (across.high - across.low)
+        y = upward.low + tick * (upward.high - upward.low)
+        anchor = ("start", "middle", "end")[round(2 * tick)]
+        at = _PLOT * (1 - tick)
+        parts.append(
+            f'<text class="tick" x="{100 * tick:g}%" y="{_PLOT + 14}" text-anchor="{anchor}">'
+            f'{x:.3g}</text><text class="tick" x="0" y="{at + (10 if tick else -3):g}">{y:.3g}'
+            "</text>"
+        )
+    level = _PLOT * (1 - upward.percent(bound) / 100)
+    parts += [_line(0, 100, _PLOT, _PLOT, "axis"), _line(0, 100, level, level, "threshold")]
+    for mark in marks:
+        x, y = across.percent(mark.x), _PLOT * (1 - upward.percent(mark.y) / 100)
+        parts.append(
+            f"<g><title>{escape(mark.title)}</title>{_dot(x, y, mark.kind)}"
+            f'<text class="tick" x="{x:.2f}%" y="{y - 8:.1f}" text-anchor="middle">'
+            f"{escape(mark.label)}</text></g>"
+        )
+    return _svg(parts, _PLOT + 18, label)
+
+
+def _padded(values: Sequence[float]) -> Scale:
+    """Return a scale that leaves a tenth of the range free on both sides."""
+    low, high = min(values), max(values)
+    pad = 0.1 * (high - low) or 0.1 * abs(high) or 1.0
+    return Scale(low - pad, high + pad)
 
 
 Marked = Sequence[tuple[tuple[float, float, float, float], str]]  # boxes x1 y1 x2 y2 with texts
