@@ -262,7 +262,7 @@ def reptrt(*arguments: object) -> Result:
 
 
 COST = (
-    r"learning 5 units, 5 iterations each, on 56 images \(8 held out\): about \d+ s; "
+    r"learning 5 units, 5 iterations of 32 images each, on 56 images \(8 held out\): about \d+ s; "
     r"activations in float32"
 )
 UNIT = r"(\d) of 5  (.+)  error (\d+\.\d{3}) % -> (\d+\.\d{3}) %  (learned|nearest)  \d+\.\d s"

@@ -4,9 +4,10 @@ import json
 import logging
 import re
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -39,7 +40,7 @@ from tests.quantize.test_bias import matmul_net
 from tests.quantize.test_units import neck, tail_without_layer
 from tests.support.helpers import ort_run
 from tests.support.learned_nets import Case, nearest, rep_net, write_images, write_net
-from tests.support.onnx_nets import basic_block
+from tests.support.onnx_nets import Builder, basic_block
 from tests.support.qdq_nets import residual_net
 
 QUICK = LearnOptions(iterations=6, batch=16)
@@ -518,6 +519,48 @@ def test_the_stage_term_is_the_error_of_the_float_rest(
 
 def signature(net: Net) -> bytes:
     return bytes_from_model(model_from_net(net.copy()))
+
+
+@pytest.mark.parametrize(
+    ("batch", "height", "width", "expected"),
+    [
+        (32, 6, 6, 32),
+        (32, 64, 64, 32),
+        (32, 64, 128, 16),
+        (32, 96, 96, 14),
+        (32, 640, 640, 4),
+        (2, 640, 640, 2),
+    ],
+)
+def test_an_iteration_has_as_many_pixels(
+    batch: int, height: int, width: int, expected: int
+) -> None:
+    assert LearnOptions(batch=batch).batch_of(height, width) == expected
+
+
+def test_large_images_are_learned_few_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """At 6 x 6 the stem reads 32 images in an iteration, at 160 x 160 it reads 5."""
+    read: list[int] = []
+    original = driver.learn
+
+    def counting(task: Task, *arguments: Any) -> State:
+        def inputs(index: torch.Tensor) -> Mapping[str, torch.Tensor]:
+            read.append(len(index))
+            return task.inputs(index)
+
+        return original(replace(task, inputs=inputs), *arguments)
+
+    monkeypatch.setattr(driver, "learn", counting)
+    b = Builder(size=160)
+    model = b.model(b.head(b.relu(b.conv("x", 4, "stem"))))
+    images = write_images(tmp_path / "d.npz", 16, size=160)
+    with caplog.at_level("INFO"):
+        nearest(model, images).learn(tmp_path, LearnOptions(iterations=3))
+    assert read == [5] * len(read)
+    assert len(read) > 3
+    assert "3 iterations of 5 images each" in caplog.text
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ import functools
 import logging
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -116,7 +116,7 @@ class _Run:
         finished: Finished,
     ) -> None:
         net, reference = quantized.net, quantized.reference
-        self._options, self._finished, self._device = options, finished, device
+        self._finished, self._device = finished, device
         self._graph, self._float_graph = TorchGraph(net, device), TorchGraph(reference, device)
         self.sites, self.state = find_sites(net, reference, quantized.plan, quantized.grid, device)
         self._dataset, self._image = dataset, self._float_graph.input_names[0]
@@ -129,12 +129,14 @@ class _Run:
             self.sites.pairs.keys(),
             self._measure.names,
         )
+        *_, height, width = sorted(self._layout.shapes[self._image])
+        self._options = replace(options, batch=options.batch_of(height, width))
         order = torch.randperm(dataset.length, generator=_generator(options.seed, -1))
         num_held_out = dataset.length // _HELD_OUT
         self._held_out = order[:num_held_out].sort().values
         self._train = order[num_held_out:].sort().values
         peak = peak_bytes(self._layout, (self._image,), dataset.length)
-        budget = options.memory_budget - working_bytes(self._layout, options.batch)
+        budget = options.memory_budget - working_bytes(self._layout, self._options.batch)
         self._storage = choose_storage(peak, budget)
         folder = finished.spill
         self._activations = Activations(dataset, self._layout, self._storage, device, folder)
@@ -168,10 +170,11 @@ class _Run:
                 seconds.append(time.perf_counter() - started)
         passes = _STEP_COST * options.iterations + 3 * self._dataset.length / len(sample)
         _LOG.info(
-            "learning %d units, %d iterations each, on %d images (%d held out): about %.0f s; "
-            "activations in %s",
+            "learning %d units, %d iterations of %d images each, on %d images (%d held out): about "
+            "%.0f s; activations in %s",
             len(units),
             options.iterations,
+            options.batch,
             len(self._train),
             len(self._held_out),
             min(seconds) * passes,

@@ -7,6 +7,9 @@ from reptrt.core.errors import ConfigError
 
 Kept = Literal["learned", "nearest"]
 
+_PIXELS = 64 * 64  # of an image of which a full batch is taken
+_FEWEST = 4  # images per iteration, so that no single one decides
+
 
 @dataclass(frozen=True, slots=True)
 class LearnOptions:
@@ -24,7 +27,7 @@ class LearnOptions:
     loss: Literal["mae", "mse"] = "mae"
     iterations: int = 100  # per unit
     stage_weight: float = 0.0  # weight of the stage term in the loss
-    batch: int = 32  # images per iteration
+    batch: int = 32  # images per iteration, of 64 x 64 pixels or less: see `batch_of`
     rounding_rate: float = 0.3
     affine_rate: float = 1e-3
     step_rate: float = 1e-3  # learning rate of the logarithm of the step
@@ -38,6 +41,14 @@ class LearnOptions:
                 raise ConfigError(f"{name}: got {getattr(self, name)}, expected at least 1")
         if not self.stage_weight >= 0:
             raise ConfigError(f"stage_weight: got {self.stage_weight}, expected 0 or more")
+
+    def batch_of(self, height: int, width: int) -> int:
+        """Return the number of images per iteration: as many pixels, but 4 images at least.
+
+        A convolution learns from every place of its output, so a large image counts as several.
+        """
+        pixels = max(height * width, _PIXELS)
+        return max(round(self.batch * _PIXELS / pixels), min(self.batch, _FEWEST))
 
 
 @dataclass(frozen=True, slots=True)
