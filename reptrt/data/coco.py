@@ -142,10 +142,10 @@ def _check_entry(
     if len(numbers) != 4 or not all(math.isfinite(number) for number in numbers):
         raise DataError(f"{where}: bbox is {entry['bbox']}, expected x, y, width, height")
     if not known[0]:
-        raise DataError(f"{where} is of image {image!r}, which the list of images does not have")
+        raise DataError(f"{where} is of image {image!r}, expected one of the list of images")
     if not known[1]:
         raise DataError(
-            f"{where} is of category {category!r}, which the list of categories does not have: "
+            f"{where} is of category {category!r}, expected one of the list of categories: "
             f"{', '.join(map(str, sorted(class_of)))}"
         )
 
