@@ -7,6 +7,9 @@ them by mAP and, without the annotations, by errors: of the outputs, each in uni
 at the raw heads, as `reptrt.quantize.calib.measure` says. The result is Spearman's rank correlation
 of each error with the mAP, over all files and over the better half, where the choices of a
 calibration are made. Give images for calibration: those that judge a result choose no measure.
+
+With -o every row is kept as soon as it is there; a run of the same arguments that was stopped goes
+on behind the last one.
 """
 
 import json
@@ -20,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from reptrt.core.artifacts import sha256_of, write_json
 from reptrt.data.dataset import open_dataset
 from reptrt.execute.torchgraph import TorchGraph
 from reptrt.graph.net import net_from_model, read_model
@@ -72,12 +76,15 @@ def main(
     net: Path, data: Path, annotations: Path, images: int, judges: int, seed: int, output: Path
 ) -> None:
     """Print the mAP and the errors of every file, and the rank correlations."""
-    rows: dict[str, dict[str, float]] = {}
+    asked = {"net": sha256_of(net), "images": images, "judges": judges, "seed": seed}
+    rows = _kept(output, asked)
     with tempfile.TemporaryDirectory() as name:
         folders = _divided(data, Path(name), (images, judges), seed)
         judge = _Judge(net, folders[1])
         _part_of(annotations, folders[1])
         for label, options in FILES.items():
+            if label in rows:
+                continue
             path = Path(name) / "int8.onnx"
             calibrate(net, folders[0], path, replace(options, images=images, seed=seed))
             rows[label] = {"map": _map(path, folders[1])}
@@ -85,9 +92,27 @@ def main(
             texts = (f"{key} {value:.4g}" for key, value in rows[label].items())
             click.echo(f"{label:30s}  " + "  ".join(texts))
             if output is not None:
-                output.write_text(json.dumps(rows, indent=1))
-    for key in ("outputs", "heads"):
-        click.echo(f"{key:8s} " + "  ".join(f"{k} {v:.3f}" for k, v in _ranks(rows, key).items()))
+                write_json(output, {**asked, "rows": rows})
+    click.echo("\n".join(table(rows)))
+
+
+def _kept(output: Path | None, asked: Mapping[str, object]) -> dict[str, dict[str, float]]:
+    """Return the rows of an earlier run of the same arguments."""
+    stored = json.loads(output.read_text()) if output is not None and output.exists() else {}
+    return dict(stored["rows"]) if asked.items() <= stored.items() else {}
+
+
+def table(rows: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """Return the lines of two Markdown tables: the files by mAP, and the rank correlations."""
+    lines = ["| file | mAP | outputs, 1e-5 | raw heads, 1e-3 |", "|---|---|---|---|"]
+    for label, row in sorted(rows.items(), key=lambda item: -item[1]["map"]):
+        errors = f"{1e5 * row['outputs']:.1f} | {1e3 * row['heads']:.2f}"
+        lines.append(f"| {label} | {100 * row['map']:.1f} | {errors} |")
+    ranks = {key: _ranks(rows, key) for key in ("outputs", "heads")}
+    lines += ["", "| Spearman with mAP | outputs | raw heads |", "|---|---|---|"]
+    for part in ranks["heads"]:
+        lines.append(f"| {part} | {ranks['outputs'][part]:.2f} | {ranks['heads'][part]:.2f} |")
+    return lines
 
 
 def _divided(data: Path, folder: Path, counts: Sequence[int], seed: int) -> list[Path]:

@@ -41,3 +41,24 @@ def test_images_that_judge_do_not_calibrate(tmp_path: Path) -> None:
 def test_at_least_twelve_files_are_compared() -> None:
     assert len(tool.FILES) >= 12
     assert len(set(map(repr, tool.FILES.values()))) == len(tool.FILES)
+
+
+def test_the_tables() -> None:
+    rows = {
+        "worse": {"map": 0.2, "outputs": 3e-5, "heads": 4e-3},
+        "best": {"map": 0.4, "outputs": 2e-5, "heads": 1e-3},
+        "good": {"map": 0.3, "outputs": 1e-5, "heads": 2e-3},
+        "bad": {"map": 0.1, "outputs": 4e-5, "heads": 5e-3},
+    }
+    lines = tool.table(rows)
+    assert [line.split(" | ")[0] for line in lines[2:6]] == ["| best", "| good", "| worse", "| bad"]
+    assert lines[2] == "| best | 40.0 | 2.0 | 1.00 |"
+    assert lines[-2:] == ["| all | 0.80 | 1.00 |", "| better half | -1.00 | 1.00 |"]
+
+
+def test_a_stopped_run_goes_on_and_another_one_starts_anew(tmp_path: Path) -> None:
+    path, asked = tmp_path / "rows.json", {"net": "abc", "seed": 0}
+    assert tool._kept(None, asked) == tool._kept(path, asked) == {}
+    path.write_text(json.dumps({**asked, "rows": {"fast": {"map": 0.5}}}))
+    assert tool._kept(path, asked) == {"fast": {"map": 0.5}}
+    assert tool._kept(path, {**asked, "seed": 1}) == {}
