@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,11 +14,13 @@ from hypothesis import strategies as st
 
 from reptrt.core.errors import ArtifactError
 from reptrt.pipeline import CalibrateOptions, CalibrateReport, calibrate
-from reptrt.quantize.reconstruct import driver
+from reptrt.quantize.reconstruct import driver, units
 from reptrt.quantize.reconstruct.learn import Task, learn
 from reptrt.quantize.reconstruct.options import LearnOptions, UnitReport
 from reptrt.quantize.reconstruct.resume import Finished, remove_finished
 from reptrt.quantize.reconstruct.state import State
+from tests.support.detector_nets import SIZE as DETECTOR_SIZE
+from tests.support.detector_nets import detector
 from tests.support.learned_nets import rep_net, write_images, write_net
 
 CPU = torch.device("cpu")
@@ -222,6 +225,26 @@ def test_a_stopped_calibration_ends_with_the_same_bytes(
     assert without_seconds(report) == without_seconds(whole[1])
     assert not partial.exists()
     assert files(tmp_path) == ["o.onnx", "o.onnx.json"]
+
+
+@pytest.mark.slow
+def test_a_stopped_detector_ends_with_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Units between which several tensors are alive, and raw heads in units of their own."""
+    monkeypatch.setattr(units, "MAX_LAYERS", 1)
+    onnx.save(detector("yolov6"), tmp_path / "m.onnx")
+    write_images(tmp_path / "d.npz", 48, size=DETECTOR_SIZE)
+    for number, after in enumerate((None, 0, 1, 2)):
+        output = tmp_path / f"{number}.onnx"
+        if after is not None:
+            stopped(tmp_path, output, monkeypatch, after)
+        counting = Counting(monkeypatch)
+        report = make(tmp_path, output)
+        assert report.learned is not None
+        assert len(report.learned.units) == 3
+        assert len(counting.names) == 3 - (after or 0)
+        assert output.read_bytes() == (tmp_path / "0.onnx").read_bytes()
 
 
 def other_seed(partial: Path) -> CalibrateOptions:
