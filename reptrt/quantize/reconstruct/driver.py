@@ -7,7 +7,7 @@ unit is judged on them. No labels are used.
 import functools
 import logging
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -30,8 +30,14 @@ from reptrt.quantize.reconstruct.cache import (
     read,
     working_bytes,
 )
+from reptrt.quantize.reconstruct.cost import passes_of, seconds_of_a_pass
 from reptrt.quantize.reconstruct.learn import Task, errors_of, held_out_error, learn
-from reptrt.quantize.reconstruct.options import LearnOptions, ReconstructReport, UnitReport
+from reptrt.quantize.reconstruct.options import (
+    LearnOptions,
+    ReconstructReport,
+    UnitReport,
+    progress_of,
+)
 from reptrt.quantize.reconstruct.resume import Finished
 from reptrt.quantize.reconstruct.state import (
     State,
@@ -46,7 +52,6 @@ _LOG = logging.getLogger(__name__)
 
 _HELD_OUT = 8  # one image in eight is held out
 _FEWEST = 16  # images
-_STEP_COST = 4.0  # of a learning step, in forward passes of the quantized unit
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -148,36 +153,31 @@ class _Run:
         self._activations.load_images(self._image)
         reports: list[UnitReport] = []
         frozen: frozenset[int] = frozenset()  # groups whose steps are learned
-        for index in track(range(len(units)), len(units), lambda: _progress(reports)):
+        for index in track(range(len(units)), len(units), lambda: progress_of(reports)):
             reports.append(self._unit(index, frozen))
             pairs = self.sites.pairs.values()
             frozen |= {pair.group for pair in pairs if pair.readers & units[index].nodes}
         return ReconstructReport(tuple(reports), self._storage, len(self._held_out))
 
     def _log_cost(self) -> None:
-        """Log an estimate of the time: a learning step counts as four forward passes."""
-        options, units = self._options, self._layout.units
+        """Log what is learned, and an estimate of the time."""
+        options = self._options
         sample = torch.from_numpy(next(iter(self._dataset.batches(options.batch))))
         constants, hooks = self._simulation(self.sites.weights)
         inputs = {**constants, self._image: sample.to(self._device)}
-        seconds = []
-        with torch.no_grad():
-            for _ in range(2):  # the first pass is slower
-                started = time.perf_counter()
-                self._graph.run(inputs, self._measure.names, replace=hooks)
-                if self._device.type == "cuda":
-                    torch.cuda.synchronize()
-                seconds.append(time.perf_counter() - started)
-        passes = _STEP_COST * options.iterations + 3 * self._dataset.length / len(sample)
+        seconds = seconds_of_a_pass(
+            lambda: self._graph.run(inputs, self._measure.names, replace=hooks), self._device
+        )
+        passes = passes_of(options, self._dataset.length)
         _LOG.info(
             "learning %d units, %d iterations of %d images each, on %d images (%d held out): about "
             "%.0f s; activations in %s",
-            len(units),
+            len(self._layout.units),
             options.iterations,
             options.batch,
             len(self._train),
             len(self._held_out),
-            min(seconds) * passes,
+            seconds * passes,
             self._storage,
         )
 
@@ -297,14 +297,6 @@ class _Run:
         """Return the constants and hooks with which torch runs nodes in the state so far."""
         weights = dequantized_weights(self.sites, self.state, nodes)
         return simulation(self.sites, weights, self.state)
-
-
-def _progress(reports: Sequence[UnitReport]) -> str:
-    """Return the label of the progress bar: the last unit, its error before and after."""
-    if not reports:
-        return "learn"
-    last = reports[-1]
-    return f"learn, {last.unit}: {last.nearest:.2%} -> {last.learned:.2%}, {last.kept} kept"
 
 
 def _generator(seed: int, index: int) -> torch.Generator:

@@ -1,5 +1,6 @@
 """Options of learned calibration, and its report."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -71,3 +72,11 @@ class ReconstructReport:
     units: tuple[UnitReport, ...]
     storage: str  # of the activations between units: float32, float16 or disk
     held_out: int  # number of images that judge units and are never learned from
+
+
+def progress_of(reports: Sequence[UnitReport]) -> str:
+    """Return the label of the progress bar: the last unit, its error before and after."""
+    if not reports:
+        return "learn"
+    last = reports[-1]
+    return f"learn, {last.unit}: {last.nearest:.2%} -> {last.learned:.2%}, {last.kept} kept"
