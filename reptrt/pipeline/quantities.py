@@ -25,6 +25,7 @@ from reptrt.quantize.calib.bias import bias_errors, deployed_weights
 from reptrt.quantize.calib.collect import Statistics, collect, collect_kept
 from reptrt.quantize.calib.outputs import Outputs
 from reptrt.quantize.calib.saturation import renamed, with_needed
+from reptrt.quantize.rounding.compensate import compensate
 
 _LOG = logging.getLogger(__name__)
 
@@ -62,6 +63,9 @@ def quantities_of(
         activations = choose_scales(net, prepared, seen.histograms, outputs, options, needed)
         clock.lap("thresholds")
         weights = quantize_weights(net, placement, options.grids[1])
+        if options.compensates:
+            weights = _compensated(net, graph, dataset, weights, options)
+            clock.lap("rounding")
         if options.correct_bias:
             _correct_biases(net, graph, seen.means, outputs, weights)
             clock.lap("biases")
@@ -121,6 +125,25 @@ def _collect(
     else:
         seen = collect(graph, dataset, tensors, means)
     return replace(seen, histograms=renamed(seen.histograms, needed))
+
+
+def _compensated(
+    net: Net,
+    graph: TorchGraph,
+    dataset: Dataset,
+    nearest: Mapping[str, QuantizedWeight],
+    options: CalibrateOptions,
+) -> dict[str, QuantizedWeight]:
+    return compensate(
+        net,
+        graph,
+        dataset,
+        nearest,
+        options.grids[1],
+        centred=options.correct_bias,
+        seed=options.seed,
+        memory=int(options.memory_budget * 2**30) // 4,
+    )
 
 
 def _correct_biases(

@@ -1,0 +1,101 @@
+"""Codes of the weights of a net, with compensated errors where held-out images agree.
+
+For each output channel, the codes of `nearest_plane` and the nearest codes are compared on rows of
+the held-out images, and the better ones are taken.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from reptrt.core.grid import Grid
+from reptrt.data.dataset import Dataset
+from reptrt.execute.torchgraph import TorchGraph
+from reptrt.graph.net import Net, constant_value
+from reptrt.graph.plan import QuantizedWeight
+from reptrt.quantize.rounding.moments import Inputs, Moments, collect_moments
+from reptrt.quantize.rounding.nearest_plane import nearest_plane
+from reptrt.quantize.rounding.windows import matrix_of, weight_of, window_of
+
+
+def compensate(
+    net: Net,
+    graph: TorchGraph,
+    dataset: Dataset,
+    nearest: Mapping[str, QuantizedWeight],
+    grid: Grid,
+    *,
+    centred: bool,
+    seed: int,
+    memory: int,
+) -> dict[str, QuantizedWeight]:
+    """Return codes with compensated errors; of layers that have no rows, the nearest ones.
+
+    Args:
+        net: a float net.
+        graph: the same net.
+        dataset: calibration images.
+        nearest: layer -> nearest codes and their scales; the scales stay.
+        grid: of the codes.
+        centred: whether biases will be corrected for the mean error.
+        seed: draws the positions at which inputs are sampled.
+        memory: bytes for covariances.
+    """
+    weights, keys = {}, {}
+    for node in net.graph.nodes:
+        window = window_of(node) if node.name in nearest else None
+        if window is None:
+            continue
+        weight = weights[node.name] = np.asarray(constant_value(node.inputs[1]))
+        matrix = matrix_of(weight, nearest[node.name].axis, window.groups)
+        taps = int(np.prod(window.kernel, dtype=np.int64))
+        keys[node.name] = Inputs(
+            tensor=node.inputs[0].name,
+            window=window,
+            channels=matrix.shape[2] // taps,
+            centred=centred and node.op != "MatMul",
+        )
+    inputs = list(dict.fromkeys(keys.values()))
+    moments = collect_moments(graph, dataset, inputs, seed=seed, memory=memory)
+    return {**nearest} | {
+        name: _compensated(weights[name], nearest[name], moments[key], key, grid)
+        for name, key in keys.items()
+    }
+
+
+def _compensated(
+    weight: npt.NDArray[np.floating],
+    nearest: QuantizedWeight,
+    moments: Moments,
+    key: Inputs,
+    grid: Grid,
+) -> QuantizedWeight:
+    groups = key.window.groups
+    matrix = torch.from_numpy(matrix_of(weight, nearest.axis, groups))
+    near = torch.from_numpy(matrix_of(nearest.codes.astype(np.float64), nearest.axis, groups))
+    steps = torch.from_numpy(nearest.scale.astype(np.float64)).reshape(groups, -1, 1)
+    exact = matrix / steps
+
+    def blocks(x: Tensor) -> Tensor:
+        """(groups, O, inputs) -> (B, O, d)."""
+        cut = x.reshape(groups, x.shape[1], key.blocks, -1).transpose(1, 2)
+        return cut.reshape(key.num_blocks, x.shape[1], -1)
+
+    plane = nearest_plane(blocks(exact), moments.covariance, grid)
+    better = _noise(plane - blocks(exact), moments.judges, groups) < _noise(
+        blocks(near) - blocks(exact), moments.judges, groups
+    )
+    whole = plane.reshape(groups, key.blocks, plane.shape[1], -1).transpose(1, 2)
+    codes = torch.where(better[..., None], whole.reshape(near.shape), near)
+    shaped = weight_of(codes.numpy(), weight.shape, nearest.axis)
+    return QuantizedWeight(shaped.astype(np.int8), nearest.scale, nearest.axis)
+
+
+def _noise(error: Tensor, rows: Tensor, groups: int) -> Tensor:
+    """Return the power of an error of weights (B, O, d) at the outputs, (groups, O)."""
+    by_block = torch.einsum("rbd,bod->rbo", rows, error.float())
+    outputs = by_block.reshape(len(rows), groups, -1, error.shape[1]).sum(2)
+    return outputs.square().sum(0)

@@ -1,0 +1,164 @@
+"""Covariances of the inputs of layers over the calibration images."""
+
+import functools
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from reptrt.data.dataset import Dataset
+from reptrt.execute.torchgraph import TorchGraph
+from reptrt.quantize.calib.collect import COMPUTE_BATCH, Record, watch
+from reptrt.quantize.calib.outputs import parts
+from reptrt.quantize.rounding.windows import Window
+
+_MOST_INPUTS = 1152  # of one covariance: 128 channels of 3 x 3 taps
+_ROWS_PER_INPUT = 4
+_LEAST_ROWS = 4096
+_JUDGING_ROWS = 1024  # of the held-out images
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """The inputs of layers that read one tensor in the same way."""
+
+    tensor: str
+    window: Window
+    channels: int  # of one group
+    centred: bool  # the mean does not count: biases will be corrected for it
+
+    @property
+    def size(self) -> int:
+        """Inputs of one output."""
+        return self.channels * math.prod(self.window.kernel)
+
+    @property
+    def blocks(self) -> int:
+        """Into how many blocks of channels a group is cut, to bound the size of a covariance."""
+        least = math.ceil(self.size / _MOST_INPUTS)
+        return next(n for n in range(least, self.channels + 1) if self.channels % n == 0)
+
+    @property
+    def num_blocks(self) -> int:
+        """B, of all groups."""
+        return self.window.groups * self.blocks
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the covariances."""
+        return 8 * self.num_blocks * (self.size // self.blocks) ** 2
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Moments:
+    """What is known of the inputs of layers; B = groups * blocks, d = inputs / blocks."""
+
+    covariance: Tensor  # about the mean, or about 0, (B, d, d), float64
+    judges: Tensor  # rows of the held-out images, less the mean or 0, (rows, B, d), float32
+
+
+def collect_moments(
+    graph: TorchGraph, dataset: Dataset, inputs: Collection[Inputs], *, seed: int, memory: int
+) -> dict[Inputs, Moments]:
+    """Return the moments of inputs, from rows at random positions of all images.
+
+    Args:
+        graph: a float graph.
+        dataset: calibration images; those that judge (`parts`) are held out.
+        inputs: of layers.
+        seed: draws the positions.
+        memory: bytes for covariances; if more are needed, the images are run several times.
+    """
+    learned_from, judges = parts(dataset)
+    found = {}
+    for some in _within_memory(inputs, memory):
+        sums = {key: _Sums(key.num_blocks) for key in some}
+        _observe(graph, learned_from, _num_rows, seed, {k: s.add for k, s in sums.items()})
+        kept: dict[Inputs, list[Tensor]] = {key: [] for key in some}
+        _observe(graph, judges, _num_judges, seed, {k: rows.append for k, rows in kept.items()})
+        for key, total in sums.items():
+            mean = total.mean if key.centred else torch.zeros_like(total.mean)
+            rows = torch.cat(kept[key]).reshape(-1, *mean.shape)
+            found[key] = Moments(total.about(mean), rows - mean.float())
+    return found
+
+
+class _Sums:
+    """Sums of rows and of their products, in float64."""
+
+    def __init__(self, num_blocks: int) -> None:
+        self._num_blocks, self._count = num_blocks, 0
+        self._first = self._second = torch.zeros((), dtype=torch.float64)
+
+    def add(self, rows: Tensor) -> None:
+        """Add rows (rows, groups, inputs)."""
+        blocks = rows.reshape(len(rows), self._num_blocks, -1).transpose(0, 1)
+        self._first = self._first + blocks.sum(1, dtype=torch.float64)
+        self._second = self._second + (blocks.mT @ blocks).double()
+        self._count += len(rows)
+
+    @property
+    def mean(self) -> Tensor:
+        """The mean row, (B, d)."""
+        return self._first / self._count
+
+    def about(self, mean: Tensor) -> Tensor:
+        """Return the mean product of rows less ``mean``, which is their mean or 0, (B, d, d)."""
+        return self._second / self._count - mean[:, :, None] * mean[:, None, :]
+
+
+def _num_rows(key: Inputs) -> int:
+    return max(_LEAST_ROWS, _ROWS_PER_INPUT * (key.size // key.blocks))
+
+
+def _num_judges(_: Inputs) -> int:
+    return _JUDGING_ROWS
+
+
+def _observe(
+    graph: TorchGraph,
+    dataset: Dataset,
+    wanted: Callable[[Inputs], int],
+    seed: int,
+    takers: Mapping[Inputs, Callable[[Tensor], None]],
+) -> None:
+    """Run all images; pass rows of each input, about ``wanted`` of them in all, to its taker."""
+    records: dict[str, list[Record]] = {}
+    for i, (key, take) in enumerate(takers.items()):
+        record = functools.partial(
+            _take_rows,
+            key.window,
+            wanted(key) / dataset.length,
+            np.random.default_rng((seed, i)),
+            take,
+        )
+        records.setdefault(key.tensor, []).append(record)
+    watch(graph, dataset, records, "covariances")
+
+
+def _take_rows(
+    window: Window,
+    per_image: float,
+    rng: np.random.Generator,
+    take: Callable[[Tensor], None],
+    _: str,
+    count: int,
+    value: Tensor,
+) -> None:
+    images = value[: len(value) * count // COMPUTE_BATCH or len(value)]
+    take(window.rows(images, math.ceil(per_image * count), rng))
+
+
+def _within_memory(inputs: Collection[Inputs], memory: int) -> Iterator[list[Inputs]]:
+    """Yield the inputs in parts whose covariances fit; an input that is too large comes alone."""
+    some: list[Inputs] = []
+    for key in inputs:
+        if some and sum(other.num_bytes for other in (*some, key)) > memory:
+            yield some
+            some = []
+        some.append(key)
+    if some:
+        yield some

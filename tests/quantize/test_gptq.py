@@ -1,0 +1,215 @@
+"""Compensated rounding: rows against onnxruntime, codes against GPTQ's own updates, the effect."""
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnx_graphsurgeon as gs
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from onnx import TensorProto, helper, numpy_helper
+
+from reptrt.core.grid import Grid
+from reptrt.data.arrays import Arrays
+from reptrt.data.dataset import Dataset, open_dataset
+from reptrt.execute.torchgraph import TorchGraph
+from reptrt.graph.net import Net, model_from_net, net_from_model
+from reptrt.graph.placement import place
+from reptrt.graph.preprocess import read_preprocess
+from reptrt.graph.qdq import quantize_weights
+from reptrt.quantize.rounding import moments
+from reptrt.quantize.rounding.compensate import compensate
+from reptrt.quantize.rounding.nearest_plane import nearest_plane
+from reptrt.quantize.rounding.windows import matrix_of, weight_of, window_of
+from tests.support.helpers import ort_run
+
+GRID = Grid.weight(8)
+LAYERS = {
+    "3x3": ("Conv", (1, 4, 7, 6), (6, 4, 3, 3), {"pads": [1, 1, 1, 1]}),
+    "strided": ("Conv", (2, 4, 9, 8), (6, 4, 3, 3), {"strides": [2, 1], "pads": [1, 0, 0, 1]}),
+    "dilated": ("Conv", (2, 2, 9, 9), (3, 2, 3, 2), {"dilations": [2, 3]}),
+    "grouped": ("Conv", (2, 6, 5, 5), (4, 3, 3, 3), {"group": 2, "pads": [1, 1, 1, 1]}),
+    "depthwise": ("Conv", (2, 5, 5, 5), (5, 1, 3, 3), {"group": 5}),
+    "same": ("Conv", (2, 3, 6, 7), (4, 3, 4, 4), {"strides": [2, 2], "auto_pad": "SAME_LOWER"}),
+    "one axis": ("Conv", (2, 3, 9), (4, 3, 3), {"pads": [1, 1]}),
+    "product": ("Gemm", (5, 7), (3, 7), {"transB": 1}),
+    "product of columns": ("Gemm", (5, 7), (7, 3), {}),
+    "many rows": ("MatMul", (2, 4, 7), (7, 3), {}),
+}
+
+
+def net_of(op: str, shape: tuple[int, ...], weight: npt.NDArray[np.float32], attrs: dict) -> Net:
+    graph = helper.make_graph(
+        [helper.make_node(op, ["x", "w"], ["y"], name="layer", **attrs)],
+        "one layer",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+        [numpy_helper.from_array(weight, "w")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    return net_from_model(onnx.shape_inference.infer_shapes(model))
+
+
+def layer_of(net: Net) -> gs.Node:
+    return next(node for node in net.graph.nodes if node.name == "layer")
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_rows_times_weight_are_the_outputs_of_onnxruntime(name: str) -> None:
+    op, shape, of_weight, attrs = LAYERS[name]
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal(shape).astype(np.float32)
+    weight = rng.standard_normal(of_weight).astype(np.float32)
+    net = net_of(op, shape, weight, attrs)
+    axis = 0 if op == "Conv" or attrs.get("transB") else 1
+    window = window_of(layer_of(net))
+    assert window is not None
+    rows = window.rows(torch.from_numpy(x), 10**6, rng).double()
+    matrix = torch.from_numpy(matrix_of(weight, axis, window.groups))
+    got = torch.einsum("rgd,god->rgo", rows, matrix).reshape(len(rows), -1).numpy()
+    wanted = ort_run(model_from_net(net), {"x": x})["y"]
+    if op == "Conv":
+        wanted = np.moveaxis(wanted, 1, -1)
+    np.testing.assert_allclose(got, wanted.reshape(len(rows), -1), rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(weight_of(matrix.numpy(), weight.shape, axis), weight)
+
+
+def test_layers_without_rows_have_no_window() -> None:
+    rng = np.random.default_rng(0)
+    transposed = net_of("ConvTranspose", (1, 3, 4, 4), np.ones((3, 2, 2, 2), np.float32), {})
+    stacked = net_of("MatMul", (2, 4, 3), rng.standard_normal((2, 3, 5)).astype(np.float32), {})
+    assert window_of(layer_of(transposed)) is None
+    assert window_of(layer_of(stacked)) is None
+
+
+def covariance_of(rng: np.random.Generator, size: int) -> npt.NDArray[np.float64]:
+    mix = rng.standard_normal((size, size)) * rng.uniform(0.1, 3, size)
+    return np.asarray(mix.T @ mix / size)
+
+
+def gptq(weight: npt.NDArray[np.float64], covariance: npt.NDArray[np.float64]) -> np.ndarray:
+    """GPTQ as its authors write it: the inverse, its Cholesky factor, updates of what is left."""
+    order = np.argsort(np.diag(covariance), kind="stable")[::-1]
+    damped = covariance + 0.01 * np.diag(covariance).mean() * np.eye(len(covariance))
+    factor = np.linalg.cholesky(np.linalg.inv(damped[np.ix_(order, order)])).T
+    left, codes = weight[:, order].copy(), np.zeros_like(weight)
+    for j in range(len(order)):
+        codes[:, order[j]] = np.clip(np.rint(left[:, j]), GRID.qmin, GRID.qmax)
+        error = (left[:, j] - codes[:, order[j]]) / factor[j, j]
+        left[:, j:] -= np.outer(error, factor[j, j:])
+    return codes
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.integers(0, 2**31), st.integers(1, 90), st.floats(0.5, 200))
+def test_codes_are_those_of_gptq(seed: int, size: int, largest: float) -> None:
+    rng = np.random.default_rng(seed)
+    weight = rng.uniform(-largest, largest, (2, 5, size))
+    covariance = np.stack([covariance_of(rng, size) for _ in range(2)])
+    got = nearest_plane(torch.from_numpy(weight), torch.from_numpy(covariance), GRID).numpy()
+    wanted = np.stack([gptq(w, h) for w, h in zip(weight, covariance, strict=True)])
+    assert (got == wanted).mean() > 0.98  # a tie in one code moves those behind it
+    assert np.abs(got).max() <= GRID.qmax
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.integers(0, 2**31))
+def test_error_is_within_its_bound_and_near_the_best(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    weight, covariance = rng.uniform(-9, 9, (1, 20, 4)), covariance_of(rng, 4)
+    codes = nearest_plane(torch.from_numpy(weight), torch.from_numpy(covariance)[None], GRID)
+    error = codes.numpy()[0] - weight[0]
+    damped = covariance + 0.01 * np.diag(covariance).mean() * np.eye(4)
+    noise = np.einsum("od,de,oe->o", error, damped, error)
+    order = np.argsort(np.diag(damped), kind="stable")
+    factor = np.linalg.cholesky(damped[np.ix_(order, order)]).T  # lower, transposed
+    assert (noise <= np.square(np.diag(factor)).sum() / 4 * (1 + 1e-9)).all()
+    steps = np.stack(np.meshgrid(*[np.arange(-3, 4)] * 4), -1).reshape(-1, 4)
+    around = (np.floor(weight[0])[:, None] + steps) - weight[0][:, None]
+    best = np.einsum("ond,de,one->on", around, damped, around).min(1)
+    assert noise.sum() <= 1.5 * best.sum()
+
+
+def test_uncorrelated_inputs_round_to_nearest() -> None:
+    rng = np.random.default_rng(0)
+    weight = rng.uniform(-130, 130, (1, 3, 50))
+    covariance = torch.diag(torch.from_numpy(rng.uniform(0, 2, 50)))[None]
+    codes = nearest_plane(torch.from_numpy(weight), covariance, GRID)
+    np.testing.assert_array_equal(codes, np.clip(np.rint(weight), GRID.qmin, GRID.qmax))
+
+
+def images(seed: int, number: int, channels: int = 4) -> npt.NDArray[np.float32]:
+    """Smooth images, whose neighbouring pixels and channels are much alike."""
+    rng = np.random.default_rng(seed)
+    noise = np.cumsum(np.cumsum(rng.standard_normal((number, channels, 12, 12)), -1), -2)
+    return (noise + 2 * noise.mean(1, keepdims=True)).astype(np.float32)
+
+
+def dataset_of(x: npt.NDArray[np.float32], net: Net) -> Dataset:
+    return open_dataset(Arrays("images", x), read_preprocess(net))
+
+
+@pytest.mark.parametrize("group", [1, 2])
+@pytest.mark.parametrize("most_inputs", [1152, 18])  # in one block, and in several
+def test_outputs_on_other_images_come_closer(
+    monkeypatch: pytest.MonkeyPatch, group: int, most_inputs: int
+) -> None:
+    monkeypatch.setattr(moments, "_MOST_INPUTS", most_inputs)
+    rng = np.random.default_rng(1)
+    weight = rng.standard_normal((8, 4 // group, 3, 3)).astype(np.float32)
+    weight[:, 0, 1, 1] += 20  # large steps
+    net = net_of("Conv", (32, 4, 12, 12), weight, {"pads": [1, 1, 1, 1], "group": group})
+    nearest = quantize_weights(net, place(net), GRID)
+    memory = {"all": 1 << 30, "little": 1}
+    found = {
+        name: compensate(
+            net,
+            TorchGraph(net),
+            dataset_of(images(0, 64), net),
+            nearest,
+            GRID,
+            centred=False,
+            seed=0,
+            memory=size,
+        )["layer"]
+        for name, size in memory.items()
+    }
+    np.testing.assert_array_equal(found["all"].codes, found["little"].codes)
+    others = torch.from_numpy(images(2, 32))
+
+    def noise(codes: npt.NDArray[np.int8]) -> float:
+        error = codes * nearest["layer"].scale[:, None, None, None] - weight
+        padded = torch.nn.functional.conv2d(
+            others, torch.from_numpy(error), padding=1, groups=group
+        )
+        return float(padded.square().mean())
+
+    assert noise(found["all"].codes) < 0.25 * noise(nearest["layer"].codes)
+    assert np.abs(found["all"].codes).max() <= 127
+
+
+def test_channels_that_would_become_worse_stay_nearest() -> None:
+    """In images of noise nothing can compensate, and what is fitted to few rows is refused."""
+    rng = np.random.default_rng(0)
+    weight = rng.standard_normal((16, 4, 3, 3)).astype(np.float32)
+    net = net_of("Conv", (32, 4, 12, 12), weight, {"pads": [1, 1, 1, 1]})
+    nearest = quantize_weights(net, place(net), GRID)
+    noise = rng.standard_normal((64, 4, 12, 12)).astype(np.float32)
+    got = compensate(
+        net,
+        TorchGraph(net),
+        dataset_of(noise, net),
+        nearest,
+        GRID,
+        centred=False,
+        seed=0,
+        memory=1 << 30,
+    )["layer"]
+    changed = (got.codes != nearest["layer"].codes).any(axis=(1, 2, 3))
+    errors = [
+        np.square(q.codes * q.scale[:, None, None, None] - weight).sum((1, 2, 3))
+        for q in (got, nearest["layer"])
+    ]
+    assert (errors[0][~changed] == errors[1][~changed]).all()
+    assert errors[0].sum() < 1.05 * errors[1].sum()
