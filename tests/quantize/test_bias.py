@@ -39,6 +39,7 @@ PLAIN = CalibrateOptions(
     equalize=False,
     split="none",
     full_range=False,
+    rounding="nearest",
     weight_bits=3,
 )
 
