@@ -14,7 +14,7 @@ from reptrt.core.errors import ArtifactError, ConfigError
 from reptrt.core.grid import Grid
 from reptrt.graph.made_for import recorded_target
 from reptrt.pipeline import CalibrateOptions, calibrate
-from reptrt.quantize.choose import ChooseOptions, choose
+from reptrt.quantize.choose import ChooseOptions, choose, full_range_macs
 from reptrt.quantize.targets import TARGETS
 from tests.quantize.test_choose_budget import Measured, rep_chain
 from tests.support.learned_nets import rep_net, write_images, write_net
@@ -41,7 +41,8 @@ def test_full_range_costs_what_the_target_says() -> None:
         options = ChooseOptions(
             Grid.activation(8), Grid.weight(8), 0.0, "whole", costs=target.costs
         )
-        chosen[name] = choose(net.net, net.stats, options, net.ranges)
+        ranges = {tensor: full_range_macs(net.net, tensor, target.costs) for tensor in net.ranges}
+        chosen[name] = choose(net.net, net.stats, options, ranges)
     padded = [d.tensor for d in chosen["tensorrt"].ranges if d.extra_macs]
     assert padded
     assert not any(d.full for d in chosen["tensorrt"].ranges if d.tensor in padded)
