@@ -131,7 +131,7 @@ class CalibrateOptions:
     rounding: Rounding | None = described(
         None,
         "How weights are rounded: nearest; gptq, where the errors of the inputs of a layer "
-        "compensate each other; learned, kept where it beats gptq. Default: gptq for the recipe "
+        "compensate each other; learned, kept where it beats gptq; default: gptq for the recipe "
         "fast, else learned.",
     )
     qprep: bool | None = described(
