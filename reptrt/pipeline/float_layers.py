@@ -7,7 +7,6 @@ that of a calibration with those names. If that net does not pay after all, none
 """
 
 import functools
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -18,12 +17,12 @@ from reptrt.core.clock import Clock
 from reptrt.core.grid import Grid, scale_from_amax
 from reptrt.data.dataset import Dataset
 from reptrt.execute.torchgraph import Override, TorchGraph
-from reptrt.graph.net import Net, weighted_nodes
+from reptrt.graph.net import Net
 from reptrt.graph.placement import exactly
 from reptrt.graph.probes import Probe, probes_of
 from reptrt.graph.qdq import inserted_pairs
 from reptrt.pipeline.activation_scales import limits_of
-from reptrt.pipeline.options import LEFT_BY_LEARNING, CalibrateOptions
+from reptrt.pipeline.options import CalibrateOptions
 from reptrt.pipeline.planning import Planned, plan_net
 from reptrt.pipeline.preparing import torch_device
 from reptrt.quantize.calib.outputs import Outputs, parts
@@ -82,8 +81,6 @@ class _Trial:
         halves = self._judges.parted(2) if self._judges.length > 1 else (self._judges,)
         self._outputs = [Outputs(self._pair.exact, half) for half in halves]
         self._overrides = limits_of(planned.prepared, planned.quantities.activations)
-        if options.learning is not None and options.learning.rounding:
-            self._overrides |= _learned_weights(self._pair.exact, planned.reference, net)
         self._halved = _half_ranges(planned, net, options.grids[0])
 
     def choose(self, most: int, source: Net) -> FloatChoice:
@@ -148,22 +145,3 @@ def _half_ranges(planned: Planned, net: Net, grid: Grid) -> dict[str, tuple[str,
         rounding = functools.partial(fake_quantize, step=scale, grid=grid)
         halved[name] = (pairs[name].dequantizes[0].outputs[0].name, rounding)
     return halved
-
-
-def _learned_weights(graph: TorchGraph, reference: Net, net: Net) -> dict[str, Override]:
-    """Return functions that leave of rounded weights what learning will leave of their error.
-
-    The corrections of biases shrink with the error of the weights that they make up for.
-    """
-    exact = {node.name: node for node in weighted_nodes(reference.graph)}
-    factor = math.sqrt(LEFT_BY_LEARNING)
-    overrides: dict[str, Override] = {}
-    for node in net.graph.nodes:
-        before = exact.get(node.name)
-        if before is None:
-            continue
-        for read, old in zip(node.inputs[1:], before.inputs[1:], strict=False):
-            value = graph.constants.get(old.name)
-            if value is not None:
-                overrides[read.name] = functools.partial(torch.lerp, value, weight=factor)
-    return overrides

@@ -28,8 +28,7 @@ from reptrt.quantize.targets.measured import costs_from_check
 if TYPE_CHECKING:
     from reptrt.core.grid import Grid
 
-LEFT_BY_GPTQ = 0.25  # of the weight noise: 6 to 8 dB are removed on RepVGG nets, less on MobileOne
-LEFT_BY_LEARNING = 0.1  # of the weight noise: learning removed 11 dB of it on the unsplit RepVGG
+LEFT_BY_COMPENSATION = 0.25  # of the weight noise of nearest rounding: 6 dB less on RepVGG nets
 _RECIPES: Mapping[Recipe, LearnOptions | None] = {
     "fast": None,
     "balanced": LearnOptions(iterations=40),
@@ -131,7 +130,7 @@ class CalibrateOptions:
     rounding: Rounding | None = described(
         None,
         "How weights are rounded: nearest; gptq, where the errors of the inputs of a layer "
-        "compensate each other; learned, kept where it beats gptq; default: gptq for the recipe "
+        "compensate each other; learned, which starts near gptq; default: gptq for the recipe "
         "fast, else learned.",
     )
     qprep: bool | None = described(
@@ -282,9 +281,7 @@ class CalibrateOptions:
     @property
     def remaining(self) -> float:
         """The part of the weight noise that is left when the weights are rounded."""
-        if (learning := self.learning) is not None and learning.rounding:
-            return LEFT_BY_LEARNING
-        return LEFT_BY_GPTQ if self.compensates else 1.0
+        return LEFT_BY_COMPENSATION if self.compensates else 1.0
 
     @property
     def compensates(self) -> bool:

@@ -170,19 +170,6 @@ def test_a_shared_input_loses_its_full_range_in_the_trial(folder: Path) -> None:
         assert max(ratios) > 1.2  # by chance some errors cancel
 
 
-def test_learning_leaves_little_of_the_rounding_of_weights(folder: Path) -> None:
-    source = float_model(folder / "residual.onnx")
-    nearest = replace(PLAIN, weight_bits=4, split="none")
-    dataset = opened(source, folder / "x.npz", nearest)
-    with torch.inference_mode():
-        planned = plan_net(source.to_net(), dataset, nearest, Clock())
-        errors = [
-            sum(_Trial(planned, dataset, replace(nearest, recipe=recipe)).errors(()))
-            for recipe in ("fast", "accurate")
-        ]
-    assert errors[1] < 0.5 * errors[0]
-
-
 def test_diagnose_knows_the_layers_that_stay(folder: Path) -> None:
     options = replace(PLAIN, float_nodes=("auto:1",))
     found = diagnose(folder / "bad.onnx", folder / "x.npz", options, layer_images=8)

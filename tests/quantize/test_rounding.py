@@ -144,7 +144,11 @@ def kernel(seed: int = 0) -> np.ndarray:
 def soft_of(*weights: np.ndarray, grid: Grid) -> tuple[SoftCodes, list[WeightSite]]:
     """Return the soft codes of weights, and the sites with the names 0, 1, ..."""
     sites = [replace(site(weight, grid), node=str(i)) for i, weight in enumerate(weights)]
-    return SoftCodes(sites, grid), sites
+    return SoftCodes(sites, {site.node: nearest_of(site, grid) for site in sites}, grid), sites
+
+
+def nearest_of(site: WeightSite, grid: Grid) -> torch.Tensor:
+    return (site.weight / site.scale).round().clamp(grid.qmin, grid.qmax)
 
 
 def plain_weights(soft: SoftCodes, sites: list[WeightSite], grid: Grid) -> dict[str, torch.Tensor]:
@@ -167,18 +171,23 @@ def regularizer(soft: SoftCodes, beta: float) -> torch.Tensor:
     return (1 - (2 * h - 1).abs().pow(beta)).sum()
 
 
+@pytest.mark.parametrize("away", [0, 1, -3])
 @pytest.mark.parametrize("bits", [8, 6, 4, 2])
-def test_at_first_the_codes_are_the_float_weight(bits: int) -> None:
+def test_at_first_weights_are_a_fifth_of_the_way_from_the_codes(bits: int, away: int) -> None:
     """Equal up to float32 rounding in a sigmoid and its inverse: a few millionths of a step."""
     grid = Grid.weight(bits)
-    soft, (found,) = soft_of(kernel(), grid=grid)
-    np.testing.assert_allclose(
-        soft.weights()["0"].detach(), found.weight, atol=4e-5 * float(found.scale.max())
-    )
-    nearest = quantize(kernel(), found.scale.numpy().reshape(-1), grid, 0)
-    scaled = (found.weight / found.scale).numpy()
-    ties = np.abs(np.abs(scaled - np.rint(scaled)) - 0.5) < 1e-4
-    np.testing.assert_array_equal(soft.harden()["0"].numpy()[~ties], nearest[~ties])
+    found = replace(site(kernel(), grid), node="0")
+    codes = (nearest_of(found, grid) + away).clamp(grid.qmin, grid.qmax)
+    soft = SoftCodes([found], {"0": codes}, grid)
+    exact = found.weight / found.scale
+    expected = (codes + 0.2 * (exact - codes)).clamp(codes - 1, codes + 1)
+    got = soft.weights()["0"].detach() / found.scale
+    np.testing.assert_allclose(got, expected.clamp(grid.qmin, grid.qmax), atol=4e-5)
+    with torch.no_grad():
+        for push, wanted in ((-99.0, torch.minimum), (99.0, torch.maximum)):
+            soft.v.copy_(torch.full_like(soft.v, push))
+            other = (codes + torch.sign(exact - codes)).clamp(grid.qmin, grid.qmax)
+            assert torch.equal(soft.harden()["0"], wanted(codes, other))
 
 
 @pytest.mark.parametrize("bits", [8, 6, 4])

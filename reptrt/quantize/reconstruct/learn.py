@@ -139,7 +139,7 @@ class _Trial:
         unit_sites = [site for node, site in sites.weights.items() if node in task.nodes]
         self._weights = dequantized_weights(sites, start, [site.node for site in unit_sites])
         learned = [site for site in unit_sites if options.rounding and not site.exact]
-        self._soft = SoftCodes(learned, sites.grid) if learned else None
+        self._soft = SoftCodes(learned, start.codes, sites.grid) if learned else None
         layers: set[str] = set()
         if options.affine:
             layers = {site.layer for site in unit_sites} & sites.affines.keys()

@@ -1,15 +1,16 @@
-"""Learned rounding of weights (AdaRound, arXiv 2004.10568): each code is a floor or a ceiling.
+"""Learned rounding of weights (AdaRound, arXiv 2004.10568): each code is one of two neighbours.
 
-    q = clip(floor(W / s) + h(v), floor(W / s), ceil(W / s)), clipped to the grid
+    q = low + h(v) (high - low), clipped to the grid
     h(v) = clip(1.2 sigmoid(v) - 0.1, 0, 1)
     regularizer = sum 1 - |2 h - 1|^beta           beta falls from 20 to 2: h is driven to 0 or 1
 
-Initially h = frac(W / s), so that q = W / s; `harden` rounds h to 0 or 1. A weight that already is
-a code (zero above all) does not change.
+The neighbours are the code that learning starts from and the next one towards W / s; for a code
+rounded to nearest they are the floor and the ceiling. Initially q lies between the code and W / s;
+`harden` rounds h to 0 or 1. A weight that already is a code (zero above all) does not change.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from reptrt.core.grid import Grid
 from reptrt.quantize.reconstruct.state import WeightSite
 
 _STRETCH, _SHIFT = 1.2, 0.1
+_TOWARDS_EXACT = 0.2  # where learning starts: the share of the way from the code to W / s
 _WARM_UP = 0.2  # share of the iterations that run without the regularizer
 _BETA_FIRST, _BETA_LAST = 20.0, 2.0
 
@@ -26,25 +28,34 @@ _BETA_FIRST, _BETA_LAST = 20.0, 2.0
 class SoftCodes:
     """The codes of all weights of a unit while they are learned, in one flat buffer of N values.
 
+    Args:
+        sites: the weights.
+        codes: node -> codes to start from.
+        grid: of the codes.
+
     Attributes:
         v: the parameter, (N,).
     """
 
-    def __init__(self, sites: Sequence[WeightSite], grid: Grid) -> None:
+    def __init__(
+        self, sites: Sequence[WeightSite], codes: Mapping[str, Tensor], grid: Grid
+    ) -> None:
         self._sites = tuple(sites)
         self._sizes = [site.weight.numel() for site in sites]
         exact = torch.cat([_flat(site.weight / site.scale) for site in sites])
         scale = torch.cat([_flat(site.scale.expand_as(site.weight)) for site in sites])
-        floor = torch.floor(exact)
-        self._low = floor.clamp(grid.qmin, grid.qmax)
-        self._high = torch.ceil(exact).clamp(grid.qmin, grid.qmax)
+        start = torch.cat([_flat(codes[site.node]) for site in sites])
+        other = torch.where(exact == start, start, start + torch.sign(exact - start))
+        self._low = torch.minimum(start, other).clamp(grid.qmin, grid.qmax)
+        self._high = torch.maximum(start, other).clamp(grid.qmin, grid.qmax)
         self._lowest, self._span = self._low * scale, (self._high - self._low) * scale
-        fraction = exact - floor
+        towards = torch.lerp(start, exact, _TOWARDS_EXACT)
+        fraction = (towards - torch.minimum(start, other)).clamp(0.0, 1.0)
         self.v = -torch.log(_STRETCH / (fraction + _SHIFT) - 1.0)
         self.v.requires_grad_(True)
 
     def weights(self, beta: float | None = None, strength: float = 0.0) -> dict[str, Tensor]:
-        """Return node -> dequantized weight before hardening: between floor and ceiling.
+        """Return node -> dequantized weight before hardening: between the neighbours.
 
         A backward pass through them adds the gradient of ``strength`` times the regularizer.
 
@@ -56,7 +67,7 @@ class SoftCodes:
         return self._by_node(flat)
 
     def harden(self) -> dict[str, Tensor]:
-        """Return node -> codes as integers: floor where h < 1/2, else ceiling."""
+        """Return node -> codes as integers: low where h < 1/2, else high."""
         return self._by_node(torch.where(self.v.detach() >= 0, self._high, self._low))
 
     def _by_node(self, flat: Tensor) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from reptrt.quantize.calib.collect import COMPUTE_BATCH, Record, watch
 from reptrt.quantize.calib.outputs import parts
 from reptrt.quantize.rounding.windows import Window
 
-_MOST_INPUTS = 1152  # of one covariance: 128 channels of 3 x 3 taps
+_MOST_INPUTS = 2304  # of one covariance: 256 channels of 3 x 3 taps
 _ROWS_PER_INPUT = 4
 _LEAST_ROWS = 4096
 _JUDGING_ROWS = 1024  # of the held-out images
