@@ -142,4 +142,4 @@ def test_each_unit_is_learned_as_the_formulas_say(
             assert one
             for name, value in one.items():
                 torch.testing.assert_close(other[name], value, rtol=2e-3, atol=2e-3)
-    assert moved > 40  # against 2 or 3 that may differ
+    assert moved > 20  # against 1 of each tensor that may differ
