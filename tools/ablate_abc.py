@@ -26,7 +26,7 @@ import click
 import numpy as np
 from held_out import halves
 
-from reptrt.core.choices import SplitMode
+from reptrt.core.choices import Rounding, SplitMode
 from reptrt.judge.evaluate import evaluate
 from reptrt.judge.options import EvaluateOptions
 from reptrt.pipeline import CalibrateOptions, calibrate
@@ -54,7 +54,8 @@ def judge(
         calibrating, judging = halves(net, data, folder, seed)
         learn = None if learn is None else replace(learn, seed=seed)
         images = len(np.load(calibrating)["x"])
-        options = replace(options, images=images, seed=seed, learn=learn)
+        rounding: Rounding | None = "nearest" if learn is None else None
+        options = replace(options, images=images, seed=seed, learn=learn, rounding=rounding)
         calibrate(net, calibrating, folder / "q.onnx", options)
         result = evaluate([folder / "q.onnx"], judging, EvaluateOptions(reference=net)).results[0]
         return result.sqnr_db or float("nan"), 100 * (result.agreement or float("nan"))

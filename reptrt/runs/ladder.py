@@ -26,6 +26,7 @@ import torch
 from torch import nn
 
 from reptrt.core.artifacts import read_sidecar, write_json
+from reptrt.core.choices import Rounding
 from reptrt.core.errors import ArtifactError, ConfigError, EngineError
 from reptrt.core.options_json import options_from_json
 from reptrt.data.dataset import Dataset, Images, open_dataset
@@ -60,9 +61,8 @@ from reptrt.trt.build import build_engine
 _LOG = logging.getLogger(__name__)
 
 _JUDGED = ("export", "calibrate", "build-engine")  # stages whose files are rungs
-_NEAREST: Mapping[str, Any] = {  # options of calibrate that learn nothing
+_NOTHING_LEARNED: Mapping[str, Any] = {  # options of calibrate
     "recipe": "fast",
-    "rounding": "nearest",
     "qprep": False,
     "keep_affine": False,
     "iterations": None,
@@ -206,18 +206,20 @@ def _with_names(options: CalibrateOptions, int8: Network) -> CalibrateOptions:
 
 
 def _quantized(fused: Model, int8: Model, dataset: Dataset, options: RunOptions) -> Iterator[Step]:
-    """Yield the INT8 model; where it was learned, its nearest codes and scales before that."""
+    """Yield the INT8 model; where it was learned, its codes and scales before that too."""
     device, calibrating = torch_device(options.calibrate.device), options.calibrate
     bits = calibrating.weight_bits, calibrating.activation_bits
     label = "INT8" if bits == (8, 8) else f"W{bits[0]}A{bits[1]}"
-    nearest, end = int8, ""
+    start, end = int8, ""
     learns = calibrating.learning is not None
     if learns:
-        nearest, end = calibrate_net(fused, dataset, replace(calibrating, **_NEAREST)), ", nearest"
-    net = nearest.to_net()
+        rounding: Rounding = "gptq" if calibrating.compensates else "nearest"
+        before = replace(calibrating, **_NOTHING_LEARNED, rounding=rounding)
+        start, end = calibrate_net(fused, dataset, before), f", {rounding}"
+    net = start.to_net()
     skipped = float_activations(net)
     yield Step(f"{label} weights{end}", "torch graph", lambda: graph_runner(net, device, skipped))
-    yield Step(f"{label}{end}", "torch graph", lambda: int8_runner(nearest.proto, device))
+    yield Step(f"{label}{end}", "torch graph", lambda: int8_runner(start.proto, device))
     if learns:
         end = ", learned"
         yield Step(f"{label}{end}", "torch graph", lambda: int8_runner(int8.proto, device))

@@ -366,7 +366,14 @@ def test_corners_of_a_rep_net(demo: tuple[Path, Path], tmp_path: Path) -> None:
         file,
         data,
         tmp_path / "p.onnx",
-        replace(options, equalize=False, split="none", full_range=False, correct_bias=False),
+        replace(
+            options,
+            equalize=False,
+            split="none",
+            full_range=False,
+            correct_bias=False,
+            rounding="nearest",
+        ),
     )
     found = diagnose(file, data, options, report, layer_images=32)
     weights, activations, both, method = found.corners

@@ -74,4 +74,4 @@ def test_a_net_with_it_is_as_accurate_as_the_one_without(
     batch = (x[:64].astype(np.float32) / 255 - digits.MEAN[0]) / digits.STD[0]
     with int8_runner(int8.proto, torch.device("cpu")) as simulation:
         (simulated,) = simulation.run(batch.astype(np.float32)).values()
-    assert sqnr_db(outputs[1][1][:64], simulated) > 60
+    assert sqnr_db(outputs[1][1][:64], simulated) > 50

@@ -305,38 +305,31 @@ def file_weights(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
 @pytest.mark.slow
 @pytest.mark.parametrize("qprep", [False, True])
 @pytest.mark.parametrize("bits", [8, 5, 3])
-def test_written_codes_are_floors_or_ceilings(
-    bits: int, qprep: bool, data: Path, tmp_path: Path
-) -> None:
-    """Codes are floor or ceiling of W / s: W of the float file, s = max |W| / largest code."""
+def test_written_codes_are_neighbours(bits: int, qprep: bool, data: Path, tmp_path: Path) -> None:
+    """A code is that of gptq or the next one towards W / s; s = max |W| / largest code."""
     write_net(tmp_path / "m.onnx", rep_net(seed=bits))
-    options = CalibrateOptions(
-        images=COUNT,
-        recipe="balanced",
-        iterations=60,
-        qprep=qprep,
-        equalize=False,
-        split="none",
-        full_range=False,
-        weight_bits=bits,
+    fast = CalibrateOptions(
+        images=COUNT, equalize=False, split="none", full_range=False, weight_bits=bits
     )
+    options = replace(fast, recipe="balanced", iterations=60, qprep=qprep)
     report = calibrate(tmp_path / "m.onnx", data, tmp_path / "o.onnx", options)
+    calibrate(tmp_path / "m.onnx", data, tmp_path / "start.onnx", fast)
     assert report.learned is not None
     kept = {unit.unit: unit for unit in report.learned.units}
     model = onnx.load(str(tmp_path / "m.onnx"))
     floats = {t.name: onnx.numpy_helper.to_array(t) for t in model.graph.initializer}
     largest = 2 ** (bits - 1) - 1
-    written = file_weights(tmp_path / "o.onnx")
+    written, starts = file_weights(tmp_path / "o.onnx"), file_weights(tmp_path / "start.onnx")
     assert written.keys() == set(UNITS)
     for node, (codes, scale) in written.items():
-        weight = floats[f"{node}.weight"].astype(np.float64)
+        weight, start = floats[f"{node}.weight"].astype(np.float64), starts[node][0]
         amax = np.abs(weight).reshape(len(weight), -1).max(axis=1)
         step = (amax / largest).astype(np.float32)
         exact = weight / step.reshape(-1, *[1] * (weight.ndim - 1))
         assert np.abs(codes).max() <= largest
-        low, high = np.floor(exact + 1e-4), np.ceil(exact - 1e-4)  # W / s of the largest weight
-        assert ((codes == low) | (codes == high)).all()
-        changed = int((codes != np.rint(exact)).sum())
+        moved = codes.astype(int) - start
+        assert ((moved == 0) | (moved == np.sign(exact - start))).all()
+        changed = int((moved != 0).sum())
         assert changed == kept[node].changed_codes
         assert changed == 0 or kept[node].kept == "learned"
         if not qprep:

@@ -276,7 +276,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     digits.write_arrays(folder)
     result = reptrt(
         "run", *NET, "--data", folder / "train.npz", "--eval-data", folder / "held_out.npz",
-        "--recipe", "fast", "-n", 128, "--eval-limit", 300, "--batch", 1, "--bench-seconds", 0.01,
+        "--recipe", "fast", "--rounding", "nearest", "-n", 128, "--eval-limit", 300,
+        "--batch", 1, "--bench-seconds", 0.01,
         "-o", folder / "run",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
@@ -351,7 +352,7 @@ def test_the_first_rung_is_the_checkpoint_in_torch(rungs: list[dict[str, Any]], 
 def test_a_source_gives_what_its_run_gives(rungs: list[dict[str, Any]], made: Path) -> None:
     found = rows_of(
         *NET, "--data", made / "held_out.npz", "--calib-data", made / "train.npz", "-n", 128,
-        "--recipe", "fast", "--limit", 300,
+        "--recipe", "fast", "--rounding", "nearest", "--limit", 300,
     )  # fmt: skip
     assert found == rungs
 
@@ -370,8 +371,8 @@ def test_learning_is_a_step_of_its_own(made: Path) -> None:
         for recipe in ({"recipe": "balanced", "iterations": 2}, {"recipe": "fast"})
     )
     assert [(rung.name, rung.runs_in) for rung in learned[-5:-1]] == [
-        ("INT8 weights, nearest", "torch graph"),
-        ("INT8, nearest", "torch graph"),
+        ("INT8 weights, gptq", "torch graph"),
+        ("INT8, gptq", "torch graph"),
         ("INT8, learned", "torch graph"),
         ("INT8, learned", "onnxruntime"),
     ]

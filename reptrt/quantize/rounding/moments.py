@@ -80,34 +80,43 @@ def collect_moments(
         kept: dict[Inputs, list[Tensor]] = {key: [] for key in some}
         _observe(graph, judges, _num_judges, seed, {k: rows.append for k, rows in kept.items()})
         for key, total in sums.items():
-            mean = total.mean if key.centred else torch.zeros_like(total.mean)
+            mean, covariance = total.moments(centred=key.centred)
             rows = torch.cat(kept[key]).reshape(-1, *mean.shape)
-            found[key] = Moments(total.about(mean), rows - mean.float())
+            found[key] = Moments(covariance, rows - mean.float())
     return found
 
 
 class _Sums:
-    """Sums of rows and of their products, in float64."""
+    """Sums of rows and of their products, in float64.
+
+    Rows count from the mean of the first ones: a mean that is large against the variance would
+    take its digits away.
+    """
 
     def __init__(self, num_blocks: int) -> None:
         self._num_blocks, self._count = num_blocks, 0
+        self._origin: Tensor | None = None  # (B, 1, d)
         self._first = self._second = torch.zeros((), dtype=torch.float64)
 
     def add(self, rows: Tensor) -> None:
         """Add rows (rows, groups, inputs)."""
         blocks = rows.reshape(len(rows), self._num_blocks, -1).transpose(0, 1)
+        if self._origin is None:
+            self._origin = blocks.mean(1, keepdim=True)
+        blocks = blocks - self._origin
         self._first = self._first + blocks.sum(1, dtype=torch.float64)
         self._second = self._second + (blocks.mT @ blocks).double()
         self._count += len(rows)
 
-    @property
-    def mean(self) -> Tensor:
-        """The mean row, (B, d)."""
-        return self._first / self._count
-
-    def about(self, mean: Tensor) -> Tensor:
-        """Return the mean product of rows less ``mean``, which is their mean or 0, (B, d, d)."""
-        return self._second / self._count - mean[:, :, None] * mean[:, None, :]
+    def moments(self, *, centred: bool) -> tuple[Tensor, Tensor]:
+        """Return the mean row or 0, (B, d), and the mean product of rows less it, (B, d, d)."""
+        assert self._origin is not None
+        off = self._first / self._count
+        covariance = self._second / self._count - off[:, :, None] * off[:, None, :]
+        mean = self._origin[:, 0].double() + off
+        if centred:
+            return mean, covariance
+        return torch.zeros_like(mean), covariance + mean[:, :, None] * mean[:, None, :]
 
 
 def _num_rows(key: Inputs) -> int:
