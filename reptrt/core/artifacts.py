@@ -80,6 +80,19 @@ def require_folder(path: Path) -> None:
         raise ArtifactError(f"{path}: is a folder, expected a file name")
 
 
+def make_folder(path: Path) -> Path:
+    """Make a folder, with those above it, unless it exists; return it.
+
+    Raises:
+        ArtifactError: it cannot be created.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as err:
+        raise ArtifactError(f"{path}: cannot be created ({err.strerror or err})") from err
+    return path
+
+
 def require_suffix(path: Path, suffixes: tuple[str, ...], what: str) -> None:
     """Raise an error if an output has another suffix than its kind of file.
 

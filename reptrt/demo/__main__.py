@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 from rich.console import Console
 
-from reptrt.core.errors import ArtifactError, ReptrtError
+from reptrt.core.errors import ReptrtError
 
 if TYPE_CHECKING:
     from reptrt.demo.comparison import Comparison
@@ -32,13 +32,13 @@ def main(output: Path, json_path: Path | None) -> None:
     such digits in pictures. Calibration uses training images only; the tables are measured on
     images that were held out from training and calibration.
     """
-    from reptrt.core.artifacts import write_json
+    from reptrt.core.artifacts import make_folder, write_json
     from reptrt.demo.comparison import compare
     from reptrt.demo.detection import detect
 
     console = Console(width=None if sys.stdout.isatty() else 160)
     try:
-        _make_folder(output)
+        make_folder(output)
         comparison = compare(output)
         _print_comparison(console, comparison)
         detection = detect(output)
@@ -68,15 +68,6 @@ def _print_detection(console: Console, detection: "Detection") -> None:
         soft_wrap=True,
         highlight=False,
     )
-
-
-def _make_folder(path: Path) -> None:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as err:
-        raise ArtifactError(
-            f"{path}: cannot be created as a folder ({err.strerror or err})"
-        ) from err
 
 
 if __name__ == "__main__":

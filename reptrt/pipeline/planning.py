@@ -54,7 +54,7 @@ def plan_net(net: Net, dataset: Dataset, options: CalibrateOptions, clock: Clock
         net: changed: it is equalized, split, and its biases are corrected.
         dataset: calibration images.
         options: of calibration.
-        clock: laps "prepare", "collect", "thresholds" and "biases" are added.
+        clock: laps "prepare", "collect", "thresholds", "rounding" and "biases" are added.
     """
     prepared = prepare(net, dataset, options)
     clock.lap("prepare")

@@ -50,7 +50,7 @@ def quantities_of(
         prepared: what was done to the net, and where pairs go.
         dataset: calibration images.
         options: of calibration.
-        clock: laps "collect", "thresholds" and "biases" are added.
+        clock: laps "collect", "thresholds", "rounding" and "biases" are added.
     """
     with torch.inference_mode():
         graph = TorchGraph(net, torch_device(options.device))
@@ -64,7 +64,16 @@ def quantities_of(
         clock.lap("thresholds")
         weights = quantize_weights(net, placement, options.grids[1])
         if options.compensates:
-            weights = _compensated(net, graph, dataset, weights, options)
+            weights = compensate(
+                net,
+                graph,
+                dataset,
+                weights,
+                options.grids[1],
+                centred=options.correct_bias,
+                seed=options.seed,
+                memory=int(options.memory_budget * 2**30) // 4,
+            )
             clock.lap("rounding")
         if options.correct_bias:
             _correct_biases(net, graph, seen.means, outputs, weights)
@@ -125,25 +134,6 @@ def _collect(
     else:
         seen = collect(graph, dataset, tensors, means)
     return replace(seen, histograms=renamed(seen.histograms, needed))
-
-
-def _compensated(
-    net: Net,
-    graph: TorchGraph,
-    dataset: Dataset,
-    nearest: Mapping[str, QuantizedWeight],
-    options: CalibrateOptions,
-) -> dict[str, QuantizedWeight]:
-    return compensate(
-        net,
-        graph,
-        dataset,
-        nearest,
-        options.grids[1],
-        centred=options.correct_bias,
-        seed=options.seed,
-        memory=int(options.memory_budget * 2**30) // 4,
-    )
 
 
 def _correct_biases(

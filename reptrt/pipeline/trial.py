@@ -20,6 +20,7 @@ from reptrt.graph.qdq import insert_qdq, inserted_pairs, quantize_weights
 from reptrt.pipeline.options import CalibrateOptions
 from reptrt.quantize.calib.channels import ChannelStats
 from reptrt.quantize.calib.outputs import Outputs
+from reptrt.quantize.reconstruct.fake_quantize import fake_quantize
 from reptrt.rewrite.linear import spread_over_kernel
 
 
@@ -82,8 +83,7 @@ def _unchanged(x: Tensor, *_: Tensor) -> Tensor:
 
 
 def _rounded_to_codes(step: Tensor, grid: Grid, x: Tensor, *_: Tensor) -> Tensor:
-    """Return what a Q/DQ pair makes of a tensor, with one new tensor in place of four."""
-    return x.div(step).round_().clamp_(grid.qmin, grid.qmax).mul_(step)
+    return fake_quantize(x, step, grid)
 
 
 def error_at_maxima(

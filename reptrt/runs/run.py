@@ -20,8 +20,8 @@ from typing import Any
 
 from rich.table import Table
 
-from reptrt.core.artifacts import remove_parts, sha256_of, write_json
-from reptrt.core.errors import ArtifactError, ConfigError, MissingDependencyError, ReptrtError
+from reptrt.core.artifacts import make_folder, remove_parts, sha256_of, write_json
+from reptrt.core.errors import ConfigError, MissingDependencyError, ReptrtError
 from reptrt.core.options_json import json_from_options, options_from_json
 from reptrt.core.result import Result
 from reptrt.judge.bench import bench
@@ -109,11 +109,7 @@ def run(
     Raises:
         ReptrtError: a stage failed.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as err:
-        raise ArtifactError(f"{folder}: cannot be created ({err.strerror or err})") from err
-    remove_parts(folder)
+    remove_parts(make_folder(folder))
     judged_on = eval_data or data
     stages = _Stages(folder, _plan(source, data, judged_on, options))
     planned = stages.manifest

@@ -18,8 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from reptrt.core.artifacts import remove_parts, sha256_of, write_json
-from reptrt.core.errors import ArtifactError
+from reptrt.core.artifacts import make_folder, remove_parts, sha256_of, write_json
 from reptrt.core.options_json import json_from_options
 from reptrt.pipeline import calibrate
 from reptrt.runs import manifest
@@ -64,7 +63,7 @@ class Trials:
         """
         if (kept := self.kept(candidate)) is not None:
             return kept
-        folder = _made(self._folder / "trials" / candidate.name)
+        folder = make_folder(self._folder / "trials" / candidate.name)
         remove_parts(folder)
         path, started = folder / INT8_FILE, time.perf_counter()
         report = calibrate(self._model, self._data, path, candidate.options)
@@ -112,7 +111,7 @@ class Judged:
 
     def put(self, key: str, judgement: Judgement) -> None:
         """Keep what was found out."""
-        write_json(_made(self._folder) / f"{key}.json", asdict(judgement))
+        write_json(make_folder(self._folder) / f"{key}.json", asdict(judgement))
 
 
 def kept_or(path: Path, key: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -136,11 +135,3 @@ def read_record(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
-
-
-def _made(folder: Path) -> Path:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as err:
-        raise ArtifactError(f"{folder}: cannot be created ({err.strerror or err})") from err
-    return folder

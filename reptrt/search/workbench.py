@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from reptrt.core.arrays import IntArray
+from reptrt.core.artifacts import make_folder
 from reptrt.core.choices import Recipe
-from reptrt.core.errors import ArtifactError, ReptrtError
+from reptrt.core.errors import ReptrtError
 from reptrt.core.options_json import json_from_options
 from reptrt.data.arrays import load_arrays
 from reptrt.data.dataset import count_images
@@ -56,10 +57,7 @@ class Workbench:
         self.tuning, self.confirming = parts(total, options.eval_limit, options.seed)
         self.images = options.images or min(_DEFAULT_IMAGES, count_images(data))
         self.record = _record(model, data, eval_data, options)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as err:
-            raise ArtifactError(f"{folder}: cannot be created ({err.strerror or err})") from err
+        make_folder(folder)
         inputs = {name: self.record[name]["sha256"] for name in ("model", "data")}
         self._trials, self._judged = Trials(folder, model, data, inputs), Judged(folder)
         self._labels = _labels_of(eval_data) if options.task == "classify" else None

@@ -156,7 +156,7 @@ def test_an_output_that_cannot_be_a_folder_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     result = CliRunner().invoke(main, ["-o", str(tmp_path / "file" / "below")])
     assert result.exit_code == 1
-    assert re.fullmatch(r"error: \S+below: cannot be created as a folder \(.*\)\n", result.stderr)
+    assert re.fullmatch(r"error: \S+below: cannot be created \(.*\)\n", result.stderr)
 
 
 def test_the_parts_share_no_image() -> None:

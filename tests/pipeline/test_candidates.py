@@ -9,6 +9,7 @@ import onnx
 import pytest
 import torch
 
+from reptrt.core.choices import Rounding, SplitForm
 from reptrt.data.dataset import Dataset, open_dataset
 from reptrt.execute.torchgraph import TorchGraph
 from reptrt.graph.net import Net, net_from_model
@@ -84,15 +85,20 @@ def test_the_choice_is_as_near_to_the_float_net_as_the_best_of_the_named_forms(
     assert errors["auto"] < 0.8 * errors["none"]
 
 
+@pytest.mark.parametrize(
+    ("split", "rounding", "most"),  # codes near a midpoint may differ; gptq is estimated
+    [("identity", "nearest", 1.25), ("none", "nearest", 1.25), ("none", "gptq", 3.0)],
+)
 def test_the_error_of_a_candidate_is_that_of_the_file_that_it_becomes(
-    path: Path, tmp_path: Path
+    split: SplitForm, rounding: Rounding, most: float, path: Path, tmp_path: Path
 ) -> None:
     """Oracle: the calibrated file in onnxruntime. Ranges are not narrowed, biases not corrected."""
     data = write_images(tmp_path / "many.npz", 256)
     options = replace(
         OPTIONS,
         images=256,
-        split="identity",
+        split=split,
+        rounding=rounding,
         threshold=ThresholdOptions("max"),
         correct_bias=False,
     )
@@ -112,7 +118,7 @@ def test_the_error_of_a_candidate_is_that_of_the_file_that_it_becomes(
     exact = ort_run(onnx.load(str(path)), {"x": x})
     got = ort_run(onnx.load(str(tmp_path / "o.onnx")), {"x": x})
     measured = sum(np.square(got[name] - exact[name]).sum() for name in exact)
-    assert found == pytest.approx(measured, rel=0.25)  # codes near a midpoint may differ
+    assert measured / most < found < measured * most
 
 
 @pytest.mark.parametrize("options", [{"max_overhead": 0.0}, {"split": "none"}])

@@ -268,7 +268,7 @@ COST = (
     r"learning 5 units, 5 iterations of 32 images each, on 56 images \(8 held out\): about \d+ s; "
     r"activations in float32"
 )
-UNIT = r"(\d) of 5  (.+)  error (\d+\.\d{3}) % -> (\d+\.\d{3}) %  (learned|nearest)  \d+\.\d s"
+UNIT = r"(\d) of 5  (.+)  error (\d+\.\d{3}) % -> (\d+\.\d{3}) %  (learned|start)  \d+\.\d s"
 
 
 @pytest.mark.slow
@@ -294,12 +294,12 @@ def test_the_cost_is_said_first(recipe: str, folder: Path, tmp_path: Path) -> No
     assert [unit["unit"] for unit in learned["units"]] == names
     for i, (found, unit) in enumerate(zip(units, learned["units"], strict=True)):
         assert found is not None
-        percent = [f"{100 * unit[key]:.3f}" for key in ("nearest", "learned")]
+        percent = [f"{100 * unit[key]:.3f}" for key in ("start", "learned")]
         assert list(found.groups()) == [str(i + 1), unit["unit"], *percent, unit["kept"]]
         assert unit.keys() == {
             "unit",
             "layers",
-            "nearest",
+            "start",
             "learned",
             "kept",
             "changed_codes",

@@ -18,6 +18,7 @@ from reptrt.graph.net import Net, model_from_net, net_from_model
 from reptrt.graph.placement import place
 from reptrt.graph.preprocess import read_preprocess
 from reptrt.graph.qdq import quantize_weights
+from reptrt.quantize.calib.outputs import stride_of
 from reptrt.quantize.rounding import moments
 from reptrt.quantize.rounding.compensate import compensate
 from reptrt.quantize.rounding.nearest_plane import nearest_plane
@@ -189,27 +190,90 @@ def test_outputs_on_other_images_come_closer(
     assert np.abs(found["all"].codes).max() <= 127
 
 
-def test_channels_that_would_become_worse_stay_nearest() -> None:
-    """In images of noise nothing can compensate, and what is fitted to few rows is refused."""
+def compensated(
+    net: Net, x: npt.NDArray[np.float32], *, centred: bool = False
+) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.int8], npt.NDArray[np.float32]]:
+    """Return the codes of the layer, the nearest codes, and the scales."""
+    nearest = quantize_weights(net, place(net), GRID)
+    found = compensate(
+        net,
+        TorchGraph(net),
+        dataset_of(x, net),
+        nearest,
+        GRID,
+        centred=centred,
+        seed=0,
+        memory=1 << 30,
+    )
+    return found["layer"].codes, nearest["layer"].codes, nearest["layer"].scale
+
+
+def test_channels_that_are_worse_on_held_out_images_stay_nearest() -> None:
+    """The images that judge are noise: what compensates in smooth images does not in them."""
     rng = np.random.default_rng(0)
     weight = rng.standard_normal((16, 4, 3, 3)).astype(np.float32)
     net = net_of("Conv", (32, 4, 12, 12), weight, {"pads": [1, 1, 1, 1]})
-    nearest = quantize_weights(net, place(net), GRID)
-    noise = rng.standard_normal((64, 4, 12, 12)).astype(np.float32)
-    got = compensate(
-        net,
-        TorchGraph(net),
-        dataset_of(noise, net),
-        nearest,
-        GRID,
-        centred=False,
-        seed=0,
-        memory=1 << 30,
-    )["layer"]
-    changed = (got.codes != nearest["layer"].codes).any(axis=(1, 2, 3))
-    errors = [
-        np.square(q.codes * q.scale[:, None, None, None] - weight).sum((1, 2, 3))
-        for q in (got, nearest["layer"])
+    x = images(0, 64)
+    codes, nearest, _ = compensated(net, x)
+    assert (codes != nearest).any(axis=(1, 2, 3)).all()
+    x[stride_of(64) - 1 :: stride_of(64)] = 9 * rng.standard_normal((8, 4, 12, 12))
+    codes, nearest, _ = compensated(net, x)
+    assert (codes == nearest).all(axis=(1, 2, 3)).sum() > 8
+
+
+def flat_net(op: str, weight: npt.NDArray[np.float32]) -> Net:
+    """A product that reads images flattened."""
+    attrs = {"transB": 1} if op == "Gemm" else {}
+    values = weight if op == "Gemm" else np.ascontiguousarray(weight.T)
+    nodes = [
+        helper.make_node("Flatten", ["x"], ["flat"]),
+        helper.make_node(op, ["flat", "w"], ["y"], name="layer", **attrs),
     ]
-    assert (errors[0][~changed] == errors[1][~changed]).all()
-    assert errors[0].sum() < 1.05 * errors[1].sum()
+    graph = helper.make_graph(
+        nodes,
+        "a product",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, (32, 4, 3, 3))],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+        [numpy_helper.from_array(values, "w")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    return net_from_model(onnx.shape_inference.infer_shapes(model))
+
+
+@pytest.mark.parametrize(("op", "less"), [("MatMul", 0.1), ("Gemm", 0.1)])
+def test_the_mean_counts_unless_a_bias_takes_it_out(op: str, less: float) -> None:
+    """Inputs are 10 and a little noise, so the errors of each output should add up to nothing.
+
+    A MatMul has no bias. That of a Gemm is corrected for the mean, if biases are.
+    """
+    rng = np.random.default_rng(0)
+    weight = rng.standard_normal((24, 36)).astype(np.float32)
+    x = (10 + 0.1 * rng.standard_normal((256, 4, 3, 3))).astype(np.float32)
+    others = 10 + 0.1 * rng.standard_normal((64, 36))
+    noise = {}
+    for centred in (False, True):
+        codes, nearest, scale = compensated(flat_net(op, weight), x, centred=centred)
+        for name, values in (("gptq", codes), ("nearest", nearest)):
+            matrix = values if op == "Gemm" else values.T
+            error = (matrix * scale[:, None] - weight) @ others.T
+            noise[name, centred] = np.square(error).sum()
+    assert noise["gptq", False] < less * noise["nearest", False]
+    keeps_mean = noise["gptq", True] < less * noise["nearest", True]
+    assert keeps_mean == (op == "MatMul")
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e3])
+def test_moments_are_those_of_float64(offset: float) -> None:
+    rng = np.random.default_rng(0)
+    rows = (offset + rng.standard_normal((5000, 2, 6))).astype(np.float32)
+    sums = moments._Sums(2)
+    for part in np.array_split(rows, 7):
+        sums.add(torch.from_numpy(part))
+    exact = rows.astype(np.float64).transpose(1, 0, 2)
+    for centred in (True, False):
+        mean, covariance = sums.moments(centred=centred)
+        middle = exact.mean(1) if centred else np.zeros((2, 6))
+        apart = exact - middle[:, None]
+        expected = apart.transpose(0, 2, 1) @ apart / 5000
+        np.testing.assert_allclose(mean, middle, rtol=1e-6, atol=1e-6)
+        np.testing.assert_allclose(covariance, expected, rtol=1e-4, atol=1e-4)

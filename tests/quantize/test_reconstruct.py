@@ -4,10 +4,9 @@ import json
 import logging
 import re
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -40,7 +39,7 @@ from tests.quantize.test_bias import matmul_net
 from tests.quantize.test_units import neck, tail_without_layer
 from tests.support.helpers import ort_run
 from tests.support.learned_nets import Case, nearest, rep_net, write_images, write_net
-from tests.support.onnx_nets import Builder, basic_block
+from tests.support.onnx_nets import basic_block
 from tests.support.qdq_nets import residual_net
 
 QUICK = LearnOptions(iterations=6, batch=16)
@@ -158,7 +157,7 @@ def test_the_report_is_what_onnxruntime_finds(
         for model in (case.model, model_from_net(net))
     )
     error = np.abs(got - wanted).mean() / np.abs(wanted).mean()
-    kept = last.learned if last.kept == "learned" else last.nearest
+    kept = last.learned if last.kept == "learned" else last.start
     assert kept == pytest.approx(error, rel=1e-3)
     assert report.held_out == len(seen.held)
 
@@ -225,12 +224,12 @@ def test_a_unit_that_got_worse_keeps_nearest(
     watch(monkeypatch, spoil_block1)
     net, report = case.learn(tmp_path, replace(ENOUGH, iterations=25))
     spoiled = next(unit for unit in report.units if unit.unit == "block1")
-    assert (spoiled.kept, spoiled.changed_codes) == ("nearest", 0)
-    assert spoiled.learned > 10 * spoiled.nearest
+    assert (spoiled.kept, spoiled.changed_codes) == ("start", 0)
+    assert spoiled.learned > 10 * spoiled.start
     np.testing.assert_array_equal(codes_of(net)["block1"], codes_of(case.net)["block1"])
     assert any(unit.kept == "learned" for unit in report.units)
     for unit in report.units:
-        assert unit.kept == ("learned" if unit.learned < unit.nearest else "nearest")
+        assert unit.kept == ("learned" if unit.learned < unit.start else "start")
 
 
 def worse(task: Task, found: State) -> State:
@@ -272,10 +271,10 @@ def test_what_is_not_better_on_held_out_images_leaves_no_trace(
     net, report = case.learn(tmp_path, replace(ENOUGH, iterations=20))
     assert tuple(unit.unit for unit in report.units) == UNITS
     for unit in report.units:
-        assert unit.kept == ("learned" if unit.learned < unit.nearest else "nearest")
+        assert unit.kept == ("learned" if unit.learned < unit.start else "start")
         if unit.unit in spoiled:
-            assert (unit.kept, unit.changed_codes) == ("nearest", 0)
-            assert (unit.learned == unit.nearest) == (spoil is nothing)
+            assert (unit.kept, unit.changed_codes) == ("start", 0)
+            assert (unit.learned == unit.start) == (spoil is nothing)
     kept = {unit.unit for unit in report.units if unit.kept == "learned"}
     assert kept or spoiled == UNITS
     before, after = weights_of(case.net), weights_of(net)
@@ -340,7 +339,7 @@ def test_written_codes_are_neighbours(bits: int, qprep: bool, data: Path, tmp_pa
 def test_a_huge_learning_rate_changes_nothing(case: Case, tmp_path: Path) -> None:
     options = replace(QUICK, affine_rate=1e3, rounding_rate=1e3)
     net, report = case.learn(tmp_path, options)
-    assert {unit.kept for unit in report.units} == {"nearest"}
+    assert {unit.kept for unit in report.units} == {"start"}
     assert weights_of(net).keys() == weights_of(case.net).keys()
     for name, (codes, scale) in weights_of(case.net).items():
         np.testing.assert_array_equal(weights_of(net)[name][0], codes)
@@ -453,8 +452,8 @@ def test_nets_of_every_shape(name: str, tmp_path: Path, monkeypatch: pytest.Monk
     assert sorted(steps) == sorted(groups)  # each learned once, by the first unit that reads it
     assert len(report.units) >= at_least
     for unit in report.units:
-        assert unit.kept == ("learned" if unit.learned < unit.nearest else "nearest")
-        assert 0 < min(unit.nearest, unit.learned) < 0.5
+        assert unit.kept == ("learned" if unit.learned < unit.start else "start")
+        assert 0 < min(unit.start, unit.learned) < 0.5
     (x,) = case.data.batches(32)
     wanted, got = (
         ort_run(model, {"x": x}, optimize=False) for model in (case.model, model_from_net(net))
@@ -512,48 +511,6 @@ def test_the_stage_term_is_the_error_of_the_float_rest(
 
 def signature(net: Net) -> bytes:
     return bytes_from_model(model_from_net(net.copy()))
-
-
-@pytest.mark.parametrize(
-    ("batch", "height", "width", "expected"),
-    [
-        (32, 6, 6, 32),
-        (32, 64, 64, 32),
-        (32, 64, 128, 16),
-        (32, 96, 96, 14),
-        (32, 640, 640, 4),
-        (2, 640, 640, 2),
-    ],
-)
-def test_an_iteration_has_as_many_pixels(
-    batch: int, height: int, width: int, expected: int
-) -> None:
-    assert LearnOptions(batch=batch).batch_of(height, width) == expected
-
-
-def test_large_images_are_learned_few_at_a_time(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """At 6 x 6 the stem reads 32 images in an iteration, at 160 x 160 it reads 5."""
-    read: list[int] = []
-    original = driver.learn
-
-    def counting(task: Task, *arguments: Any) -> State:
-        def inputs(index: torch.Tensor) -> Mapping[str, torch.Tensor]:
-            read.append(len(index))
-            return task.inputs(index)
-
-        return original(replace(task, inputs=inputs), *arguments)
-
-    monkeypatch.setattr(driver, "learn", counting)
-    b = Builder(size=160)
-    model = b.model(b.head(b.relu(b.conv("x", 4, "stem"))))
-    images = write_images(tmp_path / "d.npz", 16, size=160)
-    with caplog.at_level("INFO"):
-        nearest(model, images).learn(tmp_path, LearnOptions(iterations=3))
-    assert read == [5] * len(read)
-    assert len(read) > 3
-    assert "3 iterations of 5 images each" in caplog.text
 
 
 @pytest.mark.slow
@@ -798,6 +755,6 @@ def test_progress_tells_the_error_of_the_last_unit_before_and_after(
     _, report = case.learn(tmp_path, QUICK)
     units = report.units[: len(labels) - 1]
     assert labels == ["learn"] + [
-        f"learn, {u.unit}: {u.nearest:.2%} -> {u.learned:.2%}, {u.kept} kept" for u in units
+        f"learn, {u.unit}: {u.start:.2%} -> {u.learned:.2%}, {u.kept} kept" for u in units
     ]
     assert len(units) == 5

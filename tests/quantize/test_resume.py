@@ -53,14 +53,14 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
     finished = Finished(tmp_path / "o.onnx", {"a": 1})
     assert finished.load(0, CPU) is None
     finished.save(0, STATE, REPORT)
-    finished.save(1, State(), replace(REPORT, kept="nearest"))
+    finished.save(1, State(), replace(REPORT, kept="start"))
     again = Finished(tmp_path / "o.onnx", {"a": 1})
     state, report = again.load(0, CPU) or (State(), None)
     assert same(state, STATE)
     assert report == REPORT
     state, report = again.load(1, CPU) or (STATE, None)
     assert same(state, State())
-    assert report == replace(REPORT, kept="nearest")
+    assert report == replace(REPORT, kept="start")
     assert again.load(2, CPU) is None
     remove_finished(tmp_path / "o.onnx")
     assert list(tmp_path.iterdir()) == []

@@ -275,7 +275,7 @@ def test_hashes_versions_and_options_are_those_of_the_record(made: Path) -> None
 
 
 def test_learned_units(copied: Path) -> None:
-    unit = {"unit": "a & b", "layers": ["a", "b"], "nearest": 0.02, "learned": 0.005}
+    unit = {"unit": "a & b", "layers": ["a", "b"], "start": 0.02, "learned": 0.005}
     unit |= {"kept": "learned", "changed_codes": 1234, "seconds": 1.25}
     learned = {"units": [unit], "storage": "float32", "held_out": 64}
     edit(copied, "calibrate.json", {"learned": learned})

@@ -91,7 +91,7 @@ class _Totals:
         self._sums: dict[str, Tensor] = {}
 
     def count_values(self, name: str, count: int, value: Tensor) -> None:
-        histogram = histogram_of(value[: _rows(count, value)])
+        histogram = histogram_of(value[: rows_that_count(count, value)])
         if math.isinf(histogram.maximum):
             raise not_finite(name)
         before = self._merged.get(name)
@@ -108,7 +108,7 @@ class _Totals:
         return Statistics(self._merged, averages, _are_equal(dataset))
 
 
-def _rows(count: int, value: Tensor) -> int:
+def rows_that_count(count: int, value: Tensor) -> int:
     """Return how many rows of a batch belong to the images that count.
 
     Some tensors have several rows per image (windows), others have no batch axis.

@@ -1,4 +1,4 @@
-"""Learn unit after unit; keep a result only if it is better than nearest rounding.
+"""Learn unit after unit; keep a result only if it is better than the start.
 
 An eighth of the calibration images is held out: nothing is learned from these images, and every
 unit is judged on them. No labels are used.
@@ -8,7 +8,7 @@ import functools
 import logging
 import time
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -56,7 +56,7 @@ _FEWEST = 16  # images
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Quantized:
-    """A net quantized to nearest, with the float net and the plan that it was made from."""
+    """A quantized net, with the float net and the plan that it was made from."""
 
     net: Net  # the Q/DQ graph, with affines if they are to be learned
     reference: Net  # the float graph it was made from
@@ -121,7 +121,7 @@ class _Run:
         finished: Finished,
     ) -> None:
         net, reference = quantized.net, quantized.reference
-        self._finished, self._device = finished, device
+        self._options, self._finished, self._device = options, finished, device
         self._graph, self._float_graph = TorchGraph(net, device), TorchGraph(reference, device)
         self.sites, self.state = find_sites(net, reference, quantized.plan, quantized.grid, device)
         self._dataset, self._image = dataset, self._float_graph.input_names[0]
@@ -134,8 +134,6 @@ class _Run:
             self.sites.pairs.keys(),
             self._measure.names,
         )
-        *_, height, width = sorted(self._layout.shapes[self._image])
-        self._options = replace(options, batch=options.batch_of(height, width))
         order = torch.randperm(dataset.length, generator=_generator(options.seed, -1))
         num_held_out = dataset.length // _HELD_OUT
         self._held_out = order[:num_held_out].sort().values
@@ -220,7 +218,7 @@ class _Run:
             index + 1,
             len(self._layout.units),
             report.unit,
-            100 * report.nearest,
+            100 * report.start,
             100 * report.learned,
             report.kept,
             report.seconds,
@@ -228,9 +226,9 @@ class _Run:
         return report
 
     def _better(self, index: int, task: Task) -> tuple[State, UnitReport]:
-        """Return what was learned, an empty state if it is not better than nearest rounding."""
+        """Return what was learned, an empty state if it is not better than the start."""
         started = time.perf_counter()
-        nearest = held_out_error(task, self.state, self._held_out, self._options.loss)
+        start = held_out_error(task, self.state, self._held_out, self._options.loss)
         state = self._try(index, task)
         if state is None:  # outside `_try`, where nothing refers to the tensors of the failed try
             self._make_room()
@@ -243,7 +241,7 @@ class _Run:
         learned = held_out_error(
             task, self.state.updated(state), self._held_out, self._options.loss
         )
-        is_better = learned < nearest
+        is_better = learned < start
         changed = sum(
             int((codes != self.state.codes[node]).sum()) for node, codes in state.codes.items()
         )
@@ -252,9 +250,9 @@ class _Run:
             UnitReport(
                 unit=task.name,
                 layers=self._layout.units[index].layers,
-                nearest=nearest,
+                start=start,
                 learned=learned,
-                kept="learned" if is_better else "nearest",
+                kept="learned" if is_better else "start",
                 changed_codes=changed if is_better else 0,
                 seconds=time.perf_counter() - started,
             ),

@@ -6,10 +6,7 @@ from typing import Literal
 
 from reptrt.core.errors import ConfigError
 
-Kept = Literal["learned", "nearest"]
-
-_PIXELS = 64 * 64  # of an image of which a full batch is taken
-_FEWEST = 4  # images per iteration, so that no single one decides
+Kept = Literal["learned", "start"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +25,7 @@ class LearnOptions:
     loss: Literal["mae", "mse"] = "mae"
     iterations: int = 100  # per unit
     stage_weight: float = 0.0  # weight of the stage term in the loss
-    batch: int = 32  # images per iteration, of 64 x 64 pixels or less: see `batch_of`
+    batch: int = 32  # images per iteration
     rounding_rate: float = 0.3
     affine_rate: float = 1e-3
     step_rate: float = 1e-3  # learning rate of the logarithm of the step
@@ -43,14 +40,6 @@ class LearnOptions:
         if not self.stage_weight >= 0:
             raise ConfigError(f"stage_weight: got {self.stage_weight}, expected 0 or more")
 
-    def batch_of(self, height: int, width: int) -> int:
-        """Return the number of images per iteration: as many pixels, but 4 images at least.
-
-        A convolution learns from every place of its output, so a large image counts as several.
-        """
-        pixels = max(height * width, _PIXELS)
-        return max(round(self.batch * _PIXELS / pixels), min(self.batch, _FEWEST))
-
 
 @dataclass(frozen=True, slots=True)
 class UnitReport:
@@ -58,10 +47,10 @@ class UnitReport:
 
     unit: str
     layers: tuple[str, ...]
-    nearest: float  # error before learning
+    start: float  # error before learning
     learned: float  # error after learning
     kept: Kept
-    changed_codes: int  # weights that are not rounded to nearest
+    changed_codes: int  # codes that learning changed
     seconds: float
 
 
@@ -79,4 +68,4 @@ def progress_of(reports: Sequence[UnitReport]) -> str:
     if not reports:
         return "learn"
     last = reports[-1]
-    return f"learn, {last.unit}: {last.nearest:.2%} -> {last.learned:.2%}, {last.kept} kept"
+    return f"learn, {last.unit}: {last.start:.2%} -> {last.learned:.2%}, {last.kept} kept"

@@ -42,7 +42,7 @@ def compensate(
         grid: of the codes.
         centred: whether biases will be corrected for the mean error.
         seed: draws the positions at which inputs are sampled.
-        memory: bytes for covariances.
+        memory: bytes for what is known of the inputs of layers.
     """
     weights, keys = {}, {}
     for node in net.graph.nodes:

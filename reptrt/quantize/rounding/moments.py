@@ -11,7 +11,7 @@ from torch import Tensor
 
 from reptrt.data.dataset import Dataset
 from reptrt.execute.torchgraph import TorchGraph
-from reptrt.quantize.calib.collect import COMPUTE_BATCH, Record, watch
+from reptrt.quantize.calib.collect import Record, rows_that_count, watch
 from reptrt.quantize.calib.outputs import parts
 from reptrt.quantize.rounding.windows import Window
 
@@ -47,14 +47,20 @@ class Inputs:
         return self.window.groups * self.blocks
 
     @property
+    def num_rows(self) -> int:
+        """Rows from which a covariance is computed."""
+        return max(_LEAST_ROWS, _ROWS_PER_INPUT * (self.size // self.blocks))
+
+    @property
     def num_bytes(self) -> int:
-        """Size of the covariances."""
-        return 8 * self.num_blocks * (self.size // self.blocks) ** 2
+        """Size of the moments."""
+        width = self.size // self.blocks
+        return self.num_blocks * width * (8 * width + 4 * _JUDGING_ROWS)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Moments:
-    """What is known of the inputs of layers; B = groups * blocks, d = inputs / blocks."""
+    """What is known of inputs, on the CPU; B = groups * blocks, d = inputs / blocks."""
 
     covariance: Tensor  # about the mean, or about 0, (B, d, d), float64
     judges: Tensor  # rows of the held-out images, less the mean or 0, (rows, B, d), float32
@@ -70,19 +76,19 @@ def collect_moments(
         dataset: calibration images; those that judge (`parts`) are held out.
         inputs: of layers.
         seed: draws the positions.
-        memory: bytes for covariances; if more are needed, the images are run several times.
+        memory: bytes for moments; if more are needed, the images are run several times.
     """
     learned_from, judges = parts(dataset)
     found = {}
     for some in _within_memory(inputs, memory):
         sums = {key: _Sums(key.num_blocks) for key in some}
-        _observe(graph, learned_from, _num_rows, seed, {k: s.add for k, s in sums.items()})
+        _observe(graph, learned_from, seed, {k: (k.num_rows, s.add) for k, s in sums.items()})
         kept: dict[Inputs, list[Tensor]] = {key: [] for key in some}
-        _observe(graph, judges, _num_judges, seed, {k: rows.append for k, rows in kept.items()})
+        _observe(graph, judges, seed, {k: (_JUDGING_ROWS, rows.append) for k, rows in kept.items()})
         for key, total in sums.items():
             mean, covariance = total.moments(centred=key.centred)
             rows = torch.cat(kept[key]).reshape(-1, *mean.shape)
-            found[key] = Moments(covariance, rows - mean.float())
+            found[key] = Moments(covariance.cpu(), (rows - mean.float()).cpu())
     return found
 
 
@@ -119,28 +125,19 @@ class _Sums:
         return torch.zeros_like(mean), covariance + mean[:, :, None] * mean[:, None, :]
 
 
-def _num_rows(key: Inputs) -> int:
-    return max(_LEAST_ROWS, _ROWS_PER_INPUT * (key.size // key.blocks))
-
-
-def _num_judges(_: Inputs) -> int:
-    return _JUDGING_ROWS
-
-
 def _observe(
     graph: TorchGraph,
     dataset: Dataset,
-    wanted: Callable[[Inputs], int],
     seed: int,
-    takers: Mapping[Inputs, Callable[[Tensor], None]],
+    takers: Mapping[Inputs, tuple[int, Callable[[Tensor], object]]],
 ) -> None:
-    """Run all images; pass rows of each input, about ``wanted`` of them in all, to its taker."""
+    """Run all images; pass about as many rows of each input as its taker wants to it."""
     records: dict[str, list[Record]] = {}
-    for i, (key, take) in enumerate(takers.items()):
+    for i, (key, (wanted, take)) in enumerate(takers.items()):
         record = functools.partial(
             _take_rows,
             key.window,
-            wanted(key) / dataset.length,
+            wanted / dataset.length,
             np.random.default_rng((seed, i)),
             take,
         )
@@ -152,17 +149,17 @@ def _take_rows(
     window: Window,
     per_image: float,
     rng: np.random.Generator,
-    take: Callable[[Tensor], None],
+    take: Callable[[Tensor], object],
     _: str,
     count: int,
     value: Tensor,
 ) -> None:
-    images = value[: len(value) * count // COMPUTE_BATCH or len(value)]
+    images = value[: rows_that_count(count, value)]
     take(window.rows(images, math.ceil(per_image * count), rng))
 
 
 def _within_memory(inputs: Collection[Inputs], memory: int) -> Iterator[list[Inputs]]:
-    """Yield the inputs in parts whose covariances fit; an input that is too large comes alone."""
+    """Yield the inputs in parts whose moments fit; an input that is too large comes alone."""
     some: list[Inputs] = []
     for key in inputs:
         if some and sum(other.num_bytes for other in (*some, key)) > memory:

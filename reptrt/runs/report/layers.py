@@ -161,12 +161,12 @@ def learned(run: RunContent) -> Section:
         recipe = run.manifest.options["calibrate"]["recipe"]
         return Section("learned", title, absent=f"nothing was learned (recipe {recipe})")
     units = learning["units"]
-    scale = scale_of((u[key] for u in units for key in ("nearest", "learned")), is_log=True)
+    scale = scale_of((u[key] for u in units for key in ("start", "learned")), is_log=True)
     columns = (
         Column("unit", "name"),
         Column("layers"),
         Column("error", "chart"),
-        Column("nearest"),
+        Column("start"),
         Column("learned"),
         Column("kept", "text"),
         Column("codes changed"),
@@ -177,7 +177,7 @@ def learned(run: RunContent) -> Section:
         f"The relative error of the unit's output against the float net, on {learning['held_out']} "
         "calibration images that were held out from learning. The better of the two is kept."
     )
-    legend = Legend((("before", "nearest"), ("after", "learned")))
+    legend = Legend((("before", "start"), ("after", "learned")))
     return Section("learned", title, (Text(text), legend, Table("Units", columns, rows)))
 
 
@@ -282,7 +282,7 @@ def _relative(decision: JsonObject, option: JsonObject | None) -> str:
 
 
 def _unit_row(unit: JsonObject, scale: Scale) -> tuple[Cell, ...]:
-    before, after = unit["nearest"], unit["learned"]
+    before, after = unit["start"], unit["learned"]
     shown = [value if value > 0 and math.isfinite(value) else None for value in (before, after)]
     label = f"{unit['unit']}: {number(before)} to {number(after)}"
     return (
