@@ -86,11 +86,15 @@ def test_the_choice_is_as_near_to_the_float_net_as_the_best_of_the_named_forms(
 
 
 @pytest.mark.parametrize(
-    ("split", "rounding", "most"),  # codes near a midpoint may differ; gptq is estimated
-    [("identity", "nearest", 1.25), ("none", "nearest", 1.25), ("none", "gptq", 3.0)],
+    ("split", "rounding", "bits", "most"),  # codes near a midpoint may differ; gptq is estimated
+    [
+        ("identity", "nearest", 8, 1.25),
+        ("none", "nearest", 8, 1.25),
+        ("none", "gptq", 5, 3.0),
+    ],
 )
 def test_the_error_of_a_candidate_is_that_of_the_file_that_it_becomes(
-    split: SplitForm, rounding: Rounding, most: float, path: Path, tmp_path: Path
+    split: SplitForm, rounding: Rounding, bits: int, most: float, path: Path, tmp_path: Path
 ) -> None:
     """Oracle: the calibrated file in onnxruntime. Ranges are not narrowed, biases not corrected."""
     data = write_images(tmp_path / "many.npz", 256)
@@ -99,6 +103,7 @@ def test_the_error_of_a_candidate_is_that_of_the_file_that_it_becomes(
         images=256,
         split=split,
         rounding=rounding,
+        weight_bits=bits,
         threshold=ThresholdOptions("max"),
         correct_bias=False,
     )
