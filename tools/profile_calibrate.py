@@ -12,6 +12,7 @@ stage needs by its data flow, in seconds of torch's passes:
     collect      nothing where the values of that pass fit into half of --memory-budget, else one
                  pass: a histogram needs the scaled channels
     thresholds   four rules on the images that judge
+    rounding     one pass: covariances of the inputs of layers; rounding itself is algebra
     biases       the net with and without corrections on the images that judge
     learn        each unit is computed once in both nets; its steps go forward and backward
 
@@ -95,6 +96,7 @@ def needed(options: CalibrateOptions) -> dict[str, Callable[[Mapping[str, float]
         "prepare": lambda p: p["torch"],
         "collect": lambda _: 0.0,
         "thresholds": lambda p: _RULES * judges * p["torch"],
+        "rounding": lambda p: p["torch"],
         "biases": lambda p: 2 * judges * p["torch"],
         "learn": lambda p: 2 * p["torch"] + p["steps"],
     }

@@ -24,7 +24,7 @@ def test_every_stage_stands_beside_what_it_needs(tmp_path: Path) -> None:
     done = CliRunner().invoke(tool.main, [str(tmp_path / "tiny.onnx"), *arguments])
     assert done.exit_code == 0, done.output
     assert "tiny, balanced, 48 images, cpu, 1 threads, CPU time" in done.output
-    for stage in ("prepare", "collect", "thresholds", "biases", "learn"):
+    for stage in ("prepare", "collect", "thresholds", "rounding", "biases", "learn"):
         assert re.search(rf"^{stage} +\d+\.\d\d +\d+\.\d\d +\d+\.\d\d$", done.output, re.M)
     assert time.perf_counter is clock
 
@@ -38,6 +38,7 @@ def test_seconds_are_divided_by_those_of_onnxruntime() -> None:
             "prepare": 4.0,
             "collect": 0.0,
             "thresholds": 16.0 / stride_of(512),
+            "rounding": 4.0,
             "biases": 8.0 / stride_of(512),
             "learn": 38.0,
         }
