@@ -18,7 +18,7 @@ from reptrt.core.lazy import lazily
 if TYPE_CHECKING:
     from reptrt.api.folders import ladder, report, run
     from reptrt.api.judging import bench, diagnose, evaluate, inspect, predict, rank_layers
-    from reptrt.api.searching import tune
+    from reptrt.api.searching import sweep, tune
     from reptrt.api.stages import build_engine, calibrate, export, lint, load, package
     from reptrt.pipeline.options import PLAIN_INT8
 else:
@@ -29,7 +29,7 @@ else:
             "reptrt.api.judging": (
                 *("bench", "diagnose", "evaluate", "inspect", "predict", "rank_layers"),
             ),
-            "reptrt.api.searching": ("tune",),
+            "reptrt.api.searching": ("sweep", "tune"),
             "reptrt.api.stages": ("build_engine", "calibrate", "export", "lint", "load", "package"),
             "reptrt.pipeline.options": ("PLAIN_INT8",),
         },
@@ -55,6 +55,7 @@ __all__ = [
     "rank_layers",
     "report",
     "run",
+    "sweep",
     "tune",
 ]
 

@@ -1,6 +1,8 @@
-"""tune, as a program calls it."""
+"""tune and sweep, as a program calls them."""
 
 import os
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from reptrt.api.networks import path_from
@@ -8,6 +10,10 @@ from reptrt.core.keywords import options_from, takes
 from reptrt.search.options import TuneOptions
 from reptrt.search.record import Tuned
 from reptrt.search.tuning import tune as search
+from reptrt.sweeping.options import SweepOptions
+from reptrt.sweeping.reading import read_sheet, sheet_from
+from reptrt.sweeping.record import Swept
+from reptrt.sweeping.sweeping import sweep as work
 
 
 @takes(TuneOptions)
@@ -47,3 +53,37 @@ def tune(
         path_from(output, "output"),
         tuning,
     )
+
+
+@takes(SweepOptions)
+def sweep(
+    file: Mapping[str, Any] | str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    options: SweepOptions | None = None,
+    **changes: Any,
+) -> Swept:
+    """Calibrate and judge many nets for many targets with many recipes.
+
+    >>> swept = reptrt.sweep("nets.toml", "swept", workers=8)
+    >>> [(row.name, row.sqnr_db) for row in swept.rows if row.is_finished]
+
+    Trials that fail are rows of the result; what is finished is kept, so that a sweep that was
+    stopped can continue.
+
+    Args:
+        file: a TOML file, or its content as a mapping; paths in a mapping start from the current
+            folder.
+        output: the folder of the table and the report; made if it does not exist.
+        options: the options as one value, in place of their defaults.
+        **changes: single options.
+
+    Raises:
+        ReptrtError: the file or an input cannot be used, or the workers or the store cannot be
+            reached.
+    """
+    sweeping = options_from(SweepOptions, options, changes, ("file", "output"))
+    folder = path_from(output, "output")
+    if isinstance(file, Mapping):
+        return work(sheet_from(file, Path(), "file"), folder, sweeping)
+    return work(read_sheet(path_from(file, "file")), folder, sweeping)

@@ -6,6 +6,7 @@
     judge      eval, predict, diagnose, bench
     runs       run, report, ladder, replay, diff
     search     tune
+    sweep      sweep
 
 Results go to stdout, progress and logs to stderr. Exit status 0: done; 1: a stated failure, in one
 line; 2: wrong usage; 130: Ctrl-C. Nothing heavy is imported before a command runs.
@@ -18,6 +19,7 @@ from reptrt.cli.group import main
 from reptrt.cli.judge import bench, diagnose, evaluate, predict
 from reptrt.cli.runs import diff, ladder, replay, report, run
 from reptrt.cli.search import tune
+from reptrt.cli.sweep import sweep
 
 __all__ = ["main"]
 
@@ -38,5 +40,6 @@ for _command in (
     replay,
     diff,
     tune,
+    sweep,
 ):
     main.add_command(_command)

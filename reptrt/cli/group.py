@@ -65,6 +65,6 @@ def main(verbose: bool) -> None:
     logger.handlers[:] = [handler]
     logger.setLevel(logging.INFO if verbose else logging.WARNING)
     # What takes long is announced before it starts; the result of each unit needs -v.
-    announced = ("quantize.reconstruct", "quantize.calib.sensitivity", "search")
+    announced = ("quantize.reconstruct", "quantize.calib.sensitivity", "search", "sweeping")
     for name in (f"reptrt.{room}" for room in announced):
         logging.getLogger(name).setLevel(logging.DEBUG if verbose else logging.INFO)

@@ -17,6 +17,7 @@ from reptrt.judge.options import BenchOptions, EvaluateOptions
 from reptrt.judge.predict.options import PredictOptions
 from reptrt.pipeline import CalibrateOptions, ExportOptions
 from reptrt.search.options import TuneOptions
+from reptrt.sweeping.options import SweepOptions
 from reptrt.trt.options import BuildOptions, PackageOptions
 from tests.house.test_imports import HEAVY, python
 from tests.support.pages import REPOSITORY
@@ -37,6 +38,7 @@ SIGNATURES = {  # parameters before those that are fields of options
     "rank_layers": "net, data, eval_data, *, options",
     "report": "folder, output",
     "run": "source, data, output, *, eval_data, weights, options",
+    "sweep": "file, output, *, options",
     "tune": "net, data, eval_data, output, *, options",
 }
 CHANGES = {
@@ -48,6 +50,7 @@ CHANGES = {
     "export": ExportOptions,
     "package": PackageOptions,
     "predict": PredictOptions,
+    "sweep": SweepOptions,
     "tune": TuneOptions,
 }
 
