@@ -94,7 +94,7 @@ WRONG: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "recipe": ({}, {"recipes": ["quick"]}, r"recipes: got 'quick', expected of plain, fast, "),
     "target": ({"targets": []}, {}, r"targets: got \[\], expected a list"),
     "variant": ({"variants": ["w"]}, {"variants": {"v": {}}}, r"got 'w', expected of v"),
-    "source": ({"source": "repvgg_z9"}, {}, r"\[nets.a\]: architecture .repvgg_z9. is not known; did you mean"),
+    "source": ({"source": "repvgg_z9"}, {}, r"architecture 'repvgg_z9' is not known; did you mean"),
     "no source": ({"source": None}, {}, r"source: got None, expected a zoo name"),
     "factory": ({"source": "no.py:make"}, {}, r"no.py: no such file"),
     "onnx": ({"source": "no.onnx"}, {}, r"no.onnx: no such file"),
