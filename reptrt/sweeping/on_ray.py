@@ -123,14 +123,23 @@ def _connect(ray: Any, address: str, workers: int | None) -> None:
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray's own next default
     if address == "local":
-        here = {"_node_ip_address": "127.0.0.1", "include_dashboard": False}
-        ray.init(num_cpus=workers or usable_cores(), **here, **quiet)
+        # Ray listens on all interfaces of the machine, so only who has its token may use it.
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+        # Without an address, Ray would join a cluster that happens to run on this machine.
+        cores = workers or usable_cores()
+        ray.init(address="local", num_cpus=cores, include_dashboard=False, **quiet)
         return
     _refuse_unreachable(address)
     try:
         ray.init(address=address, **quiet)
-    except (ConnectionError, RuntimeError, ValueError) as err:
-        raise _unreachable(address, _first_line(err)) from err
+    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as err:
+        if address == "auto":
+            raise _unreachable(address, _first_line(err)) from err
+        raise ConfigError(
+            f"{option('ray')} {address}: something answers there and does not let this machine in "
+            f"({_first_line(err)}); it has to be a Ray cluster of the same version of ray, with "
+            "its token here too, if it has one (RAY_AUTH_TOKEN)"
+        ) from err
 
 
 def _refuse_unreachable(address: str) -> None:

@@ -48,9 +48,10 @@ def sweep(sheet: Sheet, folder: Path, options: SweepOptions) -> Swept:
     store.prepare()
     going = _Sweep(sheet, folder, store, options)
     going.plan()
+    executor = executor_of(options) if going.is_left and not options.dry_run else None
     going.announce()
-    if not options.dry_run and going.is_left:
-        going.work()
+    if executor is not None:
+        going.work(executor)
     return going.finish()
 
 
@@ -125,9 +126,8 @@ class _Sweep:
             text += f"; those that are finished took {sum(seconds) / len(seconds):.1f} s each"
         _LOG.info("%s", text)
 
-    def work(self) -> None:
-        """Run all tasks."""
-        executor = executor_of(self._options)
+    def work(self, executor: Executor) -> None:
+        """Run all tasks, and close the executor."""
         total, done = len(self._rows), self._kept
         try:
             for outcome in run(executor, self._queue, self._options.retries):
