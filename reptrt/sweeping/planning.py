@@ -18,7 +18,7 @@ from reptrt.sweeping.sheet import EnginePlan, NetPlan, TrialPlan
 from reptrt.sweeping.store import Store
 from reptrt.sweeping.tasks import Task
 
-_WORK = "reptrt.sweeping.work"
+WORK = "reptrt.sweeping.work"  # the module of what workers do
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,7 @@ class Planner:
             versions=self._versions,
         )
         payload = {"store": self._store.where, "key": key, "source": source, "options": options}
-        return Task(f"{net.name}: export", f"{_WORK}:export_net", payload, net.placement)
+        return Task(f"{net.name}: export", f"{WORK}:export_net", payload, net.placement)
 
     def trial(self, net: NetPlan, plan: TrialPlan, of_float: Mapping[str, Any]) -> TrialTask:
         """Return the task of a trial.
@@ -86,7 +86,7 @@ class Planner:
             {**judging, "key": judged},
         )
         payload = {"store": self._store.where, "float": _short(of_float), "steps": steps}
-        task = Task(plan.name, f"{_WORK}:make_trial", payload, net.placement)
+        task = Task(plan.name, f"{WORK}:make_trial", payload, net.placement)
         return TrialTask(plan, calibrated, judged, task)
 
     def engines(
@@ -113,7 +113,7 @@ class Planner:
             payload = {"key": key, "options": options, "calibrated": _short(calibrated)}
             payload["store"] = self._store.where
             name = f"{plan.name}: engine{f' for {gpu}' if gpu else ''}"
-            task = Task(name, f"{_WORK}:make_engine", payload, placement)
+            task = Task(name, f"{WORK}:make_engine", payload, placement)
             tasks.append((gpu or "any GPU", task))
         return tasks
 
