@@ -18,12 +18,13 @@ def sweep(file: Path, output: Path, json_path: str | None, **values: Any) -> Non
     """Calibrate and judge many nets for many targets with many recipes.
 
     FILE.toml names them. Each trial is a row of one table; finished trials are kept, and a sweep
-    that was stopped continues when the same command is given again. Exits with 1 if a trial failed.
+    that was stopped continues when the same command is given again. Exits with 1 if a trial or an
+    engine failed.
     """
     from reptrt.sweeping.reading import read_sheet
     from reptrt.sweeping.sweeping import sweep as work
 
     swept = work(read_sheet(file), output, _SWEEP.value(values))
     emit(str(swept), swept.to_dict(), json_path)
-    if swept.failed:
+    if not swept.is_complete:
         click.get_current_context().exit(1)

@@ -1,7 +1,7 @@
 """Many nets x targets x recipes, with a record of what is finished: `sweep`.
 
-sheet        what is to be done, as values; reading   from a TOML file
-store        results by content: a folder, or any place that fsspec knows
+sheet        what is to be done, as values; reading   from a TOML file (checking)
+store        results by what they depend on, in a folder or behind a URL (places)
 tasks        a piece of work, where it may run, and who runs it: the protocol of executors
 local        worker processes on this machine (worker is such a process); on_ray   a Ray cluster
 schedule     keeps an executor busy and repeats what died

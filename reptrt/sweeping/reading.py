@@ -14,16 +14,14 @@
 Options of a trial: the defaults, [calibrate], that of the net, the variant; the later wins.
 """
 
-import difflib
-import re
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 from reptrt.core.choices import TargetName
-from reptrt.core.errors import ConfigError, ReptrtError
+from reptrt.core.errors import ConfigError
 from reptrt.core.keywords import changed
 from reptrt.data.dataset import count_images
 from reptrt.judge.tasks import open_task
@@ -33,6 +31,14 @@ from reptrt.runs.inputs import source_files
 from reptrt.sources.models import training_only
 from reptrt.sources.options import ArchitectureOptions
 from reptrt.sources.source import Source
+from reptrt.sweeping.checking import (
+    changed_at,
+    check_keys,
+    check_name,
+    located,
+    stated,
+    table_of,
+)
 from reptrt.sweeping.sheet import (
     EnginePlan,
     JudgingOptions,
@@ -54,7 +60,6 @@ T = TypeVar("T")
 _SHARED = ("data", "eval_data", "targets", "recipes", "calibrate", "eval", "placement", "engine")
 _OF_FILE = (*_SHARED, "export", "variants", "nets")
 _OF_NET = (*_SHARED, "export", "variants", "source", "weights", "architecture", "seed")
-_NAME = re.compile(r"[\w.+-]+")  # one part of a trial's name
 
 
 def read_sheet(file: Path) -> Sheet:
@@ -86,8 +91,8 @@ def sheet_from(content: Mapping[str, Any], folder: Path, where: str) -> Sheet:
     Raises:
         ReptrtError: as `read_sheet`.
     """
-    _check_keys(content, _OF_FILE, where)
-    nets = _table(content, "nets", where)
+    check_keys(content, _OF_FILE, where)
+    nets = table_of(content, "nets", where)
     if not nets:
         raise ConfigError(f"{where}: there are no nets; add a table [nets.NAME] for each")
     reader = _Reader(content, folder.resolve(), where)
@@ -105,14 +110,14 @@ class _Reader:
     def net(self, name: str, own: Any) -> NetPlan:
         """Return one net with its trials."""
         at = f"{self.where}: [nets.{name}]"
-        _check_name(name, at)
+        check_name(name, at)
         if not isinstance(own, dict):
             raise ConfigError(f"{at}: got {own!r}, expected a table")
-        _check_keys(own, _OF_NET, at)
+        check_keys(own, _OF_NET, at)
         data = self._images(own, "data", at, None)
         eval_data = self._images(own, "eval_data", at, data)
         judging = self._options(own, "eval", JudgingOptions())
-        _stated(f"{at} eval", lambda: open_task(judging, eval_data))
+        stated(f"{at} eval", lambda: open_task(judging, eval_data))
         return NetPlan(
             name,
             self._source(own, at),
@@ -132,11 +137,11 @@ class _Reader:
                 f"{at}: source: got {name!r}, expected a zoo name, timm:NAME, FILE.py:FACTORY or an"
                 " .onnx file"
             )
-        architecture = _table(own, "architecture", at)
-        source = _stated(
+        architecture = table_of(own, "architecture", at)
+        source = stated(
             at,
             lambda: Source(
-                _located(name, self.folder),
+                located(name, self.folder),
                 None if weights is None else self._path(weights, f"{at}: weights"),
                 changed(ArchitectureOptions(), architecture),
                 **({"seed": own["seed"]} if "seed" in own else {}),
@@ -145,14 +150,14 @@ class _Reader:
         if not isinstance(source.seed, int) or source.seed < 0:
             raise ConfigError(f"{at}: seed: got {source.seed!r}, expected a whole number from 0 up")
         if not (source.is_onnx or source.is_timm or source.is_factory):
-            _stated(at, lambda: training_only(source.name))  # refuses names that nobody knows
+            stated(at, lambda: training_only(source.name))  # refuses names that nobody knows
         for path in source_files(source):
             if not path.is_file():
                 raise ConfigError(f"{at}: {path}: no such file")
         return source
 
     def _trials(self, net: str, own: Mapping[str, Any], data: Path, at: str) -> Iterable[TrialPlan]:
-        base = {**_table(self.content, "calibrate", self.where), **_table(own, "calibrate", at)}
+        base = {**table_of(self.content, "calibrate", self.where), **table_of(own, "calibrate", at)}
         variants = self._variants(own, at)
         for target in self._list(own, "targets", get_args(TargetName), ["tensorrt"], at):
             for recipe in self._list(own, "recipes", get_args(RecipeName), ["fast"], at):
@@ -172,16 +177,16 @@ class _Reader:
                 raise ConfigError(f"{at}: {axis}: is given by the list {axis}s; leave it out")
         start = PLAIN_INT8 if recipe == "plain" else CalibrateOptions()
         axes = {"target": target} if recipe == "plain" else {"target": target, "recipe": recipe}
-        options = _stated(at, lambda: changed(start, {**changes, **axes}))
+        options = stated(at, lambda: changed(start, {**changes, **axes}))
         options = self._with_paths(options, at)
-        _stated(at, lambda: options.runtime)  # reads the file of costs
+        stated(at, lambda: options.runtime)  # reads the file of costs
         return options
 
     def _variants(self, own: Mapping[str, Any], at: str) -> dict[str, Mapping[str, Any]]:
         """Return the variants of a net by name; without any, one without a name."""
-        known = _table(self.content, "variants", self.where)
+        known = table_of(self.content, "variants", self.where)
         for name, table in known.items():
-            _check_name(name, f"{self.where}: [variants.{name}]")
+            check_name(name, f"{self.where}: [variants.{name}]")
             if not isinstance(table, dict):
                 raise ConfigError(f"{self.where}: [variants.{name}]: expected a table")
         if not known and "variants" not in own:
@@ -192,18 +197,23 @@ class _Reader:
     def _engine(self, own: Mapping[str, Any], at: str) -> EnginePlan | None:
         if ("engine" not in own and "engine" not in self.content) or own.get("engine") is False:
             return None
-        table = {**_table(self.content, "engine", self.where), **_table(own, "engine", at)}
+        given = {**table_of(self.content, "engine", self.where), **table_of(own, "engine", at)}
+        table = dict(given)
         here = f"{at} engine"
         placement = changed_at(here, Placement(gpus=1), table.pop("placement", {}))
         accelerators = table.pop("accelerators", [placement.accelerator_type])
-        if not isinstance(accelerators, list) or not accelerators:
-            raise ConfigError(f"{here}: accelerators: got {accelerators!r}, expected a list")
+        kinds = str if "accelerators" in given else (str, type(None))
+        named = isinstance(accelerators, list) and accelerators
+        if not named or not all(isinstance(entry, kinds) for entry in accelerators):
+            raise ConfigError(
+                f"{here}: accelerators: got {accelerators!r}, expected a list of types of GPU"
+            )
         return EnginePlan(changed_at(here, BuildOptions(), table), tuple(accelerators), placement)
 
     def _options(self, own: Mapping[str, Any], key: str, start: T) -> T:
         """Return options of a net: the defaults, those of the file, its own."""
         at = f"{self.where}: [{key}]"
-        table = {**_table(self.content, key, self.where), **_table(own, key, self.where)}
+        table = {**table_of(self.content, key, self.where), **table_of(own, key, self.where)}
         return self._with_paths(changed_at(at, start, table), at)
 
     def _images(self, own: Mapping[str, Any], key: str, at: str, otherwise: Path | None) -> Path:
@@ -215,7 +225,7 @@ class _Reader:
                 )
             return otherwise
         path = self._path(value, f"{at}: {key}")
-        if not _stated(f"{at}: {key}", lambda: count_images(path)):
+        if not stated(f"{at}: {key}", lambda: count_images(path)):
             raise ConfigError(f"{at}: {key}: {path}: holds no images")
         return path
 
@@ -256,48 +266,3 @@ class _Reader:
                 if not path.exists():
                     raise ConfigError(f"{at}: {item.name}: {path}: does not exist")
         return replace(options, **located) if located else options
-
-
-def changed_at(where: str, options: T, changes: Any) -> T:
-    """Return options with some values changed; messages say where they stand."""
-    if not isinstance(changes, dict):
-        raise ConfigError(f"{where}: got {changes!r}, expected a table")
-    return _stated(where, lambda: changed(options, changes))
-
-
-def _stated(where: str, make: Callable[[], T]) -> T:
-    """Return what a function returns; say where the values of a failure stand."""
-    try:
-        return make()
-    except ReptrtError as err:
-        raise type(err)(f"{where}: {err}") from err
-
-
-def _table(content: Mapping[str, Any], key: str, where: str) -> dict[str, Any]:
-    value = content.get(key, {})
-    if value is True and key == "engine":
-        value = {}
-    if not isinstance(value, dict):
-        raise ConfigError(f"{where}: {key}: got {value!r}, expected a table")
-    return dict(value)
-
-
-def _check_keys(content: Mapping[str, Any], known: tuple[str, ...], where: str) -> None:
-    for key in content:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(known)}"
-            raise ConfigError(f"{where}: unknown key {key!r}; {hint}")
-
-
-def _check_name(name: str, at: str) -> None:
-    if _NAME.fullmatch(name) is None:
-        raise ConfigError(f"{at}: a name may hold letters, digits and _ . + -")
-
-
-def _located(name: str, folder: Path) -> str:
-    """Return a source whose file starts from a folder."""
-    if name.lower().endswith(".onnx"):
-        return str(folder / name)
-    path, colon, factory = name.rpartition(":")
-    return f"{folder / path}{colon}{factory}" if path.endswith(".py") else name

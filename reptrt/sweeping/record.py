@@ -78,6 +78,12 @@ class Swept(Result):
         """The trials that failed."""
         return tuple(row for row in self.rows if row.state.startswith("failed"))
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether no trial and no engine has failed."""
+        states = (made["state"] for row in self.rows for made in row.engines.values())
+        return not self.failed and not any(state.startswith("failed") for state in states)
+
     def to_dict(self) -> dict[str, Any]:
         """Return the content of ``sweep.json``."""
         rows = [asdict(row) for row in self.rows]

@@ -109,6 +109,7 @@ WRONG: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "costs": ({"calibrate": {"costs": "no.json"}}, {}, r"costs: .*no.json: does not exist"),
     "placement": ({"placement": {"gpu": 1}}, {}, r"\[placement\]: gpu: .*did you mean gpus"),
     "engine": ({"engine": {"shapes": "8:1:64"}}, {}, r"engine: shapes='8x?.*MIN <= OPT <= MAX"),
+    "GPUs": ({"engine": {"accelerators": [3]}}, {}, r"accelerators: got \[3\], expected a list"),
     "nets": ({}, {"nets": {}}, r"s.toml: there are no nets; add a table \[nets.NAME\]"),
     "name": ({}, {"nets": {"a/b": NET}}, r"a name may hold"),
     "table": ({}, {"nets": {"a": 3}}, r"\[nets.a\]: got 3, expected a table"),

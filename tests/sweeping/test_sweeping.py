@@ -1,6 +1,7 @@
 """Sweeps of a small net in this process, and what they keep."""
 
 import hashlib
+import importlib.util
 import json
 import re
 import shutil
@@ -13,7 +14,7 @@ import pytest
 
 import reptrt as package
 from reptrt.core.artifacts import read_sidecar
-from reptrt.core.errors import ConfigError
+from reptrt.core.errors import ConfigError, MissingDependencyError
 from reptrt.execute.runner import OrtRunner
 from reptrt.sweeping import work
 from reptrt.sweeping.options import SweepOptions
@@ -49,6 +50,7 @@ def test_every_trial_is_a_row_with_its_file(swept: Swept, file: Path) -> None:
         *("made/onnxruntime/plain", "made/onnxruntime/fast", "given/tensorrt/fast"),
     ]
     assert {row.state for row in swept.rows} == {"finished"}
+    assert swept.is_complete
     data = np.load(file.parent / "eval.npz")
     x = data["x"].astype(np.float32) / 255
     (expected,) = ort_run(onnx.load(file.parent / "given.onnx"), {"input": x}).values()
@@ -191,3 +193,51 @@ def test_a_store_of_another_format_is_refused(file: Path, tmp_path: Path) -> Non
     (tmp_path / "store" / "store.json").write_text('{"format": 99}')
     line = refused("sweep", file, "-o", tmp_path)
     assert re.search(r"store: a store of format 99, expected 1; give another --store", line)
+
+
+ENGINES = """
+[engine]
+shapes = "1:2:4"
+placement = { cpus = 1, gpus = 0 }
+"""
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt-rtx is not installed"
+)
+def test_engines_are_built_from_files_for_tensorrt_and_kept(
+    file: Path, swept: Swept, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_sheet(file.parent, FILE + ENGINES)
+    sheet, options = read_sheet(path), SweepOptions(workers=0, store=swept.store)
+    write_sheet(file.parent, FILE)
+    built = sweep(sheet, tmp_path, options)
+    assert built.kept == len(built.rows)
+    for row in built.rows:
+        assert list(row.engines) == (["any GPU"] if row.target == "tensorrt" else [])
+        for made in row.engines.values():
+            assert made["state"] == "finished"
+            sidecar = read_sidecar(Path(built.store) / made["file"])
+            assert sidecar is not None
+            assert sidecar.sha256 == made["sha256"]
+            assert row.sha256 in sidecar.parents.values()
+    monkeypatch.delattr(work, "build_engine")
+    again = sweep(sheet, tmp_path, options)
+    assert again.to_dict() == built.to_dict()
+    assert "Engines" in (tmp_path / "report.html").read_text()
+
+
+def test_an_engine_that_cannot_be_built_is_said_and_the_trial_stays(
+    file: Path, swept: Swept, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise MissingDependencyError("no TensorRT is installed")
+
+    monkeypatch.setattr(work, "build_engine", refuse)
+    path = write_sheet(file.parent, FILE + ENGINES.replace("1:2:4", "1:1:1"))
+    sheet = read_sheet(path)
+    write_sheet(file.parent, FILE)
+    tried = sweep(sheet, tmp_path, SweepOptions(workers=0, store=swept.store))
+    assert {row.state for row in tried.rows} == {"finished"}
+    assert not tried.is_complete
+    assert "engine for any GPU: failed: no TensorRT is installed" in str(tried)
