@@ -93,7 +93,7 @@ NETS = {
     "int8-fp16": "int8",
     "int8-nosplit-fp16": "int8-nosplit",
 }
-RECIPES: tuple[str, ...] = get_args(choices.Recipe)
+RECIPES: tuple[str, ...] = get_args(choices.Effort)
 DEFAULT_RECIPE = next(p.default for p in reptrt.commands["calibrate"].params if p.name == "recipe")
 BACKENDS: tuple[Literal["tensorrt", "tensorrt-rtx"], ...] = ("tensorrt", "tensorrt-rtx")
 _TIMEOUT_S = 1800.0

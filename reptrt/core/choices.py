@@ -10,12 +10,13 @@ DetectorForm = Literal[  # reptrt.graph.detector_layouts
 ]
 DetectorHead = Literal["decoded", "raw"]  # reptrt.sources.models.yolov6
 Device = Literal["cpu", "cuda", "tensorrt"]  # execution provider of onnxruntime
+Effort = Literal["fast", "balanced", "accurate"]  # our recipes, by the work that is spent
 HighPrecision = Literal["fp32", "fp16"]  # reptrt.rewrite.to_fp16
 InputValues = Literal["normalized", "pixels", "bytes"]  # reptrt.graph.preprocess
 Layout = Literal["NCHW", "NHWC"]  # of a network's input
 Metric = Literal["auto", "top1", "map", "miou", "agreement", "sqnr"]  # reptrt.search.judging
-Recipe = Literal["fast", "balanced", "accurate"]
-Rounding = Literal["nearest", "gptq", "learned"]  # quantize.rounding, quantize.reconstruct
+Recipe = Literal[Effort, "cfws", "repapq"]  # reptrt.pipeline.recipes
+Rounding = Literal["nearest", "gptq", "learned", "adaround"]  # quantize.{rounding,reconstruct}
 Rule = Literal["max", "percentile", "mse", "mae", "entropy", "kl"]  # quantize.calib.thresholds
 TargetName = Literal["tensorrt", "onnxruntime"]  # reptrt.quantize.targets
 TaskName = Literal["classify", "detect", "segment", "any"]  # reptrt.judge.tasks

@@ -84,10 +84,10 @@ def choose_scales(
         ActivationScales(
             _tensor_scales(prepared.placement, histograms, rule, grids, alone),
             alone,
-            rule.rule,
+            rule.rule or "auto",
             1.0,
         )
-        for rule in options.threshold.candidates
+        for rule in options.parts.threshold.candidates
     ]
     if len(candidates) == 1:
         return candidates[0]
@@ -140,7 +140,7 @@ def _grids_of(
     grid, full_range = options.grids[0], full_range_of(prepared.ranges)
     activations = prepared.placement.activations
     grids = {a.tensor: grid.full_range if a.tensor in full_range else grid for a in activations}
-    if not (options.runtime.unsigned and options.full_range and grid.is_whole):
+    if not (options.runtime.unsigned and options.parts.full_range and grid.is_whole):
         return grids
     groups = merge_groups(activations, histograms)
     alive = (a for a in activations if groups[a.group].maximum > 0)

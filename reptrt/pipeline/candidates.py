@@ -87,12 +87,12 @@ class Candidates:
         self._possible = {tensor: full_range_macs(net, tensor, costs) for tensor in possible}
         self._known: dict[tuple[object, ...], Float64Array] = {}
         self._trials: dict[tuple[int, ...], _Equalized] = {}
-        self._streams = find_streams(net)[0] if options.equalize else ()
+        self._streams = find_streams(net)[0] if options.parts.equalize else ()
 
     def all(self) -> list[Candidate]:
         """Return the candidates that differ, the one with least extra work first."""
         policies: tuple[Policy, ...] = ("whole",)
-        if self._options.split == "auto" and self._options.max_overhead > 0:
+        if self._options.parts.split == "auto" and self._options.max_overhead > 0:
             policies = ("whole", "balance", "identity")
         different: dict[tuple[object, ...], Candidate] = {}
         for policy in policies:

@@ -1,8 +1,7 @@
 """Options of export and calibrate."""
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +19,7 @@ from reptrt.core.choices import (
 )
 from reptrt.core.errors import ConfigError, option
 from reptrt.core.option_fields import check_bounds, described, require_at_least
+from reptrt.pipeline.recipes import RECIPES, Parts
 from reptrt.quantize.calib.options import ThresholdOptions
 from reptrt.quantize.reconstruct.options import LearnOptions
 from reptrt.quantize.targets import TARGETS, Target
@@ -29,13 +29,6 @@ if TYPE_CHECKING:
     from reptrt.core.grid import Grid
 
 LEFT_BY_COMPENSATION = 0.25  # of the weight noise of nearest rounding: 6 dB less on RepVGG nets
-_RECIPES: Mapping[Recipe, LearnOptions | None] = {
-    "fast": None,
-    "balanced": LearnOptions(iterations=40),
-    "accurate": LearnOptions(),
-}
-
-
 _AUTO = re.compile("auto(:.*)?")
 
 
@@ -97,46 +90,53 @@ class CalibrateOptions:
     recipe: Recipe = described(
         "fast",
         "How much work is spent on accuracy: fast rounds weights in closed form (gptq), balanced "
-        "and accurate learn the rounding, accurate for longer.",
+        "and accurate learn the rounding, accurate for longer. Or the method of a paper and no "
+        "more: cfws (2312.10588), repapq (2402.16121). Other options override what a recipe says.",
     )
     threshold: ThresholdOptions = field(default_factory=ThresholdOptions)
-    equalize: bool = described(
-        True,
+    equalize: bool | None = described(
+        None,
         "Scale the channels of activations so that weights and activations lose less; adds no "
-        "work to the net.",
+        "work to the net; default: on, off for the recipes cfws and repapq.",
     )
-    split: SplitMode = described(
-        "auto",
+    split: SplitMode | None = described(
+        None,
         "Sum of two layers that replaces a layer whose weights lose too much: identity (a scaled "
         "identity and the rest; identity-scalar: one factor for all channels), coarse-fine (large "
-        "steps and small steps), none; auto decides for each layer.",
+        "steps and small steps), none; auto decides for each layer; default: auto, coarse-fine for "
+        "the recipe cfws, none for repapq.",
     )
     split_precision: SplitPrecision | None = described(
         None,
         "Precision of the two summands of a split layer; default: that which the target adds "
-        "fastest, float for tensorrt, int8 for onnxruntime.",
+        "fastest, float for tensorrt, int8 for onnxruntime; always float for the recipe cfws.",
     )
     max_overhead: float = described(
         0.10,
         "Extra multiply-accumulates that --split auto may add, as a fraction of the net's own; "
         "0: no extra node.",
     )
-    full_range: bool = described(
-        True, "Let activations after a ReLU use all 256 codes where that pays."
+    full_range: bool | None = described(
+        None,
+        "Let activations after a ReLU use all 256 codes where that pays; default: on, off for the "
+        "recipes cfws and repapq.",
     )
-    correct_bias: bool = described(
-        True, "Subtract the mean error of quantized weights from the biases."
+    correct_bias: bool | None = described(
+        None,
+        "Subtract the mean error of quantized weights from the biases; default: on, off for the "
+        "recipes cfws and repapq.",
     )
     rounding: Rounding | None = described(
         None,
         "How weights are rounded: nearest; gptq, where the errors of the inputs of a layer "
-        "compensate each other; learned, which starts near gptq; default: gptq for the recipe "
-        "fast, else learned.",
+        "compensate each other; learned, which starts near gptq; adaround, learned from nearest; "
+        "default: gptq for the recipe fast, learned for balanced and accurate, nearest for cfws, "
+        "adaround for repapq.",
     )
     qprep: bool | None = described(
         None,
         "Learn a gain and a shift for each channel of an activation; default: only where the "
-        "recipe learns (balanced, accurate).",
+        "recipe learns (balanced, accurate, repapq).",
     )
     keep_affine: bool = described(
         False, "Leave the learned gains and shifts in the graph as Mul and Add, for inspection."
@@ -144,7 +144,7 @@ class CalibrateOptions:
     iterations: int | None = described(
         None,
         "Learning steps for each unit, a block of layers that are learned together; default: "
-        "40 for the recipe balanced, 100 for accurate.",
+        "40 for the recipe balanced, 100 for accurate and repapq.",
         minimum=1,
     )
     memory_budget: float = described(
@@ -185,13 +185,14 @@ class CalibrateOptions:
         for name in ("weight_bits", "activation_bits"):
             if not 2 <= (bits := getattr(self, name)) <= 8:
                 raise ConfigError(f"{option(name)}: got {bits}, expected 2..8 (simulated in INT8)")
-        if self.equalize and self.summands == "int8" and self.split == "coarse-fine":
+        parts = self.parts
+        if parts.equalize and self.summands == "int8" and parts.split == "coarse-fine":
             raise ConfigError(
                 f"{option('split', 'coarse-fine')}, {option('split_precision', 'int8')}: the "
                 "summands lie before the ReLU, where equalized channels have no common range; give "
                 f"{option('equalize', False)} too, or {option('split_precision', 'float')}"
             )
-        if self.iterations is not None and self.recipe == "fast" and self.learning is None:
+        if self.iterations is not None and parts.learn is None and self.learning is None:
             raise ConfigError(
                 f"{option('iterations')}: nothing is learned with {option('recipe', self.recipe)}; "
                 f"give {option('recipe', 'balanced')} or {option('recipe', 'accurate')} too"
@@ -212,6 +213,24 @@ class CalibrateOptions:
         if not 0 < self.memory_budget < float("inf"):
             got = self.memory_budget
             raise ConfigError(f"{option('memory_budget')}: got {got}, expected GiB above 0")
+
+    @property
+    def parts(self) -> Parts:
+        """What the recipe says, and in its place the options that are given."""
+        recipe = RECIPES[self.recipe]
+        given = {item.name: getattr(self, item.name) for item in fields(Parts)}
+        given["threshold"] = replace(
+            self.threshold, rule=self.threshold.rule or recipe.threshold.rule
+        )
+        return replace(recipe, **{name: v for name, v in given.items() if v is not None})
+
+    @property
+    def without_learning(self) -> "CalibrateOptions":
+        """The same options where everything is left out that is learned."""
+        rounding: Rounding = "gptq" if self.compensates else "nearest"
+        parts = replace(self.parts, rounding=rounding, qprep=False, learn=None)
+        given = {item.name: getattr(parts, item.name) for item in fields(Parts)}
+        return replace(self, recipe="fast", keep_affine=False, iterations=None, **given)
 
     @property
     def float_patterns(self) -> tuple[str, ...]:
@@ -243,7 +262,7 @@ class CalibrateOptions:
     @property
     def summands(self) -> SplitPrecision:
         """The precision of the summands of split layers."""
-        return self.split_precision or TARGETS[self.target].precision
+        return self.parts.split_precision or TARGETS[self.target].precision
 
     @property
     def split_form(self) -> SplitForm:
@@ -252,27 +271,27 @@ class CalibrateOptions:
         Where the summands are INT8, an identity split uses one factor for the whole layer, so that
         the identity is not rounded a second time.
         """
-        if self.split == "auto":
+        split = self.parts.split
+        if split == "auto":
             return "none"
-        if self.split == "identity" and self.summands == "int8":
+        if split == "identity" and self.summands == "int8":
             return "identity-scalar"
-        return self.split
+        return split
 
     @property
     def learning(self) -> LearnOptions | None:
         """What is learned after nearest rounding; None: nothing."""
         if self.learn is not None:
             return self.learn
-        base = _RECIPES[self.recipe]
-        rounding = base is not None if self.rounding is None else self.rounding == "learned"
-        affine = base is not None if self.qprep is None else self.qprep
-        if not (rounding or affine):
+        parts = self.parts
+        rounding = parts.rounding in ("learned", "adaround")
+        if not (rounding or parts.qprep):
             return None
-        base = base or LearnOptions()
+        base = parts.learn or LearnOptions()
         return replace(
             base,
             rounding=rounding,
-            affine=affine,
+            affine=parts.qprep,
             iterations=base.iterations if self.iterations is None else self.iterations,
             memory_budget=int(self.memory_budget * 2**30),
             seed=self.seed,
@@ -286,7 +305,7 @@ class CalibrateOptions:
     @property
     def compensates(self) -> bool:
         """Whether codes are chosen so that their errors compensate each other."""
-        return self.rounding != "nearest"
+        return self.parts.rounding in ("gptq", "learned")
 
     @property
     def kept_bytes(self) -> int:
@@ -303,7 +322,7 @@ class CalibrateOptions:
     @property
     def is_auto(self) -> bool:
         """Whether the rule for thresholds is chosen by its effect on the outputs."""
-        return self.threshold.rule == "auto"
+        return self.parts.threshold.is_auto
 
     @property
     def simulation(self) -> str | None:

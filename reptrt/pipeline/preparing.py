@@ -75,7 +75,7 @@ def prepare(net: Net, dataset: Dataset, options: CalibrateOptions) -> Prepared:
         for node in weighted_nodes(net.graph)
         if node.name not in placement.excluded
     }
-    shifted = options.full_range and not options.runtime.unsigned
+    shifted = options.parts.full_range and not options.runtime.unsigned
     offsets = insert_offsets(net, placement) if shifted else ()
     form = options.split_form
     asked = dict.fromkeys(layers, form) if form != "none" else {}
@@ -84,7 +84,9 @@ def prepare(net: Net, dataset: Dataset, options: CalibrateOptions) -> Prepared:
         kept = Kept(options.kept_bytes, dataset.length)
         stats, shares = _measure(graph, net, placement, layers, dataset, options, kept)
         possible = (
-            _can_have_full_range(net, place(net, *in_float), options) if options.full_range else []
+            _can_have_full_range(net, place(net, *in_float), options)
+            if options.parts.full_range
+            else []
         )
         candidates = Candidates(net, stats, layers, possible, asked, options).all()
 
@@ -133,7 +135,7 @@ def prepare(net: Net, dataset: Dataset, options: CalibrateOptions) -> Prepared:
     return Prepared(
         equalized=len(chosen.factors),
         splits=read_splits(net),
-        decisions=chosen.choice.splits if options.split == "auto" else (),
+        decisions=chosen.choice.splits if options.parts.split == "auto" else (),
         left_whole=left_whole,
         ranges=ranges,
         overhead=extra / total if total else 0.0,
@@ -150,7 +152,7 @@ def _apply(
 ) -> tuple[Skipped, ...]:
     """Equalize and split a net; return the layers that stay whole, with the reason."""
     equalize(net, find_streams(net)[0], chosen.factors)
-    if options.split != "auto":
+    if options.parts.split != "auto":
         return split_as_asked(net, asked, options)
     split_layers(net, chosen.forms, options)
     whole = [decision for decision in chosen.choice.splits if decision.form == "none"]
@@ -167,9 +169,10 @@ def _measure(
     kept: Kept,
 ) -> tuple[dict[str, ChannelStats], dict[str, Float64Array]]:
     """Return what `_statistics` does, of every tensor that a decision needs; empty if none does."""
-    if not (options.equalize or options.split == "auto" or options.full_range or options.is_auto):
+    parts = options.parts
+    if not (parts.equalize or parts.split == "auto" or parts.full_range or options.is_auto):
         return {}, {}
-    streams = find_streams(net)[0] if options.equalize else ()
+    streams = find_streams(net)[0] if parts.equalize else ()
     equalized = {tensor for stream in streams for tensor in stream.tensors}
     quantized = (activation.tensor for activation in placement.activations)
     tensors = sorted({*layers.values(), *quantized})

@@ -70,12 +70,12 @@ def quantities_of(
                 dataset,
                 weights,
                 options.grids[1],
-                centred=options.correct_bias,
+                centred=options.parts.correct_bias,
                 seed=options.seed,
                 memory=int(options.memory_budget * 2**30) // 4,
             )
             clock.lap("rounding")
-        if options.correct_bias:
+        if options.parts.correct_bias:
             _correct_biases(net, graph, seen.means, outputs, weights)
             clock.lap("biases")
     return Quantities(activations, weights, placement, dead)
@@ -127,7 +127,11 @@ def _collect(
     """
     placement, kept = prepared.placement, prepared.kept
     inputs = {node.name: node.inputs[0].name for node in net.graph.nodes if node.inputs}
-    means = {inputs[weight.node] for weight in placement.weights} if options.correct_bias else set()
+    means = (
+        {inputs[weight.node] for weight in placement.weights}
+        if options.parts.correct_bias
+        else set()
+    )
     tensors = {needed.get(a.tensor, a.tensor) for a in placement.activations}
     if kept.holds(tensors | means):
         seen = collect_kept(kept, prepared.factors, dataset, tensors, means)

@@ -123,7 +123,7 @@ def error_at_maxima(
     limits = {a.tensor: clamp_to(groups[a.group] * without_judges[a.tensor]) for a in known}
     weights = quantize_weights(net, placement, options.grids[1])
     constants = _with_rounded_weights(
-        net, weights, stats, np.sqrt(options.remaining), options.correct_bias
+        net, weights, stats, np.sqrt(options.remaining), options.parts.correct_bias
     )
     placement = replace(placement, activations=known)
     trial = Trial(net, placement, outputs, options)

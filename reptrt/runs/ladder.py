@@ -16,17 +16,16 @@ with the rung before it (what this step alone costs). Outputs of three rungs are
 
 import logging
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import onnx
 import torch
 from torch import nn
 
 from reptrt.core.artifacts import read_sidecar, write_json
-from reptrt.core.choices import Rounding
 from reptrt.core.errors import ArtifactError, ConfigError, EngineError
 from reptrt.core.options_json import options_from_json
 from reptrt.data.dataset import Dataset, Images, open_dataset
@@ -61,12 +60,6 @@ from reptrt.trt.build import build_engine
 _LOG = logging.getLogger(__name__)
 
 _JUDGED = ("export", "calibrate", "build-engine")  # stages whose files are rungs
-_NOTHING_LEARNED: Mapping[str, Any] = {  # options of calibrate
-    "recipe": "fast",
-    "qprep": False,
-    "keep_affine": False,
-    "iterations": None,
-}
 
 
 class Forms(NamedTuple):
@@ -213,9 +206,8 @@ def _quantized(fused: Model, int8: Model, dataset: Dataset, options: RunOptions)
     start, end = int8, ""
     learns = calibrating.learning is not None
     if learns:
-        rounding: Rounding = "gptq" if calibrating.compensates else "nearest"
-        before = replace(calibrating, **_NOTHING_LEARNED, rounding=rounding)
-        start, end = calibrate_net(fused, dataset, before), f", {rounding}"
+        before = calibrating.without_learning
+        start, end = calibrate_net(fused, dataset, before), f", {before.rounding}"
     net = start.to_net()
     skipped = float_activations(net)
     yield Step(f"{label} weights{end}", "torch graph", lambda: graph_runner(net, device, skipped))
@@ -262,11 +254,12 @@ def _rewritten(
     fused: Net, dataset: Dataset, options: CalibrateOptions
 ) -> Iterator[tuple[str, Net]]:
     """Yield the float net after each rewrite that the options ask for, with a name for it."""
-    if not options.equalize and options.split == "none":
+    parts = options.parts
+    if not parts.equalize and parts.split == "none":
         return
     whole, net = fused.copy(), fused.copy()
     prepared = prepare(whole, dataset, options)
-    if options.equalize:
+    if parts.equalize:
         prepare(net, dataset, replace(options, split="none"))
         yield f"equalized ({_count(prepared.equalized, 'tensor')})", net
     forms = {split.layer: split.form for split in prepared.splits}

@@ -6,13 +6,13 @@ which layers stay in float. A recipe decides how much calibration costs; the fil
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, get_args
 
-from reptrt.core.choices import Recipe
+from reptrt.core.choices import Effort
 from reptrt.pipeline.options import PLAIN_INT8, CalibrateOptions
 from reptrt.search.options import TuneOptions
 
-RECIPES: tuple[Recipe, ...] = ("fast", "balanced", "accurate")
+RECIPES: tuple[Effort, ...] = get_args(Effort)
 PLAIN = "plain"
 
 
@@ -22,7 +22,7 @@ class Candidate:
 
     name: str  # form and recipe; the name of its folder
     form: str
-    recipe: Recipe | None  # None: plain INT8
+    recipe: Effort | None  # None: plain INT8
     options: CalibrateOptions
 
     @property
@@ -53,7 +53,7 @@ def forms(options: TuneOptions) -> dict[str, Mapping[str, Any]]:
     return found
 
 
-def of_form(form: str, recipe: Recipe, options: TuneOptions, images: int) -> Candidate:
+def of_form(form: str, recipe: Effort, options: TuneOptions, images: int) -> Candidate:
     """Return a form with a recipe."""
     changes = {**forms(options)[form], "target": options.target, "recipe": recipe}
     calibrating = CalibrateOptions(images=images, seed=options.seed, **changes)

@@ -9,7 +9,7 @@ from typing import Any
 
 from reptrt.core.arrays import IntArray
 from reptrt.core.artifacts import make_folder
-from reptrt.core.choices import Recipe
+from reptrt.core.choices import Effort
 from reptrt.core.errors import ReptrtError
 from reptrt.core.options_json import json_from_options
 from reptrt.data.arrays import load_arrays
@@ -94,7 +94,7 @@ class Workbench:
         _LOG.info("tune: %-18s %s, calibrated in %.1f s", row.name, row.state, trial.seconds)
         return trial
 
-    def attempt(self, form: str, recipe: Recipe) -> Trial | None:
+    def attempt(self, form: str, recipe: Effort) -> Trial | None:
         """Return a form as a file; None if it fails or does not fit the budget; its row says so."""
         candidate = candidates.of_form(form, recipe, self.options, self.images)
         need, left = self.expected(recipe), self.seconds_left
@@ -109,7 +109,7 @@ class Workbench:
             _LOG.info("tune: %s failed: %s", candidate.name, err)
             return None
 
-    def expected(self, recipe: Recipe | None) -> float:
+    def expected(self, recipe: Effort | None) -> float:
         """Return the seconds of a trial: those of others with its recipe, or from plain INT8."""
         same = [t.seconds for t in self.made.values() if t.candidate.recipe == recipe]
         plain = self.made[candidates.PLAIN].seconds

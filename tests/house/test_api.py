@@ -84,7 +84,7 @@ def test_fields_of_options_are_keyword_arguments(name: str) -> None:
 
 def test_nested_options_are_keyword_arguments_too() -> None:
     shown = inspect.signature(reptrt.calibrate).parameters
-    assert (shown["threshold"].default, shown["percentile"].default) == ("auto", 99.99)
+    assert (shown["threshold"].default, shown["percentile"].default) == (None, 99.99)
     assert {"input_size", "recipe", "targets", "eval_limit", "widths"} <= set(
         inspect.signature(reptrt.run).parameters
     )

@@ -222,8 +222,8 @@ def test_two_runs(runs: tuple[Path, Path]) -> None:
     one, other = runs
     report = found(one, other)
     assert report["options"] == [
-        {"name": "calibrate.split", "a": "auto", "b": "identity"},
-        {"name": "calibrate.threshold.rule", "a": "auto", "b": "max"},
+        {"name": "calibrate.split", "a": None, "b": "identity"},
+        {"name": "calibrate.threshold.rule", "a": None, "b": "max"},
     ]
     assert [change["name"] for change in report["inputs"]] == ["eval data"]
     assert report["versions"] == []

@@ -108,7 +108,7 @@ def test_every_recipe_is_calibrated_on_both_devices(check: Any, monkeypatch: Any
 
 
 def test_recipes_are_those_of_the_library() -> None:
-    assert get_args(choices.Recipe) == gpu_check.RECIPES
+    assert get_args(choices.Effort) == gpu_check.RECIPES
     assert gpu_check.DEFAULT_RECIPE in gpu_check.RECIPES
 
 

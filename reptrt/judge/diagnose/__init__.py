@@ -175,10 +175,11 @@ def _report_and_model(calibrated: Calibrated | CalibrateReport) -> tuple[Calibra
 def _plain(options: CalibrateOptions) -> CalibrateOptions:
     """Return the options for plain INT8: the same bits and rule, but no preparation."""
     kept = (
-        *("images", "threshold", "weight_bits", "activation_bits", "exclude", "float_nodes"),
+        *("images", "weight_bits", "activation_bits", "exclude", "float_nodes"),
         *("device", "seed"),
     )
-    return replace(PLAIN_INT8, **{name: getattr(options, name) for name in kept})
+    same = {name: getattr(options, name) for name in kept}
+    return replace(PLAIN_INT8, threshold=options.parts.threshold, **same)
 
 
 def _halves(

@@ -61,6 +61,7 @@ def amax_from_histogram(histogram: Histogram, options: ThresholdOptions, grid: G
         return _percentile(histogram, options.percentile)
     if options.rule == "entropy":
         return _entropy(histogram, num_levels=grid.qmax + 1)
+    assert options.rule is not None
     loss = _LOSSES[options.rule]
     density = _Density(histogram)
     return _minimize(lambda amax: loss(density, amax, grid.qmax), histogram.maximum)
