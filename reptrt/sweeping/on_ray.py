@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import socket
+import sys
 from typing import Any
 
 from reptrt.core.artifacts import package_versions
@@ -32,7 +33,7 @@ class OnRay:
     """
 
     def __init__(self, address: str, workers: int | None, threads: int) -> None:
-        self._ray = _ray()
+        self._ray = _ray(address)
         self._address, self._threads = address, threads
         self._started: dict[Any, Task] = {}
         self._warned: set[str] = set()
@@ -108,7 +109,15 @@ class OnRay:
             )
 
 
-def _ray() -> Any:
+def _ray(address: str) -> Any:
+    """Return the package.
+
+    Ray listens on all interfaces of the machine, so only who has its token may use a cluster that
+    is started here. Ray reads the variable when it is imported: set later, it would hold for the
+    servers and not for this process, which they would then refuse.
+    """
+    if address == "local" and "ray" not in sys.modules:
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
     try:
         import ray
         import ray.exceptions
@@ -123,8 +132,6 @@ def _connect(ray: Any, address: str, workers: int | None) -> None:
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray's own next default
     if address == "local":
-        # Ray listens on all interfaces of the machine, so only who has its token may use it.
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
         # Without an address, Ray would join a cluster that happens to run on this machine.
         cores = workers or usable_cores()
         ray.init(address="local", num_cpus=cores, include_dashboard=False, **quiet)

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import uuid
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from tests.sweeping.test_schedule import is_running, wait_for
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds workers in /proc"),
+    pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="kills processes by a signal"),
 ]
 needs_ray = pytest.mark.skipif(
     importlib.util.find_spec("ray") is None, reason="ray is not installed"
@@ -39,29 +38,41 @@ images = 24
 [nets.made]
 source = "net_of_a_small_run.py:make"
 
-[nets.older]
-source = "net_of_a_small_run.py:make"
+[nets.held]
+source = "held_net.py:make"
 targets = ["tensorrt"]
 
-[nets.older.export]
+[nets.held.export]
 opset = 17
 """
-TRIALS = 6
-MARK = "REPTRT_TEST_OF_SWEEPS"  # an environment variable that workers inherit
+TRIALS, RECORDS = 6, 14  # two exports; calibrate and eval of each trial
+HELD = "REPTRT_TEST_HELD"  # folder where the held net says who works on it, and waits; inherited
+FACTORY = f"""\
+import os, pathlib, time
+from net_of_a_small_run import make as small
+
+def make():
+    if {HELD!r} in os.environ:
+        folder = pathlib.Path(os.environ[{HELD!r}])
+        (folder / str(os.getpid())).touch()
+        while not (folder / "go").exists():
+            time.sleep(0.02)
+    return small()
+"""
 
 
 class Sweeps:
     """Sweeps of one file as processes that can be killed."""
 
-    def __init__(self, file: Path, mark: str, options: tuple[str, ...]) -> None:
-        self.file, self.mark, self.options = file, mark, options
+    def __init__(self, file: Path, options: tuple[str, ...]) -> None:
+        self.file, self.options = file, options
 
-    def start(self, folder: Path) -> subprocess.Popen[str]:
+    def start(self, folder: Path, held: Path | None = None) -> "subprocess.Popen[str]":
         command = [sys.executable, "-m", "reptrt", "-v", "sweep", self.file, "-o", folder]
         return subprocess.Popen(
             [*map(str, command), *self.options],
             cwd=REPOSITORY,
-            env={**os.environ, "OMP_NUM_THREADS": "1", MARK: self.mark},
+            env={**os.environ, "OMP_NUM_THREADS": "1", **({HELD: str(held)} if held else {})},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
@@ -73,39 +84,26 @@ class Sweeps:
         assert process.returncode == 0, text
         return text
 
-    def workers(self) -> list[int]:
-        """Return the processes that work, or wait for work."""
-        found = []
-        for path in Path("/proc").glob("[0-9]*"):
-            try:
-                words = (path / "cmdline").read_bytes()
-                environ = (path / "environ").read_bytes()
-            except OSError:  # it has ended, or is another user's
-                continue
-            is_worker = words.startswith(b"ray::call_in_worker") or b"sweeping.worker" in words
-            if is_worker and f"{MARK}={self.mark}".encode() in environ:
-                found.append(int(path.name))
-        return found
-
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("inputs")
     write_inputs(folder)
+    (folder / "held_net.py").write_text(FACTORY)
     return write_sheet(folder, FILE)
 
 
 @pytest.fixture(scope="module", params=["local", pytest.param("ray", marks=needs_ray)])
 def sweeps(request: pytest.FixtureRequest, file: Path) -> Sweeps:
     ray = ("--ray", "local") if request.param == "ray" else ()
-    return Sweeps(file, uuid.uuid4().hex, ("--workers", "2", *ray))
+    return Sweeps(file, ("--workers", "2", *ray))
 
 
 @pytest.fixture(scope="module")
 def whole(file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of an undisturbed sweep by local processes."""
     folder = tmp_path_factory.mktemp("whole")
-    undisturbed = Sweeps(file, "whole", ("--workers", "2"))
+    undisturbed = Sweeps(file, ("--workers", "2"))
     undisturbed.finish(undisturbed.start(folder))
     return folder
 
@@ -116,10 +114,6 @@ def records(folder: Path) -> dict[str, int]:
     return {path.name: path.stat().st_mtime_ns for path in paths if path.stem.count(".") == 0}
 
 
-def is_working(folder: Path) -> bool:
-    return any(path.is_dir() for path in (folder / "store" / "work").glob("*"))
-
-
 def artifacts(folder: Path) -> dict[str, bytes]:
     root = folder / "store" / "artifacts"
     return {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file()}
@@ -128,26 +122,33 @@ def artifacts(folder: Path) -> dict[str, bytes]:
 def test_killed_workers_and_a_killed_driver_change_nothing(
     sweeps: Sweeps, whole: Path, tmp_path: Path
 ) -> None:
-    driver = sweeps.start(tmp_path)
-    wait_for(lambda: len(records(tmp_path)) >= 2 and is_working(tmp_path) and sweeps.workers())
-    os.kill(sweeps.workers()[0], signal.SIGKILL)
-    before = len(records(tmp_path))
-    wait_for(lambda: len(records(tmp_path)) >= before + 2)
-    driver.kill()
-    text, _ = driver.communicate()
+    held, folder = tmp_path / "held", tmp_path / "out"
+    held.mkdir()
+    driver = sweeps.start(folder, held)
+    try:
+        wait_for(lambda: os.listdir(held))
+        (first,) = os.listdir(held)
+        os.kill(int(first), signal.SIGKILL)  # in the middle of its task
+        wait_for(lambda: len(os.listdir(held)) == 2)  # it was started again, and is held again
+        wait_for(lambda: len(records(folder)) == RECORDS - 5)  # the other net is finished
+    finally:
+        driver.kill()
+        text, _ = driver.communicate()
+    assert "held: export: " in text
     assert "started again" in text
-    wait_for(lambda: not any(is_running(worker) for worker in sweeps.workers()))
-    kept = records(tmp_path)
-    assert len(kept) < len(records(whole))
+    wait_for(lambda: not any(is_running(int(worker)) for worker in os.listdir(held)))
+    kept = records(folder)
+    assert len(kept) == RECORDS - 5
 
-    text = sweeps.finish(sweeps.start(tmp_path))
-    assert (tmp_path / "sweep.json").read_bytes() == (whole / "sweep.json").read_bytes()
-    assert artifacts(tmp_path) == artifacts(whole)
-    after = records(tmp_path)
+    text = sweeps.finish(sweeps.start(folder))
+    assert (folder / "sweep.json").read_bytes() == (whole / "sweep.json").read_bytes()
+    assert artifacts(folder) == artifacts(whole)
+    after = records(folder)
     assert after.keys() == records(whole).keys()
-    assert {name: after[name] for name in kept} == kept
-    assert not is_working(tmp_path)
-    assert f"{TRIALS} of {TRIALS} trials are finished" in text
+    assert len(after) == RECORDS
+    assert {name: after[name] for name in kept} == kept  # nothing was done twice
+    assert list((folder / "store" / "work").iterdir()) == []
+    assert f"{TRIALS} of {TRIALS} trials are finished, 4 of them before" in text
 
 
 def test_a_trial_that_kills_its_worker_fails_alone(file: Path, tmp_path: Path) -> None:
@@ -161,7 +162,7 @@ def test_a_trial_that_kills_its_worker_fails_alone(file: Path, tmp_path: Path) -
     images = f'data = "{file.parent / "calib.npz"}"\n'
     sound = f'[nets.sound]\nsource = "{file.parent / "given.onnx"}"\n'
     deadly = write_sheet(tmp_path, f'{images}{sound}[nets.deadly]\nsource = "deadly.py:make"\n')
-    process = Sweeps(deadly, "deadly", ("--workers", "2", "--retries", "1")).start(tmp_path)
+    process = Sweeps(deadly, ("--workers", "2", "--retries", "1")).start(tmp_path)
     text, _ = process.communicate(timeout=300)
     assert process.returncode == 1, text
     rows = json.loads((tmp_path / "sweep.json").read_text())["rows"]

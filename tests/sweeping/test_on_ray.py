@@ -68,8 +68,7 @@ class FakeRay:
 
 def faked(monkeypatch: pytest.MonkeyPatch, answer: Any) -> FakeRay:
     ray = FakeRay(answer)
-    monkeypatch.setenv("RAY_AUTH_MODE", "token")  # restored after the test
-    monkeypatch.setattr(on_ray, "_ray", lambda: ray)
+    monkeypatch.setattr(on_ray, "_ray", lambda address: ray)
     return ray
 
 
@@ -117,12 +116,30 @@ def test_another_version_on_a_worker_is_refused(monkeypatch: pytest.MonkeyPatch)
         OnRay("local", 2, 1)
 
 
-def test_a_local_cluster_joins_no_other_and_wants_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_local_cluster_joins_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
     ray = faked(monkeypatch, sound())
-    monkeypatch.delenv("RAY_AUTH_MODE")
     OnRay("local", 2, 1)
     assert (ray.given["address"], ray.given["num_cpus"]) == ("local", 2)
-    assert on_ray.os.environ["RAY_AUTH_MODE"] == "token"
+
+
+@pytest.mark.parametrize(("address", "mode"), [("local", "token"), ("127.0.0.1:1", None)])
+def test_the_token_is_asked_for_before_ray_is_imported(
+    address: str, mode: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "ray").mkdir()
+    text = "import os\nmode = os.environ.get('RAY_AUTH_MODE')\n"
+    (tmp_path / "ray" / "__init__.py").write_text(text)
+    (tmp_path / "ray" / "exceptions.py").touch()
+    for name in [n for n in sys.modules if n.partition(".")[0] == "ray"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("RAY_AUTH_MODE", "")  # restored after the test
+    monkeypatch.delenv("RAY_AUTH_MODE")
+    try:
+        assert on_ray._ray(address).mode == mode
+    finally:
+        for name in ("ray", "ray.exceptions"):
+            sys.modules.pop(name, None)
 
 
 def test_placements_become_resources_and_what_is_not_there_is_said(
