@@ -33,6 +33,7 @@ REASONS = {
     "needs a GPU",
     "needs a fresh clone",
     "needs a trained detector and its images",
+    "needs the trained net and Tiny ImageNet",
     "needs the trained nets and CIFAR-10",
     "needs your images",
 }
