@@ -5,6 +5,7 @@ import onnx
 from reptrt.exporter.constants import with_constants_folded
 from reptrt.graph.net import Net, net_from_model, refuse_not_finite
 from reptrt.graph.preprocess import Preprocess, write_preprocess
+from reptrt.graph.trained import find_trained, write_trained
 from reptrt.rewrite.absorb_affines import absorb_affines
 from reptrt.rewrite.contract import RewriteReport, Skipped
 from reptrt.rewrite.fuse_branches import fuse_branches
@@ -24,7 +25,9 @@ def fuse(model: onnx.ModelProto, preprocess: Preprocess) -> tuple[Net, RewriteRe
     refuse_not_finite(net)
     simplify(net)
     sum_bins(net)
+    trained = find_trained(net)
     report = merge_linear(net)
+    write_trained(net, trained)
     narrow_to_float32(net)
     name_layers(net)
     write_preprocess(net, preprocess)

@@ -27,6 +27,7 @@ from reptrt.graph.plan import QuantPlan
 from reptrt.graph.preprocess import read_preprocess
 from reptrt.graph.qdq import insert_qdq
 from reptrt.pipeline.float_layers import plan_with_float_layers
+from reptrt.pipeline.image_shift import warn_of_other_images
 from reptrt.pipeline.options import CalibrateOptions
 from reptrt.pipeline.preparing import torch_device
 from reptrt.pipeline.reports import CalibrateReport
@@ -173,6 +174,7 @@ def _calibrate(
     clock = Clock()
     net = model.to_net()
     refuse_not_finite(net)
+    warn_of_other_images(net, dataset, torch_device(options.device))
     planned, in_float = plan_with_float_layers(net, dataset, options, clock)
     net, plan = planned.net, planned.plan
     prepared, quantities = planned.prepared, planned.quantities
