@@ -126,8 +126,8 @@ def test_every_engine_builds_and_every_graph_is_clean(
     path = files(name, way)
     file = read_buildable(path).proto
     splits = read_splits(net_from_model(file))
-    if WAYS[way].split != "auto":
-        assert bool(splits) == (WAYS[way].split != "none")
+    if WAYS[way].parts.split != "auto":
+        assert bool(splits) == (WAYS[way].parts.split != "none")
     int8 = NETS[name].layers + sum(split.form == "coarse-fine" for split in splits)
     for rest in RESTS:
         model, done = with_rest(file, rest)
