@@ -10,7 +10,6 @@ Kinds: ``identity`` (one value per channel, no mixing), ``1x1``, ``3x3``, ``1x3`
 the branch's own kernel after merging what is in series.
 """
 
-import base64
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from reptrt.core.arrays import floats_of, text_of
 from reptrt.graph.net import Net, get_json, set_json
 
 _KEY = "provenance"
@@ -62,9 +62,13 @@ def read_provenance(net: Net) -> dict[str, tuple[Branch, ...]]:
 
 
 def _to_json(branch: Branch) -> dict[str, Any]:
-    record: dict[str, Any] = {"kind": branch.kind, "name": branch.name, "amax": _text(branch.amax)}
+    record: dict[str, Any] = {
+        "kind": branch.kind,
+        "name": branch.name,
+        "amax": text_of(branch.amax),
+    }
     if branch.diagonal is not None:
-        record["diagonal"] = _text(branch.diagonal)
+        record["diagonal"] = text_of(branch.diagonal)
     return record
 
 
@@ -73,14 +77,6 @@ def _from_json(record: Mapping[str, Any]) -> Branch:
     return Branch(
         record["kind"],
         record["name"],
-        _array(record["amax"]),
-        None if diagonal is None else _array(diagonal),
+        floats_of(record["amax"]),
+        None if diagonal is None else floats_of(diagonal),
     )
-
-
-def _text(values: npt.NDArray[np.float32]) -> str:
-    return base64.b64encode(np.asarray(values, dtype="<f4").tobytes()).decode()
-
-
-def _array(text: str) -> npt.NDArray[np.float32]:
-    return np.frombuffer(base64.b64decode(text), dtype="<f4").astype(np.float32)

@@ -10,7 +10,6 @@ variances as far as the branches do not depend on each other:
 removes the batch norms and keeps the sums, which are what a fused convolution makes.
 """
 
-import base64
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +17,7 @@ from typing import Any
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from reptrt.core.arrays import Float32Array
+from reptrt.core.arrays import Float32Array, floats_of, text_of
 from reptrt.graph.net import Net, constant_value, get_json, set_json
 
 _KEY = "trained"
@@ -37,10 +36,9 @@ def find_trained(net: Net) -> dict[str, Trained]:
     """Return the statistics of every batch norm of a net that is not fused, and of their sums.
 
     A batch norm whose running statistics are those of its initialization has seen no image and is
-    left out. Of the terms of a sum only the sum is returned.
+    left out. Fusion takes the terms of a sum away and keeps the sum.
     """
     known: dict[str, Trained] = {}
-    terms: set[str] = set()
     for node in net.graph.nodes:
         statistics = None
         if node.op == "BatchNormalization":
@@ -49,10 +47,9 @@ def find_trained(net: Net) -> dict[str, Trained]:
             names = [tensor.name for tensor in node.inputs]
             if all(name in known for name in names):
                 statistics = _sum([known[name] for name in names])
-                terms.update(names)
         if statistics is not None:
             known[node.outputs[0].name] = statistics
-    return {name: statistics for name, statistics in known.items() if name not in terms}
+    return known
 
 
 def write_trained(net: Net, trained: Mapping[str, Trained]) -> None:
@@ -98,18 +95,11 @@ def _sum(terms: list[Trained]) -> Trained | None:
 
 
 def _to_json(statistics: Trained) -> dict[str, str]:
-    values = {"mean": statistics.mean, "deviation": statistics.deviation}
-    return {
-        name: base64.b64encode(np.asarray(array, dtype="<f4").tobytes()).decode()
-        for name, array in values.items()
-    }
+    return {"mean": text_of(statistics.mean), "deviation": text_of(statistics.deviation)}
 
 
 def _from_json(record: Mapping[str, str]) -> Trained:
-    mean, deviation = (
-        np.frombuffer(base64.b64decode(record[name]), dtype="<f4").astype(np.float32)
-        for name in ("mean", "deviation")
-    )
+    mean, deviation = floats_of(record["mean"]), floats_of(record["deviation"])
     if mean.shape != deviation.shape:
         raise ValueError(f"{mean.size} means and {deviation.size} deviations")
     return Trained(mean, deviation)

@@ -8,9 +8,10 @@ c over the training images, and m the mean of each of n calibration images over 
 The second term is what chance adds, so few images do not look like other images. The shift of the
 images is the largest one of the tensors (ours).
 
-Trained nets with images of their own training set have at most 0.1; with channels in the wrong
-order 0.2 to 0.3, without their mean and std 0.5 to 1, with noise 0.8 to 1.7. Training on pictures
-that are composed of others (mosaic, in detectors) shifts the batch norms' own statistics: 0.5.
+Trained nets with images of their own training set have at most 0.1; at half the brightness 0.3 to
+0.5, without their mean and std 0.5 to 1.1, with noise 0.9 to 2.1. Channels in the wrong order have
+0.15 to 0.28 and are not found. Training on pictures that are composed of others (mosaic, in
+detectors) shifts the batch norms' own statistics: 0.5. docs/methods.md has the table.
 """
 
 import logging
@@ -24,13 +25,13 @@ from reptrt.data.dataset import Dataset
 from reptrt.execute.torchgraph import TorchGraph
 from reptrt.graph.net import Net
 from reptrt.graph.trained import Trained, take_trained
-from reptrt.quantize.calib.collect import watch
+from reptrt.quantize.calib.collect import rows_that_count, watch
 
 _LOG = logging.getLogger(__name__)
 
 _IMAGES = 64
 _FEWEST = 8  # with fewer, chance is as large as what it hides
-_WARN_ABOVE = 0.3  # half-way between images of the training set and images without mean and std
+_WARN_ABOVE = 0.3  # between images of the training set and images without mean and std
 
 
 def warn_of_other_images(net: Net, dataset: Dataset, device: torch.device) -> None:
@@ -70,8 +71,8 @@ def image_shift(graph: TorchGraph, images: Dataset, trained: Mapping[str, Traine
     means: dict[str, list[Float64Array]] = {name: [] for name in trained}
 
     def record(name: str, count: int, value: torch.Tensor) -> None:
-        values = value[:count].reshape(count, value.shape[1], -1)
-        means[name].append(values.double().mean(2).cpu().numpy())
+        rows = value[: rows_that_count(count, value)].flatten(2).double()
+        means[name].append((rows.mean(2) if rows.dim() > 2 else rows).cpu().numpy())
 
     watch(graph, images, {name: [record] for name in trained}, "images")
     return max(_shift(np.concatenate(means[name]), trained[name]) for name in trained)

@@ -32,8 +32,6 @@ def stated(where: str, make: Callable[[], T]) -> T:
 def table_of(content: Mapping[str, Any], key: str, where: str) -> dict[str, Any]:
     """Return a table of the content; without it, an empty one."""
     value = content.get(key, {})
-    if value is True and key == "engine":
-        value = {}
     if not isinstance(value, dict):
         raise ConfigError(f"{where}: {key}: got {value!r}, expected a table")
     return dict(value)

@@ -46,7 +46,9 @@ class Planner:
 
     def images(self, path: Path) -> DataRecord:
         """Return the record of images, or of another folder or file that a task reads."""
-        return self._images.setdefault(path, self._images.get(path) or record_data(path))
+        if path not in self._images:
+            self._images[path] = record_data(path)
+        return self._images[path]
 
     def export(self, net: NetPlan) -> Task:
         """Return the task that exports a net."""

@@ -195,9 +195,9 @@ class _Reader:
         return {name: known[name] for name in taken}
 
     def _engine(self, own: Mapping[str, Any], at: str) -> EnginePlan | None:
-        if ("engine" not in own and "engine" not in self.content) or own.get("engine") is False:
+        if own.get("engine", self.content.get("engine", False)) is False:
             return None
-        given = {**table_of(self.content, "engine", self.where), **table_of(own, "engine", at)}
+        given = {**_engine_table(self.content, self.where), **_engine_table(own, at)}
         table = dict(given)
         here = f"{at} engine"
         placement = changed_at(here, Placement(gpus=1), table.pop("placement", {}))
@@ -266,3 +266,9 @@ class _Reader:
                 if not path.exists():
                     raise ConfigError(f"{at}: {item.name}: {path}: does not exist")
         return replace(options, **located) if located else options
+
+
+def _engine_table(content: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Return the options of engines; true stands for none, false for no engine."""
+    is_switch = isinstance(content.get("engine"), bool)
+    return {} if is_switch else table_of(content, "engine", where)

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from reptrt.core.choices import TargetName
+from reptrt.core.choices import Recipe, TargetName
 from reptrt.core.option_fields import described, require_at_least
 from reptrt.judge.options import TaskOptions
 from reptrt.pipeline.options import CalibrateOptions, ExportOptions
@@ -12,7 +12,7 @@ from reptrt.sources.source import Source
 from reptrt.sweeping.tasks import Placement
 from reptrt.trt.options import BuildOptions
 
-RecipeName = Literal["plain", "fast", "balanced", "accurate"]  # plain: PLAIN_INT8
+RecipeName = Literal["plain", Recipe]  # plain: PLAIN_INT8
 
 
 @dataclass(frozen=True)  # no slots: as TaskOptions

@@ -3,22 +3,27 @@
 import base64
 import json
 import logging
+import statistics
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import onnx
 import pytest
 import torch
 from torch import Tensor, nn
 
 import reptrt
 from reptrt.core.errors import ArtifactError
+from reptrt.data.dataset import open_dataset
+from reptrt.execute.torchgraph import TorchGraph
 from reptrt.graph.net import net_from_model
+from reptrt.graph.preprocess import Preprocess
 from reptrt.graph.trained import take_trained
+from reptrt.pipeline.image_shift import image_shift
 from reptrt.pipeline.values import Exported
 from tests.support.helpers import ort_run
+from tests.support.qdq_nets import with_outputs
 
 Images = npt.NDArray[np.uint8]
 KEY = "reptrt.trained"
@@ -77,19 +82,17 @@ def notes_of(exported: Exported, images: Images) -> list[str]:
 
 def test_the_statistics_are_those_of_the_training_images(trained: nn.Module) -> None:
     model = reptrt.export(trained, input_size=(3, 8, 8)).proto
-    statistics = take_trained(net_from_model(model))
-    assert len(statistics) == 3
-    for name in statistics:
-        model.graph.output.append(onnx.helper.make_tensor_value_info(name, 1, None))
+    found = take_trained(net_from_model(model))
+    assert len(found) == 3
     (image,) = model.graph.input
     feeds = {image.name: pictures(1024, 0).astype(np.float32) / 255}
-    values = ort_run(model, feeds)
-    for name, known in statistics.items():
+    values = ort_run(with_outputs(model, [*found]), feeds)
+    for name, known in found.items():
         np.testing.assert_allclose(known.mean, values[name].mean((0, 2, 3)), atol=1e-3)
     terms = [trained[1].wide_norm, trained[1].point_norm, trained[1].norm]  # type: ignore[index]
     expected = torch.stack([norm.weight for norm in terms]).square().sum(0).sqrt()
     np.testing.assert_allclose(
-        list(statistics.values())[1].deviation, expected.detach().numpy(), rtol=1e-6
+        list(found.values())[1].deviation, expected.detach().numpy(), rtol=1e-6
     )
 
 
@@ -97,6 +100,60 @@ def test_images_of_the_training_set_are_not_named(trained: nn.Module) -> None:
     exported = reptrt.export(trained, input_size=(3, 8, 8))
     assert notes_of(exported, pictures(64, 1)) == []
     assert notes_of(exported, pictures(12, 2)) == []
+
+
+class Windows(nn.Module):
+    """A block that sees each quarter of an image as an image of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = Block(3, 4)
+        self.last = nn.Linear(256, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        windows = x.view(-1, 3, 2, 4, 2, 4).permute(0, 2, 4, 1, 3, 5).reshape(-1, 3, 4, 4)
+        return self.last(self.block(windows).reshape(-1, 256))
+
+
+@pytest.mark.parametrize("count", [10, 40])
+def test_the_shift_is_that_of_the_formula(count: int, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(Windows(), nn.Unflatten(1, (4, 1, 1)), Block(4, 4), nn.Flatten())
+    with torch.no_grad():
+        net(torch.from_numpy(pictures(1024, 0)).float() / 255)
+    model = reptrt.export(net.eval(), input_size=(3, 8, 8)).proto
+    fused = net_from_model(model)
+    known = take_trained(fused)
+    images = pictures(count, 1) + np.uint8(60)
+    np.save(tmp_path / "x.npy", images)
+    data = open_dataset(tmp_path / "x.npy", Preprocess.plain(3, 8, 8))
+    with torch.inference_mode():
+        got = image_shift(TorchGraph(fused, torch.device("cpu")), data, known)
+
+    (image,) = model.graph.input
+    feeds = {image.name: images.astype(np.float32) / 255}
+    values = ort_run(with_outputs(model, [*known]), feeds)
+    assert [len(values[name]) for name in known] == [4 * count, count]
+    shifts = []
+    for name, trained in known.items():
+        excess = 0.0
+        for channel, mean in enumerate(trained.mean):
+            means = [float(row[channel].mean(dtype=np.float64)) for row in values[name]]
+            chance = statistics.variance(means) / len(means)
+            excess += (statistics.fmean(means) - float(mean)) ** 2 - chance
+        shifts.append((excess / sum(float(d) ** 2 for d in trained.deviation)) ** 0.5)
+    assert abs(shifts[0] - shifts[1]) > 0.1  # or the largest could be any
+    assert got == pytest.approx(max(shifts), rel=1e-4)
+
+
+def test_windows_are_rows_of_their_images() -> None:
+    torch.manual_seed(0)
+    net = Windows()
+    with torch.no_grad():
+        net(torch.from_numpy(pictures(1024, 0)).float() / 255)
+    exported = reptrt.export(net.eval(), input_size=(3, 8, 8))
+    assert notes_of(exported, pictures(40, 1)) == []  # 32 and 8: the last batch is filled up
+    assert len(notes_of(exported, pictures(40, 1) + np.uint8(100))) == 1
 
 
 @pytest.mark.parametrize("change", ["light", "channels", "noise"])

@@ -8,7 +8,7 @@ import onnx
 from tests.support.helpers import ort_run
 from tests.support.small_run import SIZE, reptrt, write_data, write_factory
 
-FILE = """\
+MADE = """\
 data = "calib.npz"
 eval_data = "eval.npz"
 targets = ["tensorrt", "onnxruntime"]
@@ -22,7 +22,9 @@ images = 24
 
 [nets.made]
 source = "net_of_a_small_run.py:make"
-
+"""
+FILE = f"""\
+{MADE}
 [nets.given]
 source = "given.onnx"
 targets = ["tensorrt"]

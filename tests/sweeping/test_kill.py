@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.support.pages import REPOSITORY
-from tests.sweeping.sheets import write_inputs, write_sheet
+from tests.sweeping.sheets import MADE, write_inputs, write_sheet
 from tests.sweeping.test_schedule import is_running, wait_for
 
 pytestmark = [
@@ -23,21 +23,8 @@ needs_ray = pytest.mark.skipif(
     importlib.util.find_spec("ray") is None, reason="ray is not installed"
 )
 
-FILE = """\
-data = "calib.npz"
-eval_data = "eval.npz"
-targets = ["tensorrt", "onnxruntime"]
-recipes = ["plain", "fast"]
-
-[export]
-input_size = [1, 8, 8]
-
-[calibrate]
-images = 24
-
-[nets.made]
-source = "net_of_a_small_run.py:make"
-
+FILE = f"""\
+{MADE}
 [nets.held]
 source = "held_net.py:make"
 targets = ["tensorrt"]
