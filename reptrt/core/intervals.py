@@ -1,18 +1,19 @@
-"""Percentiles of samples, with bootstrap intervals."""
+"""95 % intervals: of percentiles of samples, and of a change that is measured on the same items."""
 
 import math
 from dataclasses import dataclass
 
 import numpy as np
 
-from reptrt.core.arrays import Float64Array
+from reptrt.core.arrays import AnyArray, Float64Array
 
 RESAMPLES = 10_000
+Z = 1.96  # standard deviations on each side of a 95 % interval
 
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """A percentile and its 95 % bootstrap interval."""
+    """A value and its 95 % interval."""
 
     value: float
     low: float
@@ -25,6 +26,23 @@ def percentile_interval(
     """Return the ``percent``-th percentile (0..100) of samples (n,) and its 95 % interval."""
     low, high = np.percentile(resampled_percentiles(samples, percent, rng), (2.5, 97.5))
     return Interval(float(np.percentile(samples, percent)), float(low), float(high))
+
+
+def paired_interval(before: AnyArray, after: AnyArray) -> Interval:
+    """Return the mean of ``after - before`` and its 95 % interval, by normal approximation.
+
+    The difference is taken item by item, so what is hard for both does not widen the interval:
+    with hits 0 or 1 it is the interval behind McNemar's test (McNemar 1947, doi
+    10.1007/BF02295996).
+
+    Args:
+        before: (n,), of one network, item by item.
+        after: (n,), of the other network, for the same items.
+    """
+    differences = np.asarray(after, np.float64) - np.asarray(before, np.float64)
+    value = float(differences.mean())
+    half = Z * float(differences.std()) / math.sqrt(len(differences))
+    return Interval(value, value - half, value + half)
 
 
 def resampled_percentiles(

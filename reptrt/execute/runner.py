@@ -36,6 +36,9 @@ _PROVIDERS: dict[Device, list[str]] = {
 }
 # Would multiply the integer weights of `reptrt.execute.code_sums` by their scales.
 _INEXACT = ["ConvMulFusion"]
+# Drops a ReLU before a Q of FP8, as if its codes could not be negative (onnxruntime 1.32).
+_INEXACT_FP8 = ["ReluQuantRewrite"]
+_FP8 = (onnx.TensorProto.FLOAT8E4M3FN, onnx.TensorProto.FLOAT8E5M2)
 _CAST_INPUTS = {"tensor(float16)": np.float16, "tensor(uint8)": np.uint8}
 _LOG_FATAL = 4  # errors are raised as exceptions; logging them would print them twice
 
@@ -115,7 +118,7 @@ class OrtRunner:
         self.threads = threads or usable_cores()
         self._where = _label(model)
         options = _session_options(self.threads)
-        self._session = _session(self._where, _runnable_bytes(model, self._where), options, device)
+        self._session = _session(self._where, _runnable(model, self._where), options, device)
         inputs = self._session.get_inputs()
         if len(inputs) != 1:
             raise ArtifactError(f"{self._where}: {len(inputs)} inputs, expected one image batch")
@@ -211,7 +214,7 @@ def optimized_nodes(model: bytes | Path | Model) -> list[tuple[str, str]]:
         optimized = Path(folder) / "optimized.onnx"
         options = _session_options(threads=1)
         options.optimized_model_filepath = str(optimized)
-        _session(where, _runnable_bytes(model, where), options, "cpu")
+        _session(where, _runnable(model, where), options, "cpu")
         graph = onnx.load(str(optimized)).graph
     return [(_layer_name(node.name), node.op_type) for node in graph.node]
 
@@ -233,8 +236,8 @@ def usable_cores() -> int:
     return os.cpu_count() or 1
 
 
-def _runnable_bytes(model: bytes | Path | Model, where: str) -> bytes:
-    """Return the bytes of the lowered model, which is the form that onnxruntime runs.
+def _runnable(model: bytes | Path | Model, where: str) -> onnx.ModelProto:
+    """Return the lowered model, which is the form that onnxruntime runs.
 
     Lowering assumes a valid graph. If it fails, onnxruntime loads the original model first: if
     onnxruntime rejects that too, its error names the defect.
@@ -242,9 +245,9 @@ def _runnable_bytes(model: bytes | Path | Model, where: str) -> bytes:
     proto = _model_proto(model)
     try:
         with np.errstate(all="ignore"):  # scales of 0 or 1e38: onnxruntime judges them
-            return bytes_from_model(_without_unused_inputs(lower(proto)))
+            return _without_unused_inputs(lower(proto))
     except (ValueError, LookupError, TypeError) as err:
-        _session(where, bytes_from_model(proto), _session_options(threads=1), "cpu")
+        _session(where, proto, _session_options(threads=1), "cpu")
         raise ArtifactError(
             f"{where}: the constants of a layer do not fit each other ({err}); export it anew"
         ) from err
@@ -276,10 +279,10 @@ def refuse_unrunnable(model: onnx.ModelProto, where: str, source: onnx.ModelProt
     options = _session_options(threads=1)
     options.graph_optimization_level = _onnxruntime().GraphOptimizationLevel.ORT_DISABLE_ALL
     try:
-        _session(where, bytes_from_model(model), options, "cpu")
+        _session(where, model, options, "cpu")
     except ArtifactError as refusal:
         try:
-            _session(where, bytes_from_model(source), options, "cpu")
+            _session(where, source, options, "cpu")
         except ArtifactError:
             return
         raise ArtifactError(f"{refusal}, but not its source; nothing was written") from refusal
@@ -307,7 +310,7 @@ def _session_options(threads: int) -> Any:
     return options
 
 
-def _session(where: str, content: bytes, options: Any, device: Device) -> Any:
+def _session(where: str, model: onnx.ModelProto, options: Any, device: Device) -> Any:
     ort = _onnxruntime()
     providers = _PROVIDERS[device]
     available = ort.get_available_providers()
@@ -317,9 +320,12 @@ def _session(where: str, content: bytes, options: Any, device: Device) -> Any:
             f"{', '.join(available)}; install onnxruntime-gpu in place of onnxruntime, or use the "
             "cpu"
         )
+    has_fp8 = any(tensor.data_type in _FP8 for tensor in model.graph.initializer)
+    inexact = [*_INEXACT, *_INEXACT_FP8 * has_fp8]
+    content = bytes_from_model(model)
     try:
         session = ort.InferenceSession(
-            content, options, providers=providers, disabled_optimizers=_INEXACT
+            content, options, providers=providers, disabled_optimizers=inexact
         )
     except _ort_failures() as err:
         raise ArtifactError(

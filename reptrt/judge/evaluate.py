@@ -3,13 +3,16 @@
 The JSON form of a report:
 
     {"results": [{"file": "m.int8.onnx", "images": 10000, "top1": 0.86, "top5": 0.99,
-                  "agreement": 0.98, "sqnr_db": 31.2, "outputs": {"logits": 31.2},
-                  "identical": false}],
+                  "agreement": 0.98,
+                  "top1_change": {"value": -0.001, "low": -0.003, "high": 0.001},
+                  "sqnr_db": 31.2, "outputs": {"logits": 31.2}, "identical": false}],
      "ill_conditioned": null}
 
 Fractions are 0..1. ``top1`` and ``top5`` are null without labels; they and ``agreement`` are of the
 first output. ``agreement``, ``sqnr_db``, ``outputs`` and ``identical`` compare the outputs over all
-images with the reference's and are null without one. ``outputs`` holds the SQNR of each output;
+images with the reference's and are null without one. ``top1_change`` is the difference to the
+reference's top-1 and its 95 % interval, from the differences of the same images; null without a
+reference or labels. ``outputs`` holds the SQNR of each output;
 ``sqnr_db`` is that of the only one, or the one of the mean relative error, in which each output
 counts in its own unit. JSON has no infinity: where every output equals the reference's (the
 reference itself, always) ``sqnr_db`` is null and ``identical`` is true. ``ill_conditioned`` is a

@@ -6,27 +6,24 @@ The loss is in points (percent) for the fractions, so that smaller is better:
     agreement         100 (1 - share of images with the float net's class)
     sqnr              - dB
 
-The interval of top-1 is that of the paired differences of images (normal approximation), that of
-mAP of the paired bootstrap of `reptrt.judge.detect.bootstrap`; of agreement, Wilson's. Others have
-none.
+The intervals of top-1 and mAP are those that `evaluate` gives: of the paired differences of images,
+and of the paired bootstrap. That of agreement is Wilson's. Others have none.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from reptrt.core.arrays import IntArray
 from reptrt.core.choices import Metric
 from reptrt.core.errors import DataError, option
+from reptrt.core.intervals import Z
 from reptrt.judge.evaluate import EvalReport, FileResult, evaluate
 from reptrt.judge.options import EvaluateOptions
 from reptrt.search.options import TuneOptions
 
-_Z = 1.96
 _LOSSLESS_DB = 200.0  # where all outputs are equal
 
 
@@ -47,7 +44,6 @@ def judge(
     reference: Path,
     images: Path,
     taken: Sequence[int],
-    labels: IntArray | None,
     options: TuneOptions,
 ) -> list[Judgement]:
     """Judge files on the same images, in one pass.
@@ -57,7 +53,6 @@ def judge(
         reference: the float net.
         images: to judge on.
         taken: indices of the images to use.
-        labels: of all images; None: there are none.
         options: the task and the metric.
 
     Raises:
@@ -65,17 +60,14 @@ def judge(
     """
     judging = EvaluateOptions(**vars(options.of_task), threads=options.threads)
     report = evaluate([reference, *files], images, judging, reference=reference, taken=taken)
-    known = None if labels is None else labels[np.sort(np.asarray(taken))]
-    return [_judgement(result, report, known, images, options.measure) for result in _files(report)]
+    return [_judgement(result, report, images, options.measure) for result in _files(report)]
 
 
 def _files(report: EvalReport) -> tuple[FileResult, ...]:
     return report.results[1:]
 
 
-def _judgement(
-    result: FileResult, report: EvalReport, labels: IntArray | None, images: Path, metric: Metric
-) -> Judgement:
+def _judgement(result: FileResult, report: EvalReport, images: Path, metric: Metric) -> Judgement:
     if metric == "sqnr":
         decibels = _LOSSLESS_DB if result.identical else float(result.sqnr_db or 0.0)
         return Judgement(result.images, decibels, None, -decibels, None, None)
@@ -90,22 +82,12 @@ def _judgement(
         low, high = wilson(result.images - round(value * result.images), result.images)
         return Judgement(result.images, value, None, 100 * (1 - value), 100 * low, 100 * high)
     loss = 100 * (float(of_float or 0.0) - value)
-    ends = _interval(loss, result, report.results[0], labels, metric)
-    return Judgement(result.images, value, of_float, loss, *ends)
-
-
-def _interval(
-    loss: float, result: FileResult, of_float: FileResult, labels: IntArray | None, metric: Metric
-) -> tuple[float | None, float | None]:
-    """Return the 95 % interval of a loss, in points."""
-    change: dict[str, Any] | None = result.measures.get("map_change")
-    if metric == "map" and change is not None:
-        return -100 * change["high"], -100 * change["low"]
-    if metric != "top1" or labels is None:
-        return None, None
-    hits, expected = ((of.findings.best == labels).astype(float) for of in (result, of_float))
-    half = 100 * _Z * float((expected - hits).std()) / math.sqrt(len(labels))
-    return loss - half, loss + half
+    change: dict[str, float] | None = result.measures.get(f"{metric}_change")
+    if change is None:
+        return Judgement(result.images, value, of_float, loss, None, None)
+    return Judgement(
+        result.images, value, of_float, loss, -100 * change["high"], -100 * change["low"]
+    )
 
 
 def wilson(count: int, total: int) -> tuple[float, float]:
@@ -114,9 +96,9 @@ def wilson(count: int, total: int) -> tuple[float, float]:
     >>> [round(end, 4) for end in wilson(0, 100)], [round(end, 4) for end in wilson(10, 100)]
     ([0.0, 0.037], [0.0552, 0.1744])
     """
-    share, square = count / total, _Z**2 / total
+    share, square = count / total, Z**2 / total
     middle = share + square / 2
-    half = _Z * math.sqrt(share * (1 - share) / total + square / (4 * total))
+    half = Z * math.sqrt(share * (1 - share) / total + square / (4 * total))
     return max((middle - half) / (1 + square), 0.0), min((middle + half) / (1 + square), 1.0)
 
 

@@ -7,14 +7,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from reptrt.core.arrays import IntArray
 from reptrt.core.artifacts import make_folder
 from reptrt.core.choices import Effort
 from reptrt.core.errors import ReptrtError
 from reptrt.core.options_json import json_from_options
-from reptrt.data.arrays import load_arrays
 from reptrt.data.dataset import count_images
-from reptrt.data.images import list_images
 from reptrt.judge.tasks import open_task
 from reptrt.runs import manifest
 from reptrt.runs.inputs import annotations_of, record_data, record_files
@@ -60,7 +57,6 @@ class Workbench:
         make_folder(folder)
         inputs = {name: self.record[name]["sha256"] for name in ("model", "data")}
         self._trials, self._judged = Trials(folder, model, data, inputs), Judged(folder)
-        self._labels = _labels_of(eval_data) if options.task == "classify" else None
         self.made: dict[str, Trial] = {}
         self.rows: dict[str, Row] = {}
         self.of_float: Cost | None = None
@@ -161,7 +157,7 @@ class Workbench:
         keys = {trial.sha256: self._key(trial, taken) for trial in trials}
         unknown = {t.sha256: t.path for t in trials if self._judged.get(keys[t.sha256]) is None}
         if unknown:
-            of = (self.model, self._eval_data, taken, self._labels, self.options)
+            of = (self.model, self._eval_data, taken, self.options)
             for sha256, judged in zip(unknown, judge(list(unknown.values()), *of), strict=True):
                 self._judged.put(keys[sha256], judged)
         found = [self._judged.get(keys[trial.sha256]) for trial in trials]
@@ -193,7 +189,3 @@ def _record(model: Path, data: Path, eval_data: Path, options: TuneOptions) -> d
         "versions": manifest.versions(),
         "machine": manifest.describe_machine(),
     }
-
-
-def _labels_of(images: Path) -> IntArray | None:
-    return list_images(images).labels if images.is_dir() else load_arrays(images).labels

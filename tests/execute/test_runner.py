@@ -209,6 +209,26 @@ def test_quantized_convolutions_run_in_int8_with_the_same_codes(signed: bool) ->
     assert (found != expected).mean() < 0.01
 
 
+def test_a_relu_before_fp8_codes_is_kept() -> None:
+    """onnxruntime's own optimizations drop it, as before UINT8 codes with zero point 0."""
+    zero = helper.make_tensor("zero", TensorProto.FLOAT8E4M3FN, [], b"\0", raw=True)
+    scale = helper.make_tensor("scale", TensorProto.FLOAT, [], [0.25])
+    nodes = [
+        helper.make_node("Relu", ["x"], ["r"]),
+        helper.make_node("QuantizeLinear", ["r", "scale", "zero"], ["q"]),
+        helper.make_node("DequantizeLinear", ["q", "scale", "zero"], ["logits"]),
+    ]
+    x, y = (helper.make_tensor_value_info(n, TensorProto.FLOAT, ["N", 8]) for n in ("x", "logits"))
+    graph = helper.make_graph(nodes, "fp8", [x], [y], [scale, zero])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 19)], ir_version=9)
+    values = np.linspace(-4, 4, 16, dtype=np.float32).reshape(2, 8)
+    with OrtRunner(model.SerializeToString(), threads=1) as runner:
+        found = runner.run(values)["logits"]
+    assert np.array_equal(found > 0, values > 0)
+    assert found.min() == 0
+    assert np.abs(found - values.clip(0)).max() <= 4 / 16  # three bits behind the leading one
+
+
 def test_a_float_convolution_is_counted_as_one(net: Path) -> None:
     plain = optimized_op_counts(net)
     assert "QLinearConv" not in plain

@@ -89,6 +89,27 @@ def test_every_number_against_numpy(nets: tuple[Path, Path], data: Path, batch_s
     assert exact.top1 == pytest.approx(top_k(reference, LABELS, 1))
 
 
+def test_the_change_of_top1_has_the_interval_of_the_images_that_changed(
+    nets: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """The variance is that of McNemar's counts: the images that were won and those lost."""
+    float_best, best = (logits_of(onnx.load(path)).argmax(axis=1) for path in nets)
+    labels = np.where(np.arange(NUM) % 3 > 0, float_best, best)
+    np.savez(tmp_path / "data.npz", x=PIXELS, y=labels)
+    options = EvaluateOptions(reference=nets[0], threads=1)
+    exact, noisy = evaluate(list(nets), tmp_path / "data.npz", options).results
+    before, after = float_best == labels, best == labels
+    won, lost = int((after & ~before).sum()), int((before & ~after).sum())
+    assert won > 0
+    assert lost > 0
+    half = 1.96 * np.sqrt(won + lost - (won - lost) ** 2 / NUM) / NUM
+    ends = [(won - lost) / NUM + end for end in (0, -half, half)]
+    change = noisy.measures["top1_change"]
+    assert [change[key] for key in ("value", "low", "high")] == pytest.approx(ends, abs=1e-12)
+    assert noisy.top1 - exact.top1 == pytest.approx(change["value"])
+    assert exact.measures["top1_change"] is None
+
+
 def test_the_reference_and_its_copy_are_identical_and_json_stays_valid(
     nets: tuple[Path, Path], data: Path, tmp_path: Path
 ) -> None:
@@ -104,8 +125,15 @@ def test_the_reference_and_its_copy_are_identical_and_json_stays_valid(
 def test_without_a_reference_nothing_is_compared(nets: tuple[Path, Path], data: Path) -> None:
     row = evaluate([nets[1]], data, EvaluateOptions(threads=1)).to_dict()["results"][0]
     keys = {"file", "images", "top1", "top5", "agreement", "sqnr_db", "outputs", "identical"}
-    assert set(row) == keys
-    assert row["agreement"] is row["outputs"] is row["sqnr_db"] is row["identical"] is None
+    assert set(row) == {*keys, "top1_change"}
+    assert (
+        row["top1_change"]
+        is row["agreement"]
+        is row["outputs"]
+        is row["sqnr_db"]
+        is row["identical"]
+        is None
+    )
     assert row["top1"] is not None
 
 

@@ -114,6 +114,7 @@ def test_a_rival_is_measured_and_judged(files: Path, at: Any) -> None:
     ).results
     found = (result.top1, result.agreement, result.sqnr_db)
     assert found == (expected.top1, expected.agreement, expected.sqnr_db)
+    assert result.top1_change == expected.measures["top1_change"] is not None
     nodes = onnx.load(files / "ready.int8.onnx").graph.node
     assert result.nodes == len(nodes)
 
@@ -137,6 +138,14 @@ def test_a_detector_is_judged_by_its_boxes(tmp_path: Path, files: Path) -> None:
     heading = table_module.table([result], (1,))[0]
     assert "| mAP | " in heading
     assert "top-1" not in heading
+
+
+def test_top1_has_its_standard_error_and_the_paired_interval() -> None:
+    change = {"value": -0.013, "low": -0.0211, "high": -0.005}
+    result = Result("a", "A", True, "", images=10_000, top1=0.5, top1_change=change)
+    header, _, line, *_ = table_module.table([result], (1,))
+    assert header.startswith("| | top-1 | change (95 %) |")
+    assert line.startswith("| A | 50.00 ± 0.50 % | -1.30 (-2.11 to -0.50) |")
 
 
 @pytest.mark.slow

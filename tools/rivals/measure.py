@@ -52,9 +52,12 @@ class Result:
     int8_layers: int | None = None
     lint_errors: int | None = None  # number of defects for which TensorRT refuses the file
     lint_rules: tuple[str, ...] = ()  # ids of the rules that they break
+    images: int | None = None  # that judged
     top1: float | None = None  # fraction 0..1
+    top1_change: Mapping[str, float] | None = None  # to the float net: value, low, high (paired)
     agreement: float | None = None  # fraction 0..1
     map: float | None = None  # of a detector, fraction 0..1
+    map_change: Mapping[str, float] | None = None  # as top1_change
     sqnr_db: float | None = None
     ratios: Mapping[str, tuple[float, float, float]] | None = None  # batch -> ratio, low, high
 
@@ -215,8 +218,8 @@ def _with_judgement(
     if result.name in failed:
         return replace(result, why=failed[result.name])
     judgement = _stored(_judged(at.folder / f"{result.name}.onnx"), keys[result.name])
-    names = [name for name in ("top1", "agreement", "map", "sqnr_db") if name in judgement]
-    return replace(result, **{name: judgement[name] for name in names})
+    names = ("images", "top1", "top1_change", "agreement", "map", "map_change", "sqnr_db")
+    return replace(result, **{name: judgement[name] for name in names if name in judgement})
 
 
 def _judged(path: Path) -> Path:

@@ -56,6 +56,8 @@ MODELOPT = Environment(
     ),
     ("nvidia-modelopt==0.47.0",),
 )
+_FP8 = {"method": "max", "mode": "fp8"}
+_FOR_FP8 = "FP8, for GPUs from SM89 on; as fast there as INT8"
 _FOR_CPUS = "UINT8 activations, for CPUs; TensorRT refuses the file"
 
 
@@ -91,6 +93,7 @@ def _ranges_only() -> tuple[Row, ...]:
             Row(f"modelopt-{m}", f"ModelOpt {m}", "modelopt_onnx", MODELOPT, {"method": m})
             for m in ("max", "entropy")
         ),
+        Row("modelopt-fp8", "ModelOpt FP8 (E4M3)", "modelopt_onnx", MODELOPT, _FP8, _FOR_FP8),
         *(
             Row(f"inc-{name}", f"Neural Compressor {name}", "inc", INC, {"algorithm": name})
             for name in ("minmax", "kl", "percentile")

@@ -1,9 +1,12 @@
 """The results of one net as a Markdown table, and the best row of each column."""
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from rivals.measure import Result
+
+from reptrt.judge.tasks.protocol import change_text
 
 _JITTER = 0.05  # relative difference of latencies of equal graphs between runs
 _NAMES = 0.01  # relative difference of file sizes that comes from the lengths of node names
@@ -29,6 +32,24 @@ def _percent(value: float | None) -> str:
     return "" if value is None else f"{100 * value:.2f} %"
 
 
+def _top1(result: Result) -> str:
+    """Return top-1 and its standard error, that of a share of so many images."""
+    if result.top1 is None:
+        return ""
+    error = math.sqrt(result.top1 * (1 - result.top1) / (result.images or 1))
+    return f"{100 * result.top1:.2f} ± {100 * error:.2f} %"
+
+
+def _change(title: str, of: Callable[[Result], Mapping[str, float] | None]) -> Column:
+    """Return the column of a change to the float net with its paired interval."""
+
+    def text(result: Result) -> str:
+        change = of(result)
+        return "" if change is None else change_text(change)
+
+    return Column(title, text, is_accuracy=True)
+
+
 def _ratio(result: Result, batch: int) -> float | None:
     return None if result.ratios is None else result.ratios[str(batch)][0]
 
@@ -42,9 +63,11 @@ def _accuracy(
 def columns(batches: Sequence[int]) -> list[Column]:
     """Return the columns of the table."""
     return [
-        _accuracy("top-1", _percent, lambda r: r.top1),
+        Column("top-1", _top1, lambda r: r.top1, True, is_accuracy=True),
+        _change("change (95 %)", lambda r: r.top1_change),
         _accuracy("agreement", _percent, lambda r: r.agreement),
         _accuracy("mAP", lambda v: _number(".2f", None if v is None else 100 * v), lambda r: r.map),
+        _change("change of mAP (95 %)", lambda r: r.map_change),
         _accuracy("SQNR dB", lambda v: _number(".2f", v), lambda r: r.sqnr_db),
         Column("seconds", lambda r: _number(".1f", r.seconds), lambda r: r.seconds),
         Column("peak MiB", lambda r: _number(".0f", r.peak_rss_mib), lambda r: r.peak_rss_mib),

@@ -1,24 +1,27 @@
 """``classify``: the first output holds scores of classes, (N, C) or (N, C, 1, ...).
 
 Measured are top-1 and top-5 where the images have labels, and the agreement with a reference: the
-fraction of images with the same best class. Outputs of another shape have none of these.
+fraction of images with the same best class. ``top1_change`` is the difference to the reference's
+top-1 and its 95 % interval, of the paired differences of images. Outputs of another shape have none
+of these.
 """
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
 from reptrt.core.arrays import FloatArray, IntArray
 from reptrt.core.errors import ConfigError, DataError, option
+from reptrt.core.intervals import paired_interval
 from reptrt.core.metrics import class_scores, top_k_hits
 from reptrt.data.dataset import Dataset, Images
 from reptrt.graph.detector_layouts import layout_of_outputs
 from reptrt.judge.options import TaskOptions
 from reptrt.judge.outputs import Outputs, first_of, refuse_labels_beyond
-from reptrt.judge.tasks.protocol import Column, Measures, percent
+from reptrt.judge.tasks.protocol import Column, Measures, change_text, percent
 
 _LOG = logging.getLogger(__name__)
 _RANKS = {"top1": 1, "top5": 5}
@@ -30,6 +33,7 @@ class Classes:
 
     measures: Measures  # top1 and top5; None without labels, and if not a classifier
     best: IntArray | None  # (N,): class of the largest score; None: not a classifier
+    hits: npt.NDArray[np.bool_] | None = None  # (N,): it is the label's; None: as for top1
     rows: Mapping[str, Measures] = field(default_factory=dict)
 
 
@@ -59,11 +63,9 @@ class _Tally:
     def findings(self) -> Classes:
         best = None if self._best is None else np.concatenate(self._best)
         known = best is not None and self._labels is not None
-        accuracy = {
-            key: float(np.concatenate(hits).mean()) if known else None
-            for key, hits in self._hits.items()
-        }
-        return Classes(accuracy, best)
+        hits = {key: np.concatenate(parts) if known else None for key, parts in self._hits.items()}
+        accuracy = {key: None if of is None else float(of.mean()) for key, of in hits.items()}
+        return Classes(accuracy, best, hits["top1"])
 
     def _check_outputs(self, outputs: Outputs) -> None:
         """Say that these are the outputs of a detector, if they are."""
@@ -97,6 +99,7 @@ class Classify:
         Column("top1", "top-1", percent),
         Column("top5", "top-5", percent),
         Column("agreement", "agreement", percent),
+        Column("top1_change", "change of top-1 (95 %)", change_text),
     )
     ranked_by: tuple[str, ...] = ("top1", "agreement")
 
@@ -112,10 +115,14 @@ class Classify:
         return _Tally(name, dataset)
 
     def compare(self, reference: Classes | None, findings: Classes) -> Measures:
-        """Return the fraction of images with the same best class."""
+        """Return the fraction of images with the same best class, and the change of top-1."""
         if reference is None or reference.best is None or findings.best is None:
-            return {"agreement": None}
-        return {"agreement": float((reference.best == findings.best).mean())}
+            return {"agreement": None, "top1_change": None}
+        same = float((reference.best == findings.best).mean())
+        if reference is findings or reference.hits is None or findings.hits is None:
+            return {"agreement": same, "top1_change": None}
+        change = paired_interval(reference.hits, findings.hits)
+        return {"agreement": same, "top1_change": asdict(change)}
 
 
 def _check_labels(name: str, labels: IntArray, folders: int | None, num_classes: int) -> None:

@@ -14,7 +14,6 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from reptrt.core.arrays import Float64Array
 from reptrt.core.errors import ConfigError, DataError, option
@@ -30,7 +29,7 @@ from reptrt.judge.detect.reader import Reader, reader_of
 from reptrt.judge.detect.scoring import Scores, score_detections
 from reptrt.judge.options import TaskOptions
 from reptrt.judge.outputs import Outputs
-from reptrt.judge.tasks.protocol import Column, Measures, hundredths
+from reptrt.judge.tasks.protocol import Column, Measures, change_text, hundredths
 
 _LOG = logging.getLogger(__name__)
 _SIZES = ("small", "medium", "large")
@@ -123,7 +122,7 @@ class Detect:
         Column("map50", "AP50", hundredths),
         Column("map75", "AP75", hundredths),
         *(Column(f"map_{size}", size, hundredths) for size in _SIZES),
-        Column("map_change", "change of mAP (95 %)", lambda change: _change_text(change)),
+        Column("map_change", "change of mAP (95 %)", change_text),
     )
     ranked_by: tuple[str, ...] = ("map",)
 
@@ -285,8 +284,3 @@ def _numbered(name: str, objects: Sequence[Objects], num_classes: int | None) ->
             f"expected 0 to {num_classes - 1} (subtract 1 if 0 is the background)"
         )
     return tuple(str(k) for k in range(num_classes or largest + 1))
-
-
-def _change_text(change: Mapping[str, Any]) -> str:
-    value, low, high = (100 * change[key] for key in ("value", "low", "high"))
-    return f"{value:+.2f} ({low:+.2f} to {high:+.2f})"

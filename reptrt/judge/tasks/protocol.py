@@ -47,6 +47,12 @@ def hundredths(fraction: float) -> str:
     return f"{100 * fraction:.2f}"
 
 
+def change_text(change: Mapping[str, float]) -> str:
+    """Return a change of a fraction and its interval in points: -0.10 (-0.40 to +0.20)."""
+    value, low, high = (100 * change[key] for key in ("value", "low", "high"))
+    return f"{value:+.2f} ({low:+.2f} to {high:+.2f})"
+
+
 class Findings(Protocol):
     """What a task found out about one network, and what it needs to compare two of them."""
 

@@ -94,7 +94,7 @@ def _accuracy_tiles(reference: JsonObject, judged: JsonObject) -> list[Tile]:
             summary.append(Tile(title, f"{100 * judged[key]:.2f}", detail))
     if judged.get("top1") is not None:
         points = 100 * (judged["top1"] - reference["top1"])
-        detail = f"float {percent(reference['top1'])}, {points:+.2f} points"
+        detail = f"float {percent(reference['top1'])}, {points:+.2f} points{_interval(judged)}"
         summary.append(Tile("Top-1", percent(judged["top1"]), detail))
     if judged["sqnr_db"] is not None:
         detail = f"of the outputs, on {judged['images']} images"
@@ -106,8 +106,8 @@ def _accuracy_tiles(reference: JsonObject, judged: JsonObject) -> list[Tile]:
 
 
 def _interval(judged: JsonObject) -> str:
-    """Return the 95 % interval of the change of mAP, or nothing."""
-    change = judged.get("map_change")
+    """Return the 95 % interval of the change of mAP or top-1, or nothing."""
+    change = judged.get("map_change") or judged.get("top1_change")
     if change is None:
         return ""
     return f" (95 %: {100 * change['low']:+.2f} to {100 * change['high']:+.2f})"
