@@ -18,12 +18,13 @@ from reptrt.core.artifacts import sha256_of
 from reptrt.core.errors import ReptrtError
 from reptrt.execute.runner import optimized_nodes
 from reptrt.graph.intent import planned_int8
+from reptrt.graph.layer_costs import LayerCost, layer_costs
 from reptrt.graph.model import Network, is_engine, proto_of, unique_labels
 from reptrt.graph.net import net_from_model
 from reptrt.graph.splits import read_splits
 from reptrt.judge.bench_report import BenchReport, Explanation, Timing
-from reptrt.judge.cost import LayerCost, layer_costs
 from reptrt.linter import lint_net
+from reptrt.quantize.targets import TARGETS
 from reptrt.trt.audit import Audit, audit
 from reptrt.trt.details import read_engine_record
 from reptrt.trt.input import is_half
@@ -34,11 +35,11 @@ _NAMED = 3
 _FLOAT_OPS = re.compile(r"(Fused)?(Conv|ConvTranspose|Gemm|MatMul)")
 _ISLAND_RULES = ("QDQ201", "QDQ202", "QDQ203")  # float layers between INT8 layers
 
-# Orders of magnitude, not measured here. `_MACS_PER_BYTE` is the number of INT8
-# multiply-accumulates in the time in which one byte is moved. Data sheets of GPUs with tensor cores
-# give 200 to 350 (A100, H100, RTX 4090). A CPU core with VNNI computes a few if the byte is in its
-# cache, about 20 if it is in memory. A call is a kernel launch on a GPU, an operator on a CPU.
-_MACS_PER_BYTE = {"gpu": 200.0, "cpu": 10.0}
+# Data sheets of GPUs with tensor cores give 200 to 350 multiply-accumulates per byte (A100, H100,
+# RTX 4090). A CPU core with VNNI computes a few if the byte is in its cache, about 20 if it is in
+# memory. A call is a kernel launch on a GPU, an operator on a CPU; orders of magnitude, not
+# measured here.
+_ROOFLINES = {"gpu": TARGETS["tensorrt"].roofline, "cpu": TARGETS["onnxruntime"].roofline}
 _CALL_US = {"gpu": 10.0, "cpu": 5.0}
 _WAITING = 0.2  # waiting for memory is reported above this share of the time
 
@@ -219,7 +220,7 @@ def _waiting_reasons(facts: Evidence, result: Timing) -> list[str]:
     """Return the reasons why faster arithmetic would not help."""
     kind = "gpu" if _on_gpu(result) else "cpu"
     lines = []
-    rate = _MACS_PER_BYTE[kind]
+    rate = _ROOFLINES[kind].macs_per_byte
     total = sum(cost.time(rate) for cost in facts.costs)
     waiting = [cost for cost in facts.costs if cost.intensity < rate]
     share = sum(cost.time(rate) for cost in waiting) / total if total else 0.0

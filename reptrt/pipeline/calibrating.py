@@ -35,6 +35,7 @@ from reptrt.pipeline.values import Calibrated, Origin, finished_model
 from reptrt.quantize.reconstruct.driver import Quantized, reconstruct
 from reptrt.quantize.reconstruct.options import LearnOptions, ReconstructReport
 from reptrt.quantize.reconstruct.resume import Finished, remove_finished
+from reptrt.quantize.targets.roofline import modelled_time
 from reptrt.rewrite.contract import Skipped
 from reptrt.rewrite.fold_affine import fold_affine
 from reptrt.rewrite.fold_skip_scale import fold_skip_scale
@@ -217,6 +218,7 @@ def _calibrate(
         left_whole=prepared.left_whole,
         ranges=planned.ranges,
         overhead=prepared.overhead,
+        extra_time=modelled_time(proto, options.runtime, batch=1).extra_share,
         learned=learned,
         simulation=options.simulation,
         seconds=clock.laps,

@@ -104,6 +104,7 @@ class CalibrateReport(Result):
     left_whole: tuple[Skipped, ...]  # layers that were to be split but are not, with the reason
     ranges: tuple[RangeDecision, ...]  # gain and cost of all codes, where they are possible
     overhead: float  # extra multiply-accumulates that were chosen, of the net's own
+    extra_time: float  # what they add to the time at batch 1 by the roofline of the target
     learned: ReconstructReport | None  # None: nothing was learned
     simulation: str | None
     seconds: Mapping[str, float]  # per stage
@@ -150,6 +151,7 @@ class CalibrateReport(Result):
             "equalized": f"{self.equalized} activations",
             "split": f"{splits}; {len(self.left_whole)} left whole",
             "extra work": f"{100 * self.overhead:.1f} % of the multiply-accumulates",
+            "extra time": f"{100 * self.extra_time:.1f} % at batch 1, by the model of the target",
         }
         if self.learned is not None:
             units = self.learned.units

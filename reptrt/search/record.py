@@ -8,8 +8,9 @@ from rich.table import Table
 
 from reptrt.core.choices import Metric, TargetName
 from reptrt.core.result import Result
+from reptrt.quantize.targets import TARGETS
 from reptrt.search.judging import Judgement
-from reptrt.search.latency import MACHINES, MEASURED, Cost
+from reptrt.search.latency import MEASURED, Cost
 
 BEST_FILE, RECORD_FILE, REPORT_FILE = "best.onnx", "tune.json", "report.html"
 _TITLES = {"top1": "top-1", "map": "mAP", "miou": "mIoU", "agreement": "agreement", "sqnr": "SQNR"}
@@ -145,7 +146,9 @@ class Tuned(Result):
         line = f"  latency {best.cost.ratio:.3f} of plain INT8 {how}"
         if self.of_float is not None:
             line += f", {best.cost.ratio / self.of_float.ratio:.2f} of float"
-        source = [] if self.is_measured else [f"  the model: {MACHINES[self.target].source}"]
+        source = (
+            [] if self.is_measured else [f"  the model: {TARGETS[self.target].roofline.source}"]
+        )
         return [f"{line}; {tried} candidates were made, in {self.seconds:.0f} s", *source]
 
     def _loss(self, judged: Judgement) -> str:

@@ -12,13 +12,13 @@ from click.testing import CliRunner
 from reptrt.cli import main
 from reptrt.core.errors import ArtifactError
 from reptrt.core.grid import Grid
+from reptrt.graph.layer_costs import LayerCost
 from reptrt.graph.net import model_from_net, net_from_model
 from reptrt.graph.placement import place
 from reptrt.graph.plan import plan_from_placement
 from reptrt.graph.qdq import insert_qdq, quantize_weights
 from reptrt.judge import explain as explain_module
 from reptrt.judge.bench_report import BenchReport, Timing
-from reptrt.judge.cost import LayerCost
 from reptrt.judge.explain import Evidence, evidence, explain, explain_all
 from reptrt.judge.options import BenchOptions
 from reptrt.rewrite.split_coarse_fine import split_coarse_fine
@@ -140,12 +140,12 @@ def test_an_fp32_rest_matters_on_a_gpu_only() -> None:
 
 
 def test_layers_that_wait_for_memory() -> None:
-    """2e6 bytes at 4.5 a byte wait; 1e9 at 10 a byte take 1e8: 2 % of the time on a CPU."""
+    """2e6 bytes at 4.5 a byte wait; 1e9 at 7 a byte take 1.4e8: 1 % of the time on a CPU."""
     few = Evidence(planned=10, costs=(DENSE, DEPTHWISE))
     assert "shows no reason" in reasons(few)[0]
     many = Evidence(planned=10, costs=(DENSE, *[DEPTHWISE] * 50))
     assert reasons(many) == (
-        "50 of 51 layers wait for memory (fewer than 10 multiply-accumulates per byte; 50 % of the "
+        "50 of 51 layers wait for memory (fewer than 7 multiply-accumulates per byte; 41 % of the "
         "time by this estimate): depthwise 4.5; depthwise 4.5; depthwise 4.5; 47 more; faster "
         "arithmetic does not help them, moving fewer bytes does",
     )

@@ -17,6 +17,16 @@ class Costs:
 
 
 @dataclass(frozen=True, slots=True)
+class Roofline:
+    """What limits a layer; `reptrt.quantize.targets.roofline` has the formula."""
+
+    macs_per_byte: float  # INT8 multiply-accumulates in the time in which one byte is moved
+    float_bytes: float  # bytes of a value in float there, as a share of those in the file
+    fuses_sums: bool  # sums behind a layer run in its kernel
+    source: str  # where the numbers come from
+
+
+@dataclass(frozen=True, slots=True)
 class Target:
     """A runtime."""
 
@@ -26,3 +36,4 @@ class Target:
     unsigned: bool
     float_ends: bool  # layers at both ends of the net stay in float where that is cheap and helps
     costs: Costs
+    roofline: Roofline

@@ -5,7 +5,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from reptrt.judge.cost import LayerCost, layer_costs
+from reptrt.graph.layer_costs import LayerCost, layer_costs
 from tests.support.lint_graphs import QdqGraph
 from tests.support.onnx_nets import basic_block
 from tests.support.qdq_graphs import qdq_model
