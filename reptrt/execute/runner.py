@@ -17,6 +17,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 import onnx
 from google.protobuf.message import DecodeError
+from onnx_graphsurgeon.logger import G_LOGGER
 
 from reptrt.core.arrays import AnyArray
 from reptrt.core.artifacts import is_engine_file
@@ -244,7 +245,9 @@ def _runnable(model: bytes | Path | Model, where: str) -> onnx.ModelProto:
     """
     proto = _model_proto(model)
     try:
-        with np.errstate(all="ignore"):  # scales of 0 or 1e38: onnxruntime judges them
+        # Scales of 0 or 1e38: onnxruntime judges them. Of FP8 constants onnx-graphsurgeon warns on
+        # stdout, where results belong.
+        with np.errstate(all="ignore"), G_LOGGER.suppress(G_LOGGER.ERROR):
             return _without_unused_inputs(lower(proto))
     except (ValueError, LookupError, TypeError) as err:
         _session(where, proto, _session_options(threads=1), "cpu")

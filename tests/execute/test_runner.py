@@ -209,7 +209,7 @@ def test_quantized_convolutions_run_in_int8_with_the_same_codes(signed: bool) ->
     assert (found != expected).mean() < 0.01
 
 
-def test_a_relu_before_fp8_codes_is_kept() -> None:
+def test_a_relu_before_fp8_codes_is_kept(capfd: pytest.CaptureFixture[str]) -> None:
     """onnxruntime's own optimizations drop it, as before UINT8 codes with zero point 0."""
     zero = helper.make_tensor("zero", TensorProto.FLOAT8E4M3FN, [], b"\0", raw=True)
     scale = helper.make_tensor("scale", TensorProto.FLOAT, [], [0.25])
@@ -227,6 +227,7 @@ def test_a_relu_before_fp8_codes_is_kept() -> None:
     assert np.array_equal(found > 0, values > 0)
     assert found.min() == 0
     assert np.abs(found - values.clip(0)).max() <= 4 / 16  # three bits behind the leading one
+    assert capfd.readouterr().out == ""
 
 
 def test_a_float_convolution_is_counted_as_one(net: Path) -> None:
