@@ -1,6 +1,6 @@
 """Reptrt's own calibrate, under the same conditions as the other tools.
 
-Options: ``recipe``, ``max_overhead``, and ``plain`` for plain INT8 without preparation.
+Options: ``recipe``, ``max_overhead``, ``target``, and ``plain`` for plain INT8 without preparation.
 """
 
 from dataclasses import replace
@@ -20,6 +20,7 @@ def options_of(job: Job) -> CalibrateOptions:
         images=images,
         recipe=job.options.get("recipe", default.recipe),
         max_overhead=job.options.get("max_overhead", default.max_overhead),
+        target=job.options.get("target", default.target),
     )
 
 
