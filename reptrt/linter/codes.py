@@ -23,6 +23,7 @@ from reptrt.linter.rule import Defect
 from reptrt.linter.view import Parameters, View, codes_source
 
 _OTHER_FORMATS = ("float8", "float4", "int4")  # TensorRT has them, but not for convolutions
+_FP8 = "float8_e4m3fn"  # but this one
 
 
 def nonzero_zero_point(view: View) -> Iterator[Defect]:
@@ -44,14 +45,15 @@ def codes_not_int8(view: View) -> Iterator[Defect]:
 
     UINT8 weights and graph inputs do not parse. A UINT8 activation with zero point 0 is worse: it
     parses with a warning and is read as INT8, so codes 128 to 255 are clipped away. A
-    QuantizeLinear without zero point means UINT8 too. INT16 does not parse. FP8 and INT4 have
-    kernels for matrix products, none for convolutions. INT32 has a rule of its own (QDQ008).
+    QuantizeLinear without zero point means UINT8 too. INT16 does not parse. FP4 and INT4
+    have kernels for matrix products, none for convolutions. FP8 (E4M3) has both, from SM89 on:
+    tensorrt_rtx builds such convolutions. INT32 has a rule of its own (QDQ008).
     """
     for parameters in view.parameters:
         node = parameters.node
         kind = codes_type(node)
         source = producer_past_casts(node.inputs[0])
-        if kind in (None, "int8", "int32"):
+        if kind in (None, "int8", "int32", _FP8):
             continue
         if source is not None and is_integer_op(source):  # that is QDQ009
             continue

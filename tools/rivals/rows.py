@@ -57,10 +57,7 @@ MODELOPT = Environment(
     ("nvidia-modelopt==0.47.0",),
 )
 _FP8 = {"method": "max", "mode": "fp8"}
-_FOR_FP8 = (
-    "FP8, for GPUs from SM89 on: its time on a CPU says nothing, and lint, which is about INT8, "
-    "counts its codes as errors"
-)
+_FOR_FP8 = "FP8, for GPUs from SM89 on; its time on a CPU says nothing"
 _FOR_CPUS_OURS = "made for CPUs; TensorRT gets a file of its own"
 _FOR_CPUS = "UINT8 activations, for CPUs; TensorRT refuses the file"
 
