@@ -18,6 +18,7 @@ from reptrt.graph.quantized import plan_from_net
 from reptrt.judge.evaluate import evaluate
 from reptrt.judge.options import EvaluateOptions
 from reptrt.pipeline import CalibrateOptions, Source, calibrate, export
+from reptrt.pipeline.options import PLAIN_INT8
 from reptrt.quantize.choose import num_macs
 from reptrt.quantize.choose.ends import MOST, keep_ends, prices_of_ends
 from reptrt.quantize.targets import TARGETS
@@ -53,6 +54,19 @@ def test_onnxruntime_runs_int8_kernels_without_reptrt(made: Path) -> None:
     assert counts["QLinearConv"] == len(convolutions) > 3
     assert counts["QLinearAdd"] == 3
     assert counts["Conv"] + counts["FusedConv"] + counts["Add"] == 0
+
+
+def test_onnxruntime_runs_int8_kernels_without_full_range(tmp_path: Path) -> None:
+    """Symmetric codes behind a ReLU begin at 0; with 128 in the middle, layers ran in float."""
+    model = write_net(tmp_path / "m.onnx", rep_net(blocks=3))
+    data = write_images(tmp_path / "d.npz", 32)
+    plain = replace(PLAIN_INT8, images=32, target="onnxruntime")
+    for name, options in {"plain": plain, "split": replace(FOR_CPU, full_range=False)}.items():
+        report = calibrate(model, data, tmp_path / f"{name}.onnx", options)
+        counts = optimized_op_counts(tmp_path / f"{name}.onnx")
+        assert counts["QLinearConv"] == 4, name
+        assert counts["Conv"] + counts["FusedConv"] + counts["Add"] == 0
+        assert not report.full_range
 
 
 def test_every_activation_has_256_codes_that_lie_where_its_values_do(made: Path) -> None:
