@@ -193,7 +193,7 @@ def _calibrate(
     refuse_unrunnable(proto, name, model.proto)
     details = {
         "splits": [asdict(split) for split in prepared.splits],
-        **({} if options.costs is None else {"costs": asdict(options.runtime.costs)}),
+        **({"costs": asdict(prepared.costs)} if options.costs or options.measure else {}),
         "left_fp32": [asdict(skip) for skip in left_fp32],
         **({} if in_float is None else {"in_float": asdict(in_float)}),
         **({"simulation": options.simulation} if options.simulation else {}),

@@ -26,6 +26,7 @@ from reptrt.quantize.choose import (
     full_range_of,
     reader_of,
 )
+from reptrt.quantize.targets import Costs
 from reptrt.rewrite.equalize import equalize, find_streams
 
 _ROUNDS = 2  # of factors and choice
@@ -70,6 +71,7 @@ class Candidates:
         possible: activations that can have full range.
         forms: layer -> the form that the options ask for; empty if forms are to be chosen.
         options: of calibration.
+        costs: of the runtime.
     """
 
     def __init__(
@@ -80,10 +82,10 @@ class Candidates:
         possible: Collection[str],
         forms: Mapping[str, SplitForm],
         options: CalibrateOptions,
+        costs: Costs,
     ) -> None:
         self._net, self._stats, self._layers = net, stats, layers
-        self._forms, self._options = forms, options
-        costs = options.runtime.costs
+        self._forms, self._options, self._costs = forms, options, costs
         self._possible = {tensor: full_range_macs(net, tensor, costs) for tensor in possible}
         self._known: dict[tuple[object, ...], Float64Array] = {}
         self._trials: dict[tuple[int, ...], _Equalized] = {}
@@ -133,7 +135,7 @@ class Candidates:
             max_overhead=self._options.max_overhead,
             policy=policy,
             precision=self._options.summands,
-            costs=self._options.runtime.costs,
+            costs=self._costs,
             remaining=self._options.remaining,
         )
 

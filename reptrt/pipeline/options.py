@@ -87,6 +87,11 @@ class CalibrateOptions:
         "File of tools/gpu_check.py whose measurements replace the assumed costs of the target "
         "tensorrt.",
     )
+    measure: bool = described(
+        False,
+        "Choose splits by what they cost in onnxruntime on this machine: each form of each layer "
+        "is timed, and the times are kept; for the target onnxruntime.",
+    )
     recipe: Recipe = described(
         "fast",
         "How much work is spent on accuracy: fast rounds weights in closed form (gptq), balanced "
@@ -206,6 +211,12 @@ class CalibrateOptions:
             raise ConfigError(
                 f"{option('costs')}: {self.costs} holds measurements of TensorRT; drop it with "
                 f"{option('target', self.target)}"
+            )
+        if self.measure and self.target == "tensorrt":
+            raise ConfigError(
+                f"{option('measure', True)}: layers are timed in onnxruntime, which says nothing "
+                f"about {option('target', 'tensorrt')}; run tools/gpu_check.py on the GPU and give "
+                f"its file with {option('costs')}"
             )
         _ = self.most_float_layers
         require_at_least(1, self, "images")

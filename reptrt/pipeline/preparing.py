@@ -17,6 +17,7 @@ from reptrt.graph.net import Net, weighted_nodes
 from reptrt.graph.placement import Placement, exactly, place
 from reptrt.graph.splits import Split, read_splits
 from reptrt.pipeline.candidates import Candidate, Candidates, factors_of_tensors, scaled_stats
+from reptrt.pipeline.measuring import measured_costs
 from reptrt.pipeline.options import CalibrateOptions
 from reptrt.pipeline.splitting import split_as_asked, split_layers
 from reptrt.pipeline.trial import error_at_maxima
@@ -33,6 +34,7 @@ from reptrt.quantize.choose import (
     range_of_channels,
     splits_macs,
 )
+from reptrt.quantize.targets import Costs
 from reptrt.rewrite.contract import Skipped
 from reptrt.rewrite.equalize import equalize, find_streams
 from reptrt.rewrite.insert_offsets import insert_offsets, remove_offsets
@@ -55,6 +57,7 @@ class Prepared:
     outputs: Outputs  # of the float net on the judging images
     kept: Kept  # values of tensors before channels were scaled
     factors: Mapping[str, Float64Array]  # tensor -> factor of each channel, (C,), if scaled
+    costs: Costs  # that the choice counted with
 
 
 def prepare(net: Net, dataset: Dataset, options: CalibrateOptions) -> Prepared:
@@ -75,6 +78,7 @@ def prepare(net: Net, dataset: Dataset, options: CalibrateOptions) -> Prepared:
         for node in weighted_nodes(net.graph)
         if node.name not in placement.excluded
     }
+    costs = measured_costs(net, layers, options) if options.measure else options.runtime.costs
     shifted = options.parts.full_range and not options.runtime.unsigned
     offsets = insert_offsets(net, placement) if shifted else ()
     form = options.split_form
@@ -88,7 +92,7 @@ def prepare(net: Net, dataset: Dataset, options: CalibrateOptions) -> Prepared:
             if options.parts.full_range
             else []
         )
-        candidates = Candidates(net, stats, layers, possible, asked, options).all()
+        candidates = Candidates(net, stats, layers, possible, asked, options, costs).all()
 
         def error(
             candidate: Candidate,
@@ -115,7 +119,7 @@ def prepare(net: Net, dataset: Dataset, options: CalibrateOptions) -> Prepared:
             trial = net.copy()
             _apply(trial, chosen, asked, options)
             whole = {node.name for node in weighted_nodes(trial.graph)} & layers.keys()
-            prices = prices_of_ends(trial, whole, options.runtime.costs, num_macs(net))
+            prices = prices_of_ends(trial, whole, costs, num_macs(net))
             no_limits = {name: np.ones_like(share) for name, share in shares.items()}
             ends = keep_ends(prices, lambda ends: error(chosen, math.inf, ends, no_limits))
             in_float = ((*in_float[0], *exactly(ends)), in_float[1])
@@ -129,7 +133,7 @@ def prepare(net: Net, dataset: Dataset, options: CalibrateOptions) -> Prepared:
         for decision in chosen.choice.ranges
     )
     remove_offsets(net, offsets, full_range_of(ranges))
-    extra = splits_macs(net, options.runtime.costs) + sum(
+    extra = splits_macs(net, costs) + sum(
         decision.extra_macs for decision in ranges if decision.full
     )
     return Prepared(
@@ -144,6 +148,7 @@ def prepare(net: Net, dataset: Dataset, options: CalibrateOptions) -> Prepared:
         outputs=outputs,
         kept=kept,
         factors=factors,
+        costs=costs,
     )
 
 

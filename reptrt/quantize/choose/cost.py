@@ -22,13 +22,15 @@ def num_macs(net: Net) -> int:
 
 def split_macs(node: gs.Node, form: SplitForm, costs: Costs) -> int:
     """Return the cost of splitting a convolution."""
-    return _split_macs(node, form, node.outputs[0], costs)
+    return _split_macs(node, node.name, form, node.outputs[0], costs)
 
 
-def _split_macs(node: gs.Node, form: SplitForm, output: gs.Tensor, costs: Costs) -> int:
-    """Return the cost of a pass that adds, and of a coarse 1x1 layer."""
+def _split_macs(node: gs.Node, layer: str, form: SplitForm, output: gs.Tensor, costs: Costs) -> int:
+    """Return what was measured, or the cost of a pass that adds and of a coarse 1x1 layer."""
     if form == "none":
         return 0
+    if (measured := costs.of_splits.get(layer, {}).get(form)) is not None:
+        return round(measured)
     outputs, inputs = constant_of(node.inputs[1]).shape[:2]
     coarse = int(inputs) if form == "coarse-fine" else 0
     return round(int(outputs) * (costs.pass_macs + coarse) * num_positions(output))
@@ -38,7 +40,7 @@ def splits_macs(net: Net, costs: Costs) -> int:
     """Return the cost of all splits that a net has."""
     nodes = {node.name: node for node in net.graph.nodes}
     return sum(
-        _split_macs(nodes[split.main], split.form, nodes[split.sum].outputs[0], costs)
+        _split_macs(nodes[split.main], split.layer, split.form, nodes[split.sum].outputs[0], costs)
         for split in read_splits(net)
     )
 

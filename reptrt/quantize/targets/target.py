@@ -1,8 +1,9 @@
 """What the choice of splits and full ranges has to know about a runtime; importing it is cheap."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
-from reptrt.core.choices import SplitPrecision, TargetName
+from reptrt.core.choices import SplitForm, SplitPrecision, TargetName
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,6 +15,8 @@ class Costs:
     float_macs: float  # one multiply-accumulate of a layer in float
     crossing_macs: float  # one value that goes from float to INT8 or back
     source: str  # where the numbers come from
+    # layer -> form -> cost of the split, where it was measured; in place of passes
+    of_splits: Mapping[str, Mapping[SplitForm, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
