@@ -107,12 +107,19 @@ def defects_of(wheel: Path) -> list[str]:
     ]
 
 
-def lower_bounds(requirements: Iterable[str], extras: Sequence[str]) -> list[str]:
-    """Return name==version for the lower bound of each requirement that applies with the extras."""
+def lower_bounds(requirements: Iterable[str], extras: Sequence[str], python: str) -> list[str]:
+    """Return name==version for the lower bound of each requirement that applies with the extras.
+
+    Args:
+        requirements: of the wheel.
+        extras: that are installed with it.
+        python: version of the interpreter: 3.10.13.
+    """
+    at = {"python_version": ".".join(python.split(".")[:2]), "python_full_version": python}
     bounds = []
     for requirement in map(Requirement, requirements):
         marker = requirement.marker
-        if marker is None or any(marker.evaluate({"extra": extra}) for extra in extras):
+        if marker is None or any(marker.evaluate({"extra": extra, **at}) for extra in extras):
             lower = [s.version for s in requirement.specifier if s.operator == ">="]
             bounds += [f"{requirement.name}=={version}" for version in lower]
     return bounds
@@ -154,7 +161,7 @@ def main(output: Path, pythons: tuple[str, ...], oldest: str | None, keep: bool)
     runs: list[tuple[str, str, list[str]]] = [(_version(p), p, []) for p in pythons]
     if oldest is not None:
         requires = Distribution.at(_metadata(wheel, out)).requires or []
-        runs.append(("oldest", oldest, lower_bounds(requires, EXTRAS)))
+        runs.append(("oldest", oldest, lower_bounds(requires, EXTRAS, _version(oldest).split()[1])))
     steps: list[Step] = []
     for where, python, pins in runs:
         steps += tried(where, python, wheel, out, pins)

@@ -15,9 +15,11 @@ def test_lower_bounds_are_those_of_the_dependencies_and_extras_that_apply() -> N
         "numpy",
         'onnxruntime>=1.18; extra == "cpu"',
         'tensorrt>=10.12; extra == "gpu"',
-        'tomli>=2; python_version < "3"',
+        'tomli>=2; python_version < "3.11"',
     ]
-    assert check_release.lower_bounds(requires, ("cpu",)) == ["click==8.1", "onnxruntime==1.18"]
+    newer = ["click==8.1", "onnxruntime==1.18"]
+    assert check_release.lower_bounds(requires, ("cpu",), "3.11.7") == newer
+    assert check_release.lower_bounds(requires, ("cpu",), "3.10.13") == [*newer, "tomli==2"]
 
 
 def test_a_wheel_is_searched_for_what_it_lacks_and_has_too_much(tmp_path: Path) -> None:
