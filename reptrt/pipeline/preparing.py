@@ -55,8 +55,7 @@ class Prepared:
     # tensor -> range of each channel without the judging images / range with them, (C,), at most 1
     without_judges: Mapping[str, Float64Array]
     outputs: Outputs  # of the float net on the judging images
-    kept: Kept  # values of tensors before channels were scaled
-    factors: Mapping[str, Float64Array]  # tensor -> factor of each channel, (C,), if scaled
+    kept: Kept  # values of tensors
     costs: Costs  # that the choice counted with
 
 
@@ -123,7 +122,7 @@ def prepare(net: Net, dataset: Dataset, options: CalibrateOptions) -> Prepared:
             no_limits = {name: np.ones_like(share) for name, share in shares.items()}
             ends = keep_ends(prices, lambda ends: error(chosen, math.inf, ends, no_limits))
             in_float = ((*in_float[0], *exactly(ends)), in_float[1])
-    factors = factors_of_tensors(net, chosen.factors)
+    kept.factors = factors_of_tensors(net, chosen.factors)
     total = num_macs(net)
     left_whole = _apply(net, chosen, asked, options)
     placement = place(net, *in_float)  # of the net with its splits
@@ -147,7 +146,6 @@ def prepare(net: Net, dataset: Dataset, options: CalibrateOptions) -> Prepared:
         without_judges=shares,
         outputs=outputs,
         kept=kept,
-        factors=factors,
         costs=costs,
     )
 

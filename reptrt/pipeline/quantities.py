@@ -73,8 +73,10 @@ def quantities_of(
                 centred=options.parts.correct_bias,
                 seed=options.seed,
                 memory=int(options.memory_budget * 2**30) // 4,
+                kept=prepared.kept,
             )
             clock.lap("rounding")
+        prepared.kept.clear()
         if options.parts.correct_bias:
             _correct_biases(net, graph, seen.means, outputs, weights)
             clock.lap("biases")
@@ -96,7 +98,6 @@ def _collect_alive(
     placement = prepared.placement
     in_float = (exactly(placement.excluded), exactly(placement.float_nodes))
     seen = _collect(graph, net, prepared, dataset, options, needed)
-    prepared.kept.clear()
     if seen.same_images:
         _LOG.warning("%s: all %d images are equal: ranges of one", dataset.name, dataset.length)
     dead: tuple[str, ...] = ()
@@ -134,7 +135,7 @@ def _collect(
     )
     tensors = {needed.get(a.tensor, a.tensor) for a in placement.activations}
     if kept.holds(tensors | means):
-        seen = collect_kept(kept, prepared.factors, dataset, tensors, means)
+        seen = collect_kept(kept, dataset, tensors, means)
     else:
         seen = collect(graph, dataset, tensors, means)
     return replace(seen, histograms=renamed(seen.histograms, needed))

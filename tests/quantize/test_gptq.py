@@ -18,9 +18,11 @@ from reptrt.graph.net import Net, model_from_net, net_from_model
 from reptrt.graph.placement import place
 from reptrt.graph.preprocess import read_preprocess
 from reptrt.graph.qdq import quantize_weights
-from reptrt.quantize.calib.outputs import stride_of
+from reptrt.quantize.calib.collect import Kept, watch
+from reptrt.quantize.calib.outputs import parts, stride_of
 from reptrt.quantize.rounding import moments
 from reptrt.quantize.rounding.compensate import compensate
+from reptrt.quantize.rounding.moments import collect_moments
 from reptrt.quantize.rounding.nearest_plane import nearest_plane
 from reptrt.quantize.rounding.windows import matrix_of, weight_of, window_of
 from tests.support.helpers import ort_run
@@ -263,7 +265,11 @@ def test_the_mean_counts_unless_a_bias_takes_it_out(op: str, less: float) -> Non
 
 
 @pytest.mark.parametrize("offset", [0.0, 1e3])
-def test_moments_are_those_of_float64(offset: float) -> None:
+@pytest.mark.parametrize("columns", [4, 256])
+def test_moments_are_those_of_float64(
+    monkeypatch: pytest.MonkeyPatch, offset: float, columns: int
+) -> None:
+    monkeypatch.setattr(moments, "_COLUMNS", columns)
     rng = np.random.default_rng(0)
     rows = (offset + rng.standard_normal((5000, 2, 6))).astype(np.float32)
     sums = moments._Sums(2)
@@ -277,3 +283,29 @@ def test_moments_are_those_of_float64(offset: float) -> None:
         expected = apart.transpose(0, 2, 1) @ apart / 5000
         np.testing.assert_allclose(mean, middle, rtol=1e-6, atol=1e-6)
         np.testing.assert_allclose(covariance, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_moments_of_kept_values_are_those_of_a_pass() -> None:
+    """The net is not run, and channels are scaled; powers of two scale without rounding."""
+    weight = np.ones((8, 4, 3, 3), np.float32)
+    net = net_of("Conv", (32, 4, 12, 12), weight, {"pads": [1, 1, 1, 1], "strides": [2, 1]})
+    window = window_of(layer_of(net))
+    assert window is not None
+    factors = 2.0 ** np.arange(-1, 3)
+    key = moments.Inputs("x", window, 4, centred=True)
+    scaled = (images(0, 70) * factors[:, None, None]).astype(np.float32)
+    with torch.inference_mode():
+        expected = collect_moments(
+            TorchGraph(net), dataset_of(scaled, net), [key], seed=3, memory=1
+        )[key]
+        kept = Kept(1 << 30, 70)
+        for part in parts(dataset_of(images(0, 70), net)):
+            watch(TorchGraph(net), part, {"x": [kept.record]}, "values")
+        kept.factors = {"x": factors}
+        unused = TorchGraph(net_of("Gemm", (5, 7), np.ones((3, 7), np.float32), {"transB": 1}))
+        found = collect_moments(
+            unused, dataset_of(scaled, net), [key], seed=3, memory=1, kept=kept
+        )[key]
+    torch.testing.assert_close(found.covariance, expected.covariance, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(found.judges, expected.judges, rtol=1e-6, atol=1e-6)
+    assert found.judges.shape[0] >= 8 * 6 * 12

@@ -52,17 +52,12 @@ def collect(
 
 
 def collect_kept(
-    kept: "Kept",
-    factors: Mapping[str, Float64Array],
-    dataset: Dataset,
-    histograms: Collection[str],
-    means: Collection[str] = (),
+    kept: "Kept", dataset: Dataset, histograms: Collection[str], means: Collection[str] = ()
 ) -> Statistics:
     """Return what `collect` does for the net with scaled channels, without running it.
 
     Args:
-        kept: the values of all named tensors before channels were scaled; they are given up.
-        factors: tensor -> factor of each channel, (C,), for those that were scaled.
+        kept: the values of all named tensors.
         dataset: the images that the values were computed from.
         histograms: as for `collect`.
         means: as for `collect`.
@@ -72,10 +67,7 @@ def collect_kept(
     """
     totals = _Totals()
     for name in sorted({*histograms, *means}):
-        for count, value in track(kept.take(name), math.ceil(dataset.length / COMPUTE_BATCH), name):
-            if name in factors:
-                factor = torch.from_numpy(factors[name]).to(value)
-                value = value * factor.reshape(-1, *[1] * (value.dim() - 2))
+        for count, value in track(kept.batches(name), kept.num_batches, name):
             if name in histograms:
                 totals.count_values(name, count, value)
             if name in means:
@@ -132,18 +124,22 @@ def _are_equal(dataset: Dataset) -> bool:
 class Kept:
     """Values of tensors over all images, in batches, as long as all of them fit into a limit.
 
-    Channels are scaled after one pass over the images, and histograms need the scaled channels.
-    Where the values fit, they are scaled, and the second pass is saved.
+    Channels are scaled after one pass over the images, and histograms and covariances need the
+    scaled channels. Where the values fit, they are scaled, and further passes are saved.
 
     Args:
         limit: the most bytes.
         images: how many there will be.
+
+    Attributes:
+        factors: tensor -> factor of each channel, (C,), for those that were scaled since.
     """
 
     def __init__(self, limit: int, images: int) -> None:
         self._limit, self._images = limit, images
         self._expected = 0.0
         self._values: dict[str, list[tuple[int, Tensor]]] | None = {}
+        self.factors: Mapping[str, Float64Array] = {}
 
     def record(self, name: str, count: int, value: Tensor) -> None:
         """Keep the values of one batch, of which ``count`` images count."""
@@ -160,9 +156,20 @@ class Kept:
         """Whether the values of all these tensors are here."""
         return self._values is not None and self._values.keys() >= {*names}
 
-    def take(self, name: str) -> list[tuple[int, Tensor]]:
-        """Return the values of a tensor, and give them up."""
-        return [] if self._values is None else self._values.pop(name)
+    @property
+    def num_batches(self) -> int:
+        """Of each tensor."""
+        return len(next(iter(self._values.values()))) if self._values else 0
+
+    def batches(self, name: str, some: slice = slice(None)) -> Iterator[tuple[int, Tensor]]:
+        """Yield the values of a tensor with scaled channels, and how many images count."""
+        assert self._values is not None
+        factor = torch.from_numpy(self.factors[name]) if name in self.factors else None
+        for count, value in self._values[name][some]:
+            if factor is None:
+                yield count, value
+            else:
+                yield count, value * factor.to(value).reshape(-1, *[1] * (value.dim() - 2))
 
     def clear(self) -> None:
         """Give up all values."""

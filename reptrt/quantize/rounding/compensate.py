@@ -16,6 +16,7 @@ from reptrt.data.dataset import Dataset
 from reptrt.execute.torchgraph import TorchGraph
 from reptrt.graph.net import Net, constant_value
 from reptrt.graph.plan import QuantizedWeight
+from reptrt.quantize.calib.collect import Kept
 from reptrt.quantize.rounding.moments import Inputs, Moments, collect_moments
 from reptrt.quantize.rounding.nearest_plane import nearest_plane
 from reptrt.quantize.rounding.windows import matrix_of, weight_of, window_of
@@ -31,6 +32,7 @@ def compensate(
     centred: bool,
     seed: int,
     memory: int,
+    kept: Kept | None = None,
 ) -> dict[str, QuantizedWeight]:
     """Return codes with compensated errors; of layers that have no rows, the nearest ones.
 
@@ -43,6 +45,7 @@ def compensate(
         centred: whether biases will be corrected for the mean error.
         seed: draws the positions at which inputs are sampled.
         memory: bytes for what is known of the inputs of layers.
+        kept: values of tensors of the net on the images; where it has all, the net is not run.
     """
     weights, keys = {}, {}
     for node in net.graph.nodes:
@@ -59,7 +62,7 @@ def compensate(
             centred=centred and node.op != "MatMul",
         )
     inputs = list(dict.fromkeys(keys.values()))
-    moments = collect_moments(graph, dataset, inputs, seed=seed, memory=memory)
+    moments = collect_moments(graph, dataset, inputs, seed=seed, memory=memory, kept=kept)
     return {**nearest} | {
         name: _compensated(weights[name], nearest[name], moments[key], key, grid)
         for name, key in keys.items()

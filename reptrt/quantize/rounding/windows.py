@@ -37,7 +37,7 @@ class Window:
             flat = x.reshape(-1, 1, x.shape[-1])
             return flat[_drawn(len(flat), count, rng)]
         before, after = self._pads(x.shape[2:])
-        x = pad_with(x, before, after, 0.0).contiguous()
+        x = pad_with(x, before, after, 0.0)
         sizes = [
             (size - (taps - 1) * dilation - 1) // stride + 1
             for size, taps, stride, dilation in zip(
@@ -47,14 +47,14 @@ class Window:
         batch, channel, *axes = x.stride()
         moves = [a * stride for a, stride in zip(axes, self.strides, strict=True)]
         taps = [a * dilation for a, dilation in zip(axes, self.dilations, strict=True)]
-        windows = x.as_strided(  # a view: nothing is copied but the rows that are drawn
-            (len(x), *sizes, x.shape[1], *self.kernel), (batch, *moves, channel, *taps)
-        )
+        # A view: nothing is copied but the rows that are drawn. Channels are the last axis, since
+        # that is how activations lie in memory.
+        shape = (len(x), *sizes, *self.kernel, x.shape[1])
+        windows = x.as_strided(shape, (batch, *moves, *taps, channel), x.storage_offset())
         drawn = _drawn(len(x) * math.prod(sizes), count, rng).numpy()
         places = np.unravel_index(drawn, (len(x), *sizes))
-        return windows[tuple(torch.from_numpy(p) for p in places)].reshape(
-            len(drawn), self.groups, -1
-        )
+        rows = windows[tuple(torch.from_numpy(p) for p in places)]
+        return rows.movedim(-1, 1).reshape(len(drawn), self.groups, -1)
 
     def _pads(self, sizes: Sequence[int]) -> tuple[Sequence[int], Sequence[int]]:
         if self.auto:
