@@ -48,8 +48,13 @@ def nearest_plane(weight: Tensor, covariance: Tensor, grid: Grid) -> Tensor:
     for last in range(exact.shape[1], 0, -_BLOCK):
         some = slice(max(0, last - _BLOCK), last)
         target = torch.baddbmm(exact[:, some], factor[:, some, last:], error[:, last:])
-        of_block = (x.numpy() for x in (exact[:, some], target, factor[:, some, some]))
-        _round_block(*of_block, error[:, some].numpy(), grid)
+        _round_block(
+            exact[:, some].numpy(),
+            target.numpy(),
+            factor[:, some, some].numpy(),
+            error[:, some].numpy(),
+            grid,
+        )
     codes = (exact - error).round()
     return torch.empty_like(codes).scatter_(1, places, codes).mT
 
