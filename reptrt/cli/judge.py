@@ -12,12 +12,13 @@ from reptrt.cli.command import Command, emit
 from reptrt.cli.fields import PATH, FieldOptions
 
 _EVALUATE = FieldOptions("reptrt.judge.options:EvaluateOptions")
+_SHARDS = FieldOptions("reptrt.sweeping.options:ShardOptions")
 _PREDICT = FieldOptions("reptrt.judge.predict.options:PredictOptions")
 _RANK = FieldOptions("reptrt.judge.options:RankOptions")
 _BENCH = FieldOptions("reptrt.judge.options:BenchOptions")
 
 
-@click.command("eval", cls=Command, options=[_EVALUATE])
+@click.command("eval", cls=Command, options=[_EVALUATE, _SHARDS])
 @click.argument("files", type=PATH, nargs=-1, required=True)
 @click.option(
     "--data", type=PATH, required=True, help="Images to judge on: a folder, an .npz or an .npy."
@@ -27,9 +28,15 @@ def evaluate(files: Sequence[Path], data: Path, json_path: str | None, **values:
 
     Prints top-1 and top-5 where the images have labels; agreement and SQNR with --reference.
     """
-    from reptrt.judge.evaluate import evaluate as judge
+    options, shards = _EVALUATE.value(values), _SHARDS.value(values)
+    if shards.shards is None:
+        from reptrt.judge.evaluate import evaluate as judge
 
-    report = judge(list(files), data, _EVALUATE.value(values))
+        report = judge(list(files), data, options)
+    else:
+        from reptrt.sweeping.sharded import evaluate_in_shards
+
+        report = evaluate_in_shards(list(files), data, options, shards)
     emit(str(report), report.to_dict(), json_path)
 
 

@@ -151,6 +151,11 @@ def open_dataset(
     return Dataset(name, len(kept), known, preprocess, source, num_classes, names, fits, objects)
 
 
+def sampled(images: Path, limit: int | None, seed: int) -> list[int]:
+    """Return the indices of the images that `open_dataset` takes, ascending."""
+    return [int(i) for i in _sample(str(images), count_images(images), limit, seed, "limit")]
+
+
 def count_images(images: Images) -> int:
     """Return how many images there are.
 

@@ -19,7 +19,7 @@ from reptrt.graph.preprocess import Preprocess
 from reptrt.judge.outputs import Distance, Outputs
 
 LEAST_DB = 20.0  # at which the error is a tenth of the signal
-_IMAGES = 16  # on which it is measured
+IMAGES = 16  # on which it is measured
 _VARIANCE = 1 / 12  # of rounding, in squares of a grey level
 _TOP = 255.0
 
@@ -43,7 +43,7 @@ class Conditioning:
             outputs: of the net for them.
             run: the net.
         """
-        images = batch[: _IMAGES - self.images]
+        images = batch[: IMAGES - self.images]
         if not len(images):
             return
         self.images += len(images)

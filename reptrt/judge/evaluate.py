@@ -52,8 +52,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.table import Table
 
+from reptrt.core.arrays import AnyArray
 from reptrt.core.errors import ArtifactError, ConfigError, option
 from reptrt.core.progress import track
 from reptrt.core.result import Result
@@ -181,38 +183,104 @@ def evaluate(
     Raises:
         ReptrtError: a file or image cannot be used, or outputs cannot be compared.
     """
-    reference = reference or options.reference
-    different = list(dict.fromkeys([*networks, *([] if reference is None else [reference])]))
-    labels_of = dict(zip(different, unique_labels(different), strict=True))
-    task = open_task(options, images)
-    groups = [
-        (
-            open_dataset(images, preprocess, limit=options.limit, seed=options.seed, taken=taken),
-            group,
-        )
-        for preprocess, group in _by_preprocess(different, reference).items()
-    ]
-    with contextlib.ExitStack() as stack:
-        judged = {
+    evaluation = Evaluation(networks, images, options, reference=reference, taken=taken)
+    evaluation.run()
+    return evaluation.report()
+
+
+class Evaluation:
+    """What `evaluate` does, in steps: other processes may run a part of the images each.
+
+    Args:
+        networks: as for `evaluate`, and so are the others.
+        images: the images.
+        options: of the evaluation.
+        reference: the network to compare with.
+        taken: the indices of the images to use.
+    """
+
+    def __init__(
+        self,
+        networks: Sequence[Network],
+        images: Images,
+        options: EvaluateOptions,
+        *,
+        reference: Network | None = None,
+        taken: Sequence[int] | None = None,
+    ) -> None:
+        reference = reference or options.reference
+        different = list(dict.fromkeys([*networks, *([] if reference is None else [reference])]))
+        labels_of = dict(zip(different, unique_labels(different), strict=True))
+        self._networks, self._options, self._reference = networks, options, reference
+        self._task = open_task(options, images)
+        limit, seed = options.limit, options.seed
+        self._groups = [
+            (open_dataset(images, preprocess, limit=limit, seed=seed, taken=taken), group)
+            for preprocess, group in _by_preprocess(different, reference).items()
+        ]
+        self._judged = {
             network: Judged(
                 labels_of[network],
-                stack.enter_context(_open(network, options)),
-                task.tally(labels_of[network], dataset),
+                self._task.tally(labels_of[network], dataset),
                 None if reference is None else Distance(),
             )
-            for dataset, group in groups
+            for dataset, group in self._groups
             for network in group
         }
-        noise = _run_all(judged, groups, reference, options.batch_size)
-    findings = {network: of.findings() for network, of in judged.items()}
-    compared_with = None if reference is None else findings[reference]
-    return EvalReport(
-        tuple(
-            _result(task, judged[network], findings[network], compared_with) for network in networks
-        ),
-        task.columns,
-        noise,
-    )
+        self._noise: float | None = None
+
+    def run(self, *, with_noise: bool = True) -> None:
+        """Run all networks on all images.
+
+        Args:
+            with_noise: measure on the first images what noise does to the reference.
+        """
+        with contextlib.ExitStack() as stack:
+            runners = {
+                network: stack.enter_context(_open(network, self._options))
+                for network in self._judged
+            }
+            self._noise = _run_all(
+                self._judged,
+                runners,
+                self._groups,
+                self._reference,
+                self._options.batch_size,
+                with_noise=with_noise,
+            )
+
+    def kept(self) -> dict[str, AnyArray]:
+        """Return all that was collected, as arrays that a file can hold."""
+        found = {"noise": np.array(np.nan if self._noise is None else self._noise)}
+        for index, of in enumerate(self._judged.values()):
+            found |= {f"{index}.{name}": value for name, value in of.kept().items()}
+        return found
+
+    def add_kept(self, kept: Mapping[str, AnyArray]) -> None:
+        """Add what another evaluation of the same networks collected of the next images."""
+        if self._noise is None and not np.isnan(kept["noise"]):
+            self._noise = float(kept["noise"])
+        for index, of in enumerate(self._judged.values()):
+            of.add_kept(_below(f"{index}.", kept))
+
+    def report(self) -> EvalReport:
+        """Return the results of all images that were run or added.
+
+        Raises:
+            ArtifactError: there are outputs that are NaN or infinite.
+        """
+        findings = {network: of.findings() for network, of in self._judged.items()}
+        compared_with = None if self._reference is None else findings[self._reference]
+        results = (
+            _result(self._task, self._judged[network], findings[network], compared_with)
+            for network in self._networks
+        )
+        return EvalReport(tuple(results), self._task.columns, self._noise)
+
+
+def _below(prefix: str, kept: Mapping[str, AnyArray]) -> dict[str, AnyArray]:
+    """Return the arrays whose names begin with a prefix, without it."""
+    return {name[len(prefix) :]: of for name, of in kept.items() if name.startswith(prefix)}
 
 
 def preprocess_of(network: Network, reference: Network | None = None) -> Preprocess:
@@ -257,7 +325,6 @@ class Judged:
     """One network while it is judged."""
 
     name: str
-    runner: Runner
     tally: Tally[Any]
     distance: Distance | None  # to the reference; None: there is none
     images: int = 0
@@ -276,6 +343,26 @@ class Judged:
             self.distance.add(reference, outputs)
         self.tally.add(outputs, reference)
 
+    def kept(self) -> dict[str, AnyArray]:
+        """Return all that was added, as arrays that a file can hold."""
+        counts: dict[str, AnyArray] = {"seen": np.array([self.images, self.bad])}
+        distance = {} if self.distance is None else self.distance.kept()
+        tally = {} if self.bad else self.tally.kept()
+        for prefix, found in (("distance", distance), ("tally", tally)):
+            counts |= {f"{prefix}.{name}": value for name, value in found.items()}
+        return counts
+
+    def add_kept(self, kept: Mapping[str, AnyArray]) -> None:
+        """Add what was kept of the next images."""
+        images, bad = kept["seen"].tolist()
+        self.images += images
+        self.bad += bad
+        if self.bad:
+            return
+        if self.distance is not None:
+            self.distance.add_kept(_below("distance.", kept))
+        self.tally.add_kept(_below("tally.", kept))
+
     def findings(self) -> Any:
         """Return what the task found out.
 
@@ -292,9 +379,12 @@ class Judged:
 
 def _run_all(
     judged: Mapping[Network, Judged],
+    runners: Mapping[Network, Runner],
     groups: Sequence[tuple[Dataset, Sequence[Network]]],
     reference: Network | None,
     batch_size: int,
+    *,
+    with_noise: bool,
 ) -> float | None:
     """Run all networks batch by batch, so that the outputs of one batch are in memory at a time.
 
@@ -306,7 +396,7 @@ def _run_all(
     num_batches = -(-groups[0][0].length // batch_size)
     for batch_of_each in track(batches, num_batches, "eval"):
         outputs = {
-            network: run_batch(judged[network].runner, batch)
+            network: run_batch(runners[network], batch)
             for batch, (_, group) in zip(batch_of_each, groups, strict=True)
             for network in group
         }
@@ -314,9 +404,9 @@ def _run_all(
         for network, of in judged.items():
             of.add(outputs[network], expected)
         for batch, (dataset, group) in zip(batch_of_each, groups, strict=True):
-            if reference is not None and reference in group:
+            if with_noise and reference is not None and reference in group:
                 conditioning = conditioning or Conditioning(dataset.preprocess)
-                run = functools.partial(run_batch, judged[reference].runner)
+                run = functools.partial(run_batch, runners[reference])
                 conditioning.add(batch, outputs[reference], run)
     return None if conditioning is None else conditioning.sqnr_db
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from reptrt.core.arrays import Float32Array
+from reptrt.core.arrays import AnyArray, Float32Array
 from reptrt.core.errors import ArtifactError, DataError
 from reptrt.core.metrics import db_from_powers, db_of_outputs, powers
 from reptrt.core.progress import track
@@ -137,21 +137,44 @@ def total_sqnr_db(reference: Outputs, outputs: Outputs) -> float:
 
 @dataclass(slots=True)
 class Distance:
-    """How far outputs are from a reference's, summed up batch by batch."""
+    """How far outputs are from a reference's, batch by batch.
 
-    powers: dict[str, tuple[float, float]] = field(default_factory=dict)  # signal, noise
+    What batches give is added up in their order, so that the result is the same to the last digit
+    whoever ran them.
+    """
+
+    batches: dict[str, list[tuple[float, float]]] = field(default_factory=dict)  # signal, noise
     identical: bool = True
 
     def add(self, reference: Outputs, outputs: Outputs) -> None:
         """Add the outputs of the same images; those that a batch does not have are left out."""
         pairs = paired(reference, outputs)
-        known = self.powers or dict.fromkeys(pairs, (0.0, 0.0))
-        self.powers = {}
-        for name in (name for name in known if name in pairs):
-            sums = zip(known[name], powers(*pairs[name]), strict=True)
-            signal, noise = (before + added for before, added in sums)
-            self.powers[name] = (signal, noise)
-            self.identical = self.identical and np.array_equal(*pairs[name])
+        self._extend({name: [powers(*pair)] for name, pair in pairs.items()})
+        self.identical &= all(np.array_equal(*pairs[name]) for name in self.batches)
+
+    def _extend(self, found: Mapping[str, list[tuple[float, float]]]) -> None:
+        """Add batches; outputs that these or those before do not have are left out."""
+        known = self.batches or {name: [] for name in found}
+        self.batches = {name: known[name] + found[name] for name in known if name in found}
+
+    def kept(self) -> dict[str, AnyArray]:
+        """Return all that was added, as arrays that a file can hold."""
+        found = {f"of.{name}": np.array(of, np.float64) for name, of in self.batches.items()}
+        return {**found, "identical": np.array(self.identical)}
+
+    def add_kept(self, kept: Mapping[str, AnyArray]) -> None:
+        """Add what another distance was given of the next images."""
+        found = {name.partition(".")[2]: of for name, of in kept.items() if name != "identical"}
+        self._extend({name: [(float(s), float(n)) for s, n in of] for name, of in found.items()})
+        self.identical &= bool(kept["identical"])
+
+    @property
+    def powers(self) -> dict[str, tuple[float, float]]:
+        """The power of the signal and of the noise of each output, summed over all images."""
+        return {
+            name: (sum((s for s, _ in of), 0.0), sum((n for _, n in of), 0.0))
+            for name, of in self.batches.items()
+        }
 
     @property
     def by_output(self) -> dict[str, float]:

@@ -58,7 +58,7 @@ def run(executor: Executor, queue: Queue, retries: int) -> Iterator[Outcome]:
             continue
         deaths[id(task)] += 1
         if deaths[id(task)] <= retries:
-            _LOG.info("sweep: %s: %s; started again", task.name, outcome.death)
+            _LOG.info("%s: %s; started again", task.name, outcome.death)
             queue.add(task, first=True)
             continue
         times = deaths.pop(id(task))

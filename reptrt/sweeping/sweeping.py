@@ -44,7 +44,7 @@ def sweep(sheet: Sheet, folder: Path, options: SweepOptions) -> Swept:
     """
     make_folder(folder)
     store = Store(options.store or str((folder / STORE).resolve()))
-    _check_store(store, options)
+    check_store(store, options)
     store.prepare()
     going = _Sweep(sheet, folder, store, options)
     going.plan()
@@ -264,7 +264,8 @@ def _workers(options: SweepOptions) -> int:
     return options.workers or max(1, usable_cores() // options.threads)
 
 
-def _check_store(store: Store, options: SweepOptions) -> None:
+def check_store(store: Store, options: SweepOptions) -> None:
+    """Refuse a store that the workers do not see."""
     is_alone = options.ray is None and options.workers == 0
     if not is_alone and not store.is_shared_with_processes:
         raise ConfigError(

@@ -8,10 +8,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from reptrt.core.artifacts import package_versions, sidecar_path
 from reptrt.core.errors import DataError
 from reptrt.core.options_json import options_from_json
-from reptrt.judge.evaluate import evaluate
+from reptrt.data.dataset import sampled
+from reptrt.judge.evaluate import Evaluation, evaluate
 from reptrt.judge.options import EvaluateOptions
 from reptrt.linter import lint
 from reptrt.pipeline import CalibrateOptions, ExportOptions, Source, export
@@ -26,6 +29,7 @@ from reptrt.trt.build import build_engine
 from reptrt.trt.options import BuildOptions
 
 ENGINE_FILE = "model.engine"
+KEPT_FILE = "kept.npz"
 _WHERE = "the task"
 
 
@@ -90,6 +94,24 @@ def make_engine(payload: Mapping[str, Any]) -> dict[str, Any]:
         return Made({"bytes": path.stat().st_size}, (summary.path, sidecar_path(path)))
 
     return store.once(payload["key"], make)
+
+
+def judge_shard(payload: Mapping[str, Any]) -> dict[str, Any]:
+    """Run networks on some of the images; keep all that their evaluation needs of these."""
+
+    def make(folder: Path) -> Made:
+        options = options_from_json(EvaluateOptions, payload["options"], _WHERE)
+        data, (start, stop) = _here(payload["data"]), payload["range"]
+        taken = sampled(data, options.limit, options.seed)[start:stop]
+        files = [_here(file) for file in payload["files"]]
+        part = Evaluation(files, data, options, taken=taken)
+        part.run(with_noise=start == 0)
+        path = folder / KEPT_FILE
+        arrays: dict[str, Any] = part.kept()
+        np.savez(path, **arrays)
+        return Made({"images": len(taken)}, (path,))
+
+    return Store(payload["store"]).once(payload["key"], make)
 
 
 def _judged(of_float: Path, int8: Path, judging: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,12 +10,12 @@ of the reference lie, up to 5 % of the peak, in 0..1 (peak 1) or 0..255 with som
 """
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple, dataclass, field, fields
 
 import numpy as np
 
-from reptrt.core.arrays import FloatArray
+from reptrt.core.arrays import AnyArray, FloatArray
 from reptrt.data.dataset import Dataset, Images
 from reptrt.judge.options import TaskOptions
 from reptrt.judge.outputs import Outputs, paired
@@ -79,6 +79,16 @@ class _Sums:
         self.highest = max(self.highest, float(x.max(initial=-math.inf)))
         self.is_picture &= x.ndim == 4 and x.shape[1] in (1, 3) and min(x.shape[2:]) >= _SMALLEST
 
+    def add_sums(self, other: "_Sums") -> None:
+        self.product += other.product
+        self.reference += other.reference
+        self.output += other.output
+        self.noise += other.noise
+        self.count += other.count
+        self.lowest = min(self.lowest, other.lowest)
+        self.highest = max(self.highest, other.highest)
+        self.is_picture &= other.is_picture
+
     @property
     def cosine(self) -> float | None:
         """None where one of the two is 0 everywhere."""
@@ -100,22 +110,51 @@ class _Sums:
         return 10 * math.log10(peak**2 * self.count / self.noise)
 
 
+_FIELDS = tuple(item.name for item in fields(_Sums))
+
+
+def _total(parts: Sequence[_Sums]) -> _Sums:
+    total = _Sums()
+    for sums in parts:
+        total.add_sums(sums)
+    return total
+
+
 @dataclass(slots=True)
 class _Tally:
-    sums: dict[str, _Sums] = field(default_factory=dict)
+    # of each batch: added up in the order of the images, whoever ran them
+    batches: dict[str, list[_Sums]] = field(default_factory=dict)
 
     def add(self, outputs: Outputs, reference: Outputs | None = None) -> None:
         for name, pair in paired(reference or {}, outputs).items() if reference else ():
-            self.sums.setdefault(name, _Sums()).add(*pair)
+            sums = _Sums()
+            sums.add(*pair)
+            self.batches.setdefault(name, []).append(sums)
 
     def findings(self) -> Closeness:
-        if not self.sums:
+        if not self.batches:
             return Closeness(None, None)
-        peaks = {name: sums.peak for name, sums in self.sums.items()}
+        total = {name: _total(parts) for name, parts in self.batches.items()}
+        peaks = {name: sums.peak for name, sums in total.items()}
         return Closeness(
-            {name: sums.cosine for name, sums in self.sums.items()},
-            {n: self.sums[n].psnr_db(peak) for n, peak in peaks.items() if peak is not None},
+            {name: sums.cosine for name, sums in total.items()},
+            {n: total[n].psnr_db(peak) for n, peak in peaks.items() if peak is not None},
         )
+
+    def kept(self) -> dict[str, AnyArray]:
+        return {
+            name: np.array([astuple(sums) for sums in parts], np.float64)
+            for name, parts in self.batches.items()
+        }
+
+    def add_kept(self, kept: Mapping[str, AnyArray]) -> None:
+        for name, parts in kept.items():
+            rows = (dict(zip(_FIELDS, row.tolist(), strict=True)) for row in parts)
+            known = self.batches.setdefault(name, [])
+            known += [
+                _Sums(**{**row, "count": int(row["count"]), "is_picture": bool(row["is_picture"])})
+                for row in rows
+            ]
 
 
 class Anything:

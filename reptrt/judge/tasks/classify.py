@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from reptrt.core.arrays import FloatArray, IntArray
+from reptrt.core.arrays import AnyArray, FloatArray, IntArray
 from reptrt.core.errors import ConfigError, DataError, option
 from reptrt.core.intervals import paired_interval
 from reptrt.core.metrics import class_scores, top_k_hits
@@ -66,6 +66,21 @@ class _Tally:
         hits = {key: np.concatenate(parts) if known else None for key, parts in self._hits.items()}
         accuracy = {key: None if of is None else float(of.mean()) for key, of in hits.items()}
         return Classes(accuracy, best, hits["top1"])
+
+    def kept(self) -> dict[str, AnyArray]:
+        if self._best is None:
+            return {}
+        hits = {key: np.concatenate(parts) for key, parts in self._hits.items() if parts}
+        return {"best": np.concatenate(self._best), **hits}
+
+    def add_kept(self, kept: Mapping[str, AnyArray]) -> None:
+        if "best" not in kept or self._best is None:
+            self._best = None
+            return
+        self._best.append(kept["best"])
+        self._seen += len(kept["best"])
+        for key, parts in self._hits.items():
+            parts += [kept[key]] if key in kept else []
 
     def _check_outputs(self, outputs: Outputs) -> None:
         """Say that these are the outputs of a detector, if they are."""

@@ -15,7 +15,9 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 
-from reptrt.core.arrays import Float64Array
+import numpy as np
+
+from reptrt.core.arrays import AnyArray, Float64Array
 from reptrt.core.errors import ConfigError, DataError, option
 from reptrt.data.arrays import Arrays
 from reptrt.data.coco import Annotations, find_annotations, read_annotations
@@ -83,6 +85,7 @@ class _Tally:
         self._objects = truth.of(dataset)
         self._files = dataset.names or ()
         self._reader: Reader | None = None
+        self._num_classes: int | None = None  # of the outputs; None: unknown
         self._detections: list[Detections] = []
 
     def add(self, outputs: Outputs, reference: Outputs | None = None) -> None:
@@ -91,19 +94,34 @@ class _Tally:
             names = self._truth.class_names
             known = None if names is None else len(names)
             self._reader = reader_of(self._name, outputs, self._preprocess, options, known)
+            self._num_classes = self._reader.layout.num_classes
         for found in self._reader.detections(outputs, options):
             fit = self._fits[len(self._detections)]
             self._detections.append(found.in_image(fit, clip=options.clip))
 
     def findings(self) -> Found:
-        assert self._reader is not None  # there is at least one batch
-        names = self._truth.class_names or _numbered(
-            self._name, self._objects, self._reader.layout.num_classes
-        )
+        names = self._truth.class_names or _numbered(self._name, self._objects, self._num_classes)
         scores = score_detections(
             self._objects, self._detections, len(names), self._options.max_boxes
         )
         return Found(tuple(self._detections), tuple(self._objects), names, self._files, scores)
+
+    def kept(self) -> dict[str, AnyArray]:
+        found = self._detections
+        return {
+            "counts": np.array([len(of.scores) for of in found], np.int64),
+            "boxes": np.concatenate([of.boxes for of in found]),
+            "scores": np.concatenate([of.scores for of in found]),
+            "classes": np.concatenate([of.classes for of in found]),
+            "num_classes": np.array(-1 if self._num_classes is None else self._num_classes),
+        }
+
+    def add_kept(self, kept: Mapping[str, AnyArray]) -> None:
+        ends = np.cumsum(kept["counts"])[:-1]
+        parts = (np.split(kept[name], ends) for name in ("boxes", "scores", "classes"))
+        self._detections += [Detections(*of) for of in zip(*parts, strict=True)]
+        number = int(kept["num_classes"])
+        self._num_classes = None if number < 0 else number
 
 
 class Detect:

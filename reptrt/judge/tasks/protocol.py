@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
+from reptrt.core.arrays import AnyArray
 from reptrt.data.dataset import Dataset
 from reptrt.judge.outputs import Outputs
 
@@ -87,6 +88,12 @@ class Tally(Protocol[F_co]):
 
     def findings(self) -> F_co:
         """Return the result over all images that were added."""
+
+    def kept(self) -> dict[str, AnyArray]:
+        """Return all that was collected, as arrays that a file can hold."""
+
+    def add_kept(self, kept: Mapping[str, AnyArray]) -> None:
+        """Add what another tally collected of the next images, as `add` would have."""
 
 
 class Task(Protocol[F]):

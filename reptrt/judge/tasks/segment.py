@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 
 from reptrt.core.arrays import AnyArray, Float32Array, IntArray
-from reptrt.core.errors import ConfigError, DataError, option
+from reptrt.core.errors import ArtifactError, ConfigError, DataError, option
 from reptrt.data.dataset import Dataset, Images
 from reptrt.data.masks import IGNORED, find_masks, read_mask
 from reptrt.judge.options import TaskOptions
@@ -69,6 +69,31 @@ class _Tally:
         measures = _measures(self._confusion) if self._masks is not None else _unknown()
         return Pixels(measures, tuple(self._maps))
 
+    def kept(self) -> dict[str, AnyArray]:
+        return {
+            "maps": np.frombuffer(b"".join(self._maps), np.uint8),
+            "sizes": np.array([len(of) for of in self._maps], np.int64),
+            "confusion": self._confusion,
+            "least": np.array(np.nan if self._least is None else self._least),
+        }
+
+    def add_kept(self, kept: Mapping[str, AnyArray]) -> None:
+        least = None if np.isnan(kept["least"]) else float(kept["least"])
+        if self._maps and least != self._least:
+            raise ArtifactError(
+                f"{self._name}: its values are probabilities on some images and not on others; "
+                "judge all images in one part"
+            )
+        self._least = least
+        parts = np.split(kept["maps"], np.cumsum(kept["sizes"])[:-1])
+        self._maps += [part.tobytes() for part in parts]
+        self._add_confusion(kept["confusion"])
+
+    def _add_confusion(self, found: IntArray) -> None:
+        larger, smaller = sorted((self._confusion, found), key=len, reverse=True)
+        self._confusion = larger.copy()
+        self._confusion[: len(smaller), : len(smaller)] += smaller
+
     def _of_two_classes(self, output: AnyArray) -> AnyArray:
         """Return logits (N, 2, h, w) of a single map (N, 1, h, w), anything else as it is."""
         if output.ndim != 4 or output.shape[1] > 1:
@@ -93,9 +118,7 @@ class _Tally:
         counted = mask != IGNORED
         pairs = mask[counted] * known + classes[counted]
         found = np.bincount(pairs, minlength=known * known).reshape(known, known)
-        larger, smaller = sorted((self._confusion, found), key=len, reverse=True)
-        self._confusion = larger.copy()
-        self._confusion[: len(smaller), : len(smaller)] += smaller
+        self._add_confusion(found)
 
     def _refuse_beyond(self, path: Path, mask: IntArray, known: int) -> None:
         beyond = mask[(mask >= known) & (mask != IGNORED)]
