@@ -88,6 +88,17 @@ def test_calibrate_loads_no_optimizer_of_graphs() -> None:
     assert python(code).stdout.splitlines()[-1] == "loaded []"
 
 
+def test_learning_loads_no_compiler() -> None:
+    """torch.optim.Adam imports it, for longer than learning a small net takes."""
+    code = (
+        "import sys, torch; from reptrt.quantize.reconstruct.adam import Adam, Group\n"
+        "x = torch.ones(3, requires_grad=True); x.square().sum().backward()\n"
+        "Adam([Group([x], 0.1, False)]).step(1.0); assert x[0] < 1\n"
+        "print('loaded', sorted({'torch._dynamo', 'sympy'} & set(sys.modules)))"
+    )
+    assert python(code).stdout.splitlines()[-1] == "loaded []"
+
+
 def test_the_list_of_commands_loads_no_options() -> None:
     code = (
         "import sys; from reptrt.cli import main; main(['--help'], standalone_mode=False)\n"

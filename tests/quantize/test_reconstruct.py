@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -28,7 +29,7 @@ from reptrt.graph.net import (
 )
 from reptrt.graph.splits import read_splits
 from reptrt.pipeline import CalibrateOptions, calibrate
-from reptrt.quantize.reconstruct import cache, driver
+from reptrt.quantize.reconstruct import adam, cache, driver
 from reptrt.quantize.reconstruct.cache import Store
 from reptrt.quantize.reconstruct.learn import Task, learn, relative_error
 from reptrt.quantize.reconstruct.options import LearnOptions, ReconstructReport
@@ -580,16 +581,16 @@ def test_storage_of_activations_hardly_matters(
 def test_rates_of_affines_and_steps_fall_to_zero(
     case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rates: list[list[float]] = []
+    rates: list[float] = []
 
-    class Noting(torch.optim.Adam):
-        def step(self, closure: None = None) -> None:
-            rates.append([float(group["lr"]) for group in self.param_groups])
-            super().step(closure)
+    def noting(*args: Any, lr: float, **options: Any) -> None:
+        rates.append(lr)
+        functional(*args, lr=lr, **options)
 
-    monkeypatch.setattr(torch.optim, "Adam", Noting)
+    functional = adam.adam
+    monkeypatch.setattr(adam, "adam", noting)
     case.learn(tmp_path, replace(QUICK, iterations=8, affine_rate=1e-3, step_rate=5e-4))
-    first = np.array(rates[:8])  # of the stem: rounding, affine, steps
+    first = np.reshape(rates[:24], (8, 3))  # of the stem: rounding, affine, steps
     np.testing.assert_allclose(first[:, 0], QUICK.rounding_rate)
     falling = 0.5 * (1 + np.cos(np.pi * np.arange(8) / 8))
     np.testing.assert_allclose(first[:, 1], 1e-3 * falling)

@@ -10,8 +10,8 @@ the mean square, averaged over the unit's outputs; at the raw heads of a detecto
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from reptrt.core.errors import CalibrationError, option
 from reptrt.execute.torchgraph import TorchGraph, exact_math
 from reptrt.quantize.calib.collect import COMPUTE_BATCH
 from reptrt.quantize.calib.measure import Measure, relative
+from reptrt.quantize.reconstruct.adam import Adam, Group
 from reptrt.quantize.reconstruct.options import LearnOptions
 from reptrt.quantize.reconstruct.rounding import SoftCodes, beta_at
 from reptrt.quantize.reconstruct.state import Sites, State, dequantized_weights, simulation
@@ -111,20 +112,15 @@ def learn(
         CalibrationError: the loss became NaN or infinite.
     """
     trial = _Trial(task, start, options)
-    if not trial.parameters:
+    if not trial.groups:
         return State()
-    optimizer = torch.optim.Adam(trial.parameters, fused=True)
-    rates = [group["lr"] for group in optimizer.param_groups]
+    optimizer = Adam(trial.groups)
     for step in range(options.iterations):
         picked = images[torch.randint(len(images), (options.batch,), generator=generator)]
-        decay = 0.5 * (1.0 + math.cos(math.pi * step / options.iterations))
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate * (1.0 if group["rounding"] else decay)
         with exact_math(task.graph.placement.device):
             loss = trial.loss(picked, beta_at(step, options.iterations))
-            optimizer.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
+        optimizer.step(0.5 * (1.0 + math.cos(math.pi * step / options.iterations)))
         if step % _CHECK_EVERY == 0 or step == options.iterations - 1:
             _refuse_not_finite(task.name, step, loss)
     return trial.learned()
@@ -135,38 +131,29 @@ class _Trial:
 
     def __init__(self, task: Task, start: State, options: LearnOptions) -> None:
         self._task, self._start, self._options = task, start, options
-        sites = task.sites
-        unit_sites = [site for node, site in sites.weights.items() if node in task.nodes]
+        sites = self._sites = _part_of(task.sites, task.nodes)
+        unit_sites = [*sites.weights.values()]
         self._weights = dequantized_weights(sites, start, [site.node for site in unit_sites])
         learned = [site for site in unit_sites if options.rounding and not site.exact]
         self._soft = SoftCodes(learned, start.codes, sites.grid) if learned else None
-        layers: set[str] = set()
-        if options.affine:
-            layers = {site.layer for site in unit_sites} & sites.affines.keys()
+        layers = sites.affines.keys() if options.affine else ()
         self._gain = {layer: _trainable(start.gain[layer]) for layer in sorted(layers)}
         self._shift = {layer: _trainable(start.shift[layer]) for layer in sorted(layers)}
-        groups = {
-            pair.group for pair in sites.pairs.values() if pair.readers & task.nodes
-        } - task.frozen
+        groups = {pair.group for pair in sites.pairs.values()} - task.frozen
         self._log_step = {
             group: _trainable(start.step[group].log()) for group in sorted(groups) if options.steps
         }
 
     @property
-    def parameters(self) -> list[dict[str, object]]:
-        """The parameter groups for the optimizer."""
+    def groups(self) -> list[Group]:
+        """What the optimizer moves."""
         options = self._options
-        affine = [*self._gain.values(), *self._shift.values()]
-        groups: list[tuple[Sequence[Tensor], float, bool]] = [
-            ([] if self._soft is None else [self._soft.v], options.rounding_rate, True),
-            (affine, options.affine_rate, False),
-            ([*self._log_step.values()], options.step_rate, False),
+        groups = [
+            Group([] if self._soft is None else [self._soft.v], options.rounding_rate, False),
+            Group([*self._gain.values(), *self._shift.values()], options.affine_rate, True),
+            Group([*self._log_step.values()], options.step_rate, True),
         ]
-        return [
-            {"params": tensors, "lr": rate, "rounding": rounding}
-            for tensors, rate, rounding in groups
-            if tensors
-        ]
+        return [group for group in groups if group.tensors]
 
     def loss(self, picked: Tensor, beta: float | None) -> Tensor:
         """Return the loss on the picked images without the value of the regularizer.
@@ -191,7 +178,7 @@ class _Trial:
         )
 
     def _run(self, inputs: Mapping[str, Tensor], beta: float | None) -> dict[str, Tensor]:
-        sites, soft = self._task.sites, {}
+        soft: dict[str, Tensor] = {}
         if self._soft is not None:
             strength = self._options.regularizer / self._soft.v.numel()  # a mean over weights
             soft = self._soft.weights(beta, strength)
@@ -199,9 +186,23 @@ class _Trial:
             {}, self._gain, self._shift, {g: value.exp() for g, value in self._log_step.items()}
         )
         constants, hooks = simulation(
-            sites, {**self._weights, **soft}, self._start.updated(current)
+            self._sites, {**self._weights, **soft}, self._start.updated(current)
         )
         return self._task.graph.run({**inputs, **constants}, self._task.outputs, replace=hooks)
+
+
+def _part_of(sites: Sites, nodes: Collection[str]) -> Sites:
+    """Return the sites that some of the nodes read."""
+    weights = {node: site for node, site in sites.weights.items() if node in nodes}
+    layers = {site.layer for site in weights.values()}
+    return replace(
+        sites,
+        weights=weights,
+        pairs={
+            name: pair for name, pair in sites.pairs.items() if not pair.readers.isdisjoint(nodes)
+        },
+        affines={layer: names for layer, names in sites.affines.items() if layer in layers},
+    )
 
 
 def _trainable(value: Tensor) -> Tensor:

@@ -116,12 +116,12 @@ class _SoftWeights(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
         sigmoid, h, span = ctx.saved_tensors
         of_h = grad * span
-        signed = (h * 2.0).sub_(1.0)
-        size = signed.abs()
         if ctx.beta is not None:
-            # d/dh (1 - |2h-1|^b) = -2 b |2h-1|^(b-1) sign(2h-1); exp and log are fast, pow is not
-            power = size.log_().mul_(ctx.beta - 1.0).exp_()
-            of_h.addcmul_(power, signed.sign_(), value=-2.0 * ctx.beta * ctx.strength)
+            # d/dh (1 - |2h-1|^b) = -2^b b |h-1/2|^(b-2) (h-1/2); exp and log are fast, pow is not
+            signed = h - 0.5
+            power = signed.abs().log_().mul_(ctx.beta - 2.0).exp_()
+            factor = -(2.0**ctx.beta) * ctx.beta * ctx.strength
+            of_h.addcmul_(power, signed, value=factor)
         of_v = torch.addcmul(sigmoid, sigmoid, sigmoid, value=-1.0)  # sigmoid'
         of_v.mul_(of_h).mul_(_STRETCH)
         # 0 where h is clipped to 0 or 1
