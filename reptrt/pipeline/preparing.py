@@ -85,7 +85,8 @@ def prepare(net: Net, dataset: Dataset, options: CalibrateOptions) -> Prepared:
     with torch.inference_mode():
         graph = TorchGraph(net, torch_device(options.device))
         kept = Kept(options.kept_bytes, dataset.length)
-        stats, shares = _measure(graph, net, placement, layers, dataset, options, kept)
+        outputs = Outputs(graph, parts(dataset)[1])
+        stats, shares = _measure(graph, net, placement, layers, dataset, options, kept, outputs)
         possible = (
             _can_have_full_range(net, place(net, *in_float), options)
             if options.parts.full_range
@@ -112,7 +113,6 @@ def prepare(net: Net, dataset: Dataset, options: CalibrateOptions) -> Prepared:
                 most,
             )
 
-        outputs = Outputs(graph, parts(dataset)[1])
         chosen = candidates[0] if len(candidates) == 1 else least(candidates, error)[0]
         if options.runtime.float_ends and stats:
             trial = net.copy()
@@ -170,6 +170,7 @@ def _measure(
     dataset: Dataset,
     options: CalibrateOptions,
     kept: Kept,
+    outputs: Outputs,
 ) -> tuple[dict[str, ChannelStats], dict[str, Float64Array]]:
     """Return what `_statistics` does, of every tensor that a decision needs; empty if none does."""
     parts = options.parts
@@ -179,7 +180,7 @@ def _measure(
     equalized = {tensor for stream in streams for tensor in stream.tensors}
     quantized = (activation.tensor for activation in placement.activations)
     tensors = sorted({*layers.values(), *quantized})
-    return _statistics(graph, dataset, tensors, equalized, kept)
+    return _statistics(graph, dataset, tensors, equalized, kept, outputs)
 
 
 def _statistics(
@@ -188,6 +189,7 @@ def _statistics(
     tensors: Sequence[str],
     equalized: Collection[str],
     kept: Kept,
+    outputs: Outputs,
 ) -> tuple[dict[str, ChannelStats], dict[str, Float64Array]]:
     """Return the statistics of tensors over all images, and a ratio of ranges per channel.
 
@@ -195,7 +197,8 @@ def _statistics(
     """
     others, judges = parts(dataset)
     without = collect_channels(graph, others, tensors, kept)
-    alone = collect_channels(graph, judges, tensors, kept)
+    compared = dict.fromkeys(outputs.names, outputs.record)
+    alone = collect_channels(graph, judges, tensors, kept, compared)
     share = judges.length / dataset.length
     stats = {name: without[name].merged(alone[name], share) for name in tensors}
     shares = {}

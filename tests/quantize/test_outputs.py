@@ -22,6 +22,7 @@ from reptrt.graph.preprocess import Preprocess, read_preprocess
 from reptrt.graph.qdq import insert_qdq
 from reptrt.judge.diagnose.measure import closeness
 from reptrt.pipeline import CalibrateOptions, CalibrateReport, calibrate, prepare
+from reptrt.quantize.calib.collect import watch
 from reptrt.quantize.calib.options import ThresholdOptions
 from reptrt.quantize.calib.outputs import Outputs, least, stride_of
 from tests.support import detector_nets
@@ -150,6 +151,26 @@ def test_an_error_that_is_too_large_is_not_measured_to_its_end(
     part = outputs.error(other, changed, most=0.01 * whole)
     assert len(runs) == 1
     assert 0.01 * whole <= part < whole
+    runs.clear()
+    far = outputs.error(other, changed, most=0.6 * whole)  # a third promises to exceed it by half
+    assert len(runs) == 1
+    assert 0.6 * whole <= far < whole
+
+
+def test_outputs_of_a_pass_are_not_computed_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, data = write_net(tmp_path / "m.onnx", rep_net(1)), write_images(tmp_path / "d.npz", 70)
+    net = net_from_model(onnx.load(str(path)))
+    dataset = open_dataset(data, read_preprocess(net))
+    exact, other = TorchGraph(net), TorchGraph(net)
+    changed = {"stem.bias": other.constants["stem.bias"] + 0.5}
+    expected = Outputs(exact, dataset).error(other, changed)
+    outputs = Outputs(exact, dataset)
+    with torch.inference_mode():
+        watch(exact, dataset, dict.fromkeys(outputs.names, [outputs.record]), "values")
+    monkeypatch.setattr(exact, "run", None)
+    assert outputs.error(other, changed) == pytest.approx(expected, rel=1e-4)
 
 
 def test_the_first_of_the_least_is_taken() -> None:

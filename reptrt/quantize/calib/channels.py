@@ -1,7 +1,8 @@
 """Statistics of each channel of activations, for equalization and the choice of splits."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 import numpy.typing as npt
@@ -10,7 +11,7 @@ import torch
 from reptrt.core.arrays import Float64Array
 from reptrt.data.dataset import Dataset
 from reptrt.execute.torchgraph import TorchGraph
-from reptrt.quantize.calib.collect import Kept, not_finite, watch
+from reptrt.quantize.calib.collect import Kept, Record, not_finite, watch
 from reptrt.quantize.calib.histogram import LARGEST
 
 
@@ -43,11 +44,15 @@ class ChannelStats:
 
 
 def collect_channels(
-    graph: TorchGraph, dataset: Dataset, tensors: Sequence[str], kept: Kept | None = None
+    graph: TorchGraph,
+    dataset: Dataset,
+    tensors: Sequence[str],
+    kept: Kept | None = None,
+    also: Mapping[str, Record] = MappingProxyType({}),
 ) -> dict[str, ChannelStats]:
     """Return the statistics of each named tensor (N, C, ...) over all images.
 
-    The values are recorded in ``kept``.
+    The values are recorded in ``kept``, and ``also`` tensor -> function gets those of its tensors.
 
     The maxima do not depend on the order of images. The means, summed in float32 within an image
     and in float64 over images, depend on it by about one part in 1e12.
@@ -71,8 +76,12 @@ def collect_channels(
             total = moment.mean(2).double().sum(0)
             totals[name] = total if name not in totals else totals[name] + total
 
-    records = [record] if kept is None else [record, kept.record]
-    watch(graph, dataset, dict.fromkeys(tensors, records), "ranges")
+    records: dict[str, list[Record]] = {
+        name: [record] if kept is None else [record, kept.record] for name in tensors
+    }
+    for name, other in also.items():
+        records.setdefault(name, []).append(other)
+    watch(graph, dataset, records, "ranges")
     return {
         name: ChannelStats(
             maxima[name].double().cpu().numpy(),

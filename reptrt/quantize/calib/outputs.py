@@ -17,13 +17,14 @@ from torch import Tensor
 
 from reptrt.data.dataset import Dataset
 from reptrt.execute.torchgraph import Override, TorchGraph
-from reptrt.quantize.calib.collect import COMPUTE_BATCH
+from reptrt.quantize.calib.collect import COMPUTE_BATCH, rows_that_count
 from reptrt.quantize.calib.measure import Measure, Sums, added, relative
 
 Replacement = Callable[..., Tensor]
 Candidate = TypeVar("Candidate")
 
 _MOST_HELD_OUT = 64  # images
+_FAR = 1.5  # an error this many times as large on some of the images is larger on all of them
 _NOTHING: Mapping[str, Tensor] = MappingProxyType({})
 _NO_OVERRIDES: Mapping[str, Override] = MappingProxyType({})
 _NO_REPLACEMENTS: Mapping[str, Replacement] = MappingProxyType({})
@@ -81,12 +82,23 @@ class Outputs:
         self._graph = graph
         self._dataset = dataset
         self._measure = Measure(graph)
+        self._seen: dict[str, list[Tensor]] = {}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The tensors that are compared."""
+        return tuple(self._measure.names)
+
+    def record(self, name: str, count: int, value: Tensor) -> None:
+        """Take a compared tensor of the float net from a pass over all images (`watch`)."""
+        self._seen.setdefault(name, []).append(value[: rows_that_count(count, value)])
 
     @functools.cached_property
     def _exact(self) -> list[tuple[Tensor, dict[str, Tensor]]]:
-        """Images and float outputs, batch by batch; computed at the first use."""
-        batches = self._dataset.batches(COMPUTE_BATCH)
-        images = [torch.from_numpy(batch) for batch in batches]
+        """Images and float outputs, batch by batch; what was not recorded is computed."""
+        images = [torch.from_numpy(x) for x in self._dataset.batches(COMPUTE_BATCH)]
+        if all(len(self._seen.get(name, ())) == len(images) for name in self.names):
+            return [(x, {n: self._seen[n][i] for n in self.names}) for i, x in enumerate(images)]
         return [(x, self._run(self._graph, x)) for x in images]
 
     def error(
@@ -107,15 +119,23 @@ class Outputs:
             constants: name -> value, for constants of that graph to replace.
             overrides: tensor name -> function of the tensor, applied in that graph.
             replace: node name -> function of its inputs that runs in its place.
-            most: an error at which nobody asks how large it is exactly: once some of the images
-                reach it, the others are not run, and the result is at least ``most``.
+            most: an error at which nobody asks how large it is exactly: if some of the images
+                reach it, or promise to exceed it by half, the others are not run, and the result
+                is at least ``most``.
         """
         sums: Sums = {}
+        done = 0
         for x, exact in self._exact:
             outputs = self._run(graph, x, constants, overrides, replace)
             sums = added(sums, self._measure.sums(exact, outputs))
-            if self._is_single(sums) and _single(sums) >= most:
-                break
+            done += len(x)
+            error = self._error(sums)
+            of_all = error * self._dataset.length / done if self._is_single(sums) else error
+            if of_all >= _FAR * most or (self._is_single(sums) and error >= most):
+                return max(error, most)
+        return self._error(sums)
+
+    def _error(self, sums: Sums) -> float:
         if self._is_single(sums):
             return _single(sums)
         return sum(float(relative(*pair)) for pair in sums.values())
