@@ -168,7 +168,7 @@ def test_outputs_of_a_pass_are_not_computed_again(
     expected = Outputs(exact, dataset).error(other, changed)
     outputs = Outputs(exact, dataset)
     with torch.inference_mode():
-        watch(exact, dataset, dict.fromkeys(outputs.names, [outputs.record]), "values")
+        watch(exact, dataset, {name: [outputs.record] for name in outputs.names}, "values")
     monkeypatch.setattr(exact, "run", None)
     assert outputs.error(other, changed) == pytest.approx(expected, rel=1e-4)
 
