@@ -60,12 +60,12 @@ def peak_rss_mib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
-def run(quantize: Callable[[Job], None]) -> None:
-    """Run the job that the command line describes; print its time and memory."""
+def run(quantize: Callable[[Job], Mapping[str, Any] | None]) -> None:
+    """Run the job that the command line describes; print its time, memory and what it returns."""
     model, images, output, *options = sys.argv[1:]
     job = Job(Path(model), Path(images), Path(output), json.loads(options[0]) if options else {})
     started = time.perf_counter()
-    quantize(job)
+    further = quantize(job) or {}
     seconds = time.perf_counter() - started
     print()  # tools may leave a line open
-    print(json.dumps({"seconds": seconds, "peak_rss_mib": peak_rss_mib()}))
+    print(json.dumps({"seconds": seconds, "peak_rss_mib": peak_rss_mib(), **further}))

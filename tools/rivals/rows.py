@@ -59,6 +59,12 @@ MODELOPT = Environment(
 _FP8 = {"method": "max", "mode": "fp8"}
 _FOR_FP8 = "FP8, for GPUs from SM89 on; its time on a CPU says nothing"
 _FOR_CPUS_OURS = "made for CPUs; TensorRT gets a file of its own"
+# modelopt.torch imports these two, which its metadata lists for torch.
+MODELOPT_TORCH = Environment(
+    "modelopt-torch",
+    (*MODELOPT.packages, "requests", "huggingface_hub"),
+    MODELOPT.without_dependencies,
+)
 _FOR_CPUS = "UINT8 activations, for CPUs; TensorRT refuses the file"
 
 
@@ -132,4 +138,12 @@ def _for_cpus() -> tuple[Row, ...]:
             {"accurate": True},
             _FOR_CPUS,
         ),
+    )
+
+
+def tuners(options: Mapping[str, Any]) -> tuple[Row, ...]:
+    """Return the rows that search for a file that meets a bound on accuracy."""
+    return (
+        Row("nncf-control", "NNCF accuracy control", "nncf_accuracy", NNCF, options),
+        Row("modelopt-auto", "ModelOpt auto_quantize", "modelopt_auto", MODELOPT_TORCH, options),
     )
