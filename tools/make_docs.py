@@ -3,11 +3,16 @@
     docs/commands.md   every command with its options, from click
     docs/lint.md       every lint rule, from the rule table and the docstrings of its checks
     docs/kernel.svg    README's picture: the weights of one layer of the demo net, in INT8 codes
+    docs/tradeoff.svg  accuracy over latency of all tools, from docs/rivals_a0.json
+    docs/results.md    the table between its markers, from docs/rivals_a0.json
+
+docs/rivals_a0.json is what tools/compare_rivals.py measured; nothing is measured here.
 
 tests/house/test_docs.py generates them again and fails if a page differs.
 """
 
 import inspect
+import json
 import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -17,6 +22,7 @@ from pathlib import Path
 import click
 import numpy as np
 import numpy.typing as npt
+from tradeoff import tradeoff_picture
 
 from reptrt.cli import main as reptrt
 from reptrt.core.artifacts import write_bytes
@@ -28,6 +34,10 @@ from reptrt.pipeline import ExportOptions, Source, export
 from reptrt.rewrite.split_identity import diagonal_of, without_diagonal
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
+
+_RIVALS = DOCS / "rivals_a0.json"
+_BEGIN = "<!-- rivals of RepVGG-A0, written by make docs -->"
+_END = "<!-- end of the rivals of RepVGG-A0 -->"
 
 _ORDER = ("export", "calibrate", "lint", "build-engine", "inspect", "eval", "bench", "package")
 # The commands whose page describes their JSON, with the module whose docstring describes it.
@@ -229,10 +239,32 @@ def _x(codes: float) -> int:
     return round(_LEFT + share * (_RIGHT - _LEFT))
 
 
+def rivals_picture() -> str:
+    """Return docs/tradeoff.svg."""
+    return tradeoff_picture(_RIVALS, "RepVGG-A0 on Tiny ImageNet")
+
+
+def results_page() -> str:
+    """Return docs/results.md with the table of rivals that the stored results give."""
+    before, rest = (DOCS / "results.md").read_text().split(_BEGIN)
+    _, after = rest.split(_END)
+    found = json.loads(_RIVALS.read_text())
+    of_net = found["nets"][0]
+    judged = f"{found['limit']:,} of the" if found["limit"] else "all"
+    says = (
+        f"RepVGG-A0 at 3 x 64 x 64, float {100 * of_net['float']['accuracy']:.2f} %, "
+        f"{of_net['float']['kib']:.0f} KiB; {found['images']} calibration images, {judged} test "
+        "images:"
+    )
+    return before + "\n".join([_BEGIN, says, "", *of_net["table"], _END]) + after
+
+
 PAGES: Mapping[str, Callable[[], str]] = {
     "commands.md": commands_page,
     "lint.md": lint_page,
     "kernel.svg": kernel_picture,
+    "tradeoff.svg": rivals_picture,
+    "results.md": results_page,
 }
 
 

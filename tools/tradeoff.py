@@ -15,6 +15,7 @@ from typing import Any
 WIDTH, HEIGHT = 860, 540  # px
 _LEFT, _RIGHT, _TOP, _BOTTOM = 64, 844, 64, 484  # of the axes
 _LETTER, _LINE, _DOT, _GAP = 6.2, 15, 5, 12  # px: a letter, a line, a dot's radius, dot to label
+_SLOWEST, _WORST = 1.6, -4.0  # ratio and points beyond which a file is named below the picture
 _STYLE = """\
   <style>
     text { font: 12px sans-serif; fill: #57606a }
@@ -83,7 +84,7 @@ def dots_of(results: Mapping[str, Any], batch: int) -> list[Dot]:
     return dots
 
 
-def tradeoff_picture(path: Path, net: str, batch: int = 1) -> str:
+def tradeoff_picture(path: Path, net: str, batch: int = 32) -> str:
     """Return the picture of the first net of a rivals.json as SVG.
 
     Args:
@@ -92,7 +93,9 @@ def tradeoff_picture(path: Path, net: str, batch: int = 1) -> str:
         batch: of the latencies.
     """
     results = json.loads(path.read_text())["nets"][0]
-    dots = dots_of(results, batch)
+    found = dots_of(results, batch)
+    dots = [dot for dot in found if dot.ratio <= _SLOWEST and dot.points >= _WORST]
+    outside = [dot for dot in found if dot not in dots]
     lowest = min(dot.points for dot in dots)
     highest = max(dot.points for dot in dots)
     axes = Axes(
@@ -110,6 +113,7 @@ def tradeoff_picture(path: Path, net: str, batch: int = 1) -> str:
         *_legend(),
         *_grid(axes, 100 * results["float"]["accuracy"]),
         *_labelled(dots, axes),
+        *_beyond(outside),
         "</svg>",
     ]
     return "\n".join([*lines, ""])
@@ -148,6 +152,14 @@ def _grid(axes: Axes, accuracy: float) -> Iterator[str]:
     yield f'  <line class="axis" x1="{_LEFT}" x2="{_RIGHT}" y1="{_BOTTOM}" y2="{_BOTTOM}"/>'
     yield f'  <text x="{_LEFT}" y="{_BOTTOM + 42}">time relative to the float net</text>'
     yield f'  <text x="12" y="{_TOP - 4}">points</text>'
+
+
+def _beyond(dots: Sequence[Dot]) -> Iterator[str]:
+    """Yield the line that names the files for which the picture has no room."""
+    if dots:
+        named = ", ".join(f"{d.title} ({d.points:+.1f} at {d.ratio:.2f})" for d in dots)
+        text = escape(f"outside: {named}")
+        yield f'  <text x="{_RIGHT}" y="{_BOTTOM + 42}" text-anchor="end">{text}</text>'
 
 
 def _labelled(dots: Sequence[Dot], axes: Axes) -> Iterator[str]:

@@ -16,7 +16,7 @@ tradeoff = load_tool("tradeoff")
 
 def row(title: str, top1: float, ratio: float, **values: Any) -> dict[str, Any]:
     of_rival = {"title": title, "is_rival": True, "mark": "", "why": None, "top1": top1}
-    return of_rival | {"ratios": {"1": [ratio, ratio, ratio]}} | values
+    return of_rival | {"ratios": {"32": [ratio, ratio, ratio]}} | values
 
 
 @pytest.fixture
@@ -25,7 +25,9 @@ def results(tmp_path: Path) -> Path:
     crowd = [row(f"tool {i}", 0.58 - 0.002 * rng.random(), 0.6, mark="") for i in range(16)]
     rows = [
         row("ours & theirs", 0.59, 0.5, is_rival=False),
-        row("worst", 0.53, 2.0, mark="for CPUs"),
+        row("worst", 0.55, 1.5, mark="for CPUs"),
+        row("too bad", 0.3, 0.7),
+        row("too slow", 0.58, 3.0),
         row("failed", 0.1, 0.1, why="no such file"),
         row("not timed", 0.1, 0.1, ratios=None),
         *crowd,
@@ -48,16 +50,20 @@ def test_dots_stand_where_the_numbers_say(results: Path) -> None:
     assert 'class="other"' in dots[1]
     ticks = re.findall(r'y="([\d.]+)"[^>]*>([+-]\d\.\d)<', "\n".join(picture))
     scale = {float(points): float(y) for y, points in ticks}
-    per_point = (scale[-5.0] - scale[0.0]) / 5  # px
-    assert worst[1] - best[1] == pytest.approx(6 * per_point, abs=0.2)
-    assert worst[0] - 64 == pytest.approx(4 * (best[0] - 64), abs=0.3)  # from the left end
+    per_point = (scale[-2.0] - scale[0.0]) / 2  # px
+    assert worst[1] - best[1] == pytest.approx(4 * per_point, abs=0.2)
+    assert worst[0] - 64 == pytest.approx(3 * (best[0] - 64), abs=0.3)  # from the left end
+    (line,) = (line for line in picture if "outside: " in line)
+    assert "outside: too bad (-28.0 at 0.70), too slow (+0.0 at 3.00)<" in line
 
 
 def test_no_label_covers_a_dot_or_another_label(results: Path) -> None:
     picture = tradeoff.tradeoff_picture(results, "A net").splitlines()
     found = json.loads(results.read_text())["nets"][0]
     boxes = []
-    for dot in tradeoff.dots_of(found, 1):
+    for dot in tradeoff.dots_of(found, 32):
+        if dot.title in ("too bad", "too slow"):
+            continue
         title = dot.title.replace("&", "&amp;")
         (line,) = (line for line in picture if f">{title}</text>" in line)
         x, y = numbers(line, "x", "y")
