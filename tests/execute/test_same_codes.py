@@ -31,7 +31,7 @@ CASES = {
     "identity": replace(LEARNED, split="identity"),
     "coarse-fine": replace(LEARNED, split="coarse-fine"),
     "affines kept": replace(LEARNED, keep_affine=True),
-    "residual": replace(LEARNED, iterations=30),
+    "residual": replace(LEARNED, iterations=100),
 }
 LOWERED = CASES | {
     "INT8 summands": replace(LEARNED, split="identity", split_precision="int8"),
