@@ -1,4 +1,4 @@
-"""Train the demo's RepVGG on the training part of the digits, in about a minute on two cores.
+"""Train the demo's RepVGG on the training part of the digits, in a few minutes on two cores.
 
     python tools/train_digits.py            writes reptrt/demo/digits_repvgg.pt
 

@@ -17,7 +17,7 @@ from reptrt.sources.options import ArchitectureOptions
 
 WEIGHTS = Path(__file__).with_name("digits_repvgg.pt")
 ARCHITECTURE = ArchitectureOptions(
-    widths=(24, 24, 40, 48),
+    widths=(48, 48, 96, 96),
     blocks=(6, 3, 1),
     strides=(1, 1, 2, 2),
     num_classes=10,

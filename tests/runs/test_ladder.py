@@ -40,7 +40,7 @@ pytestmark = pytest.mark.slow
 CPU = torch.device("cpu")
 NET = [
     *("repvgg", "--weights", str(digits.WEIGHTS), "--input-size", "1x8x8"),
-    *("--widths", "24,24,40,48", "--blocks", "6,3,1", "--strides", "1,1,2,2"),
+    *("--widths", "48,48,96,96", "--blocks", "6,3,1", "--strides", "1,1,2,2"),
     *("--mean", "0.306", "--std", "0.376"),
 ]
 

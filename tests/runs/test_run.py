@@ -25,7 +25,7 @@ pytestmark = pytest.mark.slow
 
 NET = [
     *("repvgg", "--weights", str(WEIGHTS), "--input-size", "1x8x8"),
-    *("--widths", "24,24,40,48", "--blocks", "6,3,1", "--strides", "1,1,2,2"),
+    *("--widths", "48,48,96,96", "--blocks", "6,3,1", "--strides", "1,1,2,2"),
     *("--mean", "0.306", "--std", "0.376"),
 ]
 SAME = ("float.onnx", "int8.onnx", "eval.json")  # latencies and tensorrt-rtx's engines differ
@@ -131,7 +131,7 @@ def test_the_record_has_what_it_takes(data: Path, finished: Path) -> None:
     assert record["finished"] is True
     assert record["source"]["name"] == "repvgg"
     assert record["source"]["weights"] == str(WEIGHTS)
-    assert record["source"]["architecture"]["widths"] == [24, 24, 40, 48]
+    assert record["source"]["architecture"]["widths"] == [48, 48, 96, 96]
     assert record["source_files"] == [{"path": str(WEIGHTS), "sha256": sha256_of(WEIGHTS)}]
     expected = {"path": str(data), "sha256": sha256_of(data), "files": 1}
     assert record["data"] == record["eval_data"] == expected
