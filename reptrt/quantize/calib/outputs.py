@@ -90,8 +90,12 @@ class Outputs:
         return tuple(self._measure.names)
 
     def record(self, name: str, count: int, value: Tensor) -> None:
-        """Take a compared tensor of the float net from a pass over all images (`watch`)."""
-        self._seen.setdefault(name, []).append(value[: rows_that_count(count, value)])
+        """Take a compared tensor of the float net from a pass over all images (`watch`).
+
+        One that has no rows for the images, such as a number for the batch, is not taken.
+        """
+        if value.dim() and len(value) % COMPUTE_BATCH == 0:
+            self._seen.setdefault(name, []).append(value[: rows_that_count(count, value)])
 
     @functools.cached_property
     def _exact(self) -> list[tuple[Tensor, dict[str, Tensor]]]:
