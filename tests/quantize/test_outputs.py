@@ -13,7 +13,7 @@ import torch
 from onnx import numpy_helper
 
 import reptrt
-from reptrt.data.dataset import open_dataset
+from reptrt.data.dataset import Dataset, open_dataset
 from reptrt.execute.torchgraph import TorchGraph
 from reptrt.graph.net import model_from_net, net_from_model
 from reptrt.graph.placement import place
@@ -124,15 +124,22 @@ def test_every_output_counts_in_its_own_unit(tmp_path: Path) -> None:
     assert [result.sqnr_db for result in results] == pytest.approx(decibels, abs=0.01)
 
 
+def with_another_bias(
+    folder: Path, images: int
+) -> tuple[Dataset, TorchGraph, TorchGraph, dict[str, torch.Tensor]]:
+    """Return images, a net twice, and a constant with which the second has other outputs."""
+    path, data = write_net(folder / "m.onnx", rep_net(1)), write_images(folder / "d.npz", images)
+    net = net_from_model(onnx.load(str(path)))
+    exact, other = TorchGraph(net), TorchGraph(net)
+    changed = {"stem.bias": other.constants["stem.bias"] + 0.5}
+    return open_dataset(data, read_preprocess(net)), exact, other, changed
+
+
 def test_an_error_that_is_too_large_is_not_measured_to_its_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is a lower bound then; with several outputs, each in its own unit, all images count."""
-    path, data = write_net(tmp_path / "m.onnx", rep_net(1)), write_images(tmp_path / "d.npz", 96)
-    net = net_from_model(onnx.load(str(path)))
-    dataset = open_dataset(data, read_preprocess(net))
-    exact, other = TorchGraph(net), TorchGraph(net)
-    bias = "stem.bias"
+    dataset, exact, other, changed = with_another_bias(tmp_path, 96)
     outputs, runs = Outputs(exact, dataset), []
     run = TorchGraph.run
     monkeypatch.setattr(
@@ -143,7 +150,6 @@ def test_an_error_that_is_too_large_is_not_measured_to_its_end(
             run(self, *given, **named),
         )[1],
     )
-    changed = {bias: other.constants[bias] + 0.5}
     whole = outputs.error(other, changed)
     assert len(runs) == 3
     assert outputs.error(other, changed, most=1.01 * whole) == whole
@@ -160,11 +166,7 @@ def test_an_error_that_is_too_large_is_not_measured_to_its_end(
 def test_outputs_of_a_pass_are_not_computed_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path, data = write_net(tmp_path / "m.onnx", rep_net(1)), write_images(tmp_path / "d.npz", 70)
-    net = net_from_model(onnx.load(str(path)))
-    dataset = open_dataset(data, read_preprocess(net))
-    exact, other = TorchGraph(net), TorchGraph(net)
-    changed = {"stem.bias": other.constants["stem.bias"] + 0.5}
+    dataset, exact, other, changed = with_another_bias(tmp_path, 70)
     expected = Outputs(exact, dataset).error(other, changed)
     outputs = Outputs(exact, dataset)
     with torch.inference_mode():
