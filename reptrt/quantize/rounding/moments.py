@@ -14,13 +14,12 @@ from reptrt.data.dataset import Dataset
 from reptrt.execute.torchgraph import TorchGraph
 from reptrt.quantize.calib.collect import COMPUTE_BATCH, Kept, Record, rows_that_count, watch
 from reptrt.quantize.calib.outputs import parts
+from reptrt.quantize.rounding.sums import ROWS_AT_ONCE, Sums
 from reptrt.quantize.rounding.windows import Window
 
 _MOST_INPUTS = 2304  # of one covariance: 256 channels of 3 x 3 taps
-_ROWS_PER_INPUT = 2
-_LEAST_ROWS = 2048
-_ROWS_AT_ONCE = 2048  # that are multiplied with each other
-_COLUMNS = 256  # whose products are computed at once: those above the diagonal are left out
+_ROWS_PER_INPUT = 8
+_LEAST_ROWS = 8192
 _JUDGING_ROWS = 1024  # of the held-out images
 
 
@@ -58,7 +57,7 @@ class Inputs:
     def num_bytes(self) -> int:
         """Size of the moments."""
         width = self.size // self.blocks
-        return self.num_blocks * width * (8 * width + 4 * _JUDGING_ROWS + 4 * _ROWS_AT_ONCE)
+        return self.num_blocks * width * (8 * width + 4 * _JUDGING_ROWS + 4 * ROWS_AT_ONCE)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -97,65 +96,29 @@ def collect_moments(
     observe_judges = _Observer(graph, judges, seed, kept, slice(others, None))
     found = {}
     for some in _within_memory(inputs, memory):
-        sums = {key: _Sums(key.num_blocks) for key in some}
+        sums = {key: Sums(key.window, key.num_blocks) for key in some}
         observe_others({k: (k.num_rows, s.add) for k, s in sums.items()})
-        taken: dict[Inputs, list[Tensor]] = {key: [] for key in some}
-        observe_judges({k: (_JUDGING_ROWS, rows.append) for k, rows in taken.items()})
+        rows = {key: _Rows(key.window, []) for key in some}
+        observe_judges({k: (_JUDGING_ROWS, r.add) for k, r in rows.items()})
         for key, total in sums.items():
             mean, covariance = total.moments(centred=key.centred)
-            rows = torch.cat(taken[key]).reshape(-1, *mean.shape)
-            found[key] = Moments(covariance.cpu(), (rows - mean.float()).cpu())
+            judging = torch.cat(rows[key].taken).reshape(-1, *mean.shape)
+            found[key] = Moments(covariance.cpu(), (judging - mean.float()).cpu())
     return found
 
 
-class _Sums:
-    """Sums of rows and of their products, in float64.
+_Take = Callable[[Tensor, int, np.random.Generator], None]  # images, rows wanted of them, positions
 
-    Rows count from the mean of the first ones: a mean that is large against the variance would
-    take its digits away.
-    """
 
-    def __init__(self, num_blocks: int) -> None:
-        self._num_blocks, self._count = num_blocks, 0
-        self._waiting: list[Tensor] = []
-        self._origin: Tensor | None = None  # (B, 1, d)
-        self._first = self._second = torch.zeros((), dtype=torch.float64)  # (B, d), (B, d, d)
+@dataclass(frozen=True, slots=True, eq=False)
+class _Rows:
+    """Takes rows and keeps them."""
 
-    def add(self, rows: Tensor) -> None:
-        """Add rows (rows, groups, inputs)."""
-        self._waiting.append(rows)
-        if sum(map(len, self._waiting)) >= _ROWS_AT_ONCE:
-            self._multiply()
+    window: Window
+    taken: list[Tensor]
 
-    def _multiply(self) -> None:
-        """Add the waiting rows and their products; of the latter those up to the diagonal."""
-        rows = torch.cat(self._waiting)
-        self._waiting.clear()
-        blocks = rows.reshape(len(rows), self._num_blocks, -1).transpose(0, 1)
-        if self._origin is None:
-            self._origin = blocks.mean(1, keepdim=True)
-            size = blocks.shape[2]
-            self._first = self._first.new_zeros(self._num_blocks, size).to(rows.device)
-            self._second = self._first.new_zeros(self._num_blocks, size, size)
-        blocks = blocks - self._origin
-        self._first += blocks.sum(1, dtype=torch.float64)
-        for start in range(0, blocks.shape[2], _COLUMNS):
-            some, before = slice(start, start + _COLUMNS), slice(start + _COLUMNS)
-            self._second[:, some, before] += blocks[:, :, some].mT @ blocks[:, :, before]
-        self._count += len(rows)
-
-    def moments(self, *, centred: bool) -> tuple[Tensor, Tensor]:
-        """Return the mean row or 0, (B, d), and the mean product of rows less it, (B, d, d)."""
-        if self._waiting:
-            self._multiply()
-        assert self._origin is not None
-        off = self._first / self._count
-        second = self._second.tril() + self._second.tril(-1).mT
-        covariance = second / self._count - off[:, :, None] * off[:, None, :]
-        mean = self._origin[:, 0].double() + off
-        if centred:
-            return mean, covariance
-        return torch.zeros_like(mean), covariance + mean[:, :, None] * mean[:, None, :]
+    def add(self, images: Tensor, wanted: int, rng: np.random.Generator) -> None:
+        self.taken.append(self.window.rows(images, wanted, rng))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -168,13 +131,12 @@ class _Observer:
     kept: Kept | None  # has all inputs
     batches: slice  # where these images lie in it
 
-    def __call__(self, takers: Mapping[Inputs, tuple[int, Callable[[Tensor], object]]]) -> None:
-        """Pass about as many rows of each input as its taker wants to it."""
+    def __call__(self, takers: Mapping[Inputs, tuple[int, _Take]]) -> None:
+        """Show the images to takers of about as many rows as they want of all of them."""
         records: dict[str, list[Record]] = {}
         for i, (key, (wanted, take)) in enumerate(takers.items()):
             record = functools.partial(
-                _take_rows,
-                key.window,
+                _show,
                 wanted / self.dataset.length,
                 np.random.default_rng((self.seed, i)),
                 take,
@@ -189,17 +151,10 @@ class _Observer:
                     show(name, count, value)
 
 
-def _take_rows(
-    window: Window,
-    per_image: float,
-    rng: np.random.Generator,
-    take: Callable[[Tensor], object],
-    _: str,
-    count: int,
-    value: Tensor,
+def _show(
+    per_image: float, rng: np.random.Generator, take: _Take, _: str, count: int, value: Tensor
 ) -> None:
-    images = value[: rows_that_count(count, value)]
-    take(window.rows(images, math.ceil(per_image * count), rng))
+    take(value[: rows_that_count(count, value)], math.ceil(per_image * count), rng)
 
 
 def _within_memory(inputs: Collection[Inputs], memory: int) -> Iterator[list[Inputs]]:

@@ -1,5 +1,6 @@
 """What the outputs of a layer are products of: rows of its input (im2col)."""
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -38,12 +39,7 @@ class Window:
             return flat[_drawn(len(flat), count, rng)]
         before, after = self._pads(x.shape[2:])
         x = pad_with(x, before, after, 0.0)
-        sizes = [
-            (size - (taps - 1) * dilation - 1) // stride + 1
-            for size, taps, stride, dilation in zip(
-                x.shape[2:], self.kernel, self.strides, self.dilations, strict=True
-            )
-        ]
+        sizes = self._outputs(x.shape[2:])
         batch, channel, *axes = x.stride()
         moves = [a * stride for a, stride in zip(axes, self.strides, strict=True)]
         taps = [a * dilation for a, dilation in zip(axes, self.dilations, strict=True)]
@@ -55,6 +51,71 @@ class Window:
         places = np.unravel_index(drawn, (len(x), *sizes))
         rows = windows[tuple(torch.from_numpy(p) for p in places)]
         return rows.movedim(-1, 1).reshape(len(drawn), self.groups, -1)
+
+    @property
+    def taps(self) -> int:
+        """Taps of the kernel; 1 of a matrix product."""
+        return math.prod(self.kernel)
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether outputs share inputs as in a convolution of stride 1."""
+        return self.taps > 1 and set(self.strides) == {1}
+
+    @property
+    def displacements(self) -> list[tuple[int, ...]]:
+        """How far apart, in taps, two taps of the kernel can lie; one of each two opposite ones."""
+        every = itertools.product(*(range(1 - taps, taps) for taps in self.kernel))
+        return [by for by in every if by >= (0,) * len(by)]
+
+    def pair(self, tap: Sequence[int], displacement: Sequence[int]) -> tuple[int, int]:
+        """Return the places in a flattened kernel of a tap, and of the one that is displaced."""
+        first = second = 0
+        for at, by, taps in zip(tap, displacement, self.kernel, strict=True):
+            first, second = first * taps + at, second * taps + at + by
+        return first, second
+
+    def positions(self, sizes: Sequence[int]) -> int:
+        """Return the number of outputs of a convolution along all axes.
+
+        Args:
+            sizes: of the axes of its input.
+        """
+        before, after = self._pads(sizes)
+        padded = [sum(of_axis) for of_axis in zip(sizes, before, after, strict=True)]
+        return math.prod(self._outputs(padded))
+
+    def spans(self, sizes: Sequence[int], axis: int, displacement: int) -> list[range | None]:
+        """Return where each tap lies while a tap further on lies inside too, with stride 1.
+
+        Args:
+            sizes: of the axes of the input.
+            axis: of the kernel.
+            displacement: between the two taps.
+
+        Returns:
+            Positions of each tap over all outputs; None where there is no such other tap.
+        """
+        size, taps, dilation = sizes[axis], self.kernel[axis], self.dilations[axis]
+        before, after = (pads[axis] for pads in self._pads(sizes))
+        outputs = size + before + after - (taps - 1) * dilation
+        found: list[range | None] = []
+        for tap in range(taps):
+            first, second = (t * dilation - before for t in (tap, tap + displacement))
+            low = max(0, -first, -second)
+            high = min(outputs, size - first, size - second)
+            there_is = 0 <= tap + displacement < taps
+            found.append(range(low + first, high + first) if there_is else None)
+        return found
+
+    def _outputs(self, padded: Sequence[int]) -> list[int]:
+        """Return the number of outputs along each axis."""
+        return [
+            (size - (taps - 1) * dilation - 1) // stride + 1
+            for size, taps, stride, dilation in zip(
+                padded, self.kernel, self.strides, self.dilations, strict=True
+            )
+        ]
 
     def _pads(self, sizes: Sequence[int]) -> tuple[Sequence[int], Sequence[int]]:
         if self.auto:
