@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from reptrt.core.grid import Grid
-from reptrt.quantize.reconstruct import driver
+from reptrt.quantize.reconstruct import attempt
 from reptrt.quantize.reconstruct.learn import Task, errors_of, learn
 from reptrt.quantize.reconstruct.options import LearnOptions
 from reptrt.quantize.reconstruct.rounding import beta_at
@@ -127,7 +127,7 @@ def test_each_unit_is_learned_as_the_formulas_say(
         compared.append((start, expected, found))
         return found
 
-    monkeypatch.setattr(driver, "learn", both)
+    monkeypatch.setattr(attempt, "learn", both)
     case.learn(tmp_path, replace(OPTIONS, seed=seed))
     assert len(compared) == 4
     moved = 0

@@ -29,7 +29,7 @@ from reptrt.graph.net import (
 )
 from reptrt.graph.splits import read_splits
 from reptrt.pipeline import CalibrateOptions, calibrate
-from reptrt.quantize.reconstruct import adam, cache, driver
+from reptrt.quantize.reconstruct import adam, attempt, cache, driver
 from reptrt.quantize.reconstruct.cache import Store
 from reptrt.quantize.reconstruct.learn import Task, learn, relative_error
 from reptrt.quantize.reconstruct.options import LearnOptions, ReconstructReport
@@ -197,7 +197,7 @@ def watch(
 
         return replace(task, inputs=inputs)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(driver, "learn", watched_learn)
+    monkeypatch.setattr(attempt, "learn", watched_learn)
     monkeypatch.setattr(driver, "Task", watched_task)
     return seen
 
@@ -311,7 +311,8 @@ def test_written_codes_are_neighbours(bits: int, qprep: bool, data: Path, tmp_pa
     fast = CalibrateOptions(
         images=COUNT, equalize=False, split="none", full_range=False, weight_bits=bits
     )
-    options = replace(fast, recipe="balanced", iterations=60, qprep=qprep)
+    learn = LearnOptions(affine=qprep, iterations=60)  # without corrected weights
+    options = replace(fast, recipe="balanced", qprep=qprep, learn=learn)
     report = calibrate(tmp_path / "m.onnx", data, tmp_path / "o.onnx", options)
     calibrate(tmp_path / "m.onnx", data, tmp_path / "start.onnx", fast)
     assert report.learned is not None
@@ -500,7 +501,7 @@ def test_the_stage_term_is_the_error_of_the_float_rest(
             assert name.startswith(task.name)
         return State()
 
-    monkeypatch.setattr(driver, "learn", note)
+    monkeypatch.setattr(attempt, "learn", note)
     case.learn(tmp_path, replace(QUICK, stage_weight=0.5))
     assert [name for name, task in tasks.items() if task.stage is not None] == [
         "stem",
@@ -643,7 +644,7 @@ class Crowded:
         self.kept_on_device: list[int] = []  # stores that were not moved, at each try
         self._moved: set[Store] = set()
         self._held: list[weakref.ref[torch.Tensor]] = []
-        monkeypatch.setattr(driver, "learn", self._learn)
+        monkeypatch.setattr(attempt, "learn", self._learn)
         monkeypatch.setattr(cache, "Store", self._store)
 
     def _learn(self, task: Task, *arguments: object) -> State:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from reptrt.core.errors import ArtifactError
 from reptrt.pipeline import CalibrateOptions, CalibrateReport, calibrate
-from reptrt.quantize.reconstruct import driver, units
+from reptrt.quantize.reconstruct import attempt, units
 from reptrt.quantize.reconstruct.learn import Task, learn
 from reptrt.quantize.reconstruct.options import LearnOptions, UnitReport
 from reptrt.quantize.reconstruct.resume import Finished, remove_finished
@@ -165,7 +165,7 @@ class Counting:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, stop: int | None = None) -> None:
         self.names: list[str] = []
         self.stop = stop
-        monkeypatch.setattr(driver, "learn", self)
+        monkeypatch.setattr(attempt, "learn", self)
 
     def __call__(self, task: Task, *arguments: object) -> State:
         if len(self.names) == self.stop:

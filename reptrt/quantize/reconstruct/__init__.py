@@ -5,9 +5,11 @@ gain and shift of each layer (QPRep) and the steps of activations.
 
     units     cut the graph into units
     cache     keep both nets' activations at the boundaries between units, for all images
+    correct   weights that make up for the errors of the units before, in closed form
     learn     fit one unit to the float net's output by gradient descent
     rounding, fake_quantize    what gradients pass through
     state     find the learnable constants of the graph, hold their values, write them back
-    driver    learn unit after unit; keep what is better on held-out images
+    attempt   corrected or learned values of one unit, where held-out images agree
+    driver    unit after unit
     resume    keep finished units on disk, so that a stopped run can go on
 """

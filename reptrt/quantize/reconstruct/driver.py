@@ -1,4 +1,4 @@
-"""Learn unit after unit; keep a result only if it is better than the start.
+"""Quantize and learn unit after unit.
 
 An eighth of the calibration images is held out: nothing is learned from these images, and every
 unit is judged on them. No labels are used.
@@ -6,7 +6,6 @@ unit is judged on them. No labels are used.
 
 import functools
 import logging
-import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
@@ -22,6 +21,7 @@ from reptrt.graph.net import Net
 from reptrt.graph.plan import QuantPlan
 from reptrt.graph.splits import read_splits
 from reptrt.quantize.calib.measure import Measure
+from reptrt.quantize.reconstruct.attempt import Attempt, Values, generator_of
 from reptrt.quantize.reconstruct.cache import (
     Activations,
     Hooks,
@@ -30,8 +30,9 @@ from reptrt.quantize.reconstruct.cache import (
     read,
     working_bytes,
 )
+from reptrt.quantize.reconstruct.correct import find_layers
 from reptrt.quantize.reconstruct.cost import passes_of, seconds_of_a_pass
-from reptrt.quantize.reconstruct.learn import Task, errors_of, held_out_error, learn
+from reptrt.quantize.reconstruct.learn import Task, errors_of
 from reptrt.quantize.reconstruct.options import (
     LearnOptions,
     ReconstructReport,
@@ -40,7 +41,6 @@ from reptrt.quantize.reconstruct.options import (
 )
 from reptrt.quantize.reconstruct.resume import Finished
 from reptrt.quantize.reconstruct.state import (
-    State,
     dequantized_weights,
     find_sites,
     simulation,
@@ -124,6 +124,7 @@ class _Run:
         self._options, self._finished, self._device = options, finished, device
         self._graph, self._float_graph = TorchGraph(net, device), TorchGraph(reference, device)
         self.sites, self.state = find_sites(net, reference, quantized.plan, quantized.grid, device)
+        self._correctable = find_layers(reference, self.sites) if options.correct else {}
         self._dataset, self._image = dataset, self._float_graph.input_names[0]
         self._measure = Measure(self._float_graph)
         sides = {split.side for split in read_splits(reference)}
@@ -134,7 +135,7 @@ class _Run:
             self.sites.pairs.keys(),
             self._measure.names,
         )
-        order = torch.randperm(dataset.length, generator=_generator(options.seed, -1))
+        order = torch.randperm(dataset.length, generator=generator_of(options.seed, -1))
         num_held_out = dataset.length // _HELD_OUT
         self._held_out = order[:num_held_out].sort().values
         self._train = order[num_held_out:].sort().values
@@ -207,9 +208,12 @@ class _Run:
 
     def _learned_or_loaded(self, index: int, task: Task) -> UnitReport:
         """Learn a unit, or load what an earlier run learned; update the state."""
+        unit = self._layout.units[index]
         result = self._finished.load(index, self._device)
         if result is None:
-            result = self._better(index, task)
+            values = Values(self._activations, self._train, self._held_out)
+            attempt = Attempt(index, unit, task, self.state, values, self._options)
+            result = attempt.best(self._correctable)
             self._finished.save(index, *result)
         state, report = result
         self.state = self.state.updated(state)
@@ -224,53 +228,6 @@ class _Run:
             report.seconds,
         )
         return report
-
-    def _better(self, index: int, task: Task) -> tuple[State, UnitReport]:
-        """Return what was learned, an empty state if it is not better than the start."""
-        started = time.perf_counter()
-        start = held_out_error(task, self.state, self._held_out, self._options.loss)
-        state = self._try(index, task)
-        if state is None:  # outside `_try`, where nothing refers to the tensors of the failed try
-            self._make_room()
-            state = self._try(index, task)
-        if state is None:
-            raise CalibrationError(
-                f"unit {task.name}: a learning step does not fit the memory of the device; use a "
-                f"smaller batch or {option('device', 'cpu')}"
-            )
-        learned = held_out_error(
-            task, self.state.updated(state), self._held_out, self._options.loss
-        )
-        is_better = learned < start
-        changed = sum(
-            int((codes != self.state.codes[node]).sum()) for node, codes in state.codes.items()
-        )
-        return (
-            state if is_better else State(),
-            UnitReport(
-                unit=task.name,
-                layers=self._layout.units[index].layers,
-                start=start,
-                learned=learned,
-                kept="learned" if is_better else "start",
-                changed_codes=changed if is_better else 0,
-                seconds=time.perf_counter() - started,
-            ),
-        )
-
-    def _try(self, index: int, task: Task) -> State | None:
-        """Return what was learned; None if the device ran out of memory."""
-        generator = _generator(self._options.seed, index)
-        try:
-            return learn(task, self.state, self._train, self._options, generator)
-        except torch.cuda.OutOfMemoryError:
-            return None
-
-    def _make_room(self) -> None:
-        """Move all activations between units off the device."""
-        _LOG.warning("the device is out of memory: activations between units move to CPU memory")
-        self._activations.to_host()
-        torch.cuda.empty_cache()
 
     def _stage_term(self, index: int) -> Callable[[Mapping[str, Tensor], Tensor], Tensor] | None:
         """Return the error of the stage's output as a function of the unit's output, or None."""
@@ -295,8 +252,3 @@ class _Run:
         """Return the constants and hooks with which torch runs nodes in the state so far."""
         weights = dequantized_weights(self.sites, self.state, nodes)
         return simulation(self.sites, weights, self.state)
-
-
-def _generator(seed: int, index: int) -> torch.Generator:
-    """Return the generator of one unit; it does not depend on what other units draw."""
-    return torch.Generator().manual_seed(1_000_003 * seed + index + 1)

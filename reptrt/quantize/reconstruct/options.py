@@ -6,7 +6,7 @@ from typing import Literal
 
 from reptrt.core.errors import ConfigError
 
-Kept = Literal["learned", "start"]
+Kept = Literal["learned", "corrected", "start"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +19,7 @@ class LearnOptions:
     calibration images. The stage term brought nothing there and is off by default.
     """
 
+    correct: bool = False  # start from codes that make up for the errors of the layers before
     rounding: bool = True  # learn whether each weight is rounded down or up
     affine: bool = True  # learn a gain and a shift per channel of each layer (QPRep)
     steps: bool = True  # learn the steps of activations

@@ -1,0 +1,178 @@
+"""Weights that make up for what quantization did to the input of a layer, in closed form.
+
+Units are quantized one after the other, so the input x^ that a layer gets in the quantized net is
+known, and so is its input x in the float net. What is wanted are the outputs W x. The weights that
+come nearest to them are those of a linear regression, with moments about the means:
+
+    W' = W + W E[(x - x^) x^^T] (H + damping)^-1                H = E[x^ x^^T]
+
+W' / s is rounded by `nearest_plane` for H, with the steps s of W. The shift takes the mean out:
+shift = b + W E[x] - Q s E[x^]. So a layer takes back a part of the errors of all layers before it,
+where rounding to W only keeps its own small.
+
+Asymmetric calibration after GPTAQ (arXiv 2504.02692), there for transformers; as one regression,
+for convolutions, in blocks of channels: ours.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+import numpy as np
+import onnx_graphsurgeon as gs
+import torch
+from torch import Tensor
+
+from reptrt.core.grid import Grid
+from reptrt.graph.net import Net, constant_of, constant_value
+from reptrt.quantize.reconstruct.fake_quantize import fake_quantize
+from reptrt.quantize.reconstruct.state import Pair, Sites, State, WeightSite
+from reptrt.quantize.rounding.moments import Inputs
+from reptrt.quantize.rounding.nearest_plane import nearest_plane
+from reptrt.quantize.rounding.sums import Sums
+from reptrt.quantize.rounding.windows import matrix_of, weight_of, window_of
+
+_DAMPING = 0.01  # of the mean variance, as in rounding
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Layer:
+    """A layer whose input lies at a boundary between units."""
+
+    site: WeightSite
+    inputs: Inputs
+    pair: Pair  # of its input
+    axis: int  # of the output channels
+    bias: Tensor  # of the float layer, (O,), float64
+
+
+def find_layers(reference: Net, sites: Sites) -> dict[str, Layer]:
+    """Return node -> layer, of all layers that can be corrected.
+
+    Left out are the summands of a split, layers without rows (transposed convolutions, products of
+    stacked matrices) or without a shift, and those whose input is not quantized.
+
+    Args:
+        reference: the float graph.
+        sites: of the Q/DQ graph that was made from it.
+    """
+    found = {}
+    for node in reference.graph.nodes:
+        site = sites.weights.get(node.name)
+        if site is None or site.layer != node.name or node.name not in sites.affines:
+            continue
+        pair, window = sites.pairs.get(node.inputs[0].name), window_of(node)
+        if pair is None or window is None or node.op == "MatMul":
+            continue
+        axis = 0 if node.op == "Conv" or node.attrs.get("transB", 0) else 1
+        matrix = matrix_of(np.asarray(constant_of(node.inputs[1])), axis, window.groups)
+        inputs = Inputs(pair.tensor, window, matrix.shape[2] // window.taps, centred=True)
+        found[node.name] = Layer(site, inputs, pair, axis, _bias_of(node, matrix.shape))
+    return found
+
+
+def _bias_of(node: gs.Node, shape: tuple[int, ...]) -> Tensor:
+    bias = constant_value(node.inputs[2]) if len(node.inputs) > 2 else None
+    outputs = shape[0] * shape[1]
+    values = np.zeros(outputs) if bias is None else np.asarray(bias, np.float64)
+    return torch.from_numpy(np.broadcast_to(values.reshape(-1), (outputs,)).copy())
+
+
+def correct(
+    layer: Layer,
+    values: Iterable[tuple[Tensor, Tensor]],
+    state: State,
+    images: int,
+    grid: Grid,
+) -> tuple[WeightSite, State]:
+    """Return the weight W' as a site to learn from, and the layer's codes and shift.
+
+    Args:
+        layer: to correct.
+        values: its input in the float and in the quantized net, before it is quantized; batch by
+            batch, (N, C, ...) each.
+        state: with the step of its input and its present shift.
+        images: in all batches together.
+        grid: of the codes.
+    """
+    site, key, window = layer.site, layer.inputs, layer.inputs.window
+    moments = _moments(layer, values, state, images)
+    size = moments.mean.shape[1]
+    weight = site.weight.cpu()
+    groups = window.groups
+
+    def blocks(x: Tensor) -> Tensor:
+        """A weight as (B, O of a group, d) in float64."""
+        matrix = torch.from_numpy(matrix_of(x.numpy(), layer.axis, groups))
+        cut = matrix.reshape(groups, matrix.shape[1], key.blocks, size).transpose(1, 2)
+        return cut.reshape(key.num_blocks, matrix.shape[1], size)
+
+    def whole(x: Tensor) -> Tensor:
+        """The inverse."""
+        cut = x.reshape(groups, key.blocks, x.shape[1], size).transpose(1, 2)
+        matrix = cut.reshape(groups, x.shape[1], -1).numpy()
+        shaped = weight_of(matrix, tuple(weight.shape), layer.axis)
+        return torch.from_numpy(np.ascontiguousarray(shaped, np.float32))
+
+    exact = blocks(weight)
+    damped = moments.covariance.clone()
+    damped.diagonal(dim1=-2, dim2=-1).add_(moments.damping[:, None])
+    wanted = exact + torch.linalg.solve(damped, (exact @ moments.error).mT).mT
+    steps = blocks(site.scale.cpu().expand_as(weight).contiguous())
+    codes = nearest_plane(wanted / steps, moments.covariance, grid)
+    off = exact @ (moments.mean + moments.mean_error)[..., None]
+    off = off - (codes * steps) @ moments.mean[..., None]  # (B, O of a group, 1)
+    shift = layer.bias + off.reshape(groups, key.blocks, -1).sum(1).reshape(-1)
+    device, before = site.weight.device, state.shift[site.layer]
+    return (
+        replace(site, weight=whole(wanted).to(device)),
+        State(
+            codes={site.node: whole(codes).to(device)},
+            gain={site.layer: torch.ones_like(state.gain[site.layer])},
+            shift={site.layer: shift.to(before).reshape(before.shape)},
+        ),
+    )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Moments:
+    """Of the inputs of outputs in B blocks of d, on the CPU."""
+
+    mean: Tensor  # of x^, (B, d)
+    mean_error: Tensor  # of x - x^, (B, d)
+    covariance: Tensor  # of x^, (B, d, d)
+    error: Tensor  # E[(x - x^) x^^T] about the means, (B, d, d)
+
+    @property
+    def damping(self) -> Tensor:
+        """What is added to the diagonal of the covariance, (B,)."""
+        mean = self.covariance.diagonal(dim1=-2, dim2=-1).mean(-1)
+        return torch.where(mean > 0, _DAMPING * mean, torch.ones_like(mean))
+
+
+def _moments(
+    layer: Layer, values: Iterable[tuple[Tensor, Tensor]], state: State, images: int
+) -> _Moments:
+    key, pair = layer.inputs, layer.pair
+    sums, rng = Sums(key.window, key.num_blocks), np.random.default_rng(0)
+    for exact, given in values:
+        quantized = fake_quantize(given, state.step[pair.group], pair.grid)
+        both = _side_by_side(quantized, exact - quantized, key)
+        sums.add(both, -(-key.num_rows * len(both) // images), rng)
+    mean, covariance = (x.cpu() for x in sums.moments(centred=True))
+    size = mean.shape[1] // 2
+    return _Moments(
+        mean[:, :size],
+        mean[:, size:],
+        covariance[:, :size, :size].contiguous(),
+        covariance[:, size:, :size].contiguous(),
+    )
+
+
+def _side_by_side(x: Tensor, error: Tensor, key: Inputs) -> Tensor:
+    """Return both tensors as one: in each block the channels of ``x``, then those of ``error``."""
+    axis = 1 if key.window.kernel else x.dim() - 1
+    cut = [
+        part.reshape(*part.shape[:axis], key.num_blocks, -1, *part.shape[axis + 1 :])
+        for part in (x, error)
+    ]
+    return torch.cat(cut, axis + 1).flatten(axis, axis + 1)
