@@ -139,7 +139,7 @@ def sqnr(folder: Path, name: str, options: CalibrateOptions) -> tuple[float, lis
 
 @pytest.mark.slow
 def test_layers_take_back_what_layers_before_them_lost(tmp_path: Path) -> None:
-    """Without steps of learning, at 6 bits: 1.6 dB; other seeds of the net gain 0.1, 2.3 and 1.6."""
+    """Without steps of learning, 6 bits: 1.6 dB; other seeds of the net gain 0.1, 2.3 and 1.6."""
     write_net(tmp_path / "m.onnx", rep_net(4))
     write_images(tmp_path / "d.npz", 256)
     write_images(tmp_path / "unseen.npz", 256, seed=1)
