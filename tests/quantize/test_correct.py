@@ -1,6 +1,7 @@
 """Corrected weights: against least squares in numpy, and their effect on nets."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from reptrt.core.grid import Grid
-from reptrt.graph.net import Net, model_from_net, net_from_model
+from reptrt.graph.net import Net, constant_of, model_from_net, net_from_model
+from reptrt.graph.splits import read_splits
 from reptrt.judge.evaluate import evaluate
 from reptrt.judge.options import EvaluateOptions
 from reptrt.pipeline import CalibrateOptions, calibrate
@@ -20,6 +22,8 @@ from reptrt.quantize.reconstruct import correct as module
 from reptrt.quantize.reconstruct.correct import correct, find_layers
 from reptrt.quantize.reconstruct.state import Pair, Sites, State, WeightSite
 from reptrt.quantize.rounding.windows import matrix_of
+from reptrt.rewrite.split_coarse_fine import split_coarse_fine
+from reptrt.rewrite.split_identity import split_identity
 from tests.support.helpers import ort_run
 from tests.support.learned_nets import rep_net, write_images, write_net
 
@@ -27,6 +31,7 @@ GRID = Grid.weight(8)
 STEP = 0.01
 LAYERS: dict[str, tuple[str, tuple[int, ...], tuple[int, ...], dict[str, Any]]] = {
     "3x3": ("Conv", (64, 4, 5, 5), (6, 4, 3, 3), {"pads": [1, 1, 1, 1]}),
+    "square": ("Conv", (64, 4, 5, 5), (4, 4, 3, 3), {"pads": [1, 1, 1, 1]}),
     "strided": ("Conv", (64, 4, 7, 7), (6, 4, 3, 3), {"strides": [2, 2], "pads": [1, 1, 1, 1]}),
     "grouped": ("Conv", (64, 6, 5, 5), (4, 3, 3, 3), {"group": 2}),
     "depthwise": ("Conv", (64, 3, 6, 6), (3, 1, 3, 3), {"group": 3, "pads": [1, 1, 1, 1]}),
@@ -41,6 +46,8 @@ def one_layer(name: str) -> tuple[Net, Sites, State]:
     op, shape, of_weight, attrs = LAYERS[name]
     rng = np.random.default_rng(1)
     weight = rng.standard_normal(of_weight).astype(np.float32)
+    if name == "square":
+        weight[range(4), range(4), 1, 1] += 3
     axis = 0 if op == "Conv" or attrs.get("transB") else 1
     outputs = of_weight[axis]
     constants = {"w": weight, "b": rng.standard_normal(outputs).astype(np.float32)}
@@ -121,11 +128,40 @@ def test_weights_are_those_of_least_squares(name: str, monkeypatch: pytest.Monke
 
 def test_what_cannot_be_corrected_is_left_out() -> None:
     net, sites, _ = one_layer("3x3")
-    site = sites.weights["layer"]
     assert [*find_layers(net, sites)] == ["layer"]
-    summand = replace(sites, weights={"layer": replace(site, layer="split")})
-    for without in (replace(sites, affines={}), replace(sites, pairs={}), summand):
+    for without in (replace(sites, affines={}), replace(sites, pairs={})):
         assert not find_layers(net, without)
+
+
+@pytest.mark.parametrize("form", ["identity", "identity-scalar", "coarse-fine"])
+def test_the_main_summand_takes_the_errors_of_the_whole_layer(form: str) -> None:
+    """With x^ = 0.9 x the whole weight has to grow by a ninth, and the side summand stays."""
+    net, sites, state = one_layer("square")
+    site = sites.weights["layer"]
+    weight = site.weight.numpy()
+    split = split_coarse_fine if form == "coarse-fine" else partial(split_identity, form=form)
+    split(net, ["layer"], grid=GRID)
+    (summands,) = read_splits(net)
+    parts = {node.name: node for node in net.graph.nodes}
+    weights = {
+        name: replace(
+            site, node=name, weight=torch.from_numpy(constant_of(parts[name].inputs[1]).copy())
+        )
+        for name in (summands.main, summands.side)
+        if parts[name].op == "Conv"
+    }
+    layers = find_layers(net, replace(sites, weights=weights))
+    assert [*layers] == [summands.main]
+    layer = layers[summands.main]
+    np.testing.assert_allclose(layer.whole, weight, atol=1e-6)
+    exact, _ = inputs_of("square")
+    fine = replace(state, step={0: torch.tensor(1e-4)})
+    layer = replace(layer, pair=replace(layer.pair, grid=Grid.weight(16)))
+    batches = [(torch.from_numpy(exact), torch.from_numpy(np.float32(0.9) * exact))]
+    corrected, found = correct(layer, batches, fine, len(exact), GRID)
+    side = weight - layer.site.weight.numpy()
+    np.testing.assert_allclose(corrected.weight.numpy() + side, weight / 0.9, rtol=0.02, atol=0.02)
+    assert found.codes.keys() == {summands.main}
 
 
 def sqnr(folder: Path, name: str, options: CalibrateOptions) -> tuple[float, list[str]]:

@@ -22,14 +22,18 @@ import onnx_graphsurgeon as gs
 import torch
 from torch import Tensor
 
+from reptrt.core.arrays import Float64Array
 from reptrt.core.grid import Grid
 from reptrt.graph.net import Net, constant_of, constant_value
+from reptrt.graph.splits import read_splits
 from reptrt.quantize.reconstruct.fake_quantize import fake_quantize
 from reptrt.quantize.reconstruct.state import Pair, Sites, State, WeightSite
 from reptrt.quantize.rounding.moments import Inputs
 from reptrt.quantize.rounding.nearest_plane import nearest_plane
 from reptrt.quantize.rounding.sums import Sums
 from reptrt.quantize.rounding.windows import matrix_of, weight_of, window_of
+from reptrt.rewrite.split_coarse_fine import centre_of
+from reptrt.rewrite.split_identity import without_diagonal
 
 _DAMPING = 0.01  # of the mean variance, as in rounding
 
@@ -38,7 +42,8 @@ _DAMPING = 0.01  # of the mean variance, as in rounding
 class Layer:
     """A layer whose input lies at a boundary between units."""
 
-    site: WeightSite
+    site: WeightSite  # of a split layer: that of the main summand
+    whole: Tensor  # W; of a split layer with the side summand in it
     inputs: Inputs
     pair: Pair  # of its input
     axis: int  # of the output channels
@@ -48,26 +53,45 @@ class Layer:
 def find_layers(reference: Net, sites: Sites) -> dict[str, Layer]:
     """Return node -> layer, of all layers that can be corrected.
 
-    Left out are the summands of a split, layers without rows (transposed convolutions, products of
-    stacked matrices) or without a shift, and those whose input is not quantized.
+    Left out are layers without rows (transposed convolutions, products of stacked matrices) or
+    without a shift, and those whose input is not quantized. Of a split layer the main summand is
+    corrected, for the errors of the whole layer's input.
 
     Args:
         reference: the float graph.
         sites: of the Q/DQ graph that was made from it.
     """
+    nodes = {node.name: node for node in reference.graph.nodes}
+    splits = {split.main: split for split in read_splits(reference)}
     found = {}
     for node in reference.graph.nodes:
         site = sites.weights.get(node.name)
-        if site is None or site.layer != node.name or node.name not in sites.affines:
-            continue
         pair, window = sites.pairs.get(node.inputs[0].name), window_of(node)
-        if pair is None or window is None or node.op == "MatMul":
+        if site is None or site.layer not in sites.affines or pair is None or window is None:
             continue
+        weight = np.asarray(constant_of(node.inputs[1]), np.float64)
+        if site.layer != node.name:
+            if node.name not in splits:
+                continue  # the side summand
+            weight = _joined(weight, nodes[splits[node.name].side])
         axis = 0 if node.op == "Conv" or node.attrs.get("transB", 0) else 1
-        matrix = matrix_of(np.asarray(constant_of(node.inputs[1])), axis, window.groups)
+        matrix = matrix_of(weight, axis, window.groups)
         inputs = Inputs(pair.tensor, window, matrix.shape[2] // window.taps, centred=True)
-        found[node.name] = Layer(site, inputs, pair, axis, _bias_of(node, matrix.shape))
+        bias = _bias_of(node, matrix.shape)
+        found[node.name] = Layer(site, torch.from_numpy(weight), inputs, pair, axis, bias)
     return found
+
+
+def _joined(main: Float64Array, side: gs.Node) -> Float64Array:
+    """Return the weight of a layer that was split, from its summands."""
+    if side.op == "Mul":
+        (factor,) = (value for x in side.inputs if (value := constant_value(x)) is not None)
+        factor = -np.asarray(factor, np.float64).reshape(-1)
+        return np.asarray(without_diagonal(main, factor), np.float64)
+    joined: Float64Array = main.copy()
+    row, column = centre_of(main)
+    joined[:, :, row, column] += np.asarray(constant_of(side.inputs[1]))[:, :, 0, 0]
+    return joined
 
 
 def _bias_of(node: gs.Node, shape: tuple[int, ...]) -> Tensor:
@@ -113,14 +137,15 @@ def correct(
         shaped = weight_of(matrix, tuple(weight.shape), layer.axis)
         return torch.from_numpy(np.ascontiguousarray(shaped, np.float32))
 
-    exact = blocks(weight)
+    exact, main = blocks(layer.whole), blocks(weight)
     damped = moments.covariance.clone()
     damped.diagonal(dim1=-2, dim2=-1).add_(moments.damping[:, None])
-    wanted = exact + torch.linalg.solve(damped, (exact @ moments.error).mT).mT
+    wanted = main + torch.linalg.solve(damped, (exact @ moments.error).mT).mT
     steps = blocks(site.scale.cpu().expand_as(weight).contiguous())
     codes = nearest_plane(wanted / steps, moments.covariance, grid)
     off = exact @ (moments.mean + moments.mean_error)[..., None]
-    off = off - (codes * steps) @ moments.mean[..., None]  # (B, O of a group, 1)
+    deployed = codes * steps + (exact - main)
+    off = off - deployed @ moments.mean[..., None]  # (B, O of a group, 1)
     shift = layer.bias + off.reshape(groups, key.blocks, -1).sum(1).reshape(-1)
     device, before = site.weight.device, state.shift[site.layer]
     return (
