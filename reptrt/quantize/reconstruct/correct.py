@@ -194,10 +194,11 @@ def _moments(
 
 
 def _side_by_side(x: Tensor, error: Tensor, key: Inputs) -> Tensor:
-    """Return both tensors as one: in each block the channels of ``x``, then those of ``error``."""
+    """Return both tensors as one: in each block the channels of ``x``, then those of ``error``.
+
+    Channels lie last in memory, as they do in activations.
+    """
     axis = 1 if key.window.kernel else x.dim() - 1
-    cut = [
-        part.reshape(*part.shape[:axis], key.num_blocks, -1, *part.shape[axis + 1 :])
-        for part in (x, error)
-    ]
-    return torch.cat(cut, axis + 1).flatten(axis, axis + 1)
+    last = [part.movedim(axis, -1) for part in (x, error)]
+    cut = [part.reshape(*part.shape[:-1], key.num_blocks, -1) for part in last]
+    return torch.cat(cut, -1).flatten(-2).movedim(-1, axis)

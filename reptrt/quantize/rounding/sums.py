@@ -145,7 +145,7 @@ class MapSums:
         values = images.movedim(1, -1)
         if self._origin is None:
             self._origin = values.reshape(-1, self._num_blocks, self._width(values)).mean(0)
-        values = values - self._origin.flatten()
+        values = (values - self._origin.flatten()).contiguous()
         for displacement in window.displacements:
             by_axis = [_cut(window.spans(sizes, axis, by)) for axis, by in enumerate(displacement)]
             for axes in itertools.product(*by_axis):
