@@ -155,7 +155,7 @@ class CalibrateReport(Result):
         }
         if self.learned is not None:
             units = self.learned.units
-            better = sum(unit.kept == "learned" for unit in units)
+            better = sum(unit.kept != "start" for unit in units)
             rows["learned"] = f"{better} of {len(units)} units are better on held-out images"
         if self.simulation is not None:
             rows["simulation"] = f"no engine can run it: {self.simulation}"

@@ -268,7 +268,9 @@ COST = (
     r"learning 5 units, 5 iterations of 32 images each, on 56 images \(8 held out\): about \d+ s; "
     r"activations in float32"
 )
-UNIT = r"(\d) of 5  (.+)  error (\d+\.\d{3}) % -> (\d+\.\d{3}) %  (learned|start)  \d+\.\d s"
+UNIT = (
+    r"(\d) of 5  (.+)  error (\d+\.\d{3}) % -> (\d+\.\d{3}) %  (learned|corrected|start)  \d+\.\d s"
+)
 
 
 @pytest.mark.slow

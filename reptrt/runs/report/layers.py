@@ -175,7 +175,8 @@ def learned(run: RunContent) -> Section:
     rows = tuple(_unit_row(unit, scale) for unit in units)
     text = (
         f"The relative error of the unit's output against the float net, on {learning['held_out']} "
-        "calibration images that were held out from learning. The better of the two is kept."
+        "calibration images that were held out from learning. The best is kept: the start, "
+        "corrected weights, or learned ones."
     )
     legend = Legend((("before", "start"), ("after", "learned")))
     return Section("learned", title, (Text(text), legend, Table("Units", columns, rows)))
