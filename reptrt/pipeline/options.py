@@ -301,7 +301,7 @@ class CalibrateOptions:
         base = parts.learn or LearnOptions()
         return replace(
             base,
-            correct=parts.rounding == "learned" and parts.qprep,
+            correct=parts.rounding == "learned",
             rounding=rounding,
             affine=parts.qprep,
             iterations=base.iterations if self.iterations is None else self.iterations,

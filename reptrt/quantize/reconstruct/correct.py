@@ -29,13 +29,11 @@ from reptrt.graph.splits import read_splits
 from reptrt.quantize.reconstruct.fake_quantize import fake_quantize
 from reptrt.quantize.reconstruct.state import Pair, Sites, State, WeightSite
 from reptrt.quantize.rounding.moments import Inputs
-from reptrt.quantize.rounding.nearest_plane import nearest_plane
+from reptrt.quantize.rounding.nearest_plane import damping_of, nearest_plane
 from reptrt.quantize.rounding.sums import Sums
 from reptrt.quantize.rounding.windows import matrix_of, weight_of, window_of
 from reptrt.rewrite.split_coarse_fine import centre_of
 from reptrt.rewrite.split_identity import without_diagonal
-
-_DAMPING = 0.01  # of the mean variance, as in rounding
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -120,26 +118,19 @@ def correct(
     """
     site, key, window = layer.site, layer.inputs, layer.inputs.window
     moments = _moments(layer, values, state, images)
-    size = moments.mean.shape[1]
     weight = site.weight.cpu()
     groups = window.groups
 
     def blocks(x: Tensor) -> Tensor:
-        """A weight as (B, O of a group, d) in float64."""
-        matrix = torch.from_numpy(matrix_of(x.numpy(), layer.axis, groups))
-        cut = matrix.reshape(groups, matrix.shape[1], key.blocks, size).transpose(1, 2)
-        return cut.reshape(key.num_blocks, matrix.shape[1], size)
+        return key.cut(torch.from_numpy(matrix_of(x.numpy(), layer.axis, groups)))
 
     def whole(x: Tensor) -> Tensor:
-        """The inverse."""
-        cut = x.reshape(groups, key.blocks, x.shape[1], size).transpose(1, 2)
-        matrix = cut.reshape(groups, x.shape[1], -1).numpy()
-        shaped = weight_of(matrix, tuple(weight.shape), layer.axis)
+        shaped = weight_of(key.joined(x).numpy(), tuple(weight.shape), layer.axis)
         return torch.from_numpy(np.ascontiguousarray(shaped, np.float32))
 
     exact, main = blocks(layer.whole), blocks(weight)
     damped = moments.covariance.clone()
-    damped.diagonal(dim1=-2, dim2=-1).add_(moments.damping[:, None])
+    damped.diagonal(dim1=-2, dim2=-1).add_(damping_of(damped))
     wanted = main + torch.linalg.solve(damped, (exact @ moments.error).mT).mT
     steps = blocks(site.scale.cpu().expand_as(weight).contiguous())
     codes = nearest_plane(wanted / steps, moments.covariance, grid)
@@ -166,12 +157,6 @@ class _Moments:
     mean_error: Tensor  # of x - x^, (B, d)
     covariance: Tensor  # of x^, (B, d, d)
     error: Tensor  # E[(x - x^) x^^T] about the means, (B, d, d)
-
-    @property
-    def damping(self) -> Tensor:
-        """What is added to the diagonal of the covariance, (B,)."""
-        mean = self.covariance.diagonal(dim1=-2, dim2=-1).mean(-1)
-        return torch.where(mean > 0, _DAMPING * mean, torch.ones_like(mean))
 
 
 def _moments(

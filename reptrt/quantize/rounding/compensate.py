@@ -82,17 +82,11 @@ def _compensated(
     steps = torch.from_numpy(nearest.scale.astype(np.float64)).reshape(groups, -1, 1)
     exact = matrix / steps
 
-    def blocks(x: Tensor) -> Tensor:
-        """(groups, O, inputs) -> (B, O, d)."""
-        cut = x.reshape(groups, x.shape[1], key.blocks, -1).transpose(1, 2)
-        return cut.reshape(key.num_blocks, x.shape[1], -1)
-
-    plane = nearest_plane(blocks(exact), moments.covariance, grid)
-    better = _noise(plane - blocks(exact), moments.judges, groups) < _noise(
-        blocks(near) - blocks(exact), moments.judges, groups
+    plane = nearest_plane(key.cut(exact), moments.covariance, grid)
+    better = _noise(plane - key.cut(exact), moments.judges, groups) < _noise(
+        key.cut(near - exact), moments.judges, groups
     )
-    whole = plane.reshape(groups, key.blocks, plane.shape[1], -1).transpose(1, 2)
-    codes = torch.where(better[..., None], whole.reshape(near.shape), near)
+    codes = torch.where(better[..., None], key.joined(plane), near)
     shaped = weight_of(codes.numpy(), weight.shape, nearest.axis)
     return QuantizedWeight(shaped.astype(np.int8), nearest.scale, nearest.axis)
 

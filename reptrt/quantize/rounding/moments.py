@@ -48,6 +48,18 @@ class Inputs:
         """B, of all groups."""
         return self.window.groups * self.blocks
 
+    def cut(self, matrix: Tensor) -> Tensor:
+        """Return a weight (groups, O of a group, inputs of an output) in blocks, (B, O, d)."""
+        groups, outputs = matrix.shape[:2]
+        parts = matrix.reshape(groups, outputs, self.blocks, -1).transpose(1, 2)
+        return parts.reshape(self.num_blocks, outputs, -1)
+
+    def joined(self, blocks: Tensor) -> Tensor:
+        """Return blocks of a weight as one: the inverse of `cut`."""
+        groups, outputs = self.window.groups, blocks.shape[1]
+        parts = blocks.reshape(groups, self.blocks, outputs, -1).transpose(1, 2)
+        return parts.reshape(groups, outputs, -1)
+
     @property
     def num_rows(self) -> int:
         """Rows from which a covariance is computed."""

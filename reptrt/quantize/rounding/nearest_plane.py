@@ -80,6 +80,12 @@ def _round_block(
         np.subtract(exact[:, j], pulled, out=error[:, j])
 
 
+def damping_of(covariance: Tensor) -> Tensor:
+    """Return what is added to the diagonal of each covariance (B, d, d), (B, 1)."""
+    mean = covariance.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True)
+    return torch.where(mean > 0, _DAMPING * mean, torch.ones_like(mean))
+
+
 def _unit_factor(covariance: Tensor, order: Tensor) -> Tensor:
     """Return R with each row divided by its diagonal element, for the inputs in an order.
 
@@ -88,9 +94,7 @@ def _unit_factor(covariance: Tensor, order: Tensor) -> Tensor:
     """
     problem = torch.arange(len(order), device=order.device)[:, None, None]
     ordered = covariance[problem, order[:, :, None], order[:, None, :]]
-    variance = ordered.diagonal(dim1=-2, dim2=-1)  # a view
-    mean = variance.mean(-1, keepdim=True)
-    variance += torch.where(mean > 0, _DAMPING * mean, torch.ones_like(mean))
+    ordered.diagonal(dim1=-2, dim2=-1).add_(damping_of(ordered))
     factor: Tensor
     factor, failed = torch.linalg.cholesky_ex(ordered.float(), upper=True)
     if bool(failed.any()):

@@ -47,8 +47,11 @@ class Sums:
         """
         window = self._window
         if self._sums is None:
-            kind = MapSums if _whole_maps_cost_less(window, images, wanted) else RowSums
-            self._sums = kind(window, self._num_blocks)
+            self._sums = (
+                MapSums(window, self._num_blocks)
+                if _whole_maps_cost_less(window, images, wanted)
+                else RowSums(self._num_blocks)
+            )
         if isinstance(self._sums, MapSums):
             self._sums.add(images)
         else:
@@ -70,7 +73,7 @@ class RowSums:
     take its digits away.
     """
 
-    def __init__(self, _: Window, num_blocks: int) -> None:
+    def __init__(self, num_blocks: int) -> None:
         self._num_blocks, self._count = num_blocks, 0
         self._waiting: list[Tensor] = []
         self._origin: Tensor | None = None  # (B, 1, d)
