@@ -302,6 +302,7 @@ class CalibrateOptions:
         return replace(
             base,
             correct=parts.rounding == "learned",
+            weighted=parts.rounding == "learned",
             rounding=rounding,
             affine=parts.qprep,
             iterations=base.iterations if self.iterations is None else self.iterations,

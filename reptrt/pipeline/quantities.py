@@ -26,8 +26,11 @@ from reptrt.quantize.calib.collect import Statistics, collect, collect_kept
 from reptrt.quantize.calib.outputs import Outputs
 from reptrt.quantize.calib.saturation import renamed, with_needed
 from reptrt.quantize.rounding.compensate import compensate
+from reptrt.quantize.rounding.curvature import collect_curvature, layer_outputs
 
 _LOG = logging.getLogger(__name__)
+
+_CURVED = 128  # images whose gradients say how errors count: a sixth of the time of `fast`
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -64,6 +67,7 @@ def quantities_of(
         clock.lap("thresholds")
         weights = quantize_weights(net, placement, options.grids[1])
         if options.compensates:
+            layers = [node for node in net.graph.nodes if node.name in weights]
             weights = compensate(
                 net,
                 graph,
@@ -74,6 +78,14 @@ def quantities_of(
                 seed=options.seed,
                 memory=int(options.memory_budget * 2**30) // 4,
                 kept=prepared.kept,
+                curvature=collect_curvature(
+                    net,
+                    dataset,
+                    layer_outputs(layers),
+                    images=_CURVED,
+                    seed=options.seed,
+                    device=torch_device(options.device),
+                ),
             )
             clock.lap("rounding")
         prepared.kept.clear()

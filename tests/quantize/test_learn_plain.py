@@ -15,7 +15,7 @@ from torch import Tensor
 
 from reptrt.core.grid import Grid
 from reptrt.quantize.reconstruct import attempt
-from reptrt.quantize.reconstruct.learn import Task, errors_of, learn
+from reptrt.quantize.reconstruct.learn import Task, learn
 from reptrt.quantize.reconstruct.options import LearnOptions
 from reptrt.quantize.reconstruct.rounding import beta_at
 from reptrt.quantize.reconstruct.state import State, WeightSite, simulation
@@ -91,7 +91,7 @@ def plainly(
                 x, at, grid
             )
         values = task.graph.run({**task.inputs(picked), **constants}, task.outputs, replace=hooks)
-        errors = errors_of(values, task.targets(picked), task.measure, options.loss)
+        errors = task.loss.errors(values, task.targets(picked))
         loss = torch.stack(errors).mean()
         if (beta := beta_at(step, options.iterations)) is not None:
             terms = [(1 - (2 * c.h() - 1).abs().pow(beta)).sum() for c in codes.values()]

@@ -31,7 +31,8 @@ from reptrt.graph.splits import read_splits
 from reptrt.pipeline import CalibrateOptions, calibrate
 from reptrt.quantize.reconstruct import adam, attempt, cache, driver
 from reptrt.quantize.reconstruct.cache import Store
-from reptrt.quantize.reconstruct.learn import Task, learn, relative_error
+from reptrt.quantize.reconstruct.learn import Task, learn
+from reptrt.quantize.reconstruct.loss import relative_error
 from reptrt.quantize.reconstruct.options import LearnOptions, ReconstructReport
 from reptrt.quantize.reconstruct.state import State
 from reptrt.rewrite.split_coarse_fine import split_coarse_fine

@@ -6,6 +6,7 @@ gain and shift of each layer (QPRep) and the steps of activations.
     units     cut the graph into units
     cache     keep both nets' activations at the boundaries between units, for all images
     correct   weights that make up for the errors of the units before, in closed form
+    loss      the error of a unit's outputs, as it counts at the outputs of the net
     learn     fit one unit to the float net's output by gradient descent
     rounding, fake_quantize    what gradients pass through
     state     find the learnable constants of the graph, hold their values, write them back

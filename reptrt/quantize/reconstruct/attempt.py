@@ -7,7 +7,7 @@ one beats is kept.
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 from reptrt.core.errors import CalibrationError, option
 from reptrt.quantize.calib.collect import COMPUTE_BATCH
 from reptrt.quantize.reconstruct.cache import Activations
-from reptrt.quantize.reconstruct.correct import Layer, correct
+from reptrt.quantize.reconstruct.correct import Layer, Seen, correct
 from reptrt.quantize.reconstruct.learn import Task, held_out_error, learn
 from reptrt.quantize.reconstruct.options import Kept, LearnOptions, UnitReport
 from reptrt.quantize.reconstruct.state import State
@@ -32,6 +32,12 @@ class Values:
     activations: Activations
     train: Tensor  # indices of the images that are learned from, (n,)
     held_out: Tensor  # of those that judge, (m,)
+
+    def both(self, tensor: str, images: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield a tensor in the float and in the quantized net, batch by batch."""
+        exact, given = self.activations.float[tensor], self.activations.quantized[tensor]
+        for some in torch.split(images, COMPUTE_BATCH):
+            yield exact.read(some), given.read(some)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -82,7 +88,7 @@ class Attempt:
     def _error(self, task: Task, changed: State) -> float:
         """Return the error on held-out images with some values changed."""
         state = self.state.updated(changed)
-        return held_out_error(task, state, self.values.held_out, self.options.loss)
+        return held_out_error(task, state, self.values.held_out)
 
     def _corrected(self, correctable: Mapping[str, Layer]) -> tuple[Task, State] | None:
         """Return corrected values of the layers that read inputs of the unit; None if none does.
@@ -94,17 +100,12 @@ class Attempt:
             layer = correctable.get(node)
             if layer is None or layer.inputs.tensor not in self.unit.inputs:
                 continue
-            exact, given = (
-                stores[layer.inputs.tensor]
-                for stores in (values.activations.float, values.activations.quantized)
+            rows = layer.inputs.num_rows / len(values.train)
+            seen, judges = (
+                Seen(values.both(layer.inputs.tensor, images), rows)
+                for images in (values.train, values.held_out)
             )
-            batches = (
-                (exact.read(some), given.read(some))
-                for some in torch.split(values.train, COMPUTE_BATCH)
-            )
-            sites[node], state = correct(
-                layer, batches, self.state, len(values.train), self.task.sites.grid
-            )
+            sites[node], state = correct(layer, seen, judges, self.state, self.task.sites.grid)
             found = found.updated(state)
         if not found.codes:
             return None

@@ -10,11 +10,18 @@ W' / s is rounded by `nearest_plane` for H, with the steps s of W. The shift tak
 shift = b + W E[x] - Q s E[x^]. So a layer takes back a part of the errors of all layers before it,
 where rounding to W only keeps its own small.
 
+x - x^ is small and hardly correlated with x^, and the moments come from a few hundred images: what
+little of it can be told depends on the damping. Each layer takes the one of four that is best on
+held-out images, or W itself. The error of the outputs is, without what does not depend on W',
+
+    (W' - W) H (W' - W)^T - 2 W E[(x - x^) x^^T] (W' - W)^T
+
 Asymmetric calibration after GPTAQ (arXiv 2504.02692), there for transformers; as one regression,
-for convolutions, in blocks of channels: ours.
+for convolutions, in blocks of channels, the damping: ours.
 """
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -28,12 +35,15 @@ from reptrt.graph.net import Net, constant_of, constant_value
 from reptrt.graph.splits import read_splits
 from reptrt.quantize.reconstruct.fake_quantize import fake_quantize
 from reptrt.quantize.reconstruct.state import Pair, Sites, State, WeightSite
+from reptrt.quantize.rounding.curvature import in_steps
 from reptrt.quantize.rounding.moments import Inputs
-from reptrt.quantize.rounding.nearest_plane import damping_of, nearest_plane
+from reptrt.quantize.rounding.nearest_plane import damped, nearest_plane
 from reptrt.quantize.rounding.sums import Sums
 from reptrt.quantize.rounding.windows import matrix_of, weight_of, window_of
 from reptrt.rewrite.split_coarse_fine import centre_of
 from reptrt.rewrite.split_identity import without_diagonal
+
+_DAMPINGS = (0.01, 0.08, 0.64, 5.12)  # of the mean variance
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -46,9 +56,18 @@ class Layer:
     pair: Pair  # of its input
     axis: int  # of the output channels
     bias: Tensor  # of the float layer, (O,), float64
+    curvature: Tensor | None  # of its outputs, (O, O)
 
 
-def find_layers(reference: Net, sites: Sites) -> dict[str, Layer]:
+@dataclass(frozen=True, slots=True, eq=False)
+class Seen:
+    """The input of a layer on some of the images."""
+
+    batches: Iterable[tuple[Tensor, Tensor]]  # in the float and in the quantized net, (N, C, ...)
+    rows: float  # that are taken of an image
+
+
+def find_layers(reference: Net, sites: Sites, curvature: Mapping[str, Tensor]) -> dict[str, Layer]:
     """Return node -> layer, of all layers that can be corrected.
 
     Left out are layers without rows (transposed convolutions, products of stacked matrices) or
@@ -58,6 +77,7 @@ def find_layers(reference: Net, sites: Sites) -> dict[str, Layer]:
     Args:
         reference: the float graph.
         sites: of the Q/DQ graph that was made from it.
+        curvature: tensor -> how its errors count at the outputs of the net.
     """
     nodes = {node.name: node for node in reference.graph.nodes}
     splits = {split.main: split for split in read_splits(reference)}
@@ -76,7 +96,8 @@ def find_layers(reference: Net, sites: Sites) -> dict[str, Layer]:
         matrix = matrix_of(weight, axis, window.groups)
         inputs = Inputs(pair.tensor, window, matrix.shape[2] // window.taps, centred=True)
         bias = _bias_of(node, matrix.shape)
-        found[node.name] = Layer(site, torch.from_numpy(weight), inputs, pair, axis, bias)
+        whole, counts = torch.from_numpy(weight), curvature.get(node.outputs[0].name)
+        found[node.name] = Layer(site, whole, inputs, pair, axis, bias, counts)
     return found
 
 
@@ -100,24 +121,19 @@ def _bias_of(node: gs.Node, shape: tuple[int, ...]) -> Tensor:
 
 
 def correct(
-    layer: Layer,
-    values: Iterable[tuple[Tensor, Tensor]],
-    state: State,
-    images: int,
-    grid: Grid,
+    layer: Layer, seen: Seen, judges: Seen, state: State, grid: Grid
 ) -> tuple[WeightSite, State]:
     """Return the weight W' as a site to learn from, and the layer's codes and shift.
 
     Args:
         layer: to correct.
-        values: its input in the float and in the quantized net, before it is quantized; batch by
-            batch, (N, C, ...) each.
+        seen: its input, before it is quantized, on the images that are learned from.
+        judges: the same on held-out images.
         state: with the step of its input and its present shift.
-        images: in all batches together.
         grid: of the codes.
     """
     site, key, window = layer.site, layer.inputs, layer.inputs.window
-    moments = _moments(layer, values, state, images)
+    moments = _moments(layer, seen, state)
     weight = site.weight.cpu()
     groups = window.groups
 
@@ -129,11 +145,13 @@ def correct(
         return torch.from_numpy(np.ascontiguousarray(shaped, np.float32))
 
     exact, main = blocks(layer.whole), blocks(weight)
-    damped = moments.covariance.clone()
-    damped.diagonal(dim1=-2, dim2=-1).add_(damping_of(damped))
-    wanted = main + torch.linalg.solve(damped, (exact @ moments.error).mT).mT
+    wanted = main + _best_change(exact, moments, _moments(layer, judges, state))
     steps = blocks(site.scale.cpu().expand_as(weight).contiguous())
-    codes = nearest_plane(wanted / steps, moments.covariance, grid)
+    counts = None
+    if layer.curvature is not None:
+        of_outputs = steps[:: key.blocks, :, :1]  # (groups, O of a group, 1)
+        counts = key.repeated(in_steps(layer.curvature, of_outputs))
+    codes = nearest_plane(wanted / steps, moments.covariance, grid, counts)
     off = exact @ (moments.mean + moments.mean_error)[..., None]
     deployed = codes * steps + (exact - main)
     off = off - deployed @ moments.mean[..., None]  # (B, O of a group, 1)
@@ -159,15 +177,34 @@ class _Moments:
     error: Tensor  # E[(x - x^) x^^T] about the means, (B, d, d)
 
 
-def _moments(
-    layer: Layer, values: Iterable[tuple[Tensor, Tensor]], state: State, images: int
-) -> _Moments:
+def _best_change(exact: Tensor, moments: _Moments, judges: _Moments) -> Tensor:
+    """Return W' - W, (B, O, d), with the damping that is best on held-out images; it may be 0.
+
+    Args:
+        exact: W, (B, O, d).
+        moments: of the images that are learned from.
+        judges: those of the held-out images.
+    """
+    pull = (exact @ moments.error).mT
+    off = 2.0 * exact @ judges.error
+
+    def change(damping: float) -> Tensor:
+        factor = torch.linalg.cholesky(damped(moments.covariance, damping))
+        return torch.cholesky_solve(pull, factor).mT
+
+    def error(changed: Tensor) -> float:
+        return float(((changed @ judges.covariance - off) * changed).sum())
+
+    return min((torch.zeros_like(exact), *map(change, _DAMPINGS)), key=error)
+
+
+def _moments(layer: Layer, seen: Seen, state: State) -> _Moments:
     key, pair = layer.inputs, layer.pair
     sums, rng = Sums(key.window, key.num_blocks), np.random.default_rng(0)
-    for exact, given in values:
+    for exact, given in seen.batches:
         quantized = fake_quantize(given, state.step[pair.group], pair.grid)
         both = _side_by_side(quantized, exact - quantized, key)
-        sums.add(both, -(-key.num_rows * len(both) // images), rng)
+        sums.add(both, math.ceil(seen.rows * len(both)), rng)
     mean, covariance = (x.cpu() for x in sums.moments(centred=True))
     size = mean.shape[1] // 2
     return _Moments(

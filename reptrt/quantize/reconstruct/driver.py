@@ -32,7 +32,8 @@ from reptrt.quantize.reconstruct.cache import (
 )
 from reptrt.quantize.reconstruct.correct import find_layers
 from reptrt.quantize.reconstruct.cost import passes_of, seconds_of_a_pass
-from reptrt.quantize.reconstruct.learn import Task, errors_of
+from reptrt.quantize.reconstruct.learn import Task
+from reptrt.quantize.reconstruct.loss import Loss, roots_of
 from reptrt.quantize.reconstruct.options import (
     LearnOptions,
     ReconstructReport,
@@ -47,11 +48,13 @@ from reptrt.quantize.reconstruct.state import (
     write,
 )
 from reptrt.quantize.reconstruct.units import find_units, stage_end
+from reptrt.quantize.rounding.curvature import collect_curvature, layer_outputs
 
 _LOG = logging.getLogger(__name__)
 
 _HELD_OUT = 8  # one image in eight is held out
 _FEWEST = 16  # images
+_CURVED = 384  # images whose gradients say how errors count
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -124,7 +127,6 @@ class _Run:
         self._options, self._finished, self._device = options, finished, device
         self._graph, self._float_graph = TorchGraph(net, device), TorchGraph(reference, device)
         self.sites, self.state = find_sites(net, reference, quantized.plan, quantized.grid, device)
-        self._correctable = find_layers(reference, self.sites) if options.correct else {}
         self._dataset, self._image = dataset, self._float_graph.input_names[0]
         self._measure = Measure(self._float_graph)
         sides = {split.side for split in read_splits(reference)}
@@ -135,6 +137,11 @@ class _Run:
             self.sites.pairs.keys(),
             self._measure.names,
         )
+        between = {name for unit in self._layout.units for name in unit.outputs}
+        curvature = self._curvature(reference, between) if options.weighted else {}
+        roots = roots_of({name: curvature[name] for name in between & curvature.keys()}, device)
+        self._loss = Loss(self._measure, options.loss, roots)
+        self._correctable = find_layers(reference, self.sites, curvature) if options.correct else {}
         order = torch.randperm(dataset.length, generator=generator_of(options.seed, -1))
         num_held_out = dataset.length // _HELD_OUT
         self._held_out = order[:num_held_out].sort().values
@@ -144,6 +151,19 @@ class _Run:
         self._storage = choose_storage(peak, budget)
         folder = finished.spill
         self._activations = Activations(dataset, self._layout, self._storage, device, folder)
+
+    def _curvature(self, reference: Net, between: Collection[str]) -> dict[str, Tensor]:
+        """Return how much errors of the tensors between units, and of layers, count."""
+        layers = [node for node in reference.graph.nodes if node.name in self.sites.weights]
+        axes = dict.fromkeys(between, 1) | layer_outputs(layers)
+        return collect_curvature(
+            reference,
+            self._dataset,
+            axes,
+            images=_CURVED,
+            seed=self._options.seed,
+            device=self._device,
+        )
 
     def learn_all(self) -> ReconstructReport:
         """Learn all units in order."""
@@ -195,7 +215,7 @@ class _Run:
             outputs=unit.outputs,
             inputs=functools.partial(read, activations.quantized, unit.inputs),
             targets=functools.partial(read, activations.float, unit.outputs),
-            measure=self._measure,
+            loss=self._loss,
             stage=self._stage_term(index),
         )
         report = self._learned_or_loaded(index, task)
@@ -235,8 +255,7 @@ class _Run:
         if not self._options.stage_weight or end == index:
             return None
         ends, boundary = self._layout.units[end].outputs, self._layout.alive[index]
-        activations, float_graph, kind = self._activations, self._float_graph, self._options.loss
-        measure = self._measure
+        activations, float_graph, loss = self._activations, self._float_graph, self._loss
         targets = activations.propagate(float_graph, boundary, ends, activations.float, {}, {})
 
         def term(outputs: Mapping[str, Tensor], picked: Tensor) -> Tensor:
@@ -244,7 +263,7 @@ class _Run:
             inputs = {**read(activations.quantized, others, picked), **outputs}
             values = float_graph.run(inputs, ends)
             exact = {name: targets[name].read(picked) for name in ends}
-            return torch.stack(errors_of(values, exact, measure, kind)).mean()
+            return torch.stack(loss.errors(values, exact)).mean()
 
         return term
 

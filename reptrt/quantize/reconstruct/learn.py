@@ -5,8 +5,7 @@
 B is the quantized unit, x^ its input, computed by the quantized units before it, and Y the unit's
 output in the float net. R is the float rest of the stage and Y_S the stage's output in the float
 net. |.| is the mean absolute value (MAE, after RepAPQ arXiv 2402.16121: outliers dominate MSE) or
-the mean square, averaged over the unit's outputs; at the raw heads of a detector it is what
-`calib.measure` says.
+the mean square, averaged over the unit's outputs, each in the unit that `loss` says.
 """
 
 import math
@@ -19,15 +18,14 @@ from torch import Tensor
 from reptrt.core.errors import CalibrationError, option
 from reptrt.execute.torchgraph import TorchGraph, exact_math
 from reptrt.quantize.calib.collect import COMPUTE_BATCH
-from reptrt.quantize.calib.measure import Measure, relative
 from reptrt.quantize.reconstruct.adam import Adam, Group
+from reptrt.quantize.reconstruct.loss import Loss
 from reptrt.quantize.reconstruct.options import LearnOptions
 from reptrt.quantize.reconstruct.rounding import SoftCodes, beta_at
 from reptrt.quantize.reconstruct.state import Sites, State, dequantized_weights, simulation
 
 Batch = Callable[[Tensor], Mapping[str, Tensor]]  # image indices -> tensors by name
 
-_LEAST_SIGNAL = 1e-30
 _CHECK_EVERY = 25  # iterations between checks that the loss is finite
 
 
@@ -43,46 +41,18 @@ class Task:
     outputs: tuple[str, ...]
     inputs: Batch  # from the quantized net
     targets: Batch  # from the float net
-    measure: Measure  # the unit in which errors of outputs count
+    loss: Loss
     # error of the stage's output as a function of the unit's outputs and of the image indices
     stage: Callable[[Mapping[str, Tensor], Tensor], Tensor] | None = None
 
 
-def relative_error(value: Tensor, target: Tensor, loss: str) -> Tensor:
-    """Return sum |value - target| / sum |target| ("mae"), or the same of squares ("mse").
-
-    Sums, because the gradient of a mean is a tensor of another memory layout.
-    """
-    if loss == "mae":
-        return (value - target).abs().sum() / target.abs().sum().clamp_min(_LEAST_SIGNAL)
-    return (value - target).square().sum() / target.square().sum().clamp_min(_LEAST_SIGNAL)
-
-
-def errors_of(
-    values: Mapping[str, Tensor], targets: Mapping[str, Tensor], measure: Measure, loss: str
-) -> list[Tensor]:
-    """Return the relative error of each target, the raw heads of a detector in their own units.
-
-    Args:
-        values: name -> values, of all targets at least.
-        targets: name -> values in the float net.
-        measure: of the net.
-        loss: "mae" or "mse".
-    """
-    if not any(measure.is_measured(name) for name in targets):
-        return [relative_error(values[name], target, loss) for name, target in targets.items()]
-    sums = measure.sums(targets, values, 1 if loss == "mae" else 2)
-    return [relative(*pair) for pair in sums.values()]
-
-
-def held_out_error(task: Task, state: State, images: Tensor, loss: str) -> float:
+def held_out_error(task: Task, state: State, images: Tensor) -> float:
     """Return the relative error of a task's outputs, computed as deployed.
 
     Args:
         task: the unit.
         state: codes, gains, shifts and steps.
         images: indices of the held-out images, (n,).
-        loss: "mae" or "mse".
     """
     weights = dequantized_weights(task.sites, state, task.nodes)
     constants, hooks = simulation(task.sites, weights, state)
@@ -91,7 +61,7 @@ def held_out_error(task: Task, state: State, images: Tensor, loss: str) -> float
         for part in torch.split(images, COMPUTE_BATCH):
             inputs = {**task.inputs(part), **constants}
             outputs = task.graph.run(inputs, task.outputs, replace=hooks)
-            errors = errors_of(outputs, task.targets(part), task.measure, loss)
+            errors = task.loss.errors(outputs, task.targets(part))
             total += sum(float(error) for error in errors) / len(errors) * len(part)
     return total / len(images)
 
@@ -160,10 +130,9 @@ class _Trial:
 
         Its gradient is part of the backward pass, unless ``beta`` is None.
         """
-        task, kind = self._task, self._options.loss
+        task = self._task
         outputs = self._run(task.inputs(picked), beta)
-        errors = errors_of(outputs, task.targets(picked), task.measure, kind)
-        loss = torch.stack(errors).mean()
+        loss = torch.stack(task.loss.errors(outputs, task.targets(picked))).mean()
         if task.stage is not None:
             loss = loss + self._options.stage_weight * task.stage(outputs, picked)
         return loss

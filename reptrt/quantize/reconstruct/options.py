@@ -20,6 +20,7 @@ class LearnOptions:
     """
 
     correct: bool = False  # start from codes that make up for the errors of the layers before
+    weighted: bool = False  # errors of units and layers count as they do at the outputs of the net
     rounding: bool = True  # learn whether each weight is rounded down or up
     affine: bool = True  # learn a gain and a shift per channel of each layer (QPRep)
     steps: bool = True  # learn the steps of activations

@@ -60,6 +60,10 @@ class Inputs:
         parts = blocks.reshape(groups, self.blocks, outputs, -1).transpose(1, 2)
         return parts.reshape(groups, outputs, -1)
 
+    def repeated(self, by_group: Tensor) -> Tensor:
+        """Return what is known of each group (groups, ...) for each of its blocks, (B, ...)."""
+        return by_group.repeat_interleave(self.blocks, 0)
+
     @property
     def num_rows(self) -> int:
         """Rows from which a covariance is computed."""
