@@ -58,6 +58,7 @@ class _Equalized:
 
     net: Net
     inputs: Mapping[str, ChannelStats]  # layer -> statistics of its input
+    outputs: Mapping[str, float]  # layer -> largest value behind its activation function
     noises: Noises  # computed so far
 
 
@@ -111,7 +112,9 @@ class Candidates:
         for _ in range(_ROUNDS):
             factors = self._factors(forms, full_range)
             trial = self._equalized(factors)
-            choice = choose(trial.net, trial.inputs, options, self._possible, trial.noises)
+            choice = choose(
+                trial.net, trial.inputs, options, self._possible, trial.noises, trial.outputs
+            )
             forms = dict(self._forms) or {d.layer: d.form for d in choice.splits}
             full_range = frozenset(full_range_of(choice.ranges))
         return Candidate(factors, choice, forms)
@@ -124,7 +127,7 @@ class Candidates:
             equalize(net, find_streams(net)[0], factors)
             scaled = scaled_stats(self._net, self._stats, factors)
             inputs = {layer: scaled[name] for layer, name in self._layers.items() if name in scaled}
-            self._trials[key] = _Equalized(net, inputs, {})
+            self._trials[key] = _Equalized(net, inputs, _largest_outputs(net, scaled), {})
         return self._trials[key]
 
     def _choose_options(self, policy: Policy) -> ChooseOptions:
@@ -170,6 +173,18 @@ class Candidates:
                 )
             found[stream.name] = self._known[key]
         return found
+
+
+def _largest_outputs(net: Net, stats: Mapping[str, ChannelStats]) -> dict[str, float]:
+    """Return node -> largest |value| of its output, or of what its only reader makes of it."""
+    found: dict[str, float] = {}
+    for node in net.graph.nodes:
+        for tensor in node.outputs[:1]:
+            behind = tensor.outputs[0].outputs[:1] if len(tensor.outputs) == 1 else []
+            for known in (stats.get(t.name) for t in (tensor, *behind)):
+                if known is not None:
+                    found.setdefault(node.name, float(known.maximum.max()))
+    return found
 
 
 def scaled_stats(

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
+import numpy as np
 import onnx
 import pytest
 
@@ -13,9 +14,12 @@ from reptrt.core.choices import TargetName
 from reptrt.core.errors import ArtifactError, ConfigError
 from reptrt.core.grid import Grid
 from reptrt.graph.made_for import recorded_target
+from reptrt.graph.net import constant_of
 from reptrt.pipeline import CalibrateOptions, calibrate
 from reptrt.quantize.choose import ChooseOptions, choose, full_range_macs
+from reptrt.quantize.choose.noise import rounding_of_rest
 from reptrt.quantize.targets import TARGETS
+from reptrt.rewrite.split_identity import factor_of
 from tests.quantize.test_choose_budget import Measured, rep_chain
 from tests.support.learned_nets import rep_net, write_images, write_net
 from tests.support.qdq_nets import images
@@ -120,3 +124,31 @@ def test_the_choice_counts_with_the_measured_costs(tmp_path: Path) -> None:
         assert sidecar is not None
         assert sidecar.details["costs"]["pass_macs"] == pytest.approx(real)
     assert overheads[1] == pytest.approx(overheads[0] / 10, rel=0.01)
+
+
+def test_int8_summands_are_split_where_more_is_gained_than_rounding_one_loses() -> None:
+    """The noise of the rest against its rounding by numpy, and the choice on both sides of it."""
+    net = Measured(rep_chain(), images(32, size=9))
+    node = next(n for n in net.net.graph.nodes if n.name == "a")
+    grids = Grid.activation(8), Grid.weight(8)
+    options = ChooseOptions(*grids, 1.0, "identity", "int8", costs=TARGETS["onnxruntime"].costs)
+    largest = float(net.values[node.outputs[0].outputs[0].outputs[0].name].max())
+    d0 = np.asarray(factor_of(constant_of(node.inputs[1]), grids[1], "identity-scalar")).max()
+    x, sums = net.values[node.inputs[0].name], net.values[node.outputs[0].name]
+    rest = sums - d0 * x
+    step = max(largest, d0 * x.max()) / 255
+    rounded = np.clip(np.rint(rest / step), -round(d0 * x.max() / step), None) * step
+    off = np.maximum(rounded + d0 * x, 0) - np.maximum(sums, 0)
+    on = sums > 0
+    noise = np.square(off[on]).mean() * len(constant_of(node.inputs[1]))
+    found = rounding_of_rest(node, net.stats["a"], largest, *grids)
+    assert found == pytest.approx(noise, rel=0.1)
+    forms = {}
+    for output in (largest, 100 * largest):
+        choice = choose(net.net, net.stats, options, outputs={"a": output})
+        forms[output] = {d.layer: d.form for d in choice.splits}["a"]
+    assert list(forms.values()) == ["identity-scalar", "none"]
+    floats = replace(options, precision="float")
+    assert choose(net.net, net.stats, floats, outputs={"a": 1e9}) == choose(
+        net.net, net.stats, floats
+    )

@@ -1,6 +1,7 @@
 """Choose the splits and full ranges of a net by the rules of `reptrt.quantize.choose`."""
 
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 
 import onnx_graphsurgeon as gs
 
@@ -10,7 +11,7 @@ from reptrt.quantize.calib.channels import ChannelStats
 from reptrt.quantize.choose.budget import within_budget
 from reptrt.quantize.choose.cost import num_macs
 from reptrt.quantize.choose.decisions import Choice, ChooseOptions, Decision, Option, RangeDecision
-from reptrt.quantize.choose.noise import Noises, layer_noise
+from reptrt.quantize.choose.noise import Noises, layer_noise, rounding_of_rest
 
 _HEALTHY = 1.0  # largest weight noise over activation noise of a layer that stays whole
 _ENOUGH = 0.25  # largest such ratio of a split layer
@@ -22,6 +23,7 @@ def choose(
     options: ChooseOptions,
     full_range: Mapping[str, int] | None = None,
     noises: Noises | None = None,
+    outputs: Mapping[str, float] | None = None,
 ) -> Choice:
     """Return a decision for every convolution and for every activation that can have full range.
 
@@ -32,6 +34,8 @@ def choose(
         full_range: activations that can have full range, with its cost (`full_range_macs`).
         noises: of layers of the same net with the same statistics, codes and costs, as far as they
             were computed for other policies; those of this call are added.
+        outputs: layer -> largest value behind it and its activation function, as far as it is
+            known: what INT8 summands lose where they are rounded.
     """
     known: Noises = {} if noises is None else noises
     possible = full_range or {}
@@ -39,7 +43,9 @@ def choose(
         node for node in weighted_nodes(net.graph) if node.name in stats and node.op == "Conv"
     ]
     desired = {
-        node.name: _desired_form(node, stats[node.name], options, possible, known)
+        node.name: _desired_form(
+            node, stats[node.name], options, possible, known, (outputs or {}).get(node.name, 0.0)
+        )
         for node in layers
     }
     ranges = [
@@ -61,6 +67,7 @@ def _desired_form(
     options: ChooseOptions,
     full_range: Collection[str],
     known: Noises,
+    output: float,
 ) -> Decision:
     """Return the form that one layer should take if the budget allows it."""
     has_full_range = node.inputs[0].name in full_range
@@ -71,7 +78,7 @@ def _desired_form(
     noise = known[key]
     forms = noise.options
     if options.precision == "int8":
-        forms = tuple(o for o in forms if o.form in ("none", "identity-scalar"))
+        forms = _with_int8_summands(node, stats, options, forms, output)
     whole, floor = forms[0].weight_noise, noise.activation_noise
     ratio = whole / floor if floor else float("inf")
     reason = f"weight noise is {ratio:.2g} of the activation noise"
@@ -85,6 +92,29 @@ def _desired_form(
         if best.form != "none" and not enough:
             reason += "; no form gets below a quarter"
     return Decision(node.name, best.form, noise.signal, floor, forms, reason)
+
+
+def _with_int8_summands(
+    node: gs.Node,
+    stats: ChannelStats,
+    options: ChooseOptions,
+    forms: Collection[Option],
+    output: float,
+) -> tuple[Option, ...]:
+    """Return the forms that are left with INT8 summands; the noise of rounding one is added.
+
+    It is not compensated as errors of weights are, so it counts as a larger noise of weights.
+    """
+    left = [option for option in forms if option.form in ("none", "identity-scalar")]
+    if len(left) == 1:
+        return (*left,)
+    rounding = rounding_of_rest(node, stats, output, options.activations, options.weights)
+    return tuple(
+        option
+        if option.form == "none"
+        else replace(option, weight_noise=option.weight_noise + rounding / options.remaining)
+        for option in left
+    )
 
 
 def _cost(option: Option) -> tuple[int, float]:

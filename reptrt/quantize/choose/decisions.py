@@ -35,7 +35,7 @@ class Option:
     """One form that a layer can take."""
 
     form: SplitForm
-    weight_noise: float
+    weight_noise: float  # with INT8 summands also that of rounding one of them
     extra_macs: int  # per image
 
 

@@ -76,6 +76,30 @@ def _options(
     ]
 
 
+def rounding_of_rest(
+    node: gs.Node, stats: ChannelStats, output: float, activations: Grid, weights: Grid
+) -> float:
+    """Return the noise of rounding the rest of a scalar identity split to INT8, as of a layer.
+
+    Of y = relu(rest + d0 x) the rest represents y - d0 x, between -d0 x and y. Its threshold is the
+    one with the least error and covers about the larger of both ranges:
+
+        O step^2 / 12        step = max(largest y, |d0| largest |x|) / q        for O outputs
+
+    Args:
+        node: a convolution.
+        stats: of its input.
+        output: largest y.
+        activations: codes of the rest.
+        weights: codes of the weight.
+    """
+    weight = np.asarray(constant_value(node.inputs[1]))
+    factor = identity.factor_of(weight, weights, "identity-scalar")
+    skip = 0.0 if factor is None else float(np.abs(factor).max()) * float(stats.maximum.max())
+    step = max(output, skip) / activations.full_range.qmax
+    return len(weight) * step**2 / 12.0
+
+
 def _weight_noise(weight: FloatArray, variance: FloatArray, grid: Grid) -> float:
     """Return sum (W - Q(W))^2 Var[x]; ``variance`` broadcasts over the weight."""
     quantized = quantize_weight(weight.astype(np.float32), 0, grid)
