@@ -85,16 +85,16 @@ def test_every_activation_has_256_codes_that_lie_where_its_values_do(made: Path)
 @needs_shared
 @pytest.mark.slow
 def test_a_trained_net_keeps_its_accuracy_in_onnxruntime(tmp_path: Path) -> None:
-    """Plain INT8 has 18.5 dB, float sums 31.3."""
+    """Plain INT8 has 17.4 dB, float sums 36.9."""
     model, output = tmp_path / "m.onnx", tmp_path / "o.onnx"
-    weights = SHARED / "zoo" / "mobileone_cifar10.pt"
-    export(Source("mobileone", weights, ZOO["mobileone"]), model, CIFAR)
+    weights = SHARED / "zoo" / "repvgg_cifar10.pt"
+    export(Source("repvgg", weights, ZOO["repvgg"]), model, CIFAR)
     options = CalibrateOptions(images=256, target="onnxruntime")
     report = calibrate(model, SHARED / "cifar10" / "calib", output, options)
-    assert len(report.splits) > 3
+    assert len(report.splits) > 10
     judging = EvaluateOptions(reference=model, limit=1000)
     (result,) = evaluate([output], SHARED / "cifar10" / "test", judging).results
-    assert (result.sqnr_db or 0) > 29.5
+    assert (result.sqnr_db or 0) > 32
     counts = optimized_op_counts(output.read_bytes())
     assert counts["QLinearConv"] == report.layers
 
