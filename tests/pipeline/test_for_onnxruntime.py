@@ -7,27 +7,31 @@ from pathlib import Path
 from typing import get_args
 
 import onnx
+import onnx_graphsurgeon as gs
 import onnxruntime
 import pytest
 
 from reptrt.core.choices import TargetName
 from reptrt.core.errors import EngineError
 from reptrt.core.grid import Grid
+from reptrt.data.dataset import open_dataset
 from reptrt.graph.net import net_from_model, read_model
+from reptrt.graph.preprocess import read_preprocess
 from reptrt.graph.quantized import plan_from_net
 from reptrt.judge.evaluate import evaluate
 from reptrt.judge.options import EvaluateOptions
 from reptrt.pipeline import CalibrateOptions, Source, calibrate, export
 from reptrt.pipeline.options import PLAIN_INT8
-from reptrt.quantize.choose import num_macs
+from reptrt.quantize.choose import decide, num_macs
 from reptrt.quantize.choose.ends import MOST, keep_ends, prices_of_ends
 from reptrt.quantize.targets import TARGETS
 from reptrt.rewrite.split_identity import split_identity
 from reptrt.trt.input import read_buildable
 from tests.pipeline.test_calibrate import CIFAR, ZOO
-from tests.support.helpers import SHARED, needs_shared, optimized_op_counts
+from tests.support.helpers import SHARED, needs_shared, optimized_op_counts, ort_run
 from tests.support.learned_nets import rep_net, write_images, write_net
 from tests.support.onnx_nets import Builder
+from tests.support.qdq_nets import with_outputs
 
 FOR_CPU = CalibrateOptions(images=32, target="onnxruntime", split="identity")
 
@@ -97,6 +101,31 @@ def test_a_trained_net_keeps_its_accuracy_in_onnxruntime(tmp_path: Path) -> None
     assert (result.sqnr_db or 0) > 32
     counts = optimized_op_counts(output.read_bytes())
     assert counts["QLinearConv"] == report.layers
+
+
+def test_the_choice_knows_the_largest_output_of_each_layer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known: dict[str, float] = {}
+
+    def watched(node: gs.Node, stats: object, output: float, *grids: object) -> float:
+        known[node.name] = output
+        return 0.0
+
+    monkeypatch.setattr(decide, "rounding_of_rest", watched)
+    model = write_net(tmp_path / "m.onnx", rep_net(blocks=2))
+    data = write_images(tmp_path / "d.npz", 32)
+    options = replace(FOR_CPU, images=32, split="auto", equalize=False)
+    calibrate(model, data, tmp_path / "o.onnx", options)
+    graph = onnx.load(str(model)).graph
+    layers = {node.name: node.output[0] for node in graph.node if node.name in known}
+    relus = {node.input[0]: node.output[0] for node in graph.node if node.op_type == "Relu"}
+    behind = {layer: relus[tensor] for layer, tensor in layers.items()}
+    (x,) = open_dataset(data, read_preprocess(net_from_model(read_model(model)))).batches(32)
+    made = ort_run(with_outputs(onnx.load(str(model)), [*behind.values()]), {"x": x})
+    assert known
+    for layer, tensor in behind.items():
+        assert known[layer] == pytest.approx(float(made[tensor].max()), rel=1e-4)
 
 
 def test_an_engine_is_refused(made: Path) -> None:

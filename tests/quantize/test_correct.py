@@ -147,6 +147,32 @@ def test_what_other_images_deny_is_not_corrected() -> None:
     assert float((moved.weight - weight).abs().max()) > 0.05
 
 
+@pytest.mark.parametrize("name", ["3x3", "grouped", "product of columns"])
+def test_codes_count_by_the_curvature_of_the_outputs(name: str) -> None:
+    """Outputs of very different steps, whose sums are all that is heard of."""
+    net, sites, state = one_layer(name)
+    (layer,) = find_layers(net, sites, {}).values()
+    site, outputs = layer.site, len(layer.bias)
+    spread = torch.logspace(0, 1, outputs).reshape([-1 if n > 1 else 1 for n in site.scale.shape])
+    layer = replace(layer, site=replace(site, scale=10 * site.scale * spread))
+    mix = torch.from_numpy(np.random.default_rng(2).standard_normal((1, outputs)))
+    counts = mix.mT @ mix + 0.01 * torch.eye(outputs)
+    exact, given = (torch.from_numpy(x) for x in inputs_of(name))
+    seen = Seen([(exact, given)], 10**6)
+    window, rng = layer.inputs.window, np.random.default_rng(0)
+    rows = window.rows(given, 10**6, rng).double()
+    rows = rows - rows.mean(0)
+
+    def noise(curvature: torch.Tensor | None) -> float:
+        corrected, found = correct(replace(layer, curvature=curvature), seen, seen, state, GRID)
+        error = found.codes["layer"] * layer.site.scale - corrected.weight
+        matrix = torch.from_numpy(matrix_of(error.numpy(), layer.axis, window.groups))
+        off = torch.einsum("rgd,god->rgo", rows, matrix).flatten(1)
+        return float(((off.T @ off) * counts).sum())
+
+    assert noise(counts) < 0.6 * noise(None)
+
+
 def test_the_damping_is_what_other_images_ask_for() -> None:
     """The error of few images is noise: what all images ask for is nearer with more damping."""
     net, sites, state = one_layer("3x3")
@@ -233,4 +259,4 @@ def test_only_learned_rounding_of_codes_that_compensate_is_corrected() -> None:
     for recipe, expected in (("accurate", True), ("balanced", True), ("repapq", False)):
         learning = CalibrateOptions(recipe=recipe).learning  # type: ignore[arg-type]
         assert learning is not None
-        assert learning.correct == expected
+        assert learning.correct == learning.weighted == expected
