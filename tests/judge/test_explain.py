@@ -140,12 +140,12 @@ def test_an_fp32_rest_matters_on_a_gpu_only() -> None:
 
 
 def test_layers_that_wait_for_memory() -> None:
-    """2e6 bytes at 4.5 a byte wait; 1e9 at 7 a byte take 1.4e8: 1 % of the time on a CPU."""
+    """2e6 bytes at 4.5 a byte wait; 1e9 at 17 a byte take 5.9e7: 3 % of the time on a CPU."""
     few = Evidence(planned=10, costs=(DENSE, DEPTHWISE))
     assert "shows no reason" in reasons(few)[0]
     many = Evidence(planned=10, costs=(DENSE, *[DEPTHWISE] * 50))
     assert reasons(many) == (
-        "50 of 51 layers wait for memory (fewer than 7 multiply-accumulates per byte; 41 % of the "
+        "50 of 51 layers wait for memory (fewer than 17 multiply-accumulates per byte; 63 % of the "
         "time by this estimate): depthwise 4.5; depthwise 4.5; depthwise 4.5; 47 more; faster "
         "arithmetic does not help them, moving fewer bytes does",
     )
