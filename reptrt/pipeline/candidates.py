@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from reptrt.core.arrays import Float64Array
 from reptrt.core.choices import SplitForm
-from reptrt.graph.net import Net
+from reptrt.graph.net import Net, weighted_nodes
 from reptrt.pipeline.options import CalibrateOptions
 from reptrt.quantize.calib.channels import ChannelStats
 from reptrt.quantize.choose import (
@@ -176,14 +176,14 @@ class Candidates:
 
 
 def _largest_outputs(net: Net, stats: Mapping[str, ChannelStats]) -> dict[str, float]:
-    """Return node -> largest |value| of its output, or of what its only reader makes of it."""
+    """Return layer -> largest |value| of its output, or of what its only reader makes of it."""
     found: dict[str, float] = {}
-    for node in net.graph.nodes:
-        for tensor in node.outputs[:1]:
-            behind = tensor.outputs[0].outputs[:1] if len(tensor.outputs) == 1 else []
-            for known in (stats.get(t.name) for t in (tensor, *behind)):
-                if known is not None:
-                    found.setdefault(node.name, float(known.maximum.max()))
+    for node in weighted_nodes(net.graph):
+        output = node.outputs[0]
+        behind = output.outputs[0].outputs[:1] if len(output.outputs) == 1 else []
+        known = [stats[tensor.name] for tensor in (output, *behind) if tensor.name in stats]
+        if known:
+            found[node.name] = float(known[0].maximum.max())
     return found
 
 

@@ -63,7 +63,7 @@ def collect_curvature(
     generator = torch.Generator().manual_seed(seed)
     sums: dict[str, Tensor] = {}
     with torch.inference_mode(False), torch.enable_grad(), exact_math(device):
-        graph = TorchGraph(net, device)
+        graph = TorchGraph(net, device)  # one made in inference mode has no gradients
         measure = Measure(graph)
         for batch in track(some.batches(_BATCH), -(-some.length // _BATCH), "gradients"):
             values: dict[str, Tensor] = {}
@@ -146,9 +146,9 @@ def _weights(
         root = exact[name].square().mean().sqrt()
         moves[name] = sign * torch.where(root > 0, _FAR * root, 1.0)
     moved = {name: (exact[name] + move).requires_grad_() for name, move in moves.items()}
-    errors = [relative(*pair) for pair in measure.sums(exact, {**exact, **moved}).values()]
     if not moved:
         return {}
+    errors = [relative(*pair) for pair in measure.sums(exact, {**exact, **moved}).values()]
     slopes = torch.autograd.grad(torch.stack(errors).sum(), [*moved.values()], allow_unused=True)
     return {
         name: (slope / (2.0 * moves[name])).clamp_min(0.0)

@@ -16,9 +16,6 @@ the error then is at most sum R_jj^2 / 4 (in steps), about a third of that on av
 nearest rounding has sum H_jj. A hundredth of the mean variance is added to the diagonal, because
 H comes from a few thousand rows.
 
-Babai, On Lovasz' lattice reduction and the nearest lattice point problem, 1986; GPTQ: arXiv
-2210.17323 (the two are equal: arXiv 2507.18553); order and damping as in GPTQ.
-
 Outputs are rounded together where it is known how their errors e count at the outputs of the net:
 e^T G e (`curvature`), so all errors W - Q of a weight count
 
@@ -47,7 +44,7 @@ from torch import Tensor
 from reptrt.core.arrays import Float64Array
 from reptrt.core.grid import Grid
 
-DAMPING = 0.01  # of the mean variance
+_DAMPING = 0.01  # of the mean variance
 _BLOCK = 64  # inputs whose pull on the inputs before them is summed at once
 _PARTS = 8  # into which the outputs are cut
 
@@ -141,7 +138,7 @@ def _round_block(
         np.subtract(exact[:, j], pulled, out=error[:, j])
 
 
-def damped(moments: Tensor, damping: float = DAMPING) -> Tensor:
+def damped(moments: Tensor, damping: float = _DAMPING) -> Tensor:
     """Return moments (..., d, d) with a part of their mean diagonal, or 1, on the diagonal."""
     mean = moments.diagonal(dim1=-2, dim2=-1).mean(-1)
     added = torch.where(mean > 0, damping * mean, torch.ones_like(mean))
